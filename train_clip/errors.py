@@ -1,0 +1,22 @@
+"""The two errors that a user meets: a stop that says what to do, and a sample that cannot be read."""
+
+
+class UserError(Exception):
+    """Stops a command. The message says what was found, what was expected and what to do."""
+
+
+class BadSample(Exception):
+    """One image or caption that cannot be used. The data set counts it by reason and draws a substitute.
+
+    Args:
+        path: the file.
+        reason: why, in a few words that are the same for every file with the same fault.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"

@@ -1,0 +1,1 @@
+"""Scores and pictures: plain tensors in, plain figures out."""

@@ -1,0 +1,1 @@
+"""Everything that knows Lightning: the module, the data module, micro-batches, optimizer, callbacks."""
