@@ -1,0 +1,37 @@
+"""Train CLIP on your own images and captions.
+
+The public names are loaded when they are first used: importing the package takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train_clip.data.tokenizer import Tokenizer
+    from train_clip.models.clip import CLIP
+    from train_clip.models.config import ModelConfig, read_config
+    from train_clip.training.clip_wrapper import CLIPWrapper
+    from train_clip.training.data_module import TextImageDataModule
+
+__all__ = ["CLIP", "CLIPWrapper", "ModelConfig", "TextImageDataModule", "Tokenizer", "read_config"]
+
+_HOMES = {
+    "CLIP": "train_clip.models.clip",
+    "CLIPWrapper": "train_clip.training.clip_wrapper",
+    "ModelConfig": "train_clip.models.config",
+    "TextImageDataModule": "train_clip.training.data_module",
+    "Tokenizer": "train_clip.data.tokenizer",
+    "read_config": "train_clip.models.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'train_clip' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

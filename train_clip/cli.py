@@ -1,0 +1,158 @@
+"""Words → one typed function a verb. Parsing ends at the function's signature.
+
+Nothing heavy is imported before a verb is known: ``train-clip --help`` takes a moment, not seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from train_clip.errors import UserError
+
+# verb → the module whose function of that name it calls, and what it does.
+VERBS = {
+    "demo": ("train_clip.commands.demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
+    "train": ("train_clip.commands.train", "train a CLIP from scratch on a folder of images and captions"),
+    "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
+    "models": ("train_clip.commands.models", "list the models, their sizes and their optimizer numbers"),
+}
+
+# Spellings that people know → the option's one name.
+ALIASES = {
+    "--batchsize": "--batch_size",
+    "--minibatchsize": "--minibatch_size",
+    "--max_epochs": "--epochs",
+    "--lr": "--learning_rate",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the verb that the arguments name; without one, or with ``--help``, list the verbs.
+
+    Args:
+        arguments: those of the process where None.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if words[0] not in VERBS:
+        sys.exit(f"train-clip: unknown verb {words[0]!r}; expected one of {', '.join(VERBS)}.")
+    try:
+        function, values = parse(words[0], words[1:])
+        function(**values)
+    except UserError as error:
+        sys.exit(f"train-clip: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells report it
+
+
+def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Read a verb's arguments.
+
+    Args:
+        verb: a key of ``VERBS``.
+        words: what follows it.
+
+    Returns:
+        The verb's function, and a value for each of its parameters.
+    """
+    function = getattr(importlib.import_module(VERBS[verb][0]), verb)
+    parser, groups = _parser(verb, function)
+    parsed = parser.parse_args(normalise(words)).as_dict()
+    values = {}
+    for name, (kind, fields) in groups.items():
+        group = {field: parsed[field] for field in fields}
+        values[name] = kind(**group) if kind else parsed[name]
+    return function, values
+
+
+def normalise(words: Sequence[str]) -> list[str]:
+    """Give every option its one name, and move ``--config`` to the front, so that the command line wins over it.
+
+    ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``; a recipe's name becomes its
+    path.
+    """
+    rest: list[str] = []
+    configs: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        option, equals, value = word.partition("=")
+        if option == "--config" and (equals or queue):
+            configs += ["--config", _recipe(value if equals else queue.pop(0))]
+        elif option.startswith("--"):
+            option = "--" + option[2:].replace("-", "_")
+            rest.append(ALIASES.get(option, option) + equals + value)
+        else:
+            rest.append(word)
+    return configs + rest
+
+
+def _recipe(name: str) -> str:
+    """The path of a recipe that ships with the package, or the path that was given."""
+    folder = resources.files("train_clip") / "recipes"
+    shipped = {Path(file.name).stem: str(file) for file in folder.iterdir() if file.name.endswith(".yaml")}
+    if name in shipped or Path(name).is_file():
+        return shipped.get(name, name)
+    raise UserError(f"--config {name}: neither a file nor a recipe. Recipes: {', '.join(sorted(shipped))}.")
+
+
+def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tuple[Any, list[str]]]]:
+    """Build a verb's parser from its function's signature and docstring.
+
+    A dataclass is added flat, field by field; a positional-only parameter is a positional argument; a mapping of Trainer
+    options brings the Trainer's own arguments.
+    """
+    from docstring_parser import parse as parse_docstring
+    from jsonargparse import ArgumentParser
+
+    docstring = parse_docstring(function.__doc__ or "")
+    help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
+    parser = ArgumentParser(
+        prog=f"train-clip {verb}",
+        description=docstring.short_description,
+        allow_abbrev=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    hints = typing.get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint, text = hints[name], help_texts.get(name)
+        if dataclasses.is_dataclass(hint):
+            groups[name] = (hint, parser.add_class_arguments(hint, None))
+        elif isinstance(hint, type) and issubclass(hint, dict):
+            groups[name] = (hint, _add_trainer(parser))
+        elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            parser.add_argument(name, type=hint, help=text)
+            groups[name] = (None, [])
+        else:
+            parser.add_argument(f"--{name}", type=hint, default=parameter.default, help=text)
+            groups[name] = (None, [])
+    return parser, groups
+
+
+def _add_trainer(parser: Any) -> list[str]:
+    """Add the Trainer's arguments as plain values; the verb makes what they describe."""
+    import lightning as L
+
+    from train_clip.commands.options import OWN_TRAINER_OPTIONS
+
+    return parser.add_class_arguments(L.Trainer, None, skip=set(OWN_TRAINER_OPTIONS), instantiate=False)
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {verb:10} {help_text}" for verb, (_, help_text) in VERBS.items())
+    return (
+        f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
+        "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."
+    )

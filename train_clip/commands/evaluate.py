@@ -1,0 +1,297 @@
+"""Score a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from train_clip.data.captions import read_captions
+from train_clip.data.folder import scan_folder, split_pairs
+from train_clip.data.image_list import image_loader
+from train_clip.data.images import open_rgb
+from train_clip.errors import BadSample, UserError
+from train_clip.evaluation.labels import image_labels
+from train_clip.evaluation.pictures import draw_best_captions
+from train_clip.evaluation.retrieval import Retrieval, retrieval
+from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot, class_embeddings, zero_shot
+from train_clip.files import write_text
+from train_clip.training.clip_wrapper import CLIPWrapper
+from train_clip.types import Skip
+
+IMAGES_IN_PICTURE = 18
+NAMED = 5  # files named on the screen; --json names all
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to score, and where the figures go.
+
+    Args:
+        folder: images and captions that share a stem; for classification, images in folders named after their class or
+            with a STEM.cls beside them
+        classes: a text file of class names, one a line: also classify without training
+        templates: a text file of captions with {} where the class goes, one a line, if not "a photo of a {}."
+        split: which pairs to score; training and held_out as `train --val_share` of the same number splits the folder
+        val_share: the share that was held out
+        batch_size: images at a time
+        num_workers: loader processes
+        device: cpu or cuda; auto for cuda where there is one
+        json: a file to write the figures to
+        picture: a PNG to draw, images beside the captions that the model finds most similar
+    """
+
+    folder: Path
+    classes: Path | None = None
+    templates: Path | None = None
+    split: Literal["all", "training", "held_out"] = "all"
+    val_share: float = 0.05
+    batch_size: int = 64
+    num_workers: int = 0
+    device: str = "auto"
+    json: Path | None = None
+    picture: Path | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures as shares in [0, 1]; None for what was not asked or could not be.
+
+    Args:
+        num_images: images scored.
+        num_captions: captions scored.
+        retrieval: both ways, where there are captions.
+        zero_shot: where classes were given.
+        skips: files that could not be read, and so were not scored.
+    """
+
+    num_images: int
+    num_captions: int
+    retrieval: Retrieval | None
+    zero_shot: ZeroShot | None
+    skips: tuple[Skip, ...]
+
+
+def evaluate(checkpoint: Path, /, options: EvaluateOptions) -> Scores:
+    """Score a checkpoint: retrieval over captions, and zero-shot classification over class names.
+
+    Args:
+        checkpoint: a .ckpt file that `train` wrote
+        options: what to score.
+
+    Returns:
+        The figures, which are printed too.
+
+    Raises:
+        UserError: a file that is missing or does not hold what it should.
+    """
+    model = load_checkpoint(checkpoint, options.device)
+    collection = collect(model, options)
+    scores = Scores(
+        num_images=len(collection.paths),
+        num_captions=len(collection.captions),
+        retrieval=_retrieval(collection) if collection.captions else None,
+        zero_shot=None if options.classes is None else _zero_shot(model, collection, options),
+        skips=tuple(collection.skips),
+    )
+    report(scores)
+    if options.json is not None:
+        write_text(options.json, json.dumps(dataclasses.asdict(scores), indent=2) + "\n")
+    if options.picture is not None and collection.captions:
+        _draw(collection, options.picture)
+    return scores
+
+
+@dataclass
+class Collection:
+    """The images and captions that could be read, embedded.
+
+    Args:
+        paths: N images.
+        images: (N, D) float32, unit norm.
+        captions: M captions.
+        texts: (M, D) float32, unit norm.
+        owners: the image of each caption, as a place in ``paths``.
+        skips: what could not be read.
+    """
+
+    paths: list[str]
+    images: Tensor
+    captions: list[str]
+    texts: Tensor
+    owners: list[int]
+    skips: list[Skip]
+
+
+def load_checkpoint(path: Path, device: str) -> CLIPWrapper:
+    """Load a checkpoint of ``train`` for scoring.
+
+    Args:
+        path: the file.
+        device: ``auto``, or what PyTorch calls it.
+
+    Raises:
+        UserError: there is no such file, or it is no such checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file. Expected a checkpoint, such as RUN/checkpoints/last.ckpt.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return CLIPWrapper.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
+    except UserError:
+        raise
+    except Exception as error:
+        # Unpickling a foreign or damaged file raises anything from KeyError to RuntimeError.
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be loaded ({first_line}). Expected a checkpoint that `train-clip train` wrote, whole."
+        ) from error
+
+
+def collect(model: CLIPWrapper, options: EvaluateOptions) -> Collection:
+    """Read and embed what the options name.
+
+    Raises:
+        UserError: nothing to score.
+    """
+    scan = scan_folder(options.folder)
+    if options.classes is None:
+        scan.require_pairs()
+    pairs = scan.pairs
+    if options.split != "all":
+        training, held_out = split_pairs(pairs, options.folder, options.val_share)
+        pairs = training if options.split == "training" else held_out
+    # To be classified an image needs no caption.
+    lone = scan.lone_images if options.classes is not None and options.split == "all" else []
+    paths = [pair.image for pair in pairs] + [str(options.folder / image) for image in lone]
+    if not paths:
+        raise UserError(f"{options.folder}: no images to score in the split {options.split!r}. Try --split all.")
+    skips: list[Skip] = []
+    kept, images = _embed_images(model, paths, options, skips)
+    captions, owners = [], []
+    for place, index in enumerate(kept):
+        if index < len(pairs):
+            lines = _read_captions(pairs[index].caption, skips)
+            captions += lines
+            owners += [place] * len(lines)
+    texts = model.embed_texts(captions) if captions else images[:0]
+    return Collection([paths[index] for index in kept], images, captions, texts, owners, skips)
+
+
+def read_lines(path: Path, holding: str) -> list[str]:
+    """Read a text file's lines, blank ones dropped.
+
+    Args:
+        path: UTF-8 text.
+        holding: what the lines are, for the message.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file. Expected {holding}, one a line.")
+    try:
+        return read_captions(str(path))
+    except BadSample as bad:
+        raise UserError(f"{path}: {bad.reason.replace('caption', 'file')}. Expected {holding}, one a line.") from None
+
+
+def report(scores: Scores) -> None:
+    """Print the figures beside chance."""
+    console = Console()
+    console.print(f"{scores.num_images:,} images, {scores.num_captions:,} captions", highlight=False)
+    if scores.retrieval is not None:
+        table = Table("retrieval", box=None, header_style="bold", pad_edge=False)
+        for heading in ("image → text", "chance", "text → image", "chance"):
+            table.add_column(heading, justify="right")
+        found = scores.retrieval
+        for k in found.image_to_text:
+            columns = (found.image_to_text, found.chance_image_to_text, found.text_to_image, found.chance_text_to_image)
+            table.add_row(f"R@{k}", *(f"{column[k]:.1%}" for column in columns))
+        console.print(table)
+    if scores.zero_shot is not None:
+        result = scores.zero_shot
+        console.print(
+            f"zero-shot over {result.num_classes} classes: top-1 {result.top1:.1%} (chance {result.chance:.1%}), top-5 "
+            f"{result.top5:.1%}, mean per class {result.mean_per_class:.1%}",
+            highlight=False,
+        )
+    for skip in scores.skips[:NAMED]:
+        console.print(f"Not scored: {skip.path}: {skip.reason}", highlight=False)
+    if len(scores.skips) > NAMED:
+        console.print(f"… and {len(scores.skips) - NAMED:,} more files that were not scored.", highlight=False)
+
+
+@torch.no_grad()
+def _embed_images(
+    model: CLIPWrapper, paths: Sequence[str], options: EvaluateOptions, skips: list[Skip]
+) -> tuple[list[int], Tensor]:
+    """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
+    loader = image_loader(paths, model.model.config.image.size, options.batch_size, options.num_workers)
+    kept: list[int] = []
+    parts: list[Tensor] = []
+    for indices, pixels, bad in track(loader, description="images", transient=True):
+        skips += bad
+        kept += indices
+        if indices:
+            parts.append(model.embed_images(pixels))
+    if not parts:
+        raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(paths):,} images can be read.")
+    return kept, torch.cat(parts)
+
+
+def _read_captions(path: str, skips: list[Skip]) -> list[str]:
+    try:
+        return read_captions(path)
+    except BadSample as bad:
+        skips.append(Skip(bad.path, bad.reason))
+        return []
+
+
+def _retrieval(collection: Collection) -> Retrieval:
+    device = collection.images.device
+    places = {caption: place for place, caption in enumerate(dict.fromkeys(collection.captions))}
+    ids = torch.tensor([places[caption] for caption in collection.captions], device=device)
+    owners = torch.tensor(collection.owners, device=device)
+    # An image whose captions could not be read has nothing to be found by.
+    described, owners = torch.unique(owners, return_inverse=True)
+    return retrieval(collection.images[described], collection.texts, owners, ids)
+
+
+def _zero_shot(model: CLIPWrapper, collection: Collection, options: EvaluateOptions) -> ZeroShot:
+    assert options.classes is not None
+    classes = read_lines(options.classes, "class names")
+    templates = list(DEFAULT_TEMPLATES)
+    if options.templates is not None:
+        templates = read_lines(options.templates, "captions with {} where the class goes")
+        if without := [template for template in templates if "{}" not in template]:
+            raise UserError(f"{options.templates}: {without[0]!r} has no {{}} where the class would go.")
+    labels = torch.tensor(image_labels(collection.paths, classes), device=collection.images.device)
+    return zero_shot(collection.images, labels, class_embeddings(classes, templates, model.embed_texts))
+
+
+def _draw(collection: Collection, target: Path) -> None:
+    """Draw a fixed random choice of images beside their best captions."""
+    number = min(IMAGES_IN_PICTURE, len(collection.paths))
+    chosen = sorted(random.Random(0).sample(range(len(collection.paths)), number))
+    different = list(dict.fromkeys(collection.captions))
+    places = torch.tensor([collection.captions.index(caption) for caption in different])
+    similarity = (collection.images[chosen] @ collection.texts.T).cpu()[:, places]
+    own: dict[int, set[str]] = {index: set() for index in chosen}
+    for caption, owner in zip(collection.captions, collection.owners, strict=True):
+        if owner in own:
+            own[owner].add(caption)
+    pictures = [open_rgb(collection.paths[index]) for index in chosen]
+    draw_best_captions(pictures, different, similarity, [own[index] for index in chosen], target)
+    print(f"Images beside their best captions: {target}")

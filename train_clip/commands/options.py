@@ -1,0 +1,95 @@
+"""The options of the training verbs, each defined once. Field names are the command line's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model.
+
+    Args:
+        model_name: a preset (`train-clip models` lists them) or a YAML file of your own
+        image_size: side of the square input in pixels, if not the model's own
+        minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
+    """
+
+    model_name: str = "ViT-B/32"
+    image_size: int | None = None
+    minibatch_size: int = 0
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The data.
+
+    Args:
+        folder: images and captions (.txt, one a line) that share a stem, in any subfolders
+        batch_size: pairs of a batch over all processes; fewer where there are fewer pairs
+        num_workers: loader processes for each training process, if not one a free core, 8 at most
+        resize_ratio: least share of the image's area that the training crop keeps, such as 0.75; without it the paper's
+            crop, a random square of the whole shorter side
+        shuffle: whether to permute the pairs each epoch
+        val_share: share of the pairs held out for validation, chosen by file name; 0 for none
+    """
+
+    folder: Path
+    batch_size: int = 256
+    num_workers: int | None = None
+    resize_ratio: float | None = None
+    shuffle: bool = True
+    val_share: float = 0.05
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW.
+
+    Args:
+        learning_rate: at its peak, if not the model's own
+        weight_decay: on matrices and convolutions, if not the model's own
+        betas: decay of both moments, such as "[0.9, 0.98]", if not the model's own
+        eps: added to the root of the second moment, if not the model's own
+        warmup_steps: optimizer steps until the peak, if not the smaller of 2,000 and a tenth of the run
+    """
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    warmup_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run.
+
+    Args:
+        epochs: passes over the pairs, if not the model's own (32 in the paper)
+        seed: decides the weights at the start, the order of the data, crops and captions
+        output: a new folder for checkpoints, logs and plots, if not one below runs/
+    """
+
+    epochs: int | None = None
+    seed: int = 0
+    output: Path | None = None
+
+
+class TrainerOptions(dict[str, Any]):
+    """Arguments of ``lightning.Trainer`` as plain values; a class is given as ``class_path`` and ``init_args``."""
+
+
+# Arguments of the Trainer that have another name here: --epochs and --output.
+OWN_TRAINER_OPTIONS = ("max_epochs", "default_root_dir")
+
+T = TypeVar("T")
+
+
+def select(kind: type[T], values: dict[str, Any], **rest: Any) -> T:
+    """Build an options dataclass from those of the values that are its fields; ``rest`` wins."""
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in values.items() if key in fields} | rest)

@@ -1,0 +1,179 @@
+"""Train a CLIP from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import instantiate_class
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions
+from train_clip.commands.run_folder import choose_run_folder, write_run_files
+from train_clip.models.config import ModelConfig, read_config
+from train_clip.training.checkpoint_io import AtomicCheckpointIO
+from train_clip.training.clip_wrapper import CLIPWrapper
+from train_clip.training.curves import Curves
+from train_clip.training.data_module import TextImageDataModule
+from train_clip.training.progress import RunProgress
+from train_clip.training.throughput import Throughput
+
+LOG_EVERY = 10  # optimizer steps
+
+
+def train(
+    model: ModelOptions,
+    data: DataOptions,
+    optimizer: OptimizerOptions,
+    run: RunOptions,
+    trainer: TrainerOptions,
+) -> Path:
+    """Train a CLIP from scratch on a folder of images and captions.
+
+    Args:
+        model: the model.
+        data: the data.
+        optimizer: AdamW's numbers; the preset's where None.
+        run: length, seed and folder of the run.
+        trainer: arguments of Lightning's Trainer.
+
+    Returns:
+        The run's folder.
+    """
+    L.seed_everything(run.seed, verbose=False)
+    config = read_config(model.model_name)
+    if model.image_size is not None:
+        config = config.with_image_size(model.image_size)
+    module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **dataclasses.asdict(optimizer))
+    data_module = TextImageDataModule(
+        image_size=config.image.size,
+        context_length=config.text.context,
+        seed=run.seed,
+        **dataclasses.asdict(data),
+    )
+    folder = choose_run_folder(run.output, model.model_name)
+    epochs = config.optimizer.epochs if run.epochs is None else run.epochs
+    options = resolve_trainer(trainer)
+    lightning_trainer = build_trainer(options, folder, epochs, held_out=data.val_share > 0)
+    # Before anything is written: a mistake in the data leaves no half-made run behind.
+    data_module.trainer = lightning_trainer
+    data_module.setup()
+    resolved = dataclasses.replace(run, epochs=epochs, output=None)
+    write_run_files(
+        folder,
+        _config(model, data, _resolve(optimizer, module), resolved, options),
+        {"output": str(folder), "parameters": _count(module), "pairs": len(data_module.training_pairs)},
+    )
+    _say_start(config, module, lightning_trainer, folder)
+    lightning_trainer.fit(module, data_module)
+    _say_end(lightning_trainer, folder, data)
+    return folder
+
+
+def resolve_trainer(options: TrainerOptions) -> dict[str, Any]:
+    """Fill in the defaults that differ from Lightning's: precision by device, and how often is logged."""
+    resolved = dict(options)
+    if resolved.get("precision") is None:
+        resolved["precision"] = default_precision(resolved.get("accelerator", "auto"))
+    if resolved.get("log_every_n_steps") is None:
+        resolved["log_every_n_steps"] = LOG_EVERY
+    return resolved
+
+
+def default_precision(accelerator: Any) -> str:
+    """bf16-mixed where the GPU has it, otherwise 16-mixed; float32 without a CUDA device."""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def build_trainer(options: dict[str, Any], folder: Path, epochs: int, held_out: bool) -> L.Trainer:
+    """Make Lightning's Trainer with this package's callbacks beside the user's.
+
+    Args:
+        options: the Trainer's arguments as plain values, resolved.
+        folder: the run's.
+        epochs: passes over the data.
+        held_out: whether there is a validation split, and so a best checkpoint.
+    """
+    made = {name: _instantiate(value) for name, value in options.items()}
+    callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
+    if made.get("enable_progress_bar") is not False:
+        callbacks.append(RunProgress())
+    if made.get("enable_checkpointing") is not False:
+        callbacks += _checkpoints(folder / "checkpoints", held_out)
+    own = made.get("callbacks") or []
+    made["callbacks"] = callbacks + (own if isinstance(own, list) else [own])
+    plugins = made.get("plugins") or []
+    made["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+    made["logger"] = _loggers(made.get("logger"), folder)
+    if made.get("enable_model_summary") is None:
+        made["enable_model_summary"] = False
+    return L.Trainer(**made, max_epochs=epochs, default_root_dir=folder)
+
+
+def _checkpoints(folder: Path, held_out: bool) -> list[L.Callback]:
+    """The last state after each epoch and, where there is a validation split, the state of its lowest loss."""
+    last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    best = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+    return [last, best] if held_out else [last]
+
+
+def _loggers(asked: Any, folder: Path) -> list[Logger] | bool:
+    """CSV always, for the curves; TensorBoard where the user names no other logger; none for ``--logger false``."""
+    if asked is False:
+        return False
+    csv = CSVLogger(folder, name="", version="logs")
+    if asked in (None, True):
+        return [TensorBoardLogger(folder, name="", version="logs"), csv]
+    return [csv, *(asked if isinstance(asked, list) else [asked])]
+
+
+def _instantiate(value: Any) -> Any:
+    """Turn ``{class_path, init_args}`` into an object, also within a list; leave the rest as it is."""
+    if isinstance(value, list):
+        return [_instantiate(item) for item in value]
+    return instantiate_class((), value) if isinstance(value, dict) and "class_path" in value else value
+
+
+def _resolve(optimizer: OptimizerOptions, module: CLIPWrapper) -> OptimizerOptions:
+    """The numbers that the module really has, the preset's filled in."""
+    return OptimizerOptions(**{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)})
+
+
+def _config(*groups: Any) -> dict[str, Any]:
+    """Every option of the run, flat, in plain values."""
+    flat: dict[str, Any] = {}
+    for group in groups:
+        flat |= group if isinstance(group, dict) else dataclasses.asdict(group)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _say_start(config: ModelConfig, module: CLIPWrapper, trainer: L.Trainer, folder: Path) -> None:
+    if trainer.is_global_zero:
+        device = trainer.strategy.root_device.type
+        print(
+            f"{config.name}: {_count(module):,} parameters, {config.image.size}×{config.image.size} pixels; "
+            f"{trainer.world_size} × {device}, {trainer.precision}. Everything goes to {folder}/."
+        )
+
+
+def _say_end(trainer: L.Trainer, folder: Path, data: DataOptions) -> None:
+    if not trainer.is_global_zero or trainer.checkpoint_callback is None:
+        return
+    best = folder / "checkpoints" / "best.ckpt"
+    checkpoint = best if best.is_file() else folder / "checkpoints" / "last.ckpt"
+    split = f" --split held_out --val_share {data.val_share}" if data.val_share else ""
+    print(
+        f"Done after {trainer.global_step:,} steps. Curves: {folder / 'curves.png'}. Checkpoints: "
+        f"{', '.join(sorted(file.name for file in checkpoint.parent.glob('*.ckpt')))}.\n"
+        f"Next: train-clip evaluate {checkpoint} --folder {data.folder}{split}"
+    )

@@ -1,0 +1,130 @@
+"""Pairs → samples. What is drawn depends on (seed, epoch, index) alone, never on the worker or on what came before.
+
+S  side of the square in pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from train_clip.data.captions import read_captions
+from train_clip.data.folder import Pair
+from train_clip.data.images import open_rgb
+from train_clip.data.transforms import center_crop, random_crop, random_resized_crop, to_tensor
+from train_clip.errors import BadSample, UserError
+from train_clip.types import Skip
+
+MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
+
+
+class Sample(NamedTuple):
+    """One pair as the model meets it.
+
+    Args:
+        pixels: (3, S, S) uint8.
+        caption: one line.
+        skips: what could not be read on the way to this sample.
+    """
+
+    pixels: Tensor
+    caption: str
+    skips: tuple[Skip, ...]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training sample is drawn.
+
+    Args:
+        size: S.
+        resize_ratio: least share of the area that the crop keeps; None for the paper's crop.
+        seed: with epoch and index it decides crop and caption.
+    """
+
+    size: int
+    resize_ratio: float | None
+    seed: int
+
+
+class TrainingPairs(Dataset[Sample]):
+    """A random crop and a random caption line of each pair.
+
+    Args:
+        pairs: at least one.
+        augmentation: see there.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], augmentation: Augmentation) -> None:
+        self.pairs = pairs
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs."""
+        epoch, index = key
+        how = self.augmentation
+
+        def read(pair: Pair, rng: Generator) -> tuple[Tensor, str]:
+            captions = read_captions(pair.caption)
+            caption = captions[int(rng.integers(len(captions)))]
+            picture = open_rgb(pair.image)
+            if how.resize_ratio is None:
+                return to_tensor(random_crop(picture, how.size, rng)), caption
+            return to_tensor(random_resized_crop(picture, how.size, rng, how.resize_ratio)), caption
+
+        return _read_or_substitute(self.pairs, index, (how.seed, epoch, index), read)
+
+
+class ValidationPairs(Dataset[Sample]):
+    """The centre crop and the first caption line of each pair.
+
+    Args:
+        pairs: at least one.
+        size: S.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
+        self.pairs = pairs
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read pair ``index``; the same every time."""
+
+        def read(pair: Pair, _: Generator) -> tuple[Tensor, str]:
+            return to_tensor(center_crop(open_rgb(pair.image), self.size)), read_captions(pair.caption)[0]
+
+        return _read_or_substitute(self.pairs, index, (0, 0, index), read)
+
+
+def _read_or_substitute(
+    pairs: Sequence[Pair],
+    index: int,
+    entropy: tuple[int, int, int],
+    read: Callable[[Pair, Generator], tuple[Tensor, str]],
+) -> Sample:
+    """Read a pair; where it is bad draw another, so that every batch keeps its shape on every rank."""
+    rng = np.random.default_rng(entropy)
+    skips: list[Skip] = []
+    for _ in range(MAX_SUBSTITUTES):
+        try:
+            pixels, caption = read(pairs[index], rng)
+            return Sample(pixels, caption, tuple(skips))
+        except BadSample as bad:
+            skips.append(Skip(bad.path, bad.reason))
+            index = int(rng.integers(len(pairs)))
+    raise UserError(
+        f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} substitutes drawn at random were bad as well, "
+        f"the last being {skips[-1].path}: {skips[-1].reason}. Expected a folder whose files can nearly all be read."
+    )

@@ -1,0 +1,220 @@
+"""CLIP's byte-pair encoding: the ids of OpenAI's ``simple_tokenizer.py`` (github.com/openai/CLIP) for any text.
+
+A text is cleaned, put in lower case, cut into pieces (a run of letters, one digit, a run of signs, a contraction), and
+each piece's UTF-8 bytes are merged pair by pair, in the order in which the pairs were learned.
+
+Which characters are letters depends on the age of the Unicode tables, here and in the reference: the two agree on every
+character of Unicode 16.0, which tokenizers 0.23 brings. A letter that is younger counts as a sign.
+
+B  captions      L  tokens of a row, start and end included
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.resources
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ftfy
+import numpy as np
+import torch
+from tokenizers import Regex, models, pre_tokenizers
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Captions to CLIP's tokens, and back.
+
+    It holds its length and nothing else: a process reads the merges once, at its first caption (0.1 s), so an instance
+    costs nothing to make or to send to a worker.
+
+    Args:
+        context_length: tokens of a row, start and end included; at least 2. 77 in every CLIP by OpenAI.
+
+    Raises:
+        ValueError: a context without room for start and end.
+    """
+
+    context_length: int = 77
+    vocab_size: ClassVar[int] = 49_408  # 256 bytes, the same ending a word, 48,894 merges, start and end
+    start_token: ClassVar[int] = 49_406
+    end_token: ClassVar[int] = 49_407
+
+    def __post_init__(self) -> None:
+        if self.context_length < 2:
+            raise ValueError(f"context_length: found {self.context_length}, expected at least 2, for start and end.")
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        """Tokenize into rows of the full length: start, ids, end, zeros; what is too long is cut before its end token.
+
+        Args:
+            texts: one caption or B of them.
+
+        Returns:
+            (B, context_length) int64 in [0, vocab_size).
+
+        Raises:
+            TypeError: something else than a string or a list of strings.
+            ValueError: as ``encode``.
+        """
+        rows, _ = self._rows([texts] if isinstance(texts, str) else texts)
+        return _pad(rows, self.context_length)
+
+    def batch(self, texts: list[str]) -> tuple[Tensor, int]:
+        """Tokenize into rows as long as the longest: the text tower is causal, so zeros after it change nothing.
+
+        Args:
+            texts: B captions.
+
+        Returns:
+            (B, L) int64 in [0, vocab_size) with L ≤ context_length, and how many captions were cut.
+
+        Raises:
+            TypeError: something else than a list of strings.
+            ValueError: as ``encode``.
+        """
+        rows, num_cut = self._rows(texts)
+        return _pad(rows, max(map(len, rows), default=0)), num_cut
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Give each caption's ids, uncut, without start and end.
+
+        Args:
+            texts: B captions.
+
+        Returns:
+            B lists of ids in [0, vocab_size), empty for a blank caption.
+
+        Raises:
+            TypeError: something else than a list of strings.
+            ValueError: an HTML entity of more than 4,300 digits, at which Python's ``unescape`` and the reference stop.
+        """
+        if not isinstance(texts, list):
+            raise TypeError(f"texts: found {type(texts).__name__}, expected a list of str.")
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{place}]: found {type(text).__name__}, expected str.")
+        return [
+            [
+                token
+                for word in _words(text)
+                for token in (_remembered(word) if len(word) <= LONGEST_REMEMBERED else _word_tokens(word))
+            ]
+            for text in texts
+        ]
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Give the text of one row, as far as its first end token, without the start token.
+
+        Args:
+            ids: (L,) integers in [0, vocab_size).
+
+        Returns:
+            The cleaned text with a blank after each piece ("a dog 's tail . "), as the reference gives it; bytes that
+            are not UTF-8, as a cut can leave them, become U+FFFD.
+
+        Raises:
+            ValueError: more than one row, or an id before the end token that is not in the vocabulary.
+        """
+        if isinstance(ids, Tensor) and ids.ndim != 1:
+            raise ValueError(f"ids: found a tensor of shape {tuple(ids.shape)}, expected one row, (L,).")
+        row = ids.tolist() if isinstance(ids, Tensor) else ids
+        _, bpe = _split_and_bpe()
+        letters = ""
+        for token in itertools.takewhile(lambda token: token != self.end_token, row):
+            symbol = bpe.id_to_token(token) if token >= 0 else None
+            if symbol is None:
+                raise ValueError(f"ids: found {token}, expected 0 to {self.vocab_size - 1}.")
+            letters += symbol if token != self.start_token else ""
+        byte_of = {letter: byte for byte, letter in _byte_letters().items()}
+        return bytes(byte_of[letter] for letter in letters).decode("utf-8", errors="replace").replace("</w>", " ")
+
+    def _rows(self, texts: list[str]) -> tuple[list[list[int]], int]:
+        """Frame each caption by start and end, cut so that both fit, and count the cuts."""
+        room = self.context_length - 2
+        captions = self.encode(texts)
+        rows = [[self.start_token, *caption[:room], self.end_token] for caption in captions]
+        return rows, sum(len(caption) > room for caption in captions)
+
+
+SPECIAL = {"<|startoftext|>": Tokenizer.start_token, "<|endoftext|>": Tokenizer.end_token}
+
+# The reference's pattern, which it matches ignoring case. The text is in lower case by then, so that leaves two traces,
+# both found by test_every_character: the long s "ſ", its own lower case, is an "s" to it, and U+0345, a mark with a
+# letter for its upper case, is neither sign nor letter to it and gets lost.
+PATTERN = r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
+
+# A word that is met again comes out of memory, ten times as fast as out of the library. The words take under 10 MB in
+# English and 50 MB in Chinese; a longer one (an address, a sentence of Chinese) hardly returns and could take any room.
+NUM_REMEMBERED = 2**15
+LONGEST_REMEMBERED = 16
+
+
+def _pad(rows: list[list[int]], length: int) -> Tensor:
+    """Fill B rows with zeros up to the length: (B, length) int64."""
+    padded = [row + [0] * (length - len(row)) for row in rows]
+    # NumPy reads nested lists four times as fast as torch.tensor. The shape is for no rows at all.
+    return torch.from_numpy(np.array(padded, dtype=np.int64).reshape(len(rows), length))
+
+
+def _words(text: str) -> list[str]:
+    """Clean a text as the reference does, and cut it at its blanks, across which no piece reaches."""
+    # ftfy and unescape change nothing in printable ASCII without "&": what they look for is an entity, a control
+    # character (escape sequences and line breaks among them) or a character beyond ASCII, and NFC keeps ASCII.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # split() cuts where the reference's \s does, and at U+001C to U+001F, which ftfy takes out and unescape leaves out.
+    return text.lower().split()
+
+
+def _word_tokens(word: str) -> tuple[int, ...]:
+    """Give the ids of a word: of each of its pieces, a special one whole, any other merged."""
+    split, bpe = _split_and_bpe()
+    tokens: list[int] = []
+    for piece, _ in split.pre_tokenize_str(word):
+        # Not as added tokens of the library: it would find them in "!!<|endoftext|>", where the reference sees signs.
+        tokens += [SPECIAL[piece]] if piece in SPECIAL else [token.id for token in bpe.tokenize(piece)]
+    return tuple(tokens)
+
+
+_remembered = functools.lru_cache(NUM_REMEMBERED)(_word_tokens)
+
+
+@functools.cache
+def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
+    """Read the merges and build the two steps: a word into pieces of byte letters, a piece into tokens.
+
+    The vocabulary is the bytes, the bytes that end a piece, the merges in order, start and end.
+    """
+    packed = importlib.resources.files("train_clip.data").joinpath("clip_bpe_merges.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    merges = [(first, second) for first, second in (line.split(" ") for line in lines)]
+    letters = list(_byte_letters().values())
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *SPECIAL]
+    bpe = models.BPE(
+        vocab={token: place for place, token in enumerate(vocabulary)},
+        merges=merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+    )
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return split, bpe
+
+
+@functools.cache
+def _byte_letters() -> dict[int, str]:
+    """Name each byte by a character that prints, its own or one from U+0100 on: GPT-2's ``bytes_to_unicode``."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + place) for place, byte in enumerate(others)}

@@ -1,0 +1,46 @@
+"""Files that are whole or absent: written beside the target, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Write to the path that this yields; the target appears, or is replaced, only once all of it is on disk.
+
+    Args:
+        target: the file's final place. Its folder is made.
+
+    Yields:
+        A path in the same folder, so that the rename stays within one file system.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(target)
+        _sync(target.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    with replacing(target) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    # Windows cannot open a folder, and needs no sync of one.
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

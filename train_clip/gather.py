@@ -1,0 +1,74 @@
+"""This rank's embeddings → everyone's, in the order of the ranks.
+
+B  rows on this rank      W  processes      D  width
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) where nothing is distributed."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Everyone's rows, with a gradient that flows back to the rank that each came from.
+
+    The gradient of a row is the sum of what all ranks send it. Where every rank takes the mean over its own rows and
+    the parameters' gradients are averaged (DDP), the result is one process's gradient on the global batch.
+
+    Args:
+        rows: (B, D) float, the same B on every rank.
+
+    Returns:
+        (W · B, D), rank r's rows at r · B and after.
+    """
+    return rows if world()[1] == 1 else _Gather.apply(rows)
+
+
+@torch.no_grad()
+def gather_all(rows: Tensor) -> list[Tensor]:
+    """Everyone's rows, without gradient, also where the ranks hold unequal numbers of them.
+
+    Args:
+        rows: (B, …), any B on each rank, the other sizes and the dtype the same.
+
+    Returns:
+        W tensors, one a rank.
+    """
+    _, size = world()
+    if size == 1:
+        return [rows]
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(size)]
+    distributed.all_gather(counts, count)
+    longest = int(torch.cat(counts).max())
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in range(size)]
+    distributed.all_gather(everyone, padded)
+    return [part[: int(length)] for part, length in zip(everyone, counts, strict=True)]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rank, size = world()
+        ctx.length = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(size)]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # All-reduce and cut rather than reduce-scatter: gloo has no reduce-scatter.
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient[ctx.rank * ctx.length : (ctx.rank + 1) * ctx.length]

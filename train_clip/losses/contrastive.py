@@ -1,0 +1,84 @@
+"""Symmetric cross-entropy between images and captions (CLIP, arXiv 2103.00020, figure 3).
+
+Pure functions of tensors: no rank, no device, no cache. Gathering is the caller's.
+
+B  pairs on this rank      N  pairs in the global batch      D  embedding width
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Pairs(NamedTuple):
+    """This rank's pairs among everyone's. On one process the shares are the whole, and the offset 0.
+
+    Args:
+        images: (B, D) float, unit norm: this rank's.
+        texts: (B, D) float, unit norm: this rank's.
+        all_images: (N, D) float, unit norm: everyone's, this rank's at ``offset`` and after.
+        all_texts: (N, D) float, unit norm: likewise.
+        offset: row of this rank's first pair.
+    """
+
+    images: Tensor
+    texts: Tensor
+    all_images: Tensor
+    all_texts: Tensor
+    offset: int = 0
+
+
+def clip_loss(pairs: Pairs, scale: Tensor) -> Tensor:
+    """The mean of both directions, over this rank's rows. Its mean over equal ranks is the global batch's loss.
+
+        L = ½ (InfoNCE(images → texts) + InfoNCE(texts → images))
+
+    Args:
+        pairs: see ``Pairs``.
+        scale: () float, exp of the learned temperature.
+
+    Returns:
+        () float32, or wider where the inputs are.
+    """
+    image_to_text = info_nce(pairs.images, pairs.all_texts, scale, pairs.offset)
+    text_to_image = info_nce(pairs.texts, pairs.all_images, scale, pairs.offset)
+    return (image_to_text + text_to_image) / 2
+
+
+def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0) -> Tensor:
+    """Cross-entropy of each row against all columns, its own pair being the right one.
+
+        S = scale · rows columnsᵀ            L = mean over i of CE(S_i, i + offset)
+
+    Args:
+        rows: (B, D) float, unit norm: this rank's embeddings of one side.
+        columns: (N, D) float, unit norm: everyone's embeddings of the other side.
+        scale: () float, exp of the learned temperature, at most 100.
+        offset: column of this rank's first pair.
+
+    Returns:
+        () float32, or wider where the inputs are.
+    """
+    similarity = scale * rows @ columns.T
+    target = offset + torch.arange(len(rows), device=rows.device)
+    return F.cross_entropy(similarity.to(torch.promote_types(similarity.dtype, torch.float32)), target)
+
+
+@torch.no_grad()
+def accuracy(rows: Tensor, columns: Tensor, offset: int = 0) -> Tensor:
+    """Share of rows whose most similar column is their own pair.
+
+    Args:
+        rows: (B, D) float, unit norm.
+        columns: (N, D) float, unit norm.
+        offset: column of this rank's first pair.
+
+    Returns:
+        () float32 in [0, 1].
+    """
+    target = offset + torch.arange(len(rows), device=rows.device)
+    return ((rows @ columns.T).argmax(dim=1) == target).float().mean()

@@ -1,0 +1,121 @@
+"""The transformer block that both towers are made of.
+
+B  sequences      L  positions      W  width      H  heads      E  width of a head (W / H)
+
+Parameter names are the field's (OpenAI's and open_clip's state dicts), so that weights pass both ways with no map.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train_clip.errors import UserError
+
+
+class Transformer(nn.Module):
+    """A stack of pre-norm residual blocks (CLIP paper, section 2.4).
+
+    Args:
+        width: W.
+        layers: number of blocks.
+        heads: H, divides the width.
+        activation: a key of ``ACTIVATIONS``.
+        causal: each position sees itself and those before it.
+
+    Raises:
+        UserError: the activation is unknown.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, activation: str, causal: bool) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise UserError(f"Unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, activation, causal) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, W) to (B, L, W)."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, activation: str, causal: bool) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.attn = SelfAttention(width, heads, causal)
+        self.ln_2 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, W) to (B, L, W)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on one fused projection; starts as ``nn.MultiheadAttention`` does."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, W) to (B, L, W)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        return self.out_proj(attend(q, k, v, self.causal).transpose(1, 2).flatten(2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Scaled dot-product attention, softmax(q kᵀ / √E) v.
+
+    Args:
+        q: (B, H, L, E) float.
+        k: (B, H, M, E) float.
+        v: (B, H, M, E) float.
+        causal: position i sees positions 0 to i.
+
+    Returns:
+        (B, H, L, E).
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 (or wider), returned in the input's dtype, as OpenAI's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x · σ(1.702 x), the GELU of OpenAI's models (openai/CLIP, model.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to each element."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}

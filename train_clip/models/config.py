@@ -1,0 +1,243 @@
+"""What a CLIP is made of, and the numbers it is trained with: YAML read into frozen dataclasses.
+
+A preset (``ViT-B/32``) and a user's own file have the same form. Sizes are the paper's (arXiv 2103.00020, tables 19
+and 20), optimizer numbers its tables 18 to 20.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from train_clip.errors import UserError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer.
+
+    Args:
+        size: side of the square input, in pixels.
+        patch: side of a patch, in pixels.
+        layers: number of blocks.
+        width: embedding width within the blocks.
+        heads: attention heads; divides the width.
+    """
+
+    size: int
+    patch: int
+    layers: int
+    width: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        _require(self.size % self.patch == 0, f"image size {self.size} is not a multiple of the patch {self.patch}")
+        _require(self.width % self.heads == 0, f"image width {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """CLIP's modified ResNet.
+
+    Args:
+        size: side of the square input, in pixels; a multiple of 32, the total stride.
+        blocks: number of bottlenecks in each of the four stages.
+        width: channels of the stem (table 19 prints 32 times this).
+    """
+
+    size: int
+    blocks: tuple[int, int, int, int]
+    width: int
+
+    def __post_init__(self) -> None:
+        _require(self.size % 32 == 0, f"image size {self.size} is not a multiple of 32, a ResNet's stride")
+        _require(len(self.blocks) == 4, f"{len(self.blocks)} stages of blocks; a ResNet has four")
+        _require(self.width % 2 == 0, f"image width {self.width} is odd; the pooling has width / 2 heads")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text transformer.
+
+    Args:
+        context: tokens of a caption at most, start and end included.
+        vocab: number of tokens in the vocabulary.
+        layers: number of blocks.
+        width: embedding width within the blocks.
+        heads: attention heads; divides the width.
+    """
+
+    context: int
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, f"text width {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The numbers of AdamW and the length of the run.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on matrices and convolutions only.
+        warmup_steps: optimizer steps until the peak.
+        epochs: passes over the pairs.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One CLIP: two towers, the width where they meet, and the numbers it is trained with.
+
+    Args:
+        name: how it is called in messages and files.
+        embed_dim: width of the space where images and captions meet.
+        image: the image tower's sizes.
+        text: the text tower's sizes.
+        optimizer: defaults for training it.
+        activation: ``quick_gelu`` (OpenAI's models) or ``gelu``.
+    """
+
+    name: str
+    embed_dim: int
+    image: ViTConfig | ResNetConfig
+    text: TextConfig
+    optimizer: OptimizerConfig
+    activation: str = "quick_gelu"
+
+    def with_image_size(self, size: int) -> ModelConfig:
+        """The same model for another input size, in pixels."""
+        return dataclasses.replace(self, image=dataclasses.replace(self.image, size=size))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
+        return _plain(dataclasses.asdict(self))
+
+
+def read_config(name: str) -> ModelConfig:
+    """Look up a preset by its name, or read a YAML file of one's own.
+
+    Args:
+        name: ``ViT-B/32`` (``ViT-B-32`` serves too), or a path that ends in ``.yaml`` or ``.yml``.
+
+    Raises:
+        UserError: no such preset or file, or a file that does not hold a model.
+    """
+    path = Path(name)
+    if path.suffix.casefold() in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file. --model_name takes a preset or a YAML file.")
+        return _read_yaml(path.read_text(encoding="utf-8"), str(path), default_name=path.stem)
+    by_name = {config.name.replace("/", "-"): config for config in presets()}
+    if (key := name.replace("/", "-")) not in by_name:
+        known = ", ".join(config.name for config in presets())
+        raise UserError(f"Unknown model {name!r}. Presets: {known}. For a model of your own give a YAML file.")
+    return by_name[key]
+
+
+@cache
+def presets() -> tuple[ModelConfig, ...]:
+    """Every model that ships with the package, in the order of their numbered files."""
+    folder = resources.files("train_clip.models") / "presets"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return tuple(_read_yaml(file.read_text(encoding="utf-8"), file.name, default_name=file.name) for file in files)
+
+
+def config_from_dict(values: dict[str, Any], source: str = "config") -> ModelConfig:
+    """Build a configuration from plain values, in a preset's form or in the flat form of OpenAI's constructor.
+
+    Args:
+        values: the keys of a preset file; or ``embed_dim``, ``image_resolution``, ``vision_layers``, ``vision_width``,
+            ``vision_patch_size``, ``context_length``, ``vocab_size``, ``transformer_width``, ``…_heads``, ``…_layers``,
+            as train-CLIP's configuration files have them.
+        source: named in errors.
+
+    Raises:
+        UserError: a key that is unknown or missing, or sizes that do not fit.
+    """
+    if "image_resolution" in values:
+        values = _from_flat(values)
+    try:
+        image = values.get("image", {})
+        image_type = ResNetConfig if "blocks" in image else ViTConfig
+        # A model without numbers of its own trains with ViT-B/32's.
+        optimizer = values["optimizer"] if "optimizer" in values else read_config("ViT-B/32").to_dict()["optimizer"]
+        parts = {
+            "image": _build(image_type, image, "image"),
+            "text": _build(TextConfig, values.get("text", {}), "text"),
+            "optimizer": _build(OptimizerConfig, optimizer, "optimizer"),
+        }
+        return _build(ModelConfig, {"name": source} | values | parts, "model")
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: {error}. `train-clip models --show ViT-B/32` prints a complete file.") from None
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"unknown key {unknown[0]!r} under {where!r}; known: {', '.join(fields)}")
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise UserError(f"{', '.join(missing)} missing under {where!r}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _from_flat(values: dict[str, Any]) -> dict[str, Any]:
+    size, width, layers = values["image_resolution"], values["vision_width"], values["vision_layers"]
+    image: dict[str, Any] = {"size": size, "width": width}
+    if isinstance(layers, int):
+        # 64 channels a head, as OpenAI's constructor sets it.
+        image |= {"patch": values["vision_patch_size"], "layers": layers, "heads": max(1, width // 64)}
+    else:
+        image |= {"blocks": layers}
+    text = {
+        "context": values["context_length"],
+        "vocab": values["vocab_size"],
+        "layers": values["transformer_layers"],
+        "width": values["transformer_width"],
+        "heads": values["transformer_heads"],
+    }
+    return {"embed_dim": values["embed_dim"], "image": image, "text": text}
+
+
+def _read_yaml(text: str, source: str, default_name: str) -> ModelConfig:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML ({error}).") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
+    return config_from_dict({"name": default_name} | values, source)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

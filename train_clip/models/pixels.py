@@ -1,0 +1,29 @@
+"""Bytes to normalised floats, on whatever device the images are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class PixelNorm(nn.Module):
+    """(x / 255 - mean) / std for bytes; floats are taken as already normalised and pass unchanged."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> None:
+        super().__init__()
+        # Not persistent: the state dict holds the field's names and nothing else.
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, H, W) uint8 to float of the buffers' dtype; return floating point as it is."""
+        if images.is_floating_point():
+            return images
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std

@@ -1,0 +1,126 @@
+"""CLIP's modified ResNet (CLIP paper, section 2.4; openai/CLIP, model.py).
+
+Three differences from He et al.: a stem of three 3×3 convolutions, an average pool before every strided convolution
+(anti-aliasing), and attention pooling instead of the mean.
+
+B  images      S  side of the image in pixels      C  channels      L  positions of the last map      D  embedding width
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train_clip.models.blocks import attend
+from train_clip.models.config import ResNetConfig
+
+EXPANSION = 4  # a bottleneck's output over its inner channels (He et al. 2015, arXiv 1512.03385, table 1)
+
+
+class ModifiedResNet(nn.Module):
+    """Stem, four stages of bottlenecks, attention pooling.
+
+    Args:
+        config: its sizes.
+        embed_dim: D.
+    """
+
+    def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
+        super().__init__()
+        width = config.width
+        self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        channels = [width, *(width * 2**stage * EXPANSION for stage in range(4))]
+        self.layer1 = _stage(channels[0], width, config.blocks[0], stride=1)
+        self.layer2 = _stage(channels[1], width * 2, config.blocks[1], stride=2)
+        self.layer3 = _stage(channels[2], width * 4, config.blocks[2], stride=2)
+        self.layer4 = _stage(channels[3], width * 8, config.blocks[3], stride=2)
+        # Heads of 64 channels: 32 · width / 64 (openai/CLIP, model.py).
+        self.attnpool = AttentionPool(config.size // 32, channels[4], heads=width // 2, embed_dim=embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
+        return self.attnpool(self.feature_map(images))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) normalised images to the last (B, C, S/32, S/32) map."""
+        x = images
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(norm(conv(x)))
+        x = F.avg_pool2d(x, 2)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return x
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions around a shortcut; a stride is an average pool after the 3×3."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        outputs = channels * EXPANSION
+        self.conv1 = nn.Conv2d(inputs, channels, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.avgpool = nn.AvgPool2d(stride)
+        self.conv3 = nn.Conv2d(channels, outputs, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        # The residual branch starts at zero (openai/CLIP, initialize_parameters).
+        nn.init.zeros_(self.bn3.weight)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            shortcut = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+            parts = [("-1", nn.AvgPool2d(stride)), ("0", shortcut), ("1", nn.BatchNorm2d(outputs))]
+            self.downsample = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, H, W) to (B, 4 · channels, H / stride, W / stride)."""
+        inner = F.relu(self.bn1(self.conv1(x)))
+        inner = F.relu(self.bn2(self.conv2(inner)))
+        inner = self.bn3(self.conv3(self.avgpool(inner)))
+        return F.relu(inner + self.downsample(x))
+
+
+class AttentionPool(nn.Module):
+    """One attention step in which the mean of the map asks the map and itself.
+
+    Args:
+        side: height and width of the map.
+        channels: C.
+        heads: divides C.
+        embed_dim: D.
+    """
+
+    def __init__(self, side: int, channels: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, channels) / channels**0.5)
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, embed_dim)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=channels**-0.5)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """Map a (B, C, H, W) feature map to (B, D)."""
+        x = feature_map.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        q, k, v = (
+            projection(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection, tokens in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
+        )
+        return self.c_proj(attend(q, k, v, causal=False).transpose(1, 2).flatten(2)).squeeze(1)
+
+
+def _stage(inputs: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    later = [Bottleneck(channels * EXPANSION, channels, stride=1) for _ in range(1, blocks)]
+    return nn.Sequential(Bottleneck(inputs, channels, stride), *later)

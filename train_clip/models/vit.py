@@ -1,0 +1,46 @@
+"""CLIP's vision transformer (CLIP paper, section 2.4; openai/CLIP, model.py).
+
+B  images      S  side of the image in pixels      P  patches      W  width      D  embedding width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from train_clip.models.blocks import LayerNorm, Transformer
+from train_clip.models.config import ViTConfig
+
+
+class VisionTransformer(nn.Module):
+    """Patches and a class token, through the blocks; the class token's output is projected.
+
+    Args:
+        config: its sizes.
+        embed_dim: D.
+        activation: ``quick_gelu`` or ``gelu``.
+    """
+
+    def __init__(self, config: ViTConfig, embed_dim: int, activation: str) -> None:
+        super().__init__()
+        width = config.width
+        patches = (config.size // config.patch) ** 2
+        deviation = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch, stride=config.patch, bias=False)
+        self.class_embedding = nn.Parameter(deviation * torch.randn(width))
+        self.positional_embedding = nn.Parameter(deviation * torch.randn(patches + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, config.layers, config.heads, activation, causal=False)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(deviation * torch.randn(width, embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
+        return self.features(images) @ self.proj
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) normalised images to (B, W) features, before the projection."""
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])

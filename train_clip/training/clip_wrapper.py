@@ -1,0 +1,143 @@
+"""CLIP from scratch: a preset or a configuration, and the module that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from train_clip.data.images import open_rgb
+from train_clip.data.transforms import center_crop, to_tensor
+from train_clip.models.clip import CLIP
+from train_clip.models.config import ModelConfig, config_from_dict, read_config
+from train_clip.training.module import ContrastiveModule, unit_norm
+from train_clip.training.optimizer import AdamWConfig
+
+EMBED_AT_ONCE = 64  # images or captions
+
+
+class CLIPWrapper(ContrastiveModule):
+    """A CLIP that trains under any ``Trainer``, and embeds images and captions afterwards.
+
+    ``CLIPWrapper.load_from_checkpoint(path)`` needs no further arguments.
+
+    Args:
+        model_name: a preset (``train-clip models`` lists them) or a path to a YAML file. Only a name where ``config`` is
+            given.
+        config: the model itself, as a ``ModelConfig``, as a dict in a preset's form, or in the flat form of train-CLIP's
+            configuration files.
+        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
+        learning_rate: at the peak; like the next three, the preset's where None.
+        weight_decay: on matrices and convolutions.
+        betas: AdamW's.
+        eps: AdamW's.
+        warmup_steps: optimizer steps until the peak; None for the smaller of 2,000 and a tenth of the run.
+        seed: decides the random state of each step. Weights are drawn from PyTorch's global generator.
+
+    Raises:
+        UserError: an unknown preset, or a configuration that does not fit together.
+    """
+
+    def __init__(  # noqa: PLR0913, people know these arguments
+        self,
+        model_name: str = "ViT-B/32",
+        config: ModelConfig | dict[str, Any] | None = None,
+        minibatch_size: int = 0,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        betas: Sequence[float] | None = None,
+        eps: float | None = None,
+        warmup_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if config is None:
+            config = read_config(model_name)
+        elif isinstance(config, dict):
+            config = config_from_dict({"name": model_name} | config, model_name)
+        preset = config.optimizer
+        beta1, beta2 = preset.betas if betas is None else betas
+        optimizer = AdamWConfig(
+            learning_rate=preset.lr if learning_rate is None else learning_rate,
+            betas=(beta1, beta2),
+            eps=preset.eps if eps is None else eps,
+            weight_decay=preset.weight_decay if weight_decay is None else weight_decay,
+            warmup_steps=warmup_steps,
+        )
+        super().__init__(CLIP(config), optimizer, minibatch_size, seed)
+        # Plain values only: anything else makes the file unloadable without running code.
+        self.save_hyperparameters(
+            {
+                "model_name": config.name,
+                "config": config.to_dict(),
+                "minibatch_size": minibatch_size,
+                "learning_rate": optimizer.learning_rate,
+                "weight_decay": optimizer.weight_decay,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "warmup_steps": warmup_steps,
+                "seed": seed,
+            }
+        )
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[str | Path | Image.Image] | Tensor) -> Tensor:
+        """Embed images for search and comparison, with the model in eval mode.
+
+        Args:
+            images: paths or RGB pictures, which are resized and centre-cropped; or a tensor (N, 3, S, S), uint8 or
+                already normalised.
+
+        Returns:
+            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
+            of their embeddings.
+
+        Raises:
+            BadSample: a file that cannot be read as an image.
+        """
+        parts = []
+        with _eval_mode(self.model):
+            for start in range(0, len(images), EMBED_AT_ONCE):
+                batch = images[start : start + EMBED_AT_ONCE]
+                if not isinstance(batch, Tensor):
+                    batch = torch.stack([self._pixels(image) for image in batch])
+                parts.append(unit_norm(self.model.encode_image(batch.to(self.device))))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
+        """Embed captions, with the model in eval mode.
+
+        Args:
+            texts: one caption or several; what is over the context length is cut.
+
+        Returns:
+            (N, D) float32, unit norm, on this module's device.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        parts = []
+        with _eval_mode(self.model):
+            for start in range(0, len(texts), EMBED_AT_ONCE):
+                tokens, _ = self.tokenizer.batch(texts[start : start + EMBED_AT_ONCE])
+                parts.append(unit_norm(self.model.encode_text(tokens.to(self.device))))
+        return torch.cat(parts)
+
+    def _pixels(self, image: str | Path | Image.Image) -> Tensor:
+        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(str(image))
+        return to_tensor(center_crop(picture, self.model.config.image.size))
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode within the block, each submodule's own mode after it."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,170 @@
+"""Folder → loaders, for one process or many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+
+from train_clip.data.collate import Collate
+from train_clip.data.folder import FolderScan, Pair, scan_folder, split_pairs
+from train_clip.data.pairs import Augmentation, TrainingPairs, ValidationPairs
+from train_clip.data.sampler import GlobalBatchSampler
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.errors import UserError
+
+MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
+
+
+class TextImageDataModule(L.LightningDataModule):
+    """Images and captions that share a stem, anywhere below a folder.
+
+    Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
+    of processes and workers. Pairs that do not fill a global batch are left out, others each epoch.
+
+    Args:
+        folder: images in any format that Pillow reads, captions in ``.txt`` files, one a line.
+        batch_size: pairs of a global batch, over all processes.
+        num_workers: loader processes for each training process; None for one a free core, 8 at most.
+        image_size: side of the square that the model takes, in pixels.
+        resize_ratio: least share of the area that the training crop keeps (train-CLIP's crop, for instance 0.75); None
+            for the paper's, a random square of the whole shorter side.
+        shuffle: permute the pairs each epoch.
+        custom_tokenizer: a Hugging Face tokenizer in place of CLIP's.
+        val_share: share of the pairs held out for validation, chosen by file name.
+        seed: decides order, crops and captions.
+        context_length: tokens of a caption at most, with CLIP's tokenizer.
+
+    Raises:
+        UserError: from ``setup``: a folder without pairs, or numbers that cannot work.
+    """
+
+    def __init__(  # noqa: PLR0913, people know these arguments
+        self,
+        folder: str | Path,
+        batch_size: int,
+        num_workers: int | None = 0,
+        image_size: int = 224,
+        resize_ratio: float | None = None,
+        shuffle: bool = True,
+        custom_tokenizer: Callable[..., Any] | None = None,
+        val_share: float = 0.0,
+        seed: int = 0,
+        context_length: int = 77,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_share < 1:
+            raise UserError(f"val_share is {val_share}; expected a share from 0 (no validation) to below 1.")
+        if resize_ratio is not None and not 0 < resize_ratio <= 1:
+            raise UserError(f"resize_ratio is {resize_ratio}; expected a share of the area above 0, up to 1.")
+        if batch_size < 2:
+            raise UserError(f"batch_size is {batch_size}; a contrastive loss needs at least 2 pairs.")
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.augmentation = Augmentation(image_size, resize_ratio, seed)
+        self.shuffle = shuffle
+        self.val_share = val_share
+        self.collate = Collate(custom_tokenizer or Tokenizer(context_length))
+        self.training_pairs: list[Pair] = []
+        self.validation_pairs: list[Pair] = []
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002, the hook's form
+        """Scan the folder once and settle the batch size."""
+        if self.training_pairs:
+            return
+        scan = scan_folder(self.folder).require_pairs()
+        self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.folder, self.val_share)
+        self.batch_size = fit_batch_size(self.batch_size, len(self.training_pairs), self._process()[1], self.folder)
+        rank_zero_info(self._summary(scan))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Global batches of fixed size, this process's share."""
+        dataset = TrainingPairs(self.training_pairs, self.augmentation)
+        process = self._process()
+        sampler = GlobalBatchSampler(
+            dataset, self.batch_size, self._consumed_batches, self.shuffle, self.augmentation.seed, process
+        )
+        return self._loader(dataset, sampler=sampler, batch_size=self.batch_size // process[1], drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The held-out pairs in order; Lightning shares them among the processes. Nothing where none are held out."""
+        if not self.validation_pairs:
+            return []
+        dataset = ValidationPairs(self.validation_pairs, self.augmentation.size)
+        return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
+
+    def _loader(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
+        workers = self.num_workers
+        if workers is None:
+            workers = min(MAX_WORKERS, max(1, available_cores() // self._process()[1]))
+        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(
+            dataset,
+            collate_fn=self.collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
+            **how,
+        )
+
+    def _process(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _consumed_batches(self) -> int:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "consumed_batches", 0)
+
+    def _summary(self, scan: FolderScan) -> str:
+        left_out = len(self.training_pairs) % self.batch_size
+        lines = [
+            f"{self.folder}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
+            f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
+            f"{self.batch_size:,} an epoch" + (f", {left_out:,} pairs left out of each in turn." if left_out else ".")
+        ]
+        if scan.lone_images:
+            lines.append(f"  {len(scan.lone_images):,} images have no caption, for instance {scan.lone_images[0]}.")
+        if scan.lone_captions:
+            lines.append(f"  {len(scan.lone_captions):,} captions have no image, for instance {scan.lone_captions[0]}.")
+        return "\n".join(lines)
+
+
+def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, folder: Path) -> int:
+    """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer.
+
+    Args:
+        wanted: pairs of a global batch.
+        num_pairs: pairs to train on.
+        num_processes: what the batch is shared among.
+        folder: named in messages.
+
+    Raises:
+        UserError: the batch does not divide among the processes, or there are too few pairs for any.
+    """
+    if wanted % num_processes:
+        below = max(wanted - wanted % num_processes, num_processes)
+        raise UserError(
+            f"--batch_size {wanted} cannot be shared evenly among {num_processes} processes; it counts the pairs of all "
+            f"of them together. Use {below} or {below + num_processes}."
+        )
+    if num_pairs >= wanted:
+        return wanted
+    fitting = num_pairs // num_processes * num_processes
+    if fitting < 2:
+        raise UserError(
+            f"{folder}: {num_pairs} pairs to train on, {num_processes} processes; expected at least 2 pairs, and one a "
+            "process. Add pairs, or hold out fewer for validation (--val_share)."
+        )
+    rank_zero_info(f"{folder}: only {num_pairs} pairs to train on; the batch shrinks from {wanted} to {fitting}.")
+    return fitting
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    # Where there is no affinity (macOS, Windows) all cores are free.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,190 @@
+"""The one LightningModule: two encoders, the contrastive objective, and the step that every kind of training shares.
+
+B  pairs on this process      W  processes      N  pairs of the global batch (W · B)      D  embedding width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.errors import UserError
+from train_clip.gather import gather_with_gradient, world
+from train_clip.losses.contrastive import Pairs, accuracy, clip_loss
+from train_clip.models.clip import CLIP
+from train_clip.models.config import ModelConfig
+from train_clip.training.chunks import encode_in_chunks
+from train_clip.training.end_of_step import EndOfStep
+from train_clip.training.optimizer import AdamWConfig, build_adamw, build_schedule
+from train_clip.training.skips import SkipReport
+from train_clip.training.validation import ValidationSplit
+
+IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
+LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
+
+
+class ContrastiveModule(L.LightningModule):
+    """Trains a CLIP on batches that start with images and texts.
+
+    Works under any ``Trainer`` and with any loader. Images are uint8, or float that is already normalised; texts are
+    token tensors (B, L), lists of strings, or a tokenizer's mapping with ``input_ids``.
+
+    Args:
+        model: both towers and the temperature.
+        optimizer: AdamW's numbers.
+        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
+        seed: with the count of batches it decides the random state of each step.
+    """
+
+    def __init__(self, model: CLIP, optimizer: AdamWConfig, minibatch_size: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = Tokenizer(model.config.text.context)
+        self.consumed_batches = 0
+        self._optimizer_config = optimizer
+        self._minibatch_size = minibatch_size
+        self._seed = seed
+        self._validation_split = ValidationSplit()
+        self._checked_pixels = False
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What a bare ``Trainer`` needs too."""
+        return [EndOfStep(), SkipReport()]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and the cosine over the real number of optimizer steps."""
+        num_steps = self.trainer.estimated_stepping_batches
+        if not 0 < num_steps < float("inf"):
+            raise UserError(
+                "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
+                "max_epochs is -1. Set the Trainer's max_steps."
+            )
+        optimizer = build_adamw(self.model, self._optimizer_config)
+        schedule = build_schedule(optimizer, self._optimizer_config.warmup_steps, int(num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        """Loss of this process's rows against the global batch, () float32."""
+        images, tokens = self._read(batch)
+        pairs = share(*self._embed(images, tokens))
+        # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
+        with torch.autocast(self.device.type, enabled=False):
+            loss = clip_loss(pairs, self.model.logit_scale.exp())
+        self._log_step(loss.detach(), pairs)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update, then clamp the temperature."""
+        super().optimizer_step(*args, **kwargs)
+        self.model.clamp_temperature()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the position in the data."""
+        checkpoint["consumed_batches"] = self.consumed_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the position in the data."""
+        self.consumed_batches = checkpoint.get("consumed_batches", 0)
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        """Embed; the split is scored as a whole at its end."""
+        images, tokens = self._read(batch)
+        self._validation_split.add(*self._embed(images, tokens), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        """Loss over global batches of fixed size, and retrieval, over the whole split."""
+        dataset = getattr(self.trainer.val_dataloaders, "dataset", None)
+        figures = self._validation_split.score(self.model.logit_scale.exp(), dataset)
+        # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
+        self.log_dict(figures, sync_dist=True)
+
+    def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images, and (B, L) int64 tokens, of a batch of any accepted kind, on this module's device."""
+        images, texts = batch[0], batch[1]
+        if isinstance(texts, Mapping):
+            texts = texts["input_ids"]
+        elif not isinstance(texts, Tensor):
+            texts, _ = self.tokenizer.batch(list(texts))
+        _check_shapes(images, texts, self.model.config)
+        if not self._checked_pixels:
+            self._checked_pixels = True
+            _check_values(images, texts, self.model.config)
+        return images.to(self.device), texts.to(self.device)
+
+    def _embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-norm (B, D) embeddings of both sides, float32 or wider."""
+        model, size = self.model, self._minibatch_size
+        seed = (self._seed, self.consumed_batches, world()[0])
+        image_embeddings = encode_in_chunks(model.encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
+        text_embeddings = encode_in_chunks(model.encode_text, tokens, size, (*seed, TEXT_TOWER), model.transformer)
+        return unit_norm(image_embeddings), unit_norm(text_embeddings)
+
+    def _log_step(self, loss: Tensor, pairs: Pairs) -> None:
+        """Log the global batch's figures, on the steps that reach a logger: reading them waits for the device."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps and self.device.type != "cpu":
+            return
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss.item()} at batch {self.consumed_batches + 1}; no weight has been changed by it. "
+                "Expected a finite number. Go on from the last checkpoint with a lower --learning_rate, more "
+                "--warmup_steps or --gradient_clip_val 1.0; with --precision 16-mixed try bf16-mixed."
+            )
+        figures = {
+            "train/loss": loss,
+            "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset),
+            "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset),
+            "train/logit_scale": self.model.logit_scale.detach().exp(),
+            "train/learning_rate": torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], device=self.device),
+        }
+        self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
+
+
+def share(images: Tensor, texts: Tensor) -> Pairs:
+    """Gather everyone's embeddings, with gradient, around this process's.
+
+    Args:
+        images: (B, D) float, unit norm.
+        texts: (B, D) float, unit norm.
+    """
+    return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), world()[0] * len(images))
+
+
+def unit_norm(embeddings: Tensor) -> Tensor:
+    """Scale (B, D) rows to length 1, in float32 or wider."""
+    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+
+
+def _check_shapes(images: Tensor, tokens: Tensor, config: ModelConfig) -> None:
+    size, context = config.image.size, config.text.context
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise UserError(
+            f"A batch's images have shape {tuple(images.shape)}; {config.name} expects (B, 3, {size}, {size}). "
+            "Resize them, or build the model for their size (--image_size, or config.with_image_size)."
+        )
+    if tokens.ndim != 2 or len(tokens) != len(images) or tokens.shape[1] > context:
+        raise UserError(
+            f"A batch's tokens have shape {tuple(tokens.shape)} beside {len(images)} images; {config.name} expects one "
+            f"row an image, of {context} tokens at most. Cut longer captions, keeping their end token."
+        )
+
+
+def _check_values(images: Tensor, tokens: Tensor, config: ModelConfig) -> None:
+    """Look at the first batch's values, once: it waits for the device."""
+    if int(tokens.max()) >= config.text.vocab or int(tokens.min()) < 0:
+        raise UserError(
+            f"Token ids run from {int(tokens.min())} to {int(tokens.max())}; {config.name} has a vocabulary of "
+            f"{config.text.vocab:,}. Use CLIP's tokenizer, or batches of plain strings."
+        )
+    if images.is_floating_point() and (images.min() >= 0 or images.abs().max() > LARGEST_NORMALISED):
+        rank_zero_warn(
+            f"The first batch's images are floating point from {images.min():.3g} to {images.max():.3g}. Floats are "
+            "taken as already normalised by mean and deviation, and these do not look it. Pass uint8 to have it done."
+        )

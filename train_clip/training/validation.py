@@ -1,0 +1,104 @@
+"""The validation split, scored as a whole: the figures are one process's whatever the number of processes.
+
+n  rows of one process's batch      N  pairs of the split      D  embedding width      L  tokens
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train_clip.evaluation.retrieval import retrieval
+from train_clip.gather import gather_all, world
+from train_clip.losses.contrastive import Pairs, clip_loss
+
+
+class ValidationSplit:
+    """Collects embeddings batch by batch; ``score`` gathers them and starts afresh."""
+
+    def __init__(self) -> None:
+        self._images: list[Tensor] = []
+        self._texts: list[Tensor] = []
+        self._captions: list[Tensor] = []
+
+    def add(self, images: Tensor, texts: Tensor, tokens: Tensor) -> None:
+        """Add one process's batch.
+
+        Args:
+            images: (n, D) float, unit norm.
+            texts: (n, D) float, unit norm.
+            tokens: (n, L) int64: captions with equal tokens are equal captions.
+        """
+        self._images.append(images)
+        self._texts.append(texts)
+        self._captions.append(caption_ids(tokens))
+
+    def score(self, scale: Tensor, dataset: Any = None) -> dict[str, float]:
+        """Compute the loss and recalls of everything that was added on all processes, and forget it.
+
+        Args:
+            scale: () float, exp of the learned temperature.
+            dataset: what the loader read; where it has a length, repetitions that a sampler added to even out the
+                processes are dropped.
+
+        Returns:
+            ``val/loss``, over global batches as large as the first, the remainder weighted by its size; and
+            ``val/R@k_…`` both ways for k = 1, 5, 10.
+        """
+        if not self._images:
+            return {}
+        batch = len(self._images[0]) * world()[1]
+        total = len(dataset) if hasattr(dataset, "__len__") else None
+        images, texts, captions = (
+            interleave(gather_all(torch.cat(parts)), total) for parts in (self._images, self._texts, self._captions)
+        )
+        self.__init__()  # type: ignore[misc]
+        found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
+        figures = {"val/loss": loss_in_batches(images, texts, scale, batch)}
+        for k in found.image_to_text:
+            figures[f"val/R@{k}_image_to_text"] = found.image_to_text[k]
+            figures[f"val/R@{k}_text_to_image"] = found.text_to_image[k]
+        return figures
+
+
+def loss_in_batches(images: Tensor, texts: Tensor, scale: Tensor, batch: int) -> float:
+    """Mean over all pairs of their loss among the pairs of their batch.
+
+    Args:
+        images: (N, D) float, unit norm.
+        texts: (N, D) float, unit norm.
+        scale: () float.
+        batch: pairs of a global batch; the last may hold fewer.
+    """
+    total = 0.0
+    for own_images, own_texts in zip(images.split(batch), texts.split(batch), strict=True):
+        pairs = Pairs(own_images, own_texts, own_images, own_texts)
+        total += clip_loss(pairs, scale.float()).item() * len(own_images)
+    return total / len(images)
+
+
+def interleave(parts: list[Tensor], total: int | None) -> Tensor:
+    """Undo a ``DistributedSampler``: process r of W holds rows r, r + W, r + 2W, … of the split.
+
+    Args:
+        parts: one tensor a process.
+        total: rows of the split; what follows them is a sampler's padding. None where it is unknown.
+
+    Returns:
+        (N, …) in the split's order. Parts of unequal length come from no such sampler and are joined as they are.
+    """
+    if len({len(part) for part in parts}) > 1:
+        return torch.cat(parts)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def caption_ids(tokens: Tensor) -> Tensor:
+    """(n,) int64, equal for equal captions: a random linear hash of (n, L) tokens up to the end token."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    used = positions <= tokens.argmax(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(0)
+    # Integer products wrap around: two captions collide once in about 2⁶³ pairs.
+    weights = torch.randint(-(2**62), 2**62, (tokens.shape[1],), generator=generator).to(tokens.device)
+    return (tokens * used * weights).sum(dim=1)
