@@ -109,8 +109,8 @@ def _recipe(name: str) -> str:
 def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tuple[Any, list[str]]]]:
     """Build a verb's parser from its function's signature and docstring.
 
-    A dataclass is added flat, field by field; a positional-only parameter is a positional argument; a mapping of Trainer
-    options brings the Trainer's own arguments.
+    A dataclass is added flat, field by field; a positional-only parameter is a positional argument; a mapping of
+    Trainer options brings the Trainer's own arguments.
     """
     from docstring_parser import parse as parse_docstring
     from jsonargparse import ArgumentParser

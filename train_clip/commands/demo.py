@@ -53,8 +53,8 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         ),
     )
     print(
-        f"\nThat took {time.perf_counter() - started:.0f} s. With a folder of your own, images and captions that share a "
-        "stem (cat.jpg, cat.txt):\n"
+        f"\nThat took {time.perf_counter() - started:.0f} s. With a folder of your own, images and captions that share "
+        "a stem (cat.jpg, cat.txt):\n"
         "  train-clip train --model_name ViT-B/32 --folder data_dir --batch_size 256\n"
         "`train-clip models` lists the models, `train-clip train --help` the options."
     )

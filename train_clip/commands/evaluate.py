@@ -226,9 +226,10 @@ def report(scores: Scores) -> None:
             f"zero-shot over {result.num_classes} classes: top-1 {result.top1:.1%} (chance {result.chance:.1%}), top-5 "
             f"{result.top5:.1%}, mean per class {result.mean_per_class:.1%}",
             highlight=False,
+            soft_wrap=True,
         )
     for skip in scores.skips[:NAMED]:
-        console.print(f"Not scored: {skip.path}: {skip.reason}", highlight=False)
+        console.print(f"Not scored: {skip.path}: {skip.reason}", highlight=False, soft_wrap=True)
     if len(scores.skips) > NAMED:
         console.print(f"… and {len(scores.skips) - NAMED:,} more files that were not scored.", highlight=False)
 

@@ -30,7 +30,7 @@ class DataOptions:
     Args:
         folder: images and captions (.txt, one a line) that share a stem, in any subfolders
         batch_size: pairs of a batch over all processes; fewer where there are fewer pairs
-        num_workers: loader processes for each training process, if not one a free core, 8 at most
+        num_workers: loader processes for each training process, if not one a core, 8 at most, and none on a CPU
         resize_ratio: least share of the image's area that the training crop keeps, such as 0.75; without it the paper's
             crop, a random square of the whole shorter side
         shuffle: whether to permute the pairs each epoch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.errors import UserError
 from train_clip.files import write_text
@@ -33,7 +33,8 @@ def choose_run_folder(output: Path | None, model_name: str) -> Path:
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
         return Path("runs") / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     # Other processes of the same run come here after the first has begun to write.
-    if rank_zero_only.rank == 0 and output.exists():
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if first and output.exists():
         if not output.is_dir():
             raise UserError(f"{output}: is a file; expected a folder for the run. Give another --output.")
         if any((output / name).exists() for name in ("config.yaml", "checkpoints")):

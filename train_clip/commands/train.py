@@ -13,6 +13,7 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions
+from train_clip.commands.quiet import quiet
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
@@ -44,6 +45,7 @@ def train(
     Returns:
         The run's folder.
     """
+    quiet()
     L.seed_everything(run.seed, verbose=False)
     config = read_config(model.model_name)
     if model.image_size is not None:
@@ -129,7 +131,7 @@ def _loggers(asked: Any, folder: Path) -> list[Logger] | bool:
         return False
     csv = CSVLogger(folder, name="", version="logs")
     if asked in (None, True):
-        return [TensorBoardLogger(folder, name="", version="logs"), csv]
+        return [csv, TensorBoardLogger(folder, name="", version="tensorboard")]
     return [csv, *(asked if isinstance(asked, list) else [asked])]
 
 

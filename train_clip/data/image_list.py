@@ -6,6 +6,7 @@ S  side of the square in pixels
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class ImageList(Dataset["tuple[int, Tensor | Skip]"]):
             return index, Skip(bad.path, bad.reason)
 
 
-def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader:  # type: ignore[type-arg]
+def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
     """Load images in batches of (indices, (B, 3, S, S) uint8 pixels, skips); bad files are in the skips alone."""
     return DataLoader(ImageList(paths, size), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
 

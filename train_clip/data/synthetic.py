@@ -38,7 +38,7 @@ PLACES = {
     "at the bottom": (0.5, 0.75),
     "at the bottom right": (0.75, 0.75),
 }
-TEMPLATES = ("a {size} {thing} {place}", "there is a {size} {thing} {place}", "{place}, a {thing} that is {size}")
+TEMPLATES = ("a {size} {thing} {place}", "there is a {size} {thing} {place}", "{place}, one {thing}, {size}")
 SIDE = 48  # pixels
 OVERSAMPLING = 4  # drawn this much larger, then reduced: smooth edges
 JITTER = 0.03  # of the side

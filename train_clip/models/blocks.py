@@ -8,6 +8,8 @@ Parameter names are the field's (OpenAI's and open_clip's state dicts), so that 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +40,13 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, W) to (B, L, W)."""
-        for block in self.resblocks:
+        for block in self.blocks():
             x = block(x)
         return x
+
+    def blocks(self) -> Iterator[ResidualBlock]:
+        """The blocks, first to last."""
+        return cast(Iterator[ResidualBlock], iter(self.resblocks))
 
 
 class ResidualBlock(nn.Module):
@@ -51,18 +57,23 @@ class ResidualBlock(nn.Module):
         self.ln_1 = LayerNorm(width)
         self.attn = SelfAttention(width, heads, causal)
         self.ln_2 = LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=ACTIVATIONS[activation](),
-                c_proj=nn.Linear(4 * width, width),
-            )
-        )
+        self.mlp = MLP(width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, W) to (B, L, W)."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
+
+
+class MLP(nn.Sequential):
+    """A linear layer to four times the width, the activation, and back."""
+
+    c_fc: nn.Linear
+    c_proj: nn.Linear
+
+    def __init__(self, width: int, activation: str) -> None:
+        expand, contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        super().__init__(OrderedDict(c_fc=expand, gelu=ACTIVATIONS[activation](), c_proj=contract))
 
 
 class SelfAttention(nn.Module):

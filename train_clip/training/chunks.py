@@ -72,7 +72,7 @@ def encode_in_chunks(
 class PooledNorms:
     """The BatchNorms of a module, with one update of their running statistics for a batch that comes in chunks.
 
-        mean = Σ n_k mean_k / n            var = Σ n_k (var_k + mean_k²) / n - mean²            unbiased: var · n / (n-1)
+        mean = Σ n_k mean_k / n        var = Σ n_k (var_k + mean_k²) / n - mean²        unbiased: var · n / (n - 1)
 
     Args:
         module: searched for BatchNorms that are training and keep running statistics.
@@ -94,15 +94,20 @@ class PooledNorms:
     @torch.no_grad()
     def update(self) -> None:
         """Set the running statistics from those of all chunks."""
-        for norm, before, chunks in zip(self.norms, self.before, self.chunks, strict=True):
-            total = sum(count for count, _, _ in chunks)
-            mean = sum(count * mean for count, mean, _ in chunks) / total
-            square = sum(count * (_biased(variance, count) + mean_k**2) for count, mean_k, variance in chunks) / total
-            variance = (square - mean**2) * total / max(total - 1, 1)
-            norm.num_batches_tracked += 1 - len(chunks)  # type: ignore[operator]
-            momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum  # type: ignore
-            norm.running_mean = before[0].lerp(mean, momentum)  # type: ignore[arg-type]
-            norm.running_var = before[1].lerp(variance, momentum)
+        for norm, (mean_before, variance_before), chunks in zip(self.norms, self.before, self.chunks, strict=True):
+            counts = torch.tensor([count for count, _, _ in chunks], dtype=mean_before.dtype, device=mean_before.device)
+            means = torch.stack([mean for _, mean, _ in chunks])
+            variances = torch.stack([variance for _, _, variance in chunks])
+            total, weights = counts.sum(), (counts / counts.sum())[:, None]
+            mean = (weights * means).sum(dim=0)
+            biased = variances * ((counts - 1) / counts)[:, None]
+            variance = ((weights * (biased + means**2)).sum(dim=0) - mean**2) * total / (total - 1)
+            tracked = cast(Tensor, norm.num_batches_tracked)
+            tracked += 1 - len(chunks)
+            # momentum None is a cumulative average (torch.nn.BatchNorm2d).
+            momentum = 1 / int(tracked) if norm.momentum is None else norm.momentum
+            cast(Tensor, norm.running_mean).copy_(mean_before.lerp(mean, momentum))
+            cast(Tensor, norm.running_var).copy_(variance_before.lerp(variance, momentum))
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -150,7 +155,3 @@ def _processes(norm: nn.Module) -> int:
     if not isinstance(norm, nn.SyncBatchNorm):
         return 1
     return world()[1] if norm.process_group is None else distributed.get_world_size(norm.process_group)
-
-
-def _biased(variance: Tensor, count: int) -> Tensor:
-    return variance * (count - 1) / max(count, 1)

@@ -27,10 +27,10 @@ class CLIPWrapper(ContrastiveModule):
     ``CLIPWrapper.load_from_checkpoint(path)`` needs no further arguments.
 
     Args:
-        model_name: a preset (``train-clip models`` lists them) or a path to a YAML file. Only a name where ``config`` is
-            given.
-        config: the model itself, as a ``ModelConfig``, as a dict in a preset's form, or in the flat form of train-CLIP's
-            configuration files.
+        model_name: a preset (``train-clip models`` lists them) or a path to a YAML file. Only a name where ``config``
+            is given.
+        config: the model itself, as a ``ModelConfig``, as a dict in a preset's form, or in the flat form of
+            train-CLIP's configuration files.
         minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
         learning_rate: at the peak; like the next three, the preset's where None.
         weight_decay: on matrices and convolutions.

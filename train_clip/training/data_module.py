@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from train_clip.data.collate import Collate
@@ -30,7 +30,8 @@ class TextImageDataModule(L.LightningDataModule):
     Args:
         folder: images in any format that Pillow reads, captions in ``.txt`` files, one a line.
         batch_size: pairs of a global batch, over all processes.
-        num_workers: loader processes for each training process; None for one a free core, 8 at most.
+        num_workers: loader processes for each training process; None for one a core, 8 at
+            most, and none where the model itself runs on the cores.
         image_size: side of the square that the model takes, in pixels.
         resize_ratio: least share of the area that the training crop keeps (train-CLIP's crop, for instance 0.75); None
             for the paper's, a random square of the whole shorter side.
@@ -100,16 +101,17 @@ class TextImageDataModule(L.LightningDataModule):
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
     def _loader(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
         workers = self.num_workers
         if workers is None:
-            workers = min(MAX_WORKERS, max(1, available_cores() // self._process()[1]))
-        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+            # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
+            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, available_cores() // self._process()[1]))
         return DataLoader(
             dataset,
             collate_fn=self.collate,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=pin,
+            pin_memory=device == "cuda",
             **how,
         )
 
@@ -149,8 +151,8 @@ def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, folder: Path
     if wanted % num_processes:
         below = max(wanted - wanted % num_processes, num_processes)
         raise UserError(
-            f"--batch_size {wanted} cannot be shared evenly among {num_processes} processes; it counts the pairs of all "
-            f"of them together. Use {below} or {below + num_processes}."
+            f"--batch_size {wanted} cannot be shared evenly among {num_processes} processes; it counts the pairs of "
+            f"all of them together. Use {below} or {below + num_processes}."
         )
     if num_pairs >= wanted:
         return wanted

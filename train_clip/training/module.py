@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -129,7 +129,8 @@ class ContrastiveModule(L.LightningModule):
 
     def _log_step(self, loss: Tensor, pairs: Pairs) -> None:
         """Log the global batch's figures, on the steps that reach a logger: reading them waits for the device."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps and self.device.type != "cpu":
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every and self.device.type != "cpu":
             return
         if not torch.isfinite(loss):
             raise UserError(

@@ -38,7 +38,7 @@ class SkipReport(L.Callback):
         """Note what the batch carries."""
         self._note(batch)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print the epoch's counts, if there is anything to say."""
         if self.num_replaced:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(self.seen.values()).most_common())

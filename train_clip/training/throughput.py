@@ -23,11 +23,17 @@ class Throughput(L.Callback):
         self.started = self.started or time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:  # noqa: ARG002, E501
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ARG002, the hook's form
+        batch: Any,
+        *_: Any,
+    ) -> None:
         """Count, and log on the steps that reach a logger."""
         self.pairs += len(batch[0]) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
             elapsed = time.perf_counter() - self.started
             pl_module.log("train/pairs_per_second", self.pairs / elapsed, batch_size=len(batch[0]))
             self.pairs, self.started = 0, time.perf_counter()

@@ -1,0 +1,34 @@
+"""Silences what Lightning says about itself, so that what is left is about the run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# Messages that are about Lightning's products, repeat what the verb prints, or describe how it is meant to be here.
+NOT_ABOUT_THE_RUN = (
+    "GPU available",
+    "TPU available",
+    "💡 Tip",
+    "Loading `train_dataloader`",
+    "`Trainer.fit` stopped",
+)
+WARNINGS_BY_DESIGN = (
+    # PyTorch's own renaming, met in Lightning.
+    r".*LeafSpec.*is deprecated.*",
+    # On a CPU every batch is logged in the display; short epochs are common with few pairs.
+    r".*smaller than the logging interval.*",
+    # The loader's workers are chosen by the device; see DataOptions.num_workers.
+    r".*does not have many workers which may be a bottleneck.*",
+    # The run's folder is made before the checkpoints within it.
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def quiet() -> None:
+    """Drop those messages for the rest of the process."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(NOT_ABOUT_THE_RUN)
+    )
+    for pattern in WARNINGS_BY_DESIGN:
+        warnings.filterwarnings("ignore", message=pattern)
