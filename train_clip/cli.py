@@ -10,6 +10,7 @@ import importlib
 import inspect
 import sys
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -47,15 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] not in VERBS:
         sys.exit(f"train-clip: unknown verb {words[0]!r}; expected one of {', '.join(VERBS)}.")
     try:
-        function, values = parse(words[0], words[1:])
-        function(**values)
+        function, call = parse(words[0], words[1:])
+        function(*call.args, **call.kwargs)
     except UserError as error:
         sys.exit(f"train-clip: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 
-def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Read a verb's arguments.
 
     Args:
@@ -63,16 +64,15 @@ def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], dict[str
         words: what follows it.
 
     Returns:
-        The verb's function, and a value for each of its parameters.
+        The verb's function, and what to call it with.
     """
     function = getattr(importlib.import_module(VERBS[verb][0]), verb)
     parser, groups = _parser(verb, function)
     parsed = parser.parse_args(normalise(words)).as_dict()
-    values = {}
+    values = OrderedDict()
     for name, (kind, fields) in groups.items():
-        group = {field: parsed[field] for field in fields}
-        values[name] = kind(**group) if kind else parsed[name]
-    return function, values
+        values[name] = kind(**{field: parsed[field] for field in fields}) if kind else parsed[name]
+    return function, inspect.BoundArguments(inspect.signature(function), values)
 
 
 def normalise(words: Sequence[str]) -> list[str]:
@@ -156,3 +156,7 @@ def _overview() -> str:
         f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
         "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."
     )
+
+
+if __name__ == "__main__":
+    main()

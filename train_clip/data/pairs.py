@@ -68,9 +68,12 @@ class TrainingPairs(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs."""
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
+        """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs.
+
+        A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time.
+        """
+        epoch, index = (0, key) if isinstance(key, int) else key
         how = self.augmentation
 
         def read(pair: Pair, rng: Generator) -> tuple[Tensor, str]:

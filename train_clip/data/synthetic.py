@@ -101,8 +101,8 @@ def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Pat
     for scene in scenes():
         target = unseen if is_unseen(scene) else training
         target.mkdir(parents=True, exist_ok=True)
-        for copy in range(1 if is_unseen(scene) else copies):
-            stem = "-".join([*scene.thing.split(), scene.size, *scene.place.split()[1:], str(copy)])
+        for copy in range(1, 2 if is_unseen(scene) else copies + 1):
+            stem = "-".join([*scene.thing.split(), scene.size, *scene.place.split()[2:], str(copy)])
             draw(scene, rng).save(target / f"{stem}.png")
             (target / f"{stem}.txt").write_text("\n".join(scene.captions()) + "\n", encoding="utf-8")
             (target / f"{stem}.cls").write_text(scene.thing + "\n", encoding="utf-8")

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from train_clip.errors import UserError
 
+# Positions up to which, on a CPU, plain products train faster than the fused kernel (benchmarks/attention.py).
+PLAIN_UP_TO = 128
+
 
 class Transformer(nn.Module):
     """A stack of pre-norm residual blocks (CLIP paper, section 2.4).
@@ -97,7 +100,7 @@ class SelfAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Scaled dot-product attention, softmax(q kᵀ / √E) v.
+    """Scaled dot-product attention, softmax(q kᵀ / √E) v, by whichever way is faster.
 
     Args:
         q: (B, H, L, E) float.
@@ -108,7 +111,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     Returns:
         (B, H, L, E).
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if q.device.type != "cpu" or k.shape[-2] > PLAIN_UP_TO:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if causal:
+        later = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)
+        weights = weights.masked_fill(later, -torch.inf)
+    return weights.softmax(dim=-1) @ v
 
 
 class LayerNorm(nn.LayerNorm):

@@ -1,0 +1,45 @@
+"""``train-clip demo``: the whole of it, on fewer epochs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from train_clip import cli
+from train_clip.commands import demo as demo_module
+from train_clip.data.synthetic import Scene, is_unseen, scenes, things
+
+
+def test_the_demo_runs_through(tmp_path, monkeypatch, capsys):
+    """Two epochs instead of twenty: pictures, run, scores and the picture are there, and the way on is told."""
+
+    def short(model, data, optimizer, run, trainer):
+        return train(model, data, optimizer, replace(run, epochs=2), trainer)
+
+    train = demo_module.train
+    monkeypatch.setattr(demo_module, "train", short)
+    monkeypatch.setattr(demo_module, "COPIES", 1)
+    monkeypatch.chdir(tmp_path)
+    cli.main(["demo"])
+    printed = capsys.readouterr().out
+    scores = json.loads(Path("demo/scores.json").read_text())
+    assert scores["num_images"] == 216
+    assert scores["zero_shot"]["num_classes"] == 48
+    assert 0 < scores["retrieval"]["chance_text_to_image"]["1"] < 0.01
+    assert Path("demo/best_captions.png").stat().st_size > 10_000
+    assert "--folder data_dir" in printed
+    with pytest.raises(SystemExit, match="demo: exists already"):
+        cli.main(["demo"])
+
+
+def test_unseen_combinations_are_made_of_seen_parts():
+    """Each colour and each shape is trained on, though not together: a quarter of the combinations is kept out."""
+    unseen = {scene.thing for scene in scenes() if is_unseen(scene)}
+    seen = set(things()) - unseen
+    assert len(unseen) * 4 == len(things())
+    assert {thing.split()[0] for thing in seen} == {thing.split()[0] for thing in things()}
+    assert {thing.split()[1] for thing in seen} == {thing.split()[1] for thing in things()}
+    assert Scene("red", "circle", "small", "on the left").captions()[0] == "a small red circle on the left"

@@ -1,0 +1,190 @@
+"""``train-clip train``, on a few noise pictures."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.conftest import TINY, write_pairs
+from train_clip import CLIPWrapper, cli
+from train_clip.commands.train import default_precision
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def run_train(folder: Path, model_file: Path, output: Path, *words: str) -> Path:
+    base = [
+        "train",
+        "--model_name",
+        str(model_file),
+        "--folder",
+        str(folder),
+        "--batch_size",
+        "4",
+        "--output",
+        str(output),
+    ]
+    cli.main([*base, "--accelerator", "cpu", "--log_every_n_steps", "1", *words])
+    return output
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "logs" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys):
+    """Checkpoints, logs, curves, configuration and versions, and the next command on the screen."""
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0.25")
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert Image.open(run / "curves.png").size[0] > 500
+    assert any(file.name.startswith("events.out.tfevents") for file in (run / "tensorboard").iterdir())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["learning_rate"] == TINY["optimizer"]["lr"]
+    assert config["epochs"] == 2
+    assert config["precision"] == "32-true"
+    about = yaml.safe_load((run / "run.yaml").read_text())
+    assert about["versions"]["torch"] == torch.__version__
+    rows = metrics(run)
+    assert {"train/loss", "train/logit_scale", "train/learning_rate", "train/pairs_per_second", "val/loss"} <= set(
+        rows[0]
+    )
+    assert sum(bool(row["train/loss"]) for row in rows) == 2 * (9 // 4)
+    assert f"train-clip evaluate {run}/checkpoints/best.ckpt" in capsys.readouterr().out
+
+
+def test_a_run_is_not_overwritten(pair_folder, model_file, tmp_path):
+    """The second run into the same folder stops, names another, and leaves the first as it was."""
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match=r"holds a run already.*--output .*run-2"):
+        run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_the_saved_config_runs_again_to_the_same_weights(pair_folder, model_file, tmp_path):
+    """``--config RUN/config.yaml`` alone repeats a run bit for bit."""
+    first = run_train(pair_folder, model_file, tmp_path / "first", "--resize_ratio", "0.5")
+    cli.main(["train", "--config", str(first / "config.yaml"), "--output", str(tmp_path / "second")])
+    a, b = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("first", "second"))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+
+
+def test_the_checkpoint_loads_in_one_line(pair_folder, model_file, tmp_path):
+    """``load_from_checkpoint(path)`` rebuilds the model from plain data, weights and tokenizer included."""
+    run = run_train(pair_folder, model_file, tmp_path / "run")
+    loaded = CLIPWrapper.load_from_checkpoint(run / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    image = loaded.embed_images([pair_folder / "000.png"])
+    texts = loaded.embed_texts(["picture 0", "picture 1"])
+    assert (image @ texts.T).shape == (1, 2)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
+
+
+def test_fewer_pairs_than_a_batch_train_all_the_same(tmp_path, model_file, capsys):
+    """Three pairs and a batch of four: a smaller batch and a message, not an empty run."""
+    run = run_train(write_pairs(tmp_path / "few", 3), model_file, tmp_path / "run", "--val_share", "0", "--epochs", "2")
+    assert sum(bool(row["train/loss"]) for row in metrics(run)) == 2
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt"}
+
+
+def test_a_broken_image_is_counted_and_named(pair_folder, model_file, tmp_path, capsys):
+    """One truncated file: the run goes on, the file is named on the screen and in the log."""
+    broken = pair_folder / "005.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0")
+    printed = capsys.readouterr().out
+    assert f"Skipped {broken}: damaged image" in printed
+    assert "samples replaced by others because of 1 bad files" in printed.replace("\n", " ")
+    assert (run / "logs" / "skipped.tsv").read_text().startswith(f"{broken}\tdamaged image")
+
+
+def test_overfitting_one_batch_learns_it_by_heart(pair_folder, model_file, tmp_path):
+    """Lightning's ``--overfit_batches 1``: the same four pairs until the loss is near zero."""
+    words = ["--overfit_batches", "1", "--epochs", "150", "--val_share", "0", "--learning_rate", "1e-2"]
+    run = run_train(pair_folder, model_file, tmp_path / "run", *words)
+    losses = [float(row["train/loss"]) for row in metrics(run) if row["train/loss"]]
+    assert losses[0] > 1.0
+    assert losses[-1] < 0.05
+
+
+def test_two_processes_train_as_one(pair_folder, model_file, tmp_path):
+    """Through the command, ``--devices 2`` against one process: the same loss at each step, to float32's rounding."""
+    words = ["--val_share", "0.25", "--epochs", "3", "--num_workers", "0"]
+    one = run_train(pair_folder, model_file, tmp_path / "one", *words)
+    command = [
+        sys.executable,
+        "-m",
+        "train_clip.cli",
+        "train",
+        "--model_name",
+        str(model_file),
+        "--folder",
+        str(pair_folder),
+    ]
+    command += [
+        "--batch_size",
+        "4",
+        "--output",
+        str(tmp_path / "two"),
+        "--accelerator",
+        "cpu",
+        "--log_every_n_steps",
+        "1",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "MASTER_"))}
+    subprocess.run(
+        [*command, *words, "--devices", "2"], check=True, timeout=240, env=environment | {"OMP_NUM_THREADS": "1"}
+    )
+    for name in ("train/loss", "val/loss", "val/R@1_image_to_text"):
+        alone = [float(row[name]) for row in metrics(one) if row[name]]
+        shared = [float(row[name]) for row in metrics(tmp_path / "two") if row[name]]
+        assert len(alone) >= 3
+        assert shared == pytest.approx(alone, rel=1e-4)
+
+
+def test_precision_follows_the_device(monkeypatch):
+    """bf16 where the GPU computes in it, else 16-mixed, float32 without a GPU or where the CPU is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_precision("auto") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert default_precision("auto") == "bf16-mixed"
+    assert default_precision("cpu") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert default_precision("gpu") == "16-mixed"
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_its_default_precision(pair_folder, model_file, tmp_path):
+    """A few steps on a CUDA device, without naming a precision."""
+    cli.main(
+        [
+            "train",
+            "--model_name",
+            str(model_file),
+            "--folder",
+            str(pair_folder),
+            "--batch_size",
+            "4",
+            "--output",
+            str(tmp_path / "run"),
+        ]
+    )
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] in ("bf16-mixed", "16-mixed")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

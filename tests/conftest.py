@@ -1,0 +1,60 @@
+"""What every test shares: no CUDA test without CUDA, and small things to test on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train_clip.models.config import ModelConfig, config_from_dict
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none, and what takes minutes unless it was asked for."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """A ViT CLIP that trains in milliseconds: 16 pixels, two blocks a tower."""
+    return config_from_dict(TINY)
+
+
+@pytest.fixture
+def pair_folder(tmp_path: Path) -> Path:
+    """Twelve pairs of noise and numbered captions, two lines each."""
+    return write_pairs(tmp_path / "pairs", 12)
+
+
+TINY = {
+    "name": "tiny",
+    "embed_dim": 16,
+    "image": {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2},
+    "text": {"context": 16, "vocab": 49408, "layers": 2, "width": 16, "heads": 2},
+    "optimizer": {
+        "lr": 1e-3,
+        "betas": [0.9, 0.98],
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "warmup_steps": 10,
+        "epochs": 2,
+    },
+}
+
+
+def write_pairs(folder: Path, number: int, size: int = 20) -> Path:
+    """Write ``number`` pairs of random pictures and captions."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(number):
+        pixels = rng.integers(0, 256, (size, size + index % 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03}.png")
+        (folder / f"{index:03}.txt").write_text(f"picture {index}\nthe one numbered {index}\n")
+    return folder

@@ -1,0 +1,85 @@
+"""Caption files: bytes as people's programs write them, against the lines that a person would read."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train_clip.data.captions import read_captions
+from train_clip.errors import BadSample
+
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, apart from \r and \n
+
+READABLE = {
+    "one line": (b"a cat", ["a cat"]),
+    "ends in a line break": (b"a cat\n", ["a cat"]),
+    "several lines": (b"a cat\na dog\na bird\n", ["a cat", "a dog", "a bird"]),
+    "CRLF": (b"a cat\r\na dog\r\n", ["a cat", "a dog"]),
+    "LF and CRLF mixed": (b"a cat\r\na dog\na bird", ["a cat", "a dog", "a bird"]),
+    "byte order mark": (codecs.BOM_UTF8 + b"a cat\na dog", ["a cat", "a dog"]),
+    "blank lines between": (b"\n\n  a cat  \n \t \r\n\n\ta dog\n\n", ["a cat", "a dog"]),
+    "the same line twice": (b"a cat\na cat\n", ["a cat", "a cat"]),
+    "letters beyond ASCII": ("ein Bär\n猫\n🐈".encode(), ["ein Bär", "猫", "🐈"]),
+    "blanks within": (b"a  cat\tsits", ["a  cat\tsits"]),
+    "other separators": (f"a{SEPARATORS}cat\na dog".encode(), [f"a{SEPARATORS}cat", "a dog"]),
+}
+
+BAD = {
+    "empty": (b"", "caption is empty"),
+    "blank": (b" \n\t\r\n\xc2\xa0\n", "caption is empty"),
+    "only a byte order mark": (codecs.BOM_UTF8, "caption is empty"),
+    "NUL": (b"a cat\na \x00 dog", "caption holds NUL"),
+    "Latin-1": (b"ein B\xe4r", "caption is not UTF-8"),
+    "cut within a letter": ("a 猫".encode()[:-1], "caption is not UTF-8"),
+    "UTF-16 with its mark": ("a cat".encode("utf-16"), "caption is not UTF-8"),
+    "UTF-16 without": ("a cat".encode("utf-16-le"), "caption holds NUL"),
+    "a JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "caption is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_readable(tmp_path: Path, name: str) -> None:
+    """Files that hold captions, against their lines in the file's order."""
+    content, lines = READABLE[name]
+    (tmp_path / "a.txt").write_bytes(content)
+    assert read_captions(str(tmp_path / "a.txt")) == lines
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad(tmp_path: Path, name: str) -> None:
+    """Files that hold none: the path, and the same few words for the same fault."""
+    content, reason = BAD[name]
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(BadSample) as caught:
+        read_captions(str(path))
+    assert (caught.value.path, caught.value.reason) == (str(path), reason)
+    assert str(caught.value) == f"{path}: {reason}"
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A file that is gone and a folder in its place are bad samples, not errors of their own kind."""
+    for path in (tmp_path / "gone.txt", tmp_path):
+        with pytest.raises(BadSample, match="caption cannot be read") as caught:
+            read_captions(str(path))
+        assert caught.value.path == str(path)
+
+
+@given(content=st.binary(max_size=60))
+def test_any_bytes(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever the bytes: stripped, non-blank lines that are found in the text in order, or a bad sample."""
+    path = tmp_path_factory.getbasetemp() / "any.txt"
+    path.write_bytes(content)
+    try:
+        captions = read_captions(str(path))
+    except BadSample:
+        return
+    assert captions
+    assert all(caption and caption == caption.strip() and "\n" not in caption for caption in captions)
+    rest = content.decode("utf-8-sig")
+    for caption in captions:
+        rest = rest[rest.index(caption) + len(caption) :]

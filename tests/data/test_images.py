@@ -1,0 +1,531 @@
+"""Opening files: every sort of picture against values worked out by hand, every sort of damage against BadSample."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image
+
+from train_clip.data import images
+from train_clip.data.images import BACKGROUND, MAX_ASPECT, MAX_PIXELS, open_rgb
+from train_clip.errors import BadSample
+
+ORIENTATION = 0x0112  # the tag's number in Exif 2.32, section 4.6.4
+MAKE = 0x010F
+IMAGE_WIDTH = 0x0100
+
+
+def pixels(path: Path) -> np.ndarray:
+    """(H, W, 3) int64 of what the package decodes, after a look at the mode."""
+    picture = open_rgb(str(path))
+    assert picture.mode == "RGB"
+    return np.asarray(picture).astype(np.int64)
+
+
+def reason(path: Path) -> str:
+    """Why the package refuses a file; its path has to be in the error."""
+    with pytest.raises(BadSample) as caught:
+        open_rgb(str(path))
+    assert caught.value.path == str(path)
+    return caught.value.reason
+
+
+def encoded(picture: Image.Image, kind: str, **how: Any) -> bytes:
+    """The bytes of a file."""
+    stream = io.BytesIO()
+    picture.save(stream, kind, **how)
+    return stream.getvalue()
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """One chunk of a PNG with its right checksum."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """A grey 8-bit PNG whose header claims a size."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def grey_tiff(values: np.ndarray, order: str, sample_format: int) -> bytes:
+    """An uncompressed grey TIFF 6.0 put together by hand.
+
+    Args:
+        values: (H, W) integers or floats of the width that is written.
+        order: < for II, > for MM.
+        sample_format: 1 unsigned, 2 signed, 3 floating point.
+    """
+    height, width = values.shape
+    content = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    bits = values.dtype.itemsize * 8
+    entries = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    entries += [(279, len(content)), (339, sample_format)]
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, value in entries:
+        directory += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    mark = b"II" if order == "<" else b"MM"
+    return mark + struct.pack(f"{order}HI", 42, 8 + len(content)) + content + directory + struct.pack(f"{order}I", 0)
+
+
+def over_white(value: Any, alpha: Any) -> Any:
+    """What shows of a value under an alpha, both in [0, 255], on white."""
+    return (np.asarray(value) * np.asarray(alpha) + 255 * (255 - np.asarray(alpha))) / 255
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".JPEG", ".webp"])
+def test_a_wrong_suffix_is_no_fault(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Files are known by their content: one grey level, which every format keeps to within 1, under any suffix."""
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(encoded(Image.new("RGB", (9, 6), (100, 100, 100)), kind))
+    assert pixels(path).shape == (6, 9, 3)
+    assert np.abs(pixels(path) - 100).max() <= 1
+
+
+def test_rgb_and_grey_are_kept(tmp_path: Path, noise: Callable[..., Image.Image]) -> None:
+    """Lossless RGB comes back byte for byte; 8-bit grey and black and white thrice beside each other."""
+    picture = noise(7, 5)
+    picture.save(tmp_path / "rgb.png")
+    assert (pixels(tmp_path / "rgb.png") == np.asarray(picture)).all()
+    grey = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert (pixels(tmp_path / "grey.png") == grey[..., None]).all()
+    Image.fromarray(grey > 100).save(tmp_path / "two.png")
+    assert (pixels(tmp_path / "two.png") == 255 * (grey > 100)[..., None]).all()
+
+
+def test_grey_with_alpha_on_white(tmp_path: Path) -> None:
+    """All 65,536 pairs of grey and alpha in one picture, against the rounded formula, to 1 of 255; the ends exactly."""
+    alpha, value = np.mgrid[:256, :256]
+    Image.fromarray(np.stack([value, alpha], axis=-1).astype(np.uint8)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as stored:
+        assert stored.mode == "LA"
+    found = pixels(tmp_path / "a.png")
+    assert np.abs(found - over_white(value, alpha)[..., None]).max() < 1
+    assert (found[0] == 255).all()
+    assert (found[255, :, 0] == np.arange(256)).all()
+
+
+def test_rgba_on_white(tmp_path: Path) -> None:
+    """Four colours and alphas worked out by hand: hidden, a third, half, solid."""
+    stored = [[(9, 99, 200, 0), (255, 0, 0, 85), (0, 0, 0, 128), (12, 34, 56, 255)]] * 2
+    shown = [(255, 255, 255), (255, 170, 170), (127, 127, 127), (12, 34, 56)]
+    Image.fromarray(np.array(stored, dtype=np.uint8)).save(tmp_path / "a.png")
+    assert BACKGROUND == (255, 255, 255)
+    assert np.abs(pixels(tmp_path / "a.png")[0] - shown).max() <= 1
+
+
+def test_transparency_of_a_palette(tmp_path: Path) -> None:
+    """A palette with one hidden entry, and with an alpha for each entry, in PNG and GIF."""
+    picture = Image.new("P", (3, 2))
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    picture.putdata([0, 1, 2] * 2)
+    for kind, how in (("PNG", 1), ("GIF", 1), ("PNG", bytes([255, 0, 51]))):
+        (tmp_path / "a").write_bytes(encoded(picture, kind, transparency=how))
+        last = (0, 0, 255) if how == 1 else (204, 204, 255)
+        assert pixels(tmp_path / "a")[0].tolist() == [[255, 0, 0], [255, 255, 255], list(last)], kind
+
+
+@pytest.mark.parametrize(("mode", "hidden"), [("L", 4), ("RGB", (3, 4, 5))])
+def test_a_hidden_colour(tmp_path: Path, mode: str, hidden: Any) -> None:
+    """PNG's tRNS for grey and RGB: that one colour turns white, all others stay."""
+    stored = (
+        np.arange(12, dtype=np.uint8).reshape(3, 4) if mode == "L" else np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    )
+    Image.fromarray(stored).save(tmp_path / "a.png", transparency=hidden)
+    found = pixels(tmp_path / "a.png")
+    expected = np.broadcast_to(stored[..., None] if mode == "L" else stored, (3, 4, 3)).astype(np.int64)
+    expected = np.where((expected == hidden).all(axis=-1, keepdims=True), 255, expected)
+    assert (found == expected).all()
+    assert (found == 255).all(axis=-1).sum() == 1
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    """Printing inks as Adobe stores them (inverted): R = (255 - C)(255 - K) / 255, and so on, to JPEG's precision."""
+    for inks in ((0, 255, 255, 0), (255, 0, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0), (60, 20, 200, 90)):
+        Image.new("CMYK", (16, 16), inks).save(tmp_path / "a.jpg", quality=95)
+        expected = [(255 - ink) * (255 - inks[3]) / 255 for ink in inks[:3]]
+        assert np.abs(pixels(tmp_path / "a.jpg") - expected).max() <= 4
+
+
+def test_ycck_jpeg(tmp_path: Path) -> None:
+    """The same inks as luma and chroma: a CMYK file that holds YCbCr, its Adobe marker set to 2 (T.872, section 6.5.3)."""
+    for inks in ((0, 255, 255, 0), (255, 255, 0, 0), (60, 20, 200, 90)):
+        cyan, magenta, yellow, black = inks
+        luma = 0.299 * cyan + 0.587 * magenta + 0.114 * yellow
+        chroma = (128 + (yellow - luma) / 1.772, 128 + (cyan - luma) / 1.402)
+        # Pillow inverts what it writes, so the inversion is taken out of luma and chroma, and left in black.
+        stored = tuple(min(255, max(0, round(255 - value))) for value in (luma, *chroma))
+        content = bytearray(encoded(Image.new("CMYK", (16, 16), (*stored, black)), "JPEG", quality=95))
+        transform = content.index(b"Adobe") + 11
+        assert content[transform] == 0
+        content[transform] = 2
+        (tmp_path / "a.jpg").write_bytes(content)
+        expected = [(255 - ink) * (255 - black) / 255 for ink in inks[:3]]
+        assert np.abs(pixels(tmp_path / "a.jpg") - expected).max() <= 6
+
+
+ALL_16_BIT = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+
+
+def test_16_bit_grey_png(tmp_path: Path) -> None:
+    """All 65,536 levels, against the level over 257: within 1, from black to white, never falling."""
+    Image.fromarray(ALL_16_BIT).save(tmp_path / "a.png")
+    found = pixels(tmp_path / "a.png")
+    assert np.abs(found - ALL_16_BIT[..., None] / 257).max() < 1
+    assert (found.min(), found.max()) == (0, 255)
+    assert (np.diff(found[..., 0].ravel()) >= 0).all()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_grey_tiff(tmp_path: Path, order: str) -> None:
+    """The same levels in either byte order, from a file put together by hand."""
+    (tmp_path / "a.tif").write_bytes(grey_tiff(ALL_16_BIT, order, 1))
+    assert np.abs(pixels(tmp_path / "a.tif") - ALL_16_BIT[..., None] / 257).max() < 1
+
+
+@pytest.mark.parametrize("largest", [1023, 4095, 65_535])
+def test_16_bit_values_in_a_wide_picture(tmp_path: Path, largest: int) -> None:
+    """A PGM of more than 8 bits, which Pillow opens as 32-bit integers: against the level over the file's largest."""
+    levels = np.linspace(0, largest, 300).round().astype(">u2").reshape(15, 20)
+    (tmp_path / "a.pgm").write_bytes(b"P5 20 15 %d\n" % largest + levels.tobytes())
+    with Image.open(tmp_path / "a.pgm") as stored:
+        assert stored.mode == "I"
+    assert np.abs(pixels(tmp_path / "a.pgm") - 255 * levels.astype(float)[..., None] / largest).max() < 1
+
+
+@pytest.mark.xfail(strict=True, reason="_to_rgb takes every 32-bit integer for a 16-bit one and cuts off the rest")
+@pytest.mark.parametrize(
+    "levels",
+    [
+        np.linspace(0, 2**31 - 1, 64).astype(np.int32),
+        np.linspace(0, 2**32 - 1, 64).astype(np.uint32),
+        np.linspace(-(2**31), 2**31 - 1, 64).astype(np.int32),
+    ],
+    ids=["31 bits", "32 bits", "signed"],
+)
+def test_true_32_bit_levels_are_not_shown_as_black_and_white(tmp_path: Path, levels: np.ndarray) -> None:
+    """A ramp over the whole range of 32 bits: a ramp again, or refused like floating point; not two levels."""
+    (tmp_path / "a.tif").write_bytes(grey_tiff(levels.reshape(8, 8), "<", 1 if levels.dtype == np.uint32 else 2))
+    try:
+        found = pixels(tmp_path / "a.tif")
+    except BadSample as bad:
+        assert "unknown range" in bad.reason
+    else:
+        assert len(np.unique(found)) > 60
+
+
+def test_floating_point_tiff(tmp_path: Path) -> None:
+    """Its range is unknown, and Pillow's own conversion shows [0, 1] as black: refused."""
+    (tmp_path / "a.tif").write_bytes(grey_tiff(np.linspace(0, 1, 20, dtype=np.float32).reshape(4, 5), "<", 3))
+    assert reason(tmp_path / "a.tif") == "floating-point pixels of unknown range"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_frame_of_several(tmp_path: Path, kind: str) -> None:
+    """Red, then blue: red."""
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a", kind, save_all=True, append_images=[second])
+    with Image.open(tmp_path / "a") as stored:
+        assert stored.n_frames == 2
+    assert np.abs(pixels(tmp_path / "a") - (255, 0, 0)).max() <= 3
+
+
+# Orientation
+
+# Where the stored picture's row 0 and column 0 lie in the upright one (Exif 2.32, section 4.6.4, tag 274).
+CORNERS = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+def upright(stored: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels upright by numpy flips and the standard's words."""
+    row, column = CORNERS[orientation]
+    if row in ("bottom", "right"):
+        stored = stored[::-1]
+    if column in ("bottom", "right"):
+        stored = stored[:, ::-1]
+    return stored.swapaxes(0, 1) if row in ("left", "right") else stored
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", CORNERS)
+def test_orientation(tmp_path: Path, noise: Callable[..., Image.Image], kind: str, orientation: int) -> None:
+    """All eight, in four formats, against the same file without the tag, flipped by numpy as the standard words it."""
+    picture = noise(17, 11)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture.save(tmp_path / "plain", kind)
+    picture.save(tmp_path / "turned", kind, exif=exif)
+    expected = upright(pixels(tmp_path / "plain"), orientation)
+    assert (pixels(tmp_path / "turned") == expected).all()
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 274, 65_535])
+def test_an_orientation_that_is_none_is_left_alone(
+    tmp_path: Path, noise: Callable[..., Image.Image], orientation: int
+) -> None:
+    """Numbers outside 1 to 8 turn nothing."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    noise(9, 6).save(tmp_path / "a.png", exif=exif)
+    assert (pixels(tmp_path / "a.png") == np.asarray(noise(9, 6))).all()
+
+
+def test_broken_exif_says_nothing_about_the_pixels(tmp_path: Path, noise: Callable[..., Image.Image]) -> None:
+    """Every byte of an EXIF block set to 0, 255 and random ones: the pixels are there, upright or as stored."""
+    exif = Image.Exif()
+    exif[MAKE], exif[ORIENTATION] = "camera", 6
+    plain, content = (encoded(noise(17, 11), "JPEG", exif=block) for block in (Image.Exif(), exif))
+    (tmp_path / "plain.jpg").write_bytes(plain)
+    stored = pixels(tmp_path / "plain.jpg")
+    start = content.index(b"Exif\0\0")
+    end = start - 2 + int.from_bytes(content[start - 2 : start], "big")
+    rng = np.random.default_rng(0)
+    for place in range(start, end):
+        for value in (0, 255, int(rng.integers(256))):
+            (tmp_path / "a.jpg").write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+            found = pixels(tmp_path / "a.jpg")
+            assert any(
+                found.shape == turned.shape and (found == turned).all()
+                for turned in (upright(stored, orientation) for orientation in CORNERS)
+            )
+
+
+@pytest.mark.xfail(
+    strict=True, reason="exif_transpose writes all EXIF anew after turning; _upright drops what it turned"
+)
+def test_an_orientation_beside_a_broken_tag_counts(tmp_path: Path, noise: Callable[..., Image.Image]) -> None:
+    """The orientation is legible (Pillow reads 6) though another tag, a width in letters, cannot be written back."""
+    exif = Image.Exif()
+    exif[MAKE], exif[ORIENTATION] = "camera", 6
+    content = encoded(noise(17, 11), "JPEG", exif=exif)
+    tag = struct.Struct("<H" if b"Exif\0\0II" in content else ">H")
+    (tmp_path / "a.jpg").write_bytes(content.replace(tag.pack(MAKE), tag.pack(IMAGE_WIDTH), 1))
+    with Image.open(tmp_path / "a.jpg") as stored:
+        assert stored.getexif()[ORIENTATION] == 6
+        assert stored.getexif()[IMAGE_WIDTH] == "camera"
+    assert pixels(tmp_path / "a.jpg").shape == (17, 11, 3)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (10_000, 1), (201, 2), (2, 201), (10_000, 99)])
+def test_absurd_sizes_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+    """A single row, column or pixel, and sides of more than 100 to 1."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert reason(tmp_path / "a.png") == "a side under 2 pixels or an aspect over 100"
+
+
+@pytest.mark.parametrize("size", [(2, 2), (200, 2), (3, 300)])
+def test_sizes_at_the_limit_are_taken(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Two pixels a side, and exactly 100 to 1."""
+    assert MAX_ASPECT == 100
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert open_rgb(str(tmp_path / "a.png")).size == size
+
+
+@pytest.mark.parametrize("cap", [Image.MAX_IMAGE_PIXELS, None])
+@pytest.mark.parametrize("side", [13_378, 30_000, 2**31 - 1])
+def test_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, cap: int | None) -> None:
+    """A forged header just over the cap, and far over it; also where a program has taken Pillow's own cap away."""
+    assert 13_377**2 < MAX_PIXELS == 178_956_970
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", cap)
+    (tmp_path / "a.png").write_bytes(png(side, side, chunk(b"IDAT", zlib.compress(b"\0" * 100))))
+    assert reason(tmp_path / "a.png") == "over 178,956,970 pixels"
+
+
+def test_a_bomb_in_a_text_chunk(tmp_path: Path) -> None:
+    """100 MB of blanks in a compressed comment: refused or passed over, without an error of another kind."""
+    comment = chunk(b"zTXt", b"a\0\0" + zlib.compress(b" " * 100_000_000, 1))
+    rows = zlib.compress(b"\0\1\2\3" * 3)
+    (tmp_path / "a.png").write_bytes(png(3, 3, comment, chunk(b"IDAT", rows)))
+    assert reason(tmp_path / "a.png").startswith("damaged image")
+
+
+# Damage
+
+DAMAGED = {
+    "no bytes": (b"", "not an image that Pillow can read"),
+    "HTML": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image that Pillow can read"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not an image that Pillow can read"),
+    "text": ("ein Bär".encode(), "not an image that Pillow can read"),
+    "zeros": (bytes(1000), "not an image that Pillow can read"),
+    "JSON": (b'{"error": "rate limit"}', "not an image that Pillow can read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_no_image(tmp_path: Path, name: str) -> None:
+    """What downloads leave behind under the name of a picture."""
+    content, expected = DAMAGED[name]
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert reason(tmp_path / "a.jpg") == expected
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+def test_a_truncated_file(tmp_path: Path, noise: Callable[..., Image.Image], kind: str, share: float) -> None:
+    """Cut after a share of its bytes: refused in few words, never filled up with grey."""
+    content = encoded(noise(60, 40), kind)
+    (tmp_path / "a.jpg").write_bytes(content[: int(share * len(content))])
+    found = reason(tmp_path / "a.jpg")
+    assert found.startswith(("damaged image (", "not an image"))
+    assert not any(letter.isdigit() for letter in found)
+
+
+def test_a_bad_checksum(tmp_path: Path, noise: Callable[..., Image.Image]) -> None:
+    """One flipped bit in a PNG's pixels, found by the chunk's CRC."""
+    content = bytearray(encoded(noise(30, 20), "PNG"))
+    content[content.index(b"IDAT") + 200] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    assert reason(tmp_path / "a.png").startswith("damaged image (")
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone, a folder, no permission, not enough memory: a bad sample each."""
+    assert reason(tmp_path / "gone.jpg") == "file is gone"
+    (tmp_path / "folder.jpg").mkdir()
+    assert reason(tmp_path / "folder.jpg") == "damaged image (IsADirectoryError)"
+    (tmp_path / "a.png").write_bytes(png(2, 2))
+    for error, expected in (
+        (PermissionError(13, "Permission denied"), "no permission to read the file"),
+        (MemoryError(), "too large for memory"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_decode", mock.Mock(side_effect=error))
+            assert reason(tmp_path / "a.png") == expected
+
+
+def test_an_interrupt_is_not_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a file is decoded ends the program."""
+    (tmp_path / "a.png").write_bytes(png(2, 2))
+    monkeypatch.setattr(images, "_decode", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        open_rgb(str(tmp_path / "a.png"))
+
+
+@pytest.mark.xfail(strict=True, reason="Image.open without formats= hands PostScript under any suffix to Ghostscript")
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS called .jpg is a program: it is refused before Pillow would start the interpreter."""
+    interpreter = mock.Mock(side_effect=OSError)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", interpreter)
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    reason(tmp_path / "a.jpg")
+    interpreter.assert_not_called()
+
+
+def small_files() -> dict[str, bytes]:
+    """A picture of 12×10 in the formats that data sets are made of."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 12, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return {
+        "JPEG": encoded(picture, "JPEG", exif=exif),
+        "PNG": encoded(picture, "PNG", exif=exif),
+        "PNG palette": encoded(picture.quantize(8), "PNG", transparency=3),
+        "WEBP": encoded(picture, "WEBP"),
+        "GIF": encoded(picture, "GIF"),
+        "TIFF": encoded(picture, "TIFF"),
+        "BMP": encoded(picture, "BMP"),
+    }
+
+
+FILES = small_files()
+
+
+def assert_picture_or_bad_sample(path: Path) -> None:
+    """Any other outcome raises."""
+    # A flip in a header can ask for 178 megapixels of zeros; a lower cap keeps the test small.
+    with mock.patch.object(images, "MAX_PIXELS", 10**6):
+        try:
+            picture = open_rgb(str(path))
+        except BadSample as bad:
+            assert bad.path == str(path)
+            assert bad.reason
+        else:
+            assert picture.mode == "RGB"
+            assert np.asarray(picture).shape == (picture.height, picture.width, 3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FILES)),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=6),
+    kept=st.one_of(st.just(1.0), st.floats(0, 1)),
+)
+def test_flipped_bits(
+    name: str, flips: list[tuple[float, int]], kept: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A few bits of a small file flipped, and perhaps its end cut off: RGB or a bad sample, nothing else."""
+    content = bytearray(FILES[name])
+    for place, bit in flips:
+        content[int(place * len(content))] ^= 1 << bit
+    path = tmp_path_factory.getbasetemp() / "flipped.jpg"
+    path.write_bytes(content[: round(kept * len(content))])
+    assert_picture_or_bad_sample(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    start=st.sampled_from([0, 2, 4, 8, 12, 16, 30]), name=st.sampled_from(sorted(FILES)), rest=st.binary(max_size=300)
+)
+def test_random_bytes(start: int, name: str, rest: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Random bytes, after nothing or after a format's first ones: RGB or a bad sample, nothing else."""
+    path = tmp_path_factory.getbasetemp() / "random.jpg"
+    path.write_bytes(FILES[name][:start] + rest)
+    assert_picture_or_bad_sample(path)
+
+
+def test_no_file_is_left_open(tmp_path: Path, noise: Callable[..., Image.Image]) -> None:
+    """Fifty good and fifty bad files, against the count of this process's open files before."""
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        pytest.skip("needs /proc")
+    noise(9, 6).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(encoded(noise(9, 6), "PNG")[:60])
+    before = len(list(folder.iterdir()))
+    for _ in range(50):
+        pixels(tmp_path / "good.png")
+        reason(tmp_path / "bad.png")
+    assert len(list(folder.iterdir())) == before
+
+
+def test_decoding_says_nothing_on_the_screen(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Pillow's warnings (EXIF, palettes, large pictures) would come once a file: none gets through."""
+    exif = Image.Exif()
+    exif[MAKE] = "camera"
+    content = bytearray(encoded(Image.new("RGB", (9, 9)), "JPEG", exif=exif))
+    content[content.index(b"camera") - 4] = 255
+    (tmp_path / "a.jpg").write_bytes(content)
+    pixels(tmp_path / "a.jpg")
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    palette.save(tmp_path / "b.png", transparency=bytes([0, 255]))
+    pixels(tmp_path / "b.png")
+    assert not recwarn.list

@@ -1,0 +1,175 @@
+"""Retrieval against a double loop over similarities, and chance against every order that there is.
+
+N  images      M  captions      D  embedding width
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train_clip.evaluation import retrieval as module
+from train_clip.evaluation.retrieval import Retrieval, retrieval
+
+KS = (1, 2, 5)
+
+
+def naive(images: Tensor, texts: Tensor, owners: list[int], captions: list[int], ks=KS) -> Retrieval:
+    """One query and one candidate at a time. A wrong candidate that is as similar as the best right one is before it."""
+
+    def recalls(queries: Tensor, candidates: Tensor, right: list[set[int]]) -> dict[int, float]:
+        ranks = []
+        for query, matches in zip(queries.tolist(), right, strict=True):
+            similarities = [
+                math.fsum(a * b for a, b in zip(query, other, strict=True)) for other in candidates.tolist()
+            ]
+            best = max((similarities[place] for place in matches), default=-math.inf)
+            ranks.append(sum(s >= best for place, s in enumerate(similarities) if place not in matches))
+        return {k: sum(rank < k for rank in ranks) / len(ranks) for k in ks}
+
+    def chances(right: list[set[int]], candidates: int) -> dict[int, float]:
+        """Share of the k-subsets of the candidates that hold a right one, each subset looked at."""
+        found = {}
+        for k in ks:
+            subsets = list(itertools.combinations(range(candidates), min(k, candidates)))
+            found[k] = sum(bool(matches & set(subset)) for matches in right for subset in subsets)
+            found[k] /= len(subsets) * len(right)
+        return found
+
+    said = [
+        {caption for caption, owner in zip(captions, owners, strict=True) if owner == i} for i in range(len(images))
+    ]
+    by_image = [{place for place, caption in enumerate(captions) if caption in mine} for mine in said]
+    by_text = [{i for i, mine in enumerate(said) if caption in mine} for caption in captions]
+    return Retrieval(
+        recalls(images, texts, by_image),
+        recalls(texts, images, by_text),
+        chances(by_image, len(texts)),
+        chances(by_text, len(images)),
+    )
+
+
+def assert_same(found: Retrieval, expected: Retrieval) -> None:
+    assert found.image_to_text == pytest.approx(expected.image_to_text, abs=1e-12)
+    assert found.text_to_image == pytest.approx(expected.text_to_image, abs=1e-12)
+    assert found.chance_image_to_text == pytest.approx(expected.chance_image_to_text, abs=1e-6)
+    assert found.chance_text_to_image == pytest.approx(expected.chance_text_to_image, abs=1e-6)
+
+
+def embed(rows: int, seed: int, width: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64, generator=generator), dim=-1)
+
+
+def labels(count: int, kinds: int, seed: int) -> list[int]:
+    return torch.randint(kinds, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+CASES = {
+    "one caption an image": ([0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], 7),
+    "several captions an image, in no order": ([4, 0, 2, 2, 1, 0, 3, 4, 4, 1], list(range(10)), 5),
+    "equal captions over different images": ([0, 1, 2, 3, 4, 5, 6], [10, 11, 10, 12, 11, 10, 13], 7),
+    "equal captions of one image": ([0, 0, 0, 1, 2, 2], [5, 5, 6, 7, 8, 8], 3),
+    "several captions, shared and not": ([0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 1, 2, 3, 0, 4, 5], 4),
+    "an image without a caption": ([0, 2, 2, 3], [0, 1, 2, 0], 4),
+    "ids that are hashes": ([0, 1, 2, 3], [-(2**62), 7, 2**62, 7], 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("at_once", [2, 1024])
+def test_against_a_double_loop(case, seed, at_once, monkeypatch):
+    """Recall and chance, both ways, whole and two rows at a time, against loops."""
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
+    owners, captions, count = case
+    images, texts = embed(count, seed), embed(len(owners), seed + 100)
+    found = retrieval(images, texts, torch.tensor(owners), torch.tensor(captions), KS)
+    assert_same(found, naive(images, texts, owners, captions))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_pairs_at_once(seed):
+    """60 captions of 25 images with 20 different texts, against loops."""
+    images, texts = embed(25, seed, 6), embed(60, seed + 100, 6)
+    owners, captions = labels(60, 25, seed), labels(60, 20, seed + 1)
+    found = retrieval(images, texts, torch.tensor(owners), torch.tensor(captions), (1, 2))
+    assert_same(found, naive(images, texts, owners, captions, (1, 2)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_count_against(seed):
+    """Embeddings on the axes, so that most similarities are exactly 0 or 1: against loops, where ties come first."""
+    axes = torch.eye(3, dtype=torch.float64)
+    owners, captions = [0, 1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 0, 4, 5]
+    images, texts = axes[labels(6, 3, seed)], axes[labels(7, 3, seed + 9)]
+    found = retrieval(images, texts, torch.tensor(owners), torch.tensor(captions), KS)
+    assert_same(found, naive(images, texts, owners, captions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "width"), [(11, 8), (16, 64), (37, 130), (257, 33)])
+def test_a_collapsed_model_finds_nothing(count, width, dtype):
+    """All images at one point and all captions at another, at sizes that matrix kernels round differently: all 0."""
+    images = embed(1, 0, width).to(dtype).repeat(count, 1)
+    texts = embed(1, 1, width).to(dtype).repeat(count, 1)
+    found = retrieval(images, texts, torch.arange(count), torch.arange(count))
+    assert found.image_to_text == found.text_to_image == {1: 0.0, 5: 0.0, 10: 0.0}
+
+
+@pytest.mark.parametrize("spoiled", ["images", "texts", "one image"])
+def test_not_a_number_is_not_found(spoiled):
+    """A query or a right candidate that is NaN counts as missed: a model that diverged does not score 100%."""
+    images, texts = embed(12, 0), embed(12, 0)
+    if spoiled == "images":
+        images[:] = torch.nan
+    elif spoiled == "texts":
+        texts[:] = torch.nan
+    else:
+        images[3] = torch.nan
+    found = retrieval(images, texts, torch.arange(12), torch.arange(12), (1,))
+    most = 11 / 12 if spoiled == "one image" else 0.0
+    assert found.image_to_text[1] == pytest.approx(most)
+    # Whether a wrong candidate that is NaN stands before the right one is open; the right one that is NaN is missed.
+    assert found.text_to_image[1] <= most + 1e-12
+
+
+def test_perfect_model():
+    """Each caption on its own image's place, equal captions at one place: all found."""
+    images = embed(6, 0, 8)
+    owners = torch.tensor([0, 1, 2, 3, 4, 5, 0])
+    found = retrieval(images, images[owners], owners, torch.tensor([0, 1, 2, 3, 4, 5, 0]))
+    assert found.image_to_text == found.text_to_image == {1: 1.0, 5: 1.0, 10: 1.0}
+
+
+def test_chance_is_what_random_orders_score():
+    """Chance against the mean score over all 24 orders of four captions' embeddings: 1e-12.
+
+    Each order is one way to hand distinct similarities to the candidates: what a model that knows nothing does.
+    """
+    owners, captions = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 2])
+    images, texts = embed(3, 0), embed(4, 1)
+    scores = [
+        retrieval(images, texts[list(order)], owners, captions, (1, 2)) for order in itertools.permutations(range(4))
+    ]
+    for k in (1, 2):
+        mean = sum(score.image_to_text[k] for score in scores) / len(scores)
+        assert scores[0].chance_image_to_text[k] == pytest.approx(mean, abs=1e-12)
+    turned = [
+        retrieval(images[list(order)], texts, owners, captions, (1, 2)) for order in itertools.permutations(range(3))
+    ]
+    for k in (1, 2):
+        mean = sum(score.text_to_image[k] for score in turned) / len(turned)
+        assert scores[0].chance_text_to_image[k] == pytest.approx(mean, abs=1e-12)
+
+
+def test_more_places_than_candidates():
+    """At k of the number of candidates and above, everything is found, by chance too."""
+    images = embed(4, 0)
+    found = retrieval(images, embed(4, 1), torch.arange(4), torch.arange(4), (4, 10))
+    assert set(found.image_to_text.values()) == set(found.chance_text_to_image.values()) == {1.0}

@@ -1,0 +1,124 @@
+"""The command line: what reaches a verb's function."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train_clip import cli
+from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions
+from train_clip.errors import UserError
+
+GROUPS = (ModelOptions, DataOptions, OptimizerOptions, RunOptions)
+OWN_OPTIONS = {field.name for group in GROUPS for field in dataclasses.fields(group)}
+
+
+def parsed(*words: str) -> dict:
+    return cli.parse("train", ["--folder", "data_dir", *words])[1].arguments
+
+
+def test_every_option_reaches_its_dataclass():
+    """Each documented option, set to something else than its default, arrives typed in the right group."""
+    values = parsed(
+        *"--model_name RN50 --image_size 64 --minibatch_size 8 --batch_size 32 --num_workers 3".split(),
+        *"--resize_ratio 0.75 --shuffle false --val_share 0.2 --learning_rate 1e-3 --weight_decay 0.1".split(),
+        *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out".split(),
+        *("--betas", "[0.8, 0.9]"),
+    )
+    assert values["model"] == ModelOptions("RN50", 64, 8)
+    assert values["data"] == DataOptions(Path("data_dir"), 32, 3, 0.75, False, 0.2)
+    assert values["optimizer"] == OptimizerOptions(1e-3, 0.1, (0.8, 0.9), 1e-7, 5)
+    assert values["run"] == RunOptions(7, 3, Path("out"))
+
+
+def test_the_list_of_options_is_the_documented_one():
+    """No option comes or goes unnoticed: the fields of the four groups, against the table in docs/training.md."""
+    table = Path(__file__).parents[1].joinpath("docs/training.md").read_text(encoding="utf-8")
+    assert OWN_OPTIONS | {"config"} == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
+
+
+def test_every_option_has_help():
+    """Each option's sentence of help is printed, from the docstring of its dataclass."""
+    printed = subprocess.run(
+        [sys.executable, "-m", "train_clip.cli", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in OWN_OPTIONS:
+        after = printed.split(f"\n  --{name} ")[1].split("\n  --")[0].split(maxsplit=1)[1]
+        assert len(after.split("(type")[0]) > 20, name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--batchsize", "7"], ["--batchsize=7"], ["--batch-size", "7"], ["--batch_size=7"]],
+)
+def test_known_spellings_mean_one_option(words):
+    """What people type for the batch size, one and the same."""
+    assert parsed(*words)["data"].batch_size == 7
+
+
+def test_abbreviations_are_refused(capsys):
+    """``--fold`` is no ``--folder``: a typo must not pick another option."""
+    with pytest.raises(SystemExit) as stop:
+        cli.parse("train", ["--fold", "x"])
+    assert stop.value.code == 2
+    assert "--fold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "order", [["--config", "FILE", "--batch_size", "9"], ["--batch_size", "9", "--config", "FILE"]]
+)
+def test_the_command_line_wins_over_the_config_wherever_it_stands(tmp_path, order):
+    """A recipe before or after an option: the option's value holds, the recipe's others too."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("batch_size: 4\nmodel_name: RN50\nprecision: bf16-mixed\n")
+    values = parsed(*[str(recipe) if word == "FILE" else word for word in order])
+    assert values["data"].batch_size == 9
+    assert values["model"].model_name == "RN50"
+    assert values["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_trainer_options_pass_through():
+    """Options of Lightning's Trainer, a class among them, arrive as plain values."""
+    trainer = parsed(
+        "--max_steps", "5", "--gradient_clip_val", "1.0", "--logger", "CSVLogger", "--logger.save_dir", "x"
+    )["trainer"]
+    assert trainer["max_steps"] == 5
+    assert trainer["gradient_clip_val"] == 1.0
+    assert trainer["logger"]["class_path"] == "lightning.pytorch.loggers.CSVLogger"
+    assert trainer["logger"]["init_args"]["save_dir"] == "x"
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    """A recipe that is neither shipped nor a file."""
+    with pytest.raises(UserError, match=r"--config nothing: .*cpu, demo, scratch"):
+        parsed("--config", "nothing")
+
+
+def test_an_unknown_verb_lists_the_verbs():
+    """A mistyped verb."""
+    with pytest.raises(SystemExit, match="unknown verb 'trian'; expected one of demo, train"):
+        cli.main(["trian"])
+
+
+def test_a_user_error_ends_without_a_traceback(tmp_path):
+    """What a user can mend is told in words, with exit code 1."""
+    command = [sys.executable, "-m", "train_clip.cli", "train", "--folder", str(tmp_path / "absent")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert f"{tmp_path / 'absent'}: there is no such folder" in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_imports_nothing_heavy():
+    """The list of verbs comes without torch, Lightning or NumPy."""
+    code = "import sys; from train_clip.cli import main; main(['--help']); print(sorted(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    verbs, modules = printed.rsplit("\n", 2)[0], printed.rsplit("\n", 2)[1]
+    assert all(verb in verbs for verb in cli.VERBS)
+    assert not {"'torch'", "'lightning'", "'numpy'"} & set(modules.strip("[]").split(", "))
