@@ -117,8 +117,12 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
 
     docstring = parse_docstring(function.__doc__ or "")
     help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
+    parameters = inspect.signature(function).parameters
+    positional = [name for name, one in parameters.items() if one.kind is inspect.Parameter.POSITIONAL_ONLY]
     parser = ArgumentParser(
         prog=f"train-clip {verb}",
+        # The list of all options, which would bury an error below it, is what --help prints.
+        usage=" ".join(["%(prog)s", *map(str.upper, positional), "[options]"]),
         description=docstring.short_description,
         allow_abbrev=False,
         default_env=False,
@@ -126,13 +130,13 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
     parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
     groups: dict[str, tuple[Any, list[str]]] = {}
     hints = typing.get_type_hints(function)
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in parameters.items():
         hint, text = hints[name], help_texts.get(name)
         if dataclasses.is_dataclass(hint):
             groups[name] = (hint, parser.add_class_arguments(hint, None))
         elif isinstance(hint, type) and issubclass(hint, dict):
             groups[name] = (hint, _add_trainer(parser))
-        elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+        elif name in positional:
             parser.add_argument(name, type=hint, help=text)
             groups[name] = (None, [])
         else:

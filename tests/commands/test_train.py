@@ -188,3 +188,26 @@ def test_a_gpu_trains_in_its_default_precision(pair_folder, model_file, tmp_path
     )
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] in ("bf16-mixed", "16-mixed")
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "0"], "Not one step was trained"),
+        (["--accelerator", "cuda"], "Lightning's Trainer refuses these options"),
+        (["--logger", "WandbLogger"], "WandbLogger: .*Install the package that it needs"),
+        (["--val_share", "1.5"], r"val_share is 1\.5; expected a share"),
+        (["--batch_size", "1"], "batch_size is 1; a contrastive loss needs at least 2"),
+        (["--image_size", "17"], r"image size 17 is not a multiple of the patch 8"),
+    ],
+)
+def test_what_cannot_work_is_told_in_a_line(pair_folder, model_file, tmp_path, words, message):
+    """Options that cannot work end with a message for the user, not with a traceback."""
+    with pytest.raises(SystemExit, match=message):
+        run_train(pair_folder, model_file, tmp_path / "run", *words)
+
+
+def test_fast_dev_run_passes_through(pair_folder, model_file, tmp_path):
+    """Lightning's one-batch trial leaves no checkpoint and no error."""
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--fast_dev_run", "true")
+    assert not (run / "checkpoints").exists()

@@ -163,7 +163,7 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
 
 
 def test_ycck_jpeg(tmp_path: Path) -> None:
-    """The same inks as luma and chroma: a CMYK file that holds YCbCr, its Adobe marker set to 2 (T.872, section 6.5.3)."""
+    """The same inks as luma and chroma: a CMYK file of YCbCr, its Adobe marker set to 2 (T.872, 6.5.3)."""
     for inks in ((0, 255, 255, 0), (255, 255, 0, 0), (60, 20, 200, 90)):
         cyan, magenta, yellow, black = inks
         luma = 0.299 * cyan + 0.587 * magenta + 0.114 * yellow

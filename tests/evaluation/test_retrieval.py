@@ -20,7 +20,7 @@ KS = (1, 2, 5)
 
 
 def naive(images: Tensor, texts: Tensor, owners: list[int], captions: list[int], ks=KS) -> Retrieval:
-    """One query and one candidate at a time. A wrong candidate that is as similar as the best right one is before it."""
+    """One query and one candidate at a time; a wrong candidate as similar as the best right one is before it."""
 
     def recalls(queries: Tensor, candidates: Tensor, right: list[set[int]]) -> dict[int, float]:
         ranks = []

@@ -199,7 +199,7 @@ def test_value_of_the_wrong_kind(path, value):
 
 def test_unknown_activation():
     """The error lists the activations that there are."""
-    with pytest.raises(UserError, match="'relu'.*quick_gelu, gelu"):
+    with pytest.raises(UserError, match=r"'relu'.*quick_gelu, gelu"):
         CLIP(config_from_dict(changed("activation", "relu")))
 
 

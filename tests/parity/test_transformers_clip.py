@@ -107,7 +107,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def embeddings(output: object) -> Tensor:
-    """transformers 5 returns an object, transformers 4 the tensor."""
+    """An object in transformers 5, the tensor in transformers 4."""
     return getattr(output, "pooler_output", output)
 
 

@@ -59,11 +59,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 @every_size
-def test_gradient_is_the_full_batch_s(size):
-    """Both towers in chunks and one loss, against one plain backward pass on the whole batch: 1e-12.
-
-    Every parameter's gradient, the temperature's too, and the loss.
-    """
+def test_gradient_is_the_full_batch(size):
+    """Loss and every parameter's gradient, the temperature's too, against one plain backward pass: 1e-12."""
     images, tokens = batch(16)
     chunked, plain = build(), build()
     sides = (
@@ -105,15 +102,8 @@ class Recorder:
 
 def mlp(*, dropout: float = 0.0) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [
-        nn.Linear(5, 12),
-        nn.Dropout(dropout),
-        nn.Tanh(),
-        nn.Linear(12, 12),
-        nn.Dropout(dropout),
-        nn.Linear(12, 4),
-    ]
-    return nn.Sequential(*layers).double()
+    first = [nn.Linear(5, 12), nn.Dropout(dropout), nn.Tanh()]
+    return nn.Sequential(*first, nn.Linear(12, 12), nn.Dropout(dropout), nn.Linear(12, 4)).double()
 
 
 def rows() -> Tensor:
@@ -146,7 +136,7 @@ def test_whole_batch_is_encoded_once(size):
 
 
 def test_no_activation_outlives_its_chunk():
-    """Storages of the layers' outputs that are still alive after the forward pass: some in one piece, none in chunks."""
+    """Storages of layers' outputs that are alive after the forward pass: some in one piece, none in chunks."""
 
     def num_alive(size: int) -> int:
         encoder, outputs = mlp(), []
@@ -248,10 +238,9 @@ def loop(encoder: nn.Module, batch: Tensor, size: int) -> tuple[Tensor, dict[str
     handles = []
     for name, module in encoder.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            inputs[name] = parts = []
-            handles.append(
-                module.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0].detach()))
-            )
+            inputs[name] = []
+            keep = inputs[name].append
+            handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
     embeddings = torch.cat([encoder(chunk) for chunk in batch.split(size)])
     for handle in handles:
         handle.remove()

@@ -176,3 +176,29 @@ def test_train_clips_own_configuration_builds_the_same_model(tiny_config):
     assert module.model.config.image.heads == 2
     assert module.model.config.text == tiny_config.text
     assert module.hparams.minibatch_size == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
+def test_a_gpu_steps_as_a_cpu(tiny_config, precision):
+    """Chunks of 3 on a CUDA device, in each precision, against float32 on the CPU: the same first loss, to rounding."""
+    loader = DataLoader(Listed(PIXELS, CAPTIONS), batch_size=8)
+    expected = first_loss(tiny_config, loader)
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        accelerator="gpu", devices=1, max_steps=3, precision=precision, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, log_every_n_steps=1, gradient_clip_val=1.0,
+    )  # fmt: skip
+    module = CLIPWrapper("tiny", tiny_config, minibatch_size=3)
+    losses: list[float] = []
+    original = module.training_step
+
+    def step(batch: Any, index: int) -> torch.Tensor:
+        loss = original(batch, index)
+        losses.append(loss.item())
+        return loss
+
+    module.training_step = step
+    trainer.fit(module, loader)
+    assert losses[0] == pytest.approx(expected, rel=1e-4 if precision == "32-true" else 2e-2)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())

@@ -20,6 +20,12 @@ WARNINGS_BY_DESIGN = (
     r".*smaller than the logging interval.*",
     # The loader's workers are chosen by the device; see DataOptions.num_workers.
     r".*does not have many workers which may be a bottleneck.*",
+    # No validation split where none is held out; ``overfit_batches`` as its documentation says.
+    r".*Total length of `list` across ranks is zero.*",
+    r".*defined a `validation_step` but have no `val_dataloader`.*",
+    r".*requested to overfit but enabled train dataloader shuffling.*",
+    # A run that ends before its first validation; the verb says so at its end.
+    r".*could not find the monitored key in the returned metrics.*",
     # The run's folder is made before the checkpoints within it.
     r".*Checkpoint directory .* exists and is not empty.*",
 )

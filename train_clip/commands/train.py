@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions
 from train_clip.commands.quiet import quiet
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
+from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.clip_wrapper import CLIPWrapper
@@ -72,6 +74,8 @@ def train(
     )
     _say_start(config, module, lightning_trainer, folder)
     lightning_trainer.fit(module, data_module)
+    if lightning_trainer.global_step == 0:
+        raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
     _say_end(lightning_trainer, folder, data)
     return folder
 
@@ -101,6 +105,9 @@ def build_trainer(options: dict[str, Any], folder: Path, epochs: int, held_out: 
         folder: the run's.
         epochs: passes over the data.
         held_out: whether there is a validation split, and so a best checkpoint.
+
+    Raises:
+        UserError: options that do not go together, or that need what is not there.
     """
     made = {name: _instantiate(value) for name, value in options.items()}
     callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
@@ -115,13 +122,20 @@ def build_trainer(options: dict[str, Any], folder: Path, epochs: int, held_out: 
     made["logger"] = _loggers(made.get("logger"), folder)
     if made.get("enable_model_summary") is None:
         made["enable_model_summary"] = False
-    return L.Trainer(**made, max_epochs=epochs, default_root_dir=folder)
+    try:
+        return L.Trainer(**made, max_epochs=epochs, default_root_dir=folder)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
 
 
 def _checkpoints(folder: Path, held_out: bool) -> list[L.Callback]:
-    """The last state after each epoch and, where there is a validation split, the state of its lowest loss."""
+    """The last state after each epoch and, where there is a validation split, the one that retrieves best on it.
+
+    Not the one of the lowest loss: on small sets the held-out loss rises, as the model grows sure of itself, long
+    before retrieval stops getting better (docs/training.md shows such a run).
+    """
     last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    best = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+    best = ModelCheckpoint(folder, "best", monitor="val/mean_recall", mode="max", enable_version_counter=False)
     return [last, best] if held_out else [last]
 
 
@@ -139,7 +153,12 @@ def _instantiate(value: Any) -> Any:
     """Turn ``{class_path, init_args}`` into an object, also within a list; leave the rest as it is."""
     if isinstance(value, list):
         return [_instantiate(item) for item in value]
-    return instantiate_class((), value) if isinstance(value, dict) and "class_path" in value else value
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    try:
+        return instantiate_class((), value)
+    except ImportError as error:
+        raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
 
 
 def _resolve(optimizer: OptimizerOptions, module: CLIPWrapper) -> OptimizerOptions:
@@ -169,13 +188,16 @@ def _say_start(config: ModelConfig, module: CLIPWrapper, trainer: L.Trainer, fol
 
 
 def _say_end(trainer: L.Trainer, folder: Path, data: DataOptions) -> None:
-    if not trainer.is_global_zero or trainer.checkpoint_callback is None:
+    checkpoints = list((folder / "checkpoints").glob("*.ckpt"))
+    if not trainer.is_global_zero or not checkpoints:
         return
     best = folder / "checkpoints" / "best.ckpt"
     checkpoint = best if best.is_file() else folder / "checkpoints" / "last.ckpt"
+    if data.val_share and not best.is_file():
+        print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
     split = f" --split held_out --val_share {data.val_share}" if data.val_share else ""
     print(
         f"Done after {trainer.global_step:,} steps. Curves: {folder / 'curves.png'}. Checkpoints: "
-        f"{', '.join(sorted(file.name for file in checkpoint.parent.glob('*.ckpt')))}.\n"
+        f"{', '.join(sorted(file.name for file in checkpoints))}.\n"
         f"Next: train-clip evaluate {checkpoint} --folder {data.folder}{split}"
     )

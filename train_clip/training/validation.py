@@ -44,8 +44,8 @@ class ValidationSplit:
                 processes are dropped.
 
         Returns:
-            ``val/loss``, over global batches as large as the first, the remainder weighted by its size; and
-            ``val/R@k_…`` both ways for k = 1, 5, 10.
+            ``val/loss``, over global batches as large as the first, the remainder weighted by its size;
+            ``val/R@k_…`` both ways for k = 1, 5, 10; and ``val/mean_recall``, the mean of those six.
         """
         if not self._images:
             return {}
@@ -60,7 +60,8 @@ class ValidationSplit:
         for k in found.image_to_text:
             figures[f"val/R@{k}_image_to_text"] = found.image_to_text[k]
             figures[f"val/R@{k}_text_to_image"] = found.text_to_image[k]
-        return figures
+        recalls = [*found.image_to_text.values(), *found.text_to_image.values()]
+        return figures | {"val/mean_recall": sum(recalls) / len(recalls)}
 
 
 def loss_in_batches(images: Tensor, texts: Tensor, scale: Tensor, batch: int) -> float:

@@ -1,0 +1,80 @@
+"""A batch out of samples: against the samples and OpenAI's framing of captions."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+
+from train_clip.data.collate import Collate
+from train_clip.data.pairs import Sample
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.types import Batch, Skip
+
+
+def samples(*captions: str) -> list[Sample]:
+    """Random pixels; sample i brings i skips."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Sample(
+            torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8, generator=generator),
+            caption,
+            tuple(Skip(f"{place}-{number}.jpg", "bad") for number in range(place)),
+        )
+        for place, caption in enumerate(captions)
+    ]
+
+
+def test_the_fields_of_a_batch() -> None:
+    """Pixels stacked in order as bytes, texts one row each as long as the longest, skips one after the other."""
+    given = samples("a cat", "a dog that sits on a mat", "b")
+    batch = Collate(Tokenizer(77))(given)
+    assert isinstance(batch, Batch)
+    assert (batch.images.shape, batch.images.dtype) == ((3, 3, 4, 4), torch.uint8)
+    assert all(torch.equal(image, sample.pixels) for image, sample in zip(batch.images, given, strict=True))
+    assert batch.texts.dtype == torch.int64
+    for row, sample in zip(batch.texts, given, strict=True):
+        assert torch.equal(row, Tokenizer(77)(sample.caption)[0, : len(row)])
+    assert batch.texts.shape == (3, 9)  # start, seven words, end
+    assert [skip.path for skip in batch.skips] == ["1-0.jpg", "2-0.jpg", "2-1.jpg"]
+    assert batch.num_cut == 0
+
+
+def test_captions_that_are_too_long_are_counted() -> None:
+    """A context of 6 holds four words: two of four captions are cut, and end in the end token all the same."""
+    batch = Collate(Tokenizer(6))(samples("a b c d", "a b c d e", "a", "a b c d e f g"))
+    assert batch.num_cut == 2
+    assert batch.texts.shape == (4, 6)
+    assert all(Tokenizer.end_token in row for row in batch.texts)
+
+
+class OwnTokenizer:
+    """Stands in for Hugging Face's: remembers what it was asked and gives a mapping."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def __call__(self, texts: list[str], **how: Any) -> dict[str, torch.Tensor]:
+        self.asked.append((texts, how))
+        lengths = torch.tensor([[len(text)] for text in texts])
+        return {"input_ids": lengths, "attention_mask": torch.ones_like(lengths)}
+
+
+def test_a_tokenizer_of_ones_own() -> None:
+    """It gets the captions as a list, is asked for padded and cut tensors, and its mapping is passed on whole."""
+    own = OwnTokenizer()
+    batch = Collate(own)(samples("a", "bcd"))
+    assert own.asked == [(["a", "bcd"], {"padding": True, "truncation": True, "return_tensors": "pt"})]
+    assert set(batch.texts) == {"input_ids", "attention_mask"}
+    assert batch.texts["input_ids"].tolist() == [[1], [3]]
+    assert batch.num_cut == 0
+    assert len(batch.skips) == 1
+
+
+def test_it_travels_to_a_worker() -> None:
+    """Pickled and back, as a spawned worker gets it: the same batch."""
+    collate = Collate(Tokenizer(10))
+    given = samples("a cat", "a dog")
+    for one, other in zip(collate(given), pickle.loads(pickle.dumps(collate))(given), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

@@ -1,0 +1,62 @@
+"""Images for scoring: in order, each named by its index, bad ones reported and never replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train_clip.data.image_list import ImageList, image_loader
+from train_clip.data.transforms import center_crop, to_tensor
+from train_clip.types import Skip
+
+
+@pytest.fixture
+def paths(tmp_path: Path, noise: Callable[..., Image.Image]) -> list[str]:
+    """Seven files, the third and the seventh no images."""
+    for index in range(7):
+        noise(20 + index, 30, seed=index).save(tmp_path / f"{index}.png")
+    for index in (2, 6):
+        (tmp_path / f"{index}.png").write_bytes(b"<html>")
+    return [str(tmp_path / f"{index}.png") for index in range(7)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+def test_every_image_once_and_in_order(paths: list[str], batch_size: int, workers: int) -> None:
+    """All batches joined, against each file decoded and cropped here; bad files only among the skips."""
+    if workers and batch_size != 3:
+        pytest.skip("one batch size with workers is enough")
+    kept: list[int] = []
+    skips: list[Skip] = []
+    for indices, pixels, bad in image_loader(paths, 16, batch_size, workers):
+        assert len(indices) == len(pixels)
+        for index, image in zip(indices, pixels, strict=True):
+            with Image.open(paths[index]) as picture:
+                assert torch.equal(image, to_tensor(center_crop(picture, 16)))
+        kept += indices
+        skips += bad
+    assert kept == [0, 1, 3, 4, 5]
+    assert skips == [Skip(paths[index], "not an image that Pillow can read") for index in (2, 6)]
+
+
+def test_a_batch_of_bad_files_is_empty(paths: list[str]) -> None:
+    """Nothing but bad files: no index, no pixels, two skips."""
+    ((indices, pixels, bad),) = image_loader([paths[2], paths[6]], 16, 5, 0)
+    assert (indices, len(pixels), len(bad)) == ([], 0, 2)
+
+
+def test_one_at_a_time(paths: list[str]) -> None:
+    """The index comes with the pixels, or with what is wrong."""
+    files = ImageList(paths, 16)
+    assert len(files) == 7
+    index, pixels = files[1]
+    assert index == 1
+    assert isinstance(pixels, torch.Tensor)
+    assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
+    assert np.asarray(pixels).max() > 100
+    assert files[2] == (2, Skip(paths[2], "not an image that Pillow can read"))

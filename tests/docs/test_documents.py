@@ -1,0 +1,107 @@
+"""The documents against the program: every command parses, README's run, the printed tree is the real one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_pairs
+from train_clip import cli
+from train_clip.commands import demo as demo_module
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Our own commands as words from the verb on; pip, make and pytest are for CI itself."""
+    lines = [line for block in blocks(document, "bash") for line in block.splitlines()]
+    found = []
+    for line in lines:
+        words = shlex.split(line.split(" > ")[0].split("&&")[-1])
+        if words[:1] == ["train-clip"]:
+            found.append(words[1:])
+        elif words[:2] == ["python", "train.py"]:
+            found.append(["train", *words[2:]])
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_documented_command_parses(document):
+    """No command in a document has an option that the parser does not know."""
+    for verb, *words in commands(document):
+        cli.parse(verb, ["ViT-B/32" if word == "CHECKPOINT" else word for word in words])
+
+
+@pytest.fixture(scope="module")
+def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the demo has run (two epochs, one picture a scene) and ``data_dir`` holds twelve pairs."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    train = demo_module.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(demo_module, "COPIES", 1)
+        patch.setattr(demo_module, "train", lambda m, d, o, run, t: train(m, d, o, replace(run, epochs=2), t))
+        cli.main(["demo"])
+    write_pairs(folder / "data_dir", 12)
+    return folder
+
+
+def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
+    """README's commands in their order, word for word; training is stopped after one step."""
+    monkeypatch.chdir(as_a_newcomer)
+    verbs = []
+    for verb, *words in commands(ROOT / "README.md"):
+        if verb != "demo":
+            cli.main([verb, *words, *(["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb == "train" else [])])
+        verbs.append(verb)
+    assert verbs == ["demo", "train", "train", "evaluate", "evaluate"]
+    assert "zero-shot over 48 classes" in capsys.readouterr().out
+
+
+def test_readme_python_runs(as_a_newcomer):
+    """README's Python, each block as a script of its own."""
+    found = blocks(ROOT / "README.md", "python")
+    assert len(found) == 2
+    for block in found:
+        ended = subprocess.run(
+            [sys.executable, "-c", block], cwd=as_a_newcomer, capture_output=True, text=True, timeout=200
+        )
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_the_printed_tree_is_the_real_one():
+    """Every path in README's tree exists, and everything in the package's folder is in the tree."""
+    tree = next(block for block in blocks(ROOT / "README.md", "") if block.startswith("train-clip/"))
+    printed: set[str] = set()
+    parents: list[str] = []
+    for line in tree.splitlines()[1:]:
+        prefix, name = re.match(r"^([│ ]*)[├└]── (\S+)", line).groups()
+        parents[len(prefix) // 4 :] = [name.rstrip("/")]
+        printed.add("/".join(parents))
+    assert [path for path in printed if not (ROOT / path).exists()] == []
+    package = {
+        f"train_clip/{path.name}" for path in (ROOT / "train_clip").iterdir() if not path.name.startswith(("_", "py."))
+    }
+    assert package - printed == set()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "train_clip" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
+    """A shipped recipe parses and trains, on twelve pairs."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "data_dir", 12)
+    cli.main(["train", "--config", recipe.stem, "--folder", "data_dir", "--max_steps", "1", "--output", "run"])
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
