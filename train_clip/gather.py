@@ -69,6 +69,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # All-reduce and cut rather than reduce-scatter: gloo has no reduce-scatter.
-        gradient = gradient.contiguous()
+        # A copy, since others may hold the same gradient.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient)
         return gradient[ctx.rank * ctx.length : (ctx.rank + 1) * ctx.length]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from train_clip.data.captions import read_captions
 from train_clip.data.collate import Collate
 from train_clip.data.pairs import Sample
 from train_clip.data.tokenizer import Tokenizer
+from train_clip.errors import BadSample
 from train_clip.types import Batch, Skip
 
 
@@ -78,3 +82,31 @@ def test_it_travels_to_a_worker() -> None:
     given = samples("a cat", "a dog")
     for one, other in zip(collate(given), pickle.loads(pickle.dumps(collate))(given), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "&#" + "1" * 5000 + ";",
+        *(
+            pytest.param(
+                caption,
+                marks=pytest.mark.xfail(strict=True, raises=ValueError, reason="ENDLESS_ENTITY looks before ftfy"),
+            )
+            for caption in (
+                "&amp;#" + "1" * 5000 + ";",
+                "\uff06\uff03" + "\uff11" * 5000 + "\uff1b",
+                "&#" + ("1" * 100 + "\x7f") * 60 + ";",
+            )
+        ),
+    ],
+    ids=["plain", "escaped twice", "full width", "control characters"],
+)
+def test_what_is_read_as_a_caption_can_be_collated(tmp_path: Path, caption: str) -> None:
+    """A number without end as an HTML entity, in four disguises: refused as a bad sample, or tokenized; never an error."""
+    (tmp_path / "a.txt").write_text(caption, encoding="utf-8")
+    try:
+        captions = read_captions(str(tmp_path / "a.txt"))
+    except BadSample:
+        return
+    Collate(Tokenizer(10))(samples(*captions))

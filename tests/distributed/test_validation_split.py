@@ -39,7 +39,7 @@ def pairs(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def score(count: int, batch: int, places: list[int], dataset: Any) -> dict[str, float]:
     """Hand the pairs at these places to a split, batch by batch, the captions cut after each batch's longest."""
-    split = ValidationSplit()
+    split = ValidationSplit(4)
     images, texts, tokens = pairs(count)
     for start in range(0, len(places), batch):
         chosen = places[start : start + batch]
@@ -58,7 +58,7 @@ def everything() -> dict[Any, Any]:
         figures[count, batch] = score(count, batch // size, list(sampler), dataset)
     places = list(range(13)) if rank == 0 else list(range(13, 23))
     figures["stream"] = score(23, 4, places, None)
-    figures["empty"] = ValidationSplit().score(SCALE)
+    figures["empty"] = ValidationSplit(4).score(SCALE)
     return figures
 
 
@@ -117,7 +117,7 @@ def test_figures_of_one_process(count, batch):
 
 def test_split_starts_afresh():
     """A score forgets what it scored: the second of two equal rounds gives the same figures."""
-    split = ValidationSplit()
+    split = ValidationSplit(4)
     figures = []
     for _ in range(2):
         split.add(*pairs(11))

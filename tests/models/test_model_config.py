@@ -170,7 +170,7 @@ def test_missing_key(path):
         ("image.heads", 5, "image width 24 does not divide into 5 heads"),
         ("text.heads", 3, "text width 20 does not divide into 3 heads"),
         ("image", RESNET | {"size": 48}, "48 is not a multiple of 32"),
-        ("image", RESNET | {"blocks": [1, 1, 1]}, "3 stages"),
+        ("image", RESNET | {"blocks": [1, 1, 1]}, "expected a list of 4 numbers"),
         ("image", RESNET | {"width": 7}, "width 7 is odd"),
     ],
 )

@@ -5,6 +5,7 @@ B  rows of the batch      n_k  rows of chunk k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -115,7 +116,7 @@ def head(embeddings: Tensor) -> Tensor:
     return (embeddings @ embeddings.T).logsumexp(dim=1).sum() + embeddings.sin().sum()
 
 
-@pytest.mark.parametrize(("size", "chunks"), [(3, [3, 3, 2]), (4, [4, 4]), (1, [1] * 8)])
+@pytest.mark.parametrize(("size", "chunks"), [(3, [3, 3, 2]), (4, [4, 4]), (5, [4, 4]), (1, [1] * 8)])
 def test_each_chunk_is_encoded_twice(size, chunks):
     """Once forward in order, once more in the backward pass: nothing but embeddings is kept between the two."""
     encoder = mlp()
@@ -167,7 +168,7 @@ def test_dropout(size):
 
     plain = mlp(dropout=0.4)
     parts = []
-    for chunk, state in zip(rows().split(size), states, strict=True):
+    for chunk, state in zip(rows().tensor_split(math.ceil(B / size)), states, strict=True):
         torch.set_rng_state(state)
         parts.append(plain(chunk))
     expected = torch.cat(parts)
@@ -241,7 +242,7 @@ def loop(encoder: nn.Module, batch: Tensor, size: int) -> tuple[Tensor, dict[str
             inputs[name] = []
             keep = inputs[name].append
             handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0].detach())))
-    embeddings = torch.cat([encoder(chunk) for chunk in batch.split(size)])
+    embeddings = torch.cat([encoder(chunk) for chunk in batch.tensor_split(math.ceil(len(batch) / size))])
     for handle in handles:
         handle.remove()
     moments = {}

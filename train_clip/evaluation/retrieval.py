@@ -29,7 +29,7 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     """Score every image against every caption.
 
     An image counts as found when any caption that says the same as one of its own is among the first k, a caption when
-    any image that has it is. Ties count against: a model that maps all to one point finds nothing.
+    any image that has it is. Ties and NaN count against: a model that maps all to one point finds nothing.
 
     Args:
         images: (N, D) float, unit norm.
@@ -76,9 +76,9 @@ def _has_image(wanted: Tensor, owners: Tensor, caption_ids: Tensor, num_images: 
 
 
 def _ranks(similarity: Tensor, right: Tensor) -> Tensor:
-    """(rows,) int64: how many wrong candidates stand before the best right one, ties included."""
+    """(rows,) int64: how many wrong candidates stand before the best right one, ties and NaN included."""
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((similarity >= best) & ~right).sum(dim=1)
+    return (~(similarity < best) & ~right).sum(dim=1)
 
 
 def _recall(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
@@ -89,8 +89,9 @@ def _chance(matches: Tensor, candidates: int, ks: Sequence[int]) -> dict[int, fl
     """Mean over queries of 1 - C(candidates - matches, k) / C(candidates, k)."""
     chances = {}
     for k in ks:
-        missed = torch.ones(len(matches), dtype=torch.float64, device=matches.device)
+        wrong = (candidates - matches).double()
+        missed = torch.ones_like(wrong)
         for drawn in range(min(k, candidates)):
-            missed *= ((candidates - matches - drawn) / (candidates - drawn)).clamp(min=0)
+            missed *= ((wrong - drawn) / (candidates - drawn)).clamp(min=0)
         chances[k] = (1 - missed).mean().item()
     return chances

@@ -55,7 +55,7 @@ def class_embeddings(
 
 
 def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
-    """Score images against classes. Ties count against.
+    """Score images against classes. Ties and NaN count against.
 
     Args:
         images: (N, D) float, unit norm.
@@ -64,8 +64,8 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
     """
     similarity = images @ classes.T
     own = similarity.gather(1, labels[:, None])
-    # The class itself is the one entry that is always at least as similar as itself.
-    ranks = (similarity >= own).sum(dim=1) - 1
+    # The class itself is the one entry that is never less similar than itself.
+    ranks = (~(similarity < own)).sum(dim=1) - 1
     hits = (ranks < 1).double()
     counts = torch.bincount(labels, minlength=len(classes)).double()
     per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]

@@ -7,6 +7,8 @@ and 20), optimizer numbers its tables 18 to 20.
 from __future__ import annotations
 
 import dataclasses
+import typing
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -37,6 +39,7 @@ class ViTConfig:
     heads: int
 
     def __post_init__(self) -> None:
+        _require_positive(self)
         _require(self.size % self.patch == 0, f"image size {self.size} is not a multiple of the patch {self.patch}")
         _require(self.width % self.heads == 0, f"image width {self.width} does not divide into {self.heads} heads")
 
@@ -56,8 +59,8 @@ class ResNetConfig:
     width: int
 
     def __post_init__(self) -> None:
+        _require_positive(self)
         _require(self.size % 32 == 0, f"image size {self.size} is not a multiple of 32, a ResNet's stride")
-        _require(len(self.blocks) == 4, f"{len(self.blocks)} stages of blocks; a ResNet has four")
         _require(self.width % 2 == 0, f"image width {self.width} is odd; the pooling has width / 2 heads")
 
 
@@ -80,6 +83,7 @@ class TextConfig:
     heads: int
 
     def __post_init__(self) -> None:
+        _require_positive(self)
         _require(self.width % self.heads == 0, f"text width {self.width} does not divide into {self.heads} heads")
 
 
@@ -174,20 +178,21 @@ def config_from_dict(values: dict[str, Any], source: str = "config") -> ModelCon
     Raises:
         UserError: a key that is unknown or missing, or sizes that do not fit.
     """
-    if "image_resolution" in values:
-        values = _from_flat(values)
     try:
-        image = values.get("image", {})
+        values = {"name": source} | (_from_flat(values) if "image_resolution" in values else values)
+        image = _mapping(values.get("image", {}), "image")
         image_type = ResNetConfig if "blocks" in image else ViTConfig
-        # A model without numbers of its own trains with ViT-B/32's.
-        optimizer = values["optimizer"] if "optimizer" in values else read_config("ViT-B/32").to_dict()["optimizer"]
+        if "optimizer" not in values:
+            # A model without numbers of its own trains with those of its kind.
+            alike = read_config("RN50" if image_type is ResNetConfig else "ViT-B/32")
+            values = values | {"optimizer": alike.to_dict()["optimizer"]}
         parts = {
             "image": _build(image_type, image, "image"),
-            "text": _build(TextConfig, values.get("text", {}), "text"),
-            "optimizer": _build(OptimizerConfig, optimizer, "optimizer"),
+            "text": _build(TextConfig, _mapping(values.get("text", {}), "text"), "text"),
+            "optimizer": _build(OptimizerConfig, _mapping(values["optimizer"], "optimizer"), "optimizer"),
         }
-        return _build(ModelConfig, {"name": source} | values | parts, "model")
-    except (UserError, TypeError, AttributeError) as error:
+        return _build(ModelConfig, values | parts, "model")
+    except UserError as error:
         raise UserError(f"{source}: {error}. `train-clip models --show ViT-B/32` prints a complete file.") from None
 
 
@@ -201,17 +206,58 @@ def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{', '.join(missing)} missing under {where!r}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: _typed(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A value of the type that its field declares; whole numbers serve as floats, lists as tuples."""
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise UserError(f"{where} is {value!r}, expected a list of {len(kinds)} numbers")
+        return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        # YAML 1.1 takes 5e-4 for a word: it wants the point.
+        hint_name = {"float": "a number such as 5.0e-4", "int": "a whole number"}.get(
+            getattr(hint, "__name__", ""), "text"
+        )
+        raise UserError(f"{where} is {value!r}, expected {hint_name}")
+    return value
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}, expected keys and values")
+    return value
 
 
 def _from_flat(values: dict[str, Any]) -> dict[str, Any]:
-    size, width, layers = values["image_resolution"], values["vision_width"], values["vision_layers"]
-    image: dict[str, Any] = {"size": size, "width": width}
+    """Preset form of train-CLIP's flat form, whose keys are those of OpenAI's constructor."""
+    known = {"name", "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size"}
+    known |= {"context_length", "vocab_size", "transformer_width", "transformer_heads", "transformer_layers"}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"unknown key {unknown[0]!r} beside image_resolution; known: {', '.join(sorted(known))}")
+    required = known - {"name", "vision_patch_size"}
+    if isinstance(values.get("vision_layers"), int):
+        required.add("vision_patch_size")
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{', '.join(missing)} missing beside image_resolution")
+    width, layers = values["vision_width"], values["vision_layers"]
+    image: dict[str, Any] = {"size": values["image_resolution"], "width": width}
     if isinstance(layers, int):
         # 64 channels a head, as OpenAI's constructor sets it.
         image |= {"patch": values["vision_patch_size"], "layers": layers, "heads": max(1, width // 64)}
     else:
         image |= {"blocks": layers}
+        if width > 128:
+            warnings.warn(
+                f"A ResNet of width {width}: the paper's have 64 (RN50) to 128 (RN50x64), and train-CLIP's files four "
+                "times as much. Divide it by 4 for the paper's model.",
+                stacklevel=2,
+            )
     text = {
         "context": values["context_length"],
         "vocab": values["vocab_size"],
@@ -219,7 +265,8 @@ def _from_flat(values: dict[str, Any]) -> dict[str, Any]:
         "width": values["transformer_width"],
         "heads": values["transformer_heads"],
     }
-    return {"embed_dim": values["embed_dim"], "image": image, "text": text}
+    name = {"name": values["name"]} if "name" in values else {}
+    return name | {"embed_dim": values["embed_dim"], "image": image, "text": text}
 
 
 def _read_yaml(text: str, source: str, default_name: str) -> ModelConfig:
@@ -236,6 +283,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _require_positive(config: ViTConfig | ResNetConfig | TextConfig) -> None:
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        _require(all(number > 0 for number in numbers), f"{name} is {value}, expected numbers above 0")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -23,7 +23,7 @@ class PixelNorm(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, H, W) uint8 to float of the buffers' dtype; return floating point as it is."""
+        """Map (B, 3, H, W) uint8, or float that is normalised already, to the buffers' dtype."""
         if images.is_floating_point():
-            return images
+            return images.to(self.mean.dtype)
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std

@@ -10,8 +10,8 @@ B  rows of the batch      D  embedding width      C  channels      n_k  elements
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import cast
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def encode_in_chunks(
     Args:
         encode: maps (b, …) rows to (b, D) embeddings.
         batch: (B, …).
-        size: rows of a chunk; 0, or B and more, encodes the batch in one piece and recomputes nothing.
+        size: rows of a chunk at most; 0, or B and more, encodes the batch in one piece and recomputes nothing.
         seed: with the chunk's number it decides the random state (dropout) that ``encode`` sees, in the forward pass
             and again in the recomputation.
         encoder: the module that ``encode`` runs; its BatchNorms are looked after.
@@ -42,37 +42,40 @@ def encode_in_chunks(
     Returns:
         (B, D).
     """
+    devices = [batch.device] if batch.is_cuda else []
 
     def seeded(chunk: Tensor, number: int) -> Tensor:
-        torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1, np.uint64)[0] >> 1))
-        return encode(chunk)
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1, np.uint64)[0] >> 1))
+            return encode(chunk)
 
     if size <= 0 or size >= len(batch):
         return seeded(batch, 0)
-    norms = PooledNorms(encoder)
-    embeddings = [
-        cast(
-            Tensor,
-            checkpoint(
-                seeded,
-                chunk,
-                number,
-                use_reentrant=False,
+    # Chunks of nearly equal length: a last one of a single row is more than some BatchNorms can bear.
+    chunks = batch.tensor_split(-(-len(batch) // size))
+    with PooledNorms(encoder) as norms:
+        embeddings = []
+        for number, chunk in enumerate(chunks):
+            with norms.recording():
                 # ``seeded`` sets the random state itself: checkpoint saves CUDA's only when an argument lies there.
-                preserve_rng_state=False,
-                context_fn=norms.contexts,
-            ),
-        )
-        for number, chunk in enumerate(batch.split(size))
-    ]
-    norms.update()
+                embedding = checkpoint(
+                    seeded,
+                    chunk,
+                    number,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (nullcontext(), norms.still()),
+                )
+            embeddings.append(cast(Tensor, embedding))
     return torch.cat(embeddings)
 
 
 class PooledNorms:
     """The BatchNorms of a module, with one update of their running statistics for a batch that comes in chunks.
 
-        mean = Σ n_k mean_k / n        var = Σ n_k (var_k + mean_k²) / n - mean²        unbiased: var · n / (n - 1)
+        mean = Σ n_k mean_k / n        var = Σ n_k (var_k + (mean_k - mean)²) / n        unbiased: var · n / (n - 1)
+
+    As a context: the update is made at its end; after an error the statistics are what they were.
 
     Args:
         module: searched for BatchNorms that are training and keep running statistics.
@@ -84,34 +87,23 @@ class PooledNorms:
             for norm in module.modules()
             if isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None
         ]
-        self.before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self.norms]  # type: ignore
+        self.before = [_statistics(norm) for norm in self.norms]
+        # Of each norm, a (n_k, mean_k, var_k) for each chunk that went through it.
         self.chunks: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.norms]
 
-    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What a chunk's forward pass and its recomputation run in, as ``checkpoint`` wants them."""
-        return self._recording(), self._still()
+    def __enter__(self) -> Self:
+        return self
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Set the running statistics from those of all chunks."""
-        for norm, (mean_before, variance_before), chunks in zip(self.norms, self.before, self.chunks, strict=True):
-            counts = torch.tensor([count for count, _, _ in chunks], dtype=mean_before.dtype, device=mean_before.device)
-            means = torch.stack([mean for _, mean, _ in chunks])
-            variances = torch.stack([variance for _, _, variance in chunks])
-            total, weights = counts.sum(), (counts / counts.sum())[:, None]
-            mean = (weights * means).sum(dim=0)
-            biased = variances * ((counts - 1) / counts)[:, None]
-            variance = ((weights * (biased + means**2)).sum(dim=0) - mean**2) * total / (total - 1)
-            tracked = cast(Tensor, norm.num_batches_tracked)
-            tracked += 1 - len(chunks)
-            # momentum None is a cumulative average (torch.nn.BatchNorm2d).
-            momentum = 1 / int(tracked) if norm.momentum is None else norm.momentum
-            cast(Tensor, norm.running_mean).copy_(mean_before.lerp(mean, momentum))
-            cast(Tensor, norm.running_var).copy_(variance_before.lerp(variance, momentum))
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for norm, before, chunks in zip(self.norms, self.before, self.chunks, strict=True):
+            _set_statistics(norm, before)
+            if error is None and chunks:
+                _update(norm, chunks)
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """With momentum 1 the running statistics are the chunk's own, to be read afterwards."""
+    def recording(self) -> Iterator[None]:
+        """What a chunk's forward pass runs in: with momentum 1 the running statistics are the chunk's own."""
         counts = [0] * len(self.norms)
 
         def count_elements(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -127,18 +119,55 @@ class PooledNorms:
                 stack.callback(handle.remove)
             yield
         for norm, count, chunks in zip(self.norms, counts, self.chunks, strict=True):
-            chunks.append((count, norm.running_mean.clone(), norm.running_var.clone()))  # type: ignore
+            if count:
+                mean, variance, _ = _statistics(norm)
+                chunks.append((count, mean, variance))
 
     @contextmanager
-    def _still(self) -> Iterator[None]:
-        """With momentum 0 the recomputation leaves the running statistics as they are."""
-        tracked = [norm.num_batches_tracked.clone() for norm in self.norms]  # type: ignore[union-attr]
+    def still(self) -> Iterator[None]:
+        """What a chunk's recomputation runs in: it leaves the running statistics as they are."""
+        before = [_statistics(norm) for norm in self.norms]
         with ExitStack() as stack:
             for norm in self.norms:
                 stack.enter_context(_momentum(norm, 0.0))
-            yield
-        for norm, number in zip(self.norms, tracked, strict=True):
-            norm.num_batches_tracked.copy_(number)  # type: ignore[union-attr]
+            try:
+                yield
+            finally:
+                # ``checkpoint`` leaves a recomputation by an exception, once it has what it needs.
+                for norm, statistics in zip(self.norms, before, strict=True):
+                    _set_statistics(norm, statistics)
+
+
+def _update(norm: _BatchNorm, chunks: list[tuple[int, Tensor, Tensor]]) -> None:
+    """Give a norm one update from the pooled statistics of its chunks."""
+    mean_before, variance_before, tracked = _statistics(norm)
+    wide = torch.promote_types(mean_before.dtype, torch.float32)
+    counts = torch.tensor([count for count, _, _ in chunks], dtype=wide, device=mean_before.device)[:, None]
+    means = torch.stack([mean for _, mean, _ in chunks]).to(wide)
+    variances = torch.stack([variance for _, _, variance in chunks]).to(wide)
+    total = counts.sum()
+    mean = (counts * means).sum(dim=0) / total
+    biased = variances * (counts - 1) / counts
+    # Squares of differences, not differences of squares, which cancel where the mean is large.
+    variance = (counts * (biased + (means - mean) ** 2)).sum(dim=0) / (total - 1)
+    # momentum None is a cumulative average (torch.nn.BatchNorm2d).
+    momentum = 1 / (int(tracked) + 1) if norm.momentum is None else norm.momentum
+    new_mean = mean_before.to(wide).lerp(mean, momentum).to(mean_before.dtype)
+    new_variance = variance_before.to(wide).lerp(variance, momentum).to(variance_before.dtype)
+    _set_statistics(norm, (new_mean, new_variance, tracked + 1))
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of a norm's running mean (C,), running variance (C,) and () count of batches."""
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    mean, variance, tracked = (cast(Tensor, buffer).clone() for buffer in buffers)
+    return mean, variance, tracked
+
+
+@torch.no_grad()
+def _set_statistics(norm: _BatchNorm, statistics: tuple[Tensor, Tensor, Tensor]) -> None:
+    for buffer, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), statistics, strict=True):
+        cast(Tensor, buffer).copy_(value)
 
 
 @contextmanager

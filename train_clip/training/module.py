@@ -52,7 +52,7 @@ class ContrastiveModule(L.LightningModule):
         self._optimizer_config = optimizer
         self._minibatch_size = minibatch_size
         self._seed = seed
-        self._validation_split = ValidationSplit()
+        self._validation_split = ValidationSplit(model.config.embed_dim)
         self._checked_pixels = False
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -134,9 +134,9 @@ class ContrastiveModule(L.LightningModule):
             return
         if not torch.isfinite(loss):
             raise UserError(
-                f"The loss is {loss.item()} at batch {self.consumed_batches + 1}; no weight has been changed by it. "
-                "Expected a finite number. Go on from the last checkpoint with a lower --learning_rate, more "
-                "--warmup_steps or --gradient_clip_val 1.0; with --precision 16-mixed try bf16-mixed."
+                f"The loss is {loss.item()} at batch {self.consumed_batches + 1}; this batch changes no weight. "
+                "Expected a finite number. Train again with a lower --learning_rate, more --warmup_steps or "
+                "--gradient_clip_val 1.0; with --precision 16-mixed try bf16-mixed."
             )
         figures = {
             "train/loss": loss,

@@ -16,9 +16,14 @@ from train_clip.losses.contrastive import Pairs, clip_loss
 
 
 class ValidationSplit:
-    """Collects embeddings batch by batch; ``score`` gathers them and starts afresh."""
+    """Collects embeddings batch by batch; ``score`` gathers them and starts afresh.
 
-    def __init__(self) -> None:
+    Args:
+        embed_dim: D.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        self._embed_dim = embed_dim
         self._images: list[Tensor] = []
         self._texts: list[Tensor] = []
         self._captions: list[Tensor] = []
@@ -47,14 +52,23 @@ class ValidationSplit:
             ``val/loss``, over global batches as large as the first, the remainder weighted by its size;
             ``val/R@k_…`` both ways for k = 1, 5, 10; and ``val/mean_recall``, the mean of those six.
         """
-        if not self._images:
-            return {}
-        batch = len(self._images[0]) * world()[1]
+        # A process may have had no batch at all, and must gather with the others all the same.
+        dtype = torch.promote_types(scale.dtype, torch.float32)
+        nothing = torch.empty(0, self._embed_dim, dtype=dtype, device=scale.device)
+        first = torch.tensor([len(self._images[0]) if self._images else 0], device=scale.device)
+        batch = int(torch.cat(gather_all(first)).max()) * world()[1]
         total = len(dataset) if hasattr(dataset, "__len__") else None
         images, texts, captions = (
-            interleave(gather_all(torch.cat(parts)), total) for parts in (self._images, self._texts, self._captions)
+            interleave(gather_all(torch.cat([none, *parts])), total)
+            for none, parts in (
+                (nothing, self._images),
+                (nothing, self._texts),
+                (nothing[:, 0].long(), self._captions),
+            )
         )
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self._embed_dim)  # type: ignore[misc]
+        if not len(images):
+            return {}
         found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
         figures = {"val/loss": loss_in_batches(images, texts, scale, batch)}
         for k in found.image_to_text:
