@@ -103,7 +103,7 @@ def test_it_travels_to_a_worker() -> None:
     ids=["plain", "escaped twice", "full width", "control characters"],
 )
 def test_what_is_read_as_a_caption_can_be_collated(tmp_path: Path, caption: str) -> None:
-    """A number without end as an HTML entity, in four disguises: refused as a bad sample, or tokenized; never an error."""
+    """A number without end as an HTML entity, in four disguises: a bad sample, or tokenized; never an error."""
     (tmp_path / "a.txt").write_text(caption, encoding="utf-8")
     try:
         captions = read_captions(str(tmp_path / "a.txt"))

@@ -452,7 +452,7 @@ def test_a_run_with_accumulation_goes_on_where_it_was_saved(tmp_path: Path) -> N
 @pytest.mark.xfail(strict=True, reason="the sampler stops at its own epoch's end, which Lightning's epochs then cross")
 @pytest.mark.parametrize(("limit", "epochs"), [(4, 5), (7, 4), (0.7, 4)])
 def test_a_part_of_each_epoch(tmp_path: Path, limit: float, epochs: int) -> None:
-    """The Trainer's limit_train_batches, 4 or 7 of 10: as many batches as asked for, and the rate at its lowest at last."""
+    """limit_train_batches of 4 or 7 of 10: as many batches as asked for, and the rate at its lowest at last."""
     folder = make_pairs(tmp_path / "data", 20)
     seen = fit(tmp_path, data(folder, 2), max_epochs=epochs, limit_train_batches=limit)
     steps = epochs * (limit if isinstance(limit, int) else round(10 * limit))
