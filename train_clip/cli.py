@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         function, call = parse(words[0], words[1:])
         function(*call.args, **call.kwargs)
     except UserError as error:
-        sys.exit(f"train-clip: {error}")
+        # A loader's worker sends its traceback along, and the message at its end.
+        sys.exit(f"train-clip: {str(error).rsplit('UserError: ', 1)[-1].rstrip()}")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 

@@ -5,10 +5,12 @@ B  rows on this rank      W  processes      D  width
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -55,6 +57,16 @@ def gather_all(rows: Tensor) -> list[Tensor]:
     everyone = [torch.empty_like(padded) for _ in range(size)]
     distributed.all_gather(everyone, padded)
     return [part[: int(length)] for part, length in zip(everyone, counts, strict=True)]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Everyone's value, any object that pickles, in the order of the ranks. Small ones: they travel as bytes."""
+    _, size = world()
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    distributed.all_gather_object(values, value)
+    return values
 
 
 class _Gather(torch.autograd.Function):

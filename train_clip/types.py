@@ -1,11 +1,11 @@
 """What travels between the parts.
 
-B  pairs on this rank      L  tokens of the longest caption      H, W  image size in pixels      D  embedding width
+B  pairs on this rank      L  tokens of the longest caption      H, W  image size in pixels
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,21 +28,11 @@ class Batch(NamedTuple):
     Args:
         images: (B, 3, H, W) uint8 in [0, 255], or float that is already normalised.
         texts: (B, L) int64 tokens, or whatever the text encoder takes.
-        skips: the samples that were replaced.
+        skips: for each sample that was replaced, the files that could not be read on the way to another.
         num_cut: captions that were longer than the text encoder's context.
     """
 
     images: Tensor
     texts: Any
-    skips: tuple[Skip, ...] = ()
+    skips: tuple[tuple[Skip, ...], ...] = ()
     num_cut: int = 0
-
-
-class ImageTextModel(Protocol):
-    """What the evaluation needs of a model."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Map (B, 3, H, W) images to (B, D) embeddings, not normalised."""
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Map (B, L) int64 tokens to (B, D) embeddings, not normalised."""

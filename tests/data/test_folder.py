@@ -7,8 +7,6 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -151,6 +149,33 @@ def test_two_candidates_at_one_place_stop_the_scan(tmp_path: Path, files: list[s
     assert "Rename or remove" in message
 
 
+AMBIGUOUS = {
+    "2 images and 1 caption": (["a.jpg", "a.png", "a.txt"], ["  x/a.jpg", "  x/a.png", "  x/a.txt"]),
+    "1 image and 2 captions": (["a.jpg", "u/a.txt", "v/a.txt"], ["  x/a.jpg", "  x/u/a.txt", "  x/v/a.txt"]),
+    "3 images and 3 captions": (
+        ["1/a.jpg", "2/a.jpg", "3/a.jpg", "4/a.txt", "5/a.txt", "6/a.txt"],
+        ["  x/1/a.jpg", "  x/2/a.jpg", "  x/3/a.jpg", "  x/4/a.txt", "  x/5/a.txt", "  x/6/a.txt"],
+    ),
+    "5 images and 4 captions": (
+        ["a.jpg", "a.jpeg", "a.png", "a.bmp", "a.gif", "4/a.txt", "3/a.txt", "2/a.txt", "1/a.txt"],
+        ["  x/1/a.txt", "  x/2/a.txt", "  x/3/a.txt", "  x/4/a.txt", "  x/a.bmp", "  x/a.gif", "  and 3 more."],
+    ),
+}
+
+
+@pytest.mark.parametrize("count", AMBIGUOUS)
+def test_the_message_for_an_ambiguous_stem(tmp_path: Path, count: str) -> None:
+    """Word for word: the place, how many of each, six of them in order and the number of the others, what to do."""
+    files, listed = AMBIGUOUS[count]
+    with pytest.raises(UserError) as caught:
+        scan_folder(touch(tmp_path / "x", *files).parent)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'x'}: one stem has {count}, so it is not clear which belong together:",
+        *listed,
+        "  Expected one of each. Rename or remove the others.",
+    ]
+
+
 def test_two_images_without_any_caption_are_lone_not_ambiguous(tmp_path: Path) -> None:
     """cat.jpg beside cat.png stops nothing while no caption could belong to both."""
     scan = scan_folder(touch(tmp_path, "cat.jpg", "cat.png", "u/dog.txt", "v/dog.txt", "a.jpg", "a.txt"))
@@ -203,28 +228,49 @@ def test_a_link_to_an_image_is_an_image(tmp_path: Path) -> None:
     assert relative(scan_folder(tmp_path / "data")) == [("a.jpg", "a.txt")]
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="DirEntry.is_file raises ELOOP: _files lets it through")
 def test_a_link_to_itself_does_no_harm(tmp_path: Path) -> None:
-    """RELIABILITY 3, symlink loop: like a dangling link, or a UserError that names it, but no bare OSError."""
-    touch(tmp_path, "a.jpg", "a.txt")
-    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
-    assert relative(scan_folder(tmp_path)) == [("a.jpg", "a.txt")]
+    """RELIABILITY 3, symlink loop: a link to itself and two to each other are no files, like a dangling link."""
+    touch(tmp_path, "a.jpg", "a.txt", "loop.txt", "there.txt")
+    for link, target in (("loop.jpg", "loop.jpg"), ("there.jpg", "back.jpg"), ("back.jpg", "there.jpg")):
+        (tmp_path / link).symlink_to(target)
+    scan = scan_folder(tmp_path)
+    assert relative(scan) == [("a.jpg", "a.txt")]
+    assert (scan.lone_images, scan.lone_captions) == ([], ["loop.txt", "there.txt"])
+    assert scan.num_files == 4
 
 
-@pytest.mark.xfail(strict=True, raises=PermissionError, reason="_files lets scandir's PermissionError through")
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RELIABILITY 3, no permission: FAIL naming it. The error is put in by hand, since root may read anything."""
-    touch(tmp_path, "a.jpg", "a.txt", "locked/b.jpg")
+@pytest.mark.parametrize("locked", ["u/locked", "."])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str) -> None:
+    """RELIABILITY 3, no permission: word for word. The error is put in by hand, since root may read anything."""
+    touch(tmp_path, "a.jpg", "a.txt", "u/locked/b.jpg")
     plain = os.scandir
 
     def scandir(path: Any) -> Any:
-        if Path(path).name == "locked":
+        if Path(path) == tmp_path / locked:
             raise PermissionError(13, "Permission denied", str(path))
         return plain(path)
 
     monkeypatch.setattr("train_clip.data.folder.os.scandir", scandir)
-    with pytest.raises(UserError, match="locked"):
+    with pytest.raises(UserError) as caught:
         scan_folder(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / locked}: no permission to list this folder. Give it (chmod +rx), or move the folder away."
+    )
+
+
+@pytest.mark.xfail(strict=True, raises=PermissionError, reason="Path.is_dir lets the PermissionError of stat through")
+def test_a_folder_below_one_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No permission to look at the folder itself: a UserError too. The error is put in by hand, as above."""
+    plain = Path.stat
+
+    def stat(path: Path, **how: Any) -> os.stat_result:
+        if path == tmp_path / "closed" / "in":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match="closed/in"):
+        scan_folder(touch(tmp_path, "closed/in/a.jpg") / "closed" / "in")
 
 
 def test_lone_files_are_listed_in_order(tmp_path: Path) -> None:
@@ -265,8 +311,21 @@ def test_no_such_folder(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{path}: ")
 
 
+class Listing(list[os.DirEntry[str]]):
+    """A folder's entries in an order of one's own, to be used as what ``os.scandir`` returns."""
+
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def test_the_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries in the file system's order, reversed and shuffled thrice: the same scan, sorted by the image's path."""
+    """Entries as they come, reversed and shuffled thrice: one scan, by the images' relative paths, listed by hand."""
     touch(tmp_path, "a/b.jpg", "a/b.txt", "a-b.jpg", "a-b.txt", "a.jpg", "a.txt", "B.jpg", "B.txt", "a0.jpg", "a0.txt")
     touch(
         tmp_path, "img/1.jpg", "txt/1.txt", "img/10.jpg", "txt/10.txt", "img/2.jpg", "txt/3.txt", "u/d.jpg", "v/d.txt"
@@ -275,30 +334,32 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatc
     scans = [scan_folder(tmp_path)]
     for seed in range(4):
 
-        @contextmanager
-        def scandir(path: Any, seed: int = seed) -> Iterator[Iterator[os.DirEntry[str]]]:
+        def scandir(path: Any, seed: int = seed) -> Listing:
             with plain(path) as found:
-                entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+                entries = Listing(sorted(found, key=lambda entry: entry.name, reverse=True))
             if seed:
                 random.Random(seed).shuffle(entries)
-            yield iter(entries)
+            return entries
 
         with monkeypatch.context() as patch:
             patch.setattr("train_clip.data.folder.os.scandir", scandir)
             scans.append(scan_folder(tmp_path))
     assert all(scan == scans[0] for scan in scans[1:])
-    assert len(scans[0].pairs) == 8
-    assert scans[0].pairs == sorted(scans[0].pairs, key=lambda pair: pair.image)
+    images = [image for image, _ in relative(scans[0])]
+    assert images == ["B.jpg", "a-b.jpg", "a.jpg", "a/b.jpg", "a0.jpg", "img/1.jpg", "img/10.jpg", "u/d.jpg"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_a_name_that_is_not_utf8_can_be_paired_and_split(tmp_path: Path) -> None:
-    """A file name in Latin-1 is a stem like any other."""
-    for suffix in (b".jpg", b".txt"):
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xe4r" + suffix)).touch()
-    scan = scan_folder(touch(tmp_path, "a.jpg", "a.txt"))
-    assert len(scan.pairs) == 2
-    assert sorted(map(len, split_pairs(scan.pairs, tmp_path, 0.5))) == [1, 1]
+    """File names in Latin-1 are stems like any other: four pairs, cut into halves that hold each of them once."""
+    for stem in (b"b\xe4r", b"k\xe4se"):
+        for suffix in (b".jpg", b".txt"):
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + stem + suffix)).touch()
+    scan = scan_folder(touch(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt"))
+    assert len(scan.pairs) == 4
+    training, held_out = split_pairs(scan.pairs, tmp_path, 0.5)
+    assert len(training) == len(held_out) == 2
+    assert sorted(training + held_out, key=scan.pairs.index) == scan.pairs
 
 
 def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,10 +383,11 @@ def made_up_pairs(folder: Path, number: int) -> list[Pair]:
 @pytest.mark.parametrize("number", [1, 2, 9, 10, 11, 100, 1003])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.25, 0.5, 0.9])
 def test_the_split_has_the_share_that_was_asked_for(number: int, share: float) -> None:
-    """Exactly round(share · n) held out, the rest to train on, nothing twice, both in the order of the list."""
+    """Exactly round(share · n) held out, none in place of a single one; nothing twice, both in the list's order."""
     pairs = made_up_pairs(Path("/data"), number)
     training, held_out = split_pairs(pairs, Path("/data"), share)
-    assert len(held_out) == round(share * number)
+    wanted = round(share * number)
+    assert len(held_out) == (0 if wanted == 1 else wanted)
     assert sorted(training + held_out, key=pairs.index) == pairs
     assert training == [pair for pair in pairs if pair not in held_out]
     assert held_out == sorted(held_out, key=pairs.index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 import pytest
 from torch.utils.data import DataLoader
@@ -29,20 +30,24 @@ def sampler(consumed: Callable[[], int], rank: int = 0, size: int = 1, seed: int
     return GlobalBatchSampler(range(N), G, consumed, shuffle, seed, (rank, size))  # type: ignore[arg-type]
 
 
-def run(size: int, start: int = 0, epochs: int = 3, seed: int = 5) -> list[list[Key]]:
-    """The global batches that processes train on, from a position to the end of the run, ranks side by side."""
+def run(size: int, start: int = 0, epochs: int = 3, seed: int = 5, limit: int = BATCHES) -> list[list[Key]]:
+    """The global batches that processes train on, from a position to the end of the run, ranks side by side.
+
+    As a Trainer does it: its epochs have ``limit`` batches each, and it stops an iteration by its own count.
+    """
     positions = [Position(start) for _ in range(size)]
     samplers = [sampler(position, rank, size, seed) for rank, position in enumerate(positions)]
     share = G // size
     batches: list[list[Key]] = []
     while positions[0].count < epochs * BATCHES:
-        parts = [list(each) for each in samplers]
-        assert len({len(part) for part in parts}) == 1
-        for first in range(0, len(parts[0]), share):
+        number = min(limit - positions[0].count % limit, epochs * BATCHES - positions[0].count)
+        parts = [list(islice(each, number * share)) for each in samplers]
+        assert all(len(part) == number * share for part in parts)
+        for first in range(0, number * share, share):
             batches.append([key for part in parts for key in part[first : first + share]])
         for position in positions:
-            position.count += len(parts[0]) // share
-    return batches[: epochs * BATCHES - start]
+            position.count += number
+    return batches
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -74,6 +79,15 @@ def test_resuming_anywhere_gives_the_uninterrupted_sequence(before: int, after: 
     assert len(whole) == 3 * BATCHES
     for consumed in range(3 * BATCHES + 1):
         assert run(before)[:consumed] + run(after, consumed) == whole
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_trainer_that_ends_its_epochs_early_leaves_nothing_out(size: int) -> None:
+    """Epochs of 1 to 4 batches of 5 (``limit_train_batches``), begun anywhere: the sequence of whole epochs."""
+    whole = run(1)
+    for limit in range(1, BATCHES):
+        for start in range(0, 3 * BATCHES, 2):
+            assert run(size, start, limit=limit) == whole[start:], (limit, start)
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -132,14 +146,29 @@ def test_the_length_is_always_a_whole_epochs(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_an_iteration_ends_with_its_epoch(size: int) -> None:
-    """Begun after any count, the keys of what is left of that epoch, all of them of that epoch."""
-    position = Position()
-    own = sampler(position, 0, size)
-    for position.count in range(2 * BATCHES + 2):
-        keys = list(own)
-        assert {epoch for epoch, _ in keys} == {position.count // BATCHES}
-        assert len(keys) == (BATCHES - position.count % BATCHES) * G // size
+def test_an_iteration_runs_on_over_the_epochs_end(size: int) -> None:
+    """Begun after any count: 5 global batches, those that whole epochs have there, the next epoch's with its number."""
+    whole = run(1, epochs=4)
+    for start in range(2 * BATCHES + 2):
+        parts = [list(sampler(Position(start), rank, size)) for rank in range(size)]
+        assert [len(part) for part in parts] == [BATCHES * G // size] * size
+        for number in range(BATCHES):
+            places = slice(number * G // size, (number + 1) * G // size)
+            assert [key for part in parts for key in part[places]] == whole[start + number]
+            assert all(key[0] == (start + number) // BATCHES for part in parts for key in part[places])
+
+
+def test_an_iteration_that_has_begun_keeps_its_position() -> None:
+    """The count at the moment of ``iter()`` decides, not at the first key, nor where another iteration stands."""
+    position = Position(3)
+    own = sampler(position)
+    expected = list(own)
+    first = iter(own)
+    position.count = 7
+    second = iter(own)
+    alternating = [(next(first), next(second)) for _ in range(BATCHES * G)]
+    assert [key for key, _ in alternating] == expected
+    assert [key for _, key in alternating] == list(sampler(Position(7)))
 
 
 def as_list(keys: list[Key]) -> list[Key]:
@@ -157,9 +186,10 @@ class Keys:
         return key
 
 
+@pytest.mark.parametrize("limit", [BATCHES, 3])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_position_is_read_when_an_epoch_begins(workers: int) -> None:
-    """One loader over three epochs, begun within the first, the count advanced after each batch as training does."""
+def test_the_position_is_read_when_an_epoch_begins(workers: int, limit: int) -> None:
+    """One loader over a Trainer's epochs of 5 or 3 batches, begun within the first, prefetching past their ends."""
     position = Position(2)
     own = sampler(position)
     loader = DataLoader(
@@ -172,9 +202,8 @@ def test_the_position_is_read_when_an_epoch_begins(workers: int) -> None:
         collate_fn=as_list,
     )
     batches = []
-    for _ in range(3):
-        for batch in loader:
+    for number in (limit - 2, limit, limit, limit):
+        for batch in islice(loader, number):
             batches.append(batch)
             position.count += 1
-    expected = run(1, 2)
-    assert batches[: len(expected)] == expected
+    assert batches == run(1, 2, epochs=4)[: 4 * limit - 2]

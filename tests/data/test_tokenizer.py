@@ -305,11 +305,22 @@ def test_ids_outside_the_vocabulary(tokenizer, ids):
         tokenizer.decode(ids)
 
 
-def test_entity_of_too_many_digits(tokenizer, reference):
-    """The one text that has no ids: Python refuses to read such a number, here as in the reference."""
-    for encode in (lambda text: tokenizer.encode([text]), reference.encode):
-        with pytest.raises(ValueError, match="4300 digits"):
-            encode(f"&#{'1' * 5000};")
+@pytest.mark.parametrize("digits", ["1" * 4301, "0" * 5000, "\uff11" * 5000, ("1" * 100 + "\x7f") * 60])
+def test_entity_of_too_many_digits(tokenizer, reference, digits, monkeypatch):
+    """The one text that stops the reference, in ``int()``: the ids of the reference without its clean-up of it."""
+    text = f"A caf\u00e9 &amp; &#{digits}; it\u2019s"
+    with pytest.raises(ValueError, match="4300 digits"):
+        reference.encode(text)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "clean", lambda text: regex.sub(r"\s+", " ", text).strip().lower())
+        expected = reference.encode(text)
+    assert tokenizer.encode([text, "a dog", text]) == [expected, reference.encode("a dog"), expected]
+
+
+def test_entity_of_as_many_digits_as_are_read(tokenizer, reference):
+    """4,300 digits, and 5,000 of hexadecimal, which have no limit: an ordinary text, against the reference."""
+    for entity in (f"&#{'1' * 4300};", f"&#x{'1' * 5000};"):
+        assert tokenizer.encode([f"a {entity} b"]) == [reference.encode(f"a {entity} b")]
 
 
 def test_context_without_room():

@@ -131,7 +131,7 @@ def test_random_resized_crop_keeps_its_share(min_share: float) -> None:
 
 
 def test_random_resized_crop_lies_anywhere() -> None:
-    """Half the area of a picture twice as wide as high: places over their whole range, evenly in quarters."""
+    """Squares in a picture twice as wide as high: places over their whole range both ways, evenly in quarters."""
     picture = ramp(240, 120)
     rng = np.random.default_rng(0)
     places = []
@@ -143,14 +143,55 @@ def test_random_resized_crop_lies_anywhere() -> None:
         assert (np.abs(counts - 100) < 5 * np.sqrt(100 * 0.75)).all()
 
 
-@pytest.mark.parametrize(("shape", "place"), [((240, 60), (90, 0)), ((60, 241), (0, 90)), ((60, 60), (0, 0))])
-def test_random_resized_crop_falls_back_on_the_centre(shape: tuple[int, int], place: tuple[int, int]) -> None:
-    """Where no square keeps the share, ten tries fail: the whole shorter side, in the middle; all of a square."""
-    for seed in range(5):
-        share = 0.9 if shape[0] != shape[1] else 1.0
-        left, top, width, height = window(random_resized_crop(ramp(*shape), 30, np.random.default_rng(seed), share))
-        assert (left, top) == pytest.approx(place, abs=0.7)
+def torchvision_side(area: np.ndarray) -> np.ndarray:
+    """Side of ``RandomResizedCrop.get_params`` of torchvision 0.2x for ratio=(1, 1), from the area that it drew."""
+    aspect_ratio = 1.0
+    return np.round(np.sqrt(area * aspect_ratio)).astype(int)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (14, 9), (9, 12)])
+def test_random_resized_crop_is_a_window_of_the_law(noise: Noise, shape: tuple[int, int]) -> None:
+    """8,000 crops, cut and then resized: each a window, byte for byte, as often as torchvision's law says, ±5 sigma."""
+    # Areas are shares of the largest square: on a square picture that is torchvision's law, elsewhere there is room for
+    # each of them and no need of its fallback, the centre.
+    picture, (width, height) = noise(*shape), shape
+    places = {
+        side: [(left, top) for left in range(width - side + 1) for top in range(height - side + 1)]
+        for side in range(1, min(shape) + 1)
+    }
+    windows = {
+        picture.crop((left, top, left + side, top + side)).resize((8, 8), Image.Resampling.BICUBIC).tobytes(): (
+            side,
+            left,
+            top,
+        )
+        for side in range(4, min(shape) + 1)
+        for left, top in places[side]
+    }
+    areas = np.linspace(0.25, 1, 100_001) * min(shape) ** 2
+    share_of_side = Counter(torchvision_side(areas).tolist())
+    rng = np.random.default_rng(0)
+    counts = Counter(windows[random_resized_crop(picture, 8, rng, 0.25).tobytes()] for _ in range(8000))
+    for side in range(5, 10):
+        expected = 8000 * share_of_side[side] / len(areas) / len(places[side])
+        for left, top in places[side]:
+            assert abs(counts[side, left, top] - expected) <= 5 * np.sqrt(expected), (side, left, top)
+    assert sum(counts[window] for window in counts if window[0] == 4) <= 1
+
+
+@pytest.mark.parametrize("shape", [(240, 60), (60, 241), (60, 60)])
+def test_random_resized_crop_of_the_largest_square_lies_anywhere(shape: tuple[int, int]) -> None:
+    """A least share of 1: the whole shorter side, whatever the aspect, and along the longer one from end to end."""
+    rng = np.random.default_rng(0)
+    places = []
+    for _ in range(200):
+        left, top, width, height = window(random_resized_crop(ramp(*shape), 30, rng, 1.0))
         assert (width, height) == pytest.approx((60, 60), abs=0.7)
+        assert min(left, top) == pytest.approx(0, abs=0.7)
+        places.append(max(left, top))
+    room = max(shape) - 60
+    counts, _ = np.histogram(np.clip(places, 0, room), bins=4, range=(0, max(1, room)))
+    assert (np.abs(counts - 50) < 5 * np.sqrt(50 * 0.75)).all() or room == 0
 
 
 def test_random_resized_crop_of_everything_is_a_plain_resize(noise: Noise) -> None:

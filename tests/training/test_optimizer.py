@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig, config_from_dict
+from train_clip.models.config import ModelConfig, OptimizerConfig, config_from_dict
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.optimizer import (
-    AdamWConfig,
     build_adamw,
     build_schedule,
     cosine_with_warmup,
     parameter_groups,
+    warmup_for,
 )
 
 TEXT = {"context": 6, "vocab": 50, "layers": 1, "width": 8, "heads": 2}
@@ -31,13 +32,15 @@ IMAGES = {
 }
 
 
-def config(image: str = "ViT") -> ModelConfig:
-    return config_from_dict({"name": "tiny", "embed_dim": 8, "image": IMAGES[image], "text": TEXT})
+def config(image: str = "ViT", **optimizer: Any) -> ModelConfig:
+    made = config_from_dict({"name": "tiny", "embed_dim": 8, "image": IMAGES[image], "text": TEXT})
+    return dataclasses.replace(made, optimizer=adamw(**optimizer))
 
 
-def adamw(**how: Any) -> AdamWConfig:
-    values = {"learning_rate": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2, "warmup_steps": None}
-    return AdamWConfig(**(values | how))
+def adamw(**how: Any) -> OptimizerConfig:
+    """The paper's warm-up, in a configuration whose other numbers are made up."""
+    values = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2, "warmup_steps": 2000, "epochs": 32}
+    return OptimizerConfig(**(values | how))
 
 
 # Groups
@@ -80,7 +83,7 @@ def test_a_step_without_gradient_shrinks_matrices_alone() -> None:
     """Decoupled decay: gradients of zero take a matrix to (1 - lr · λ) of itself, and leave a vector as it is."""
     layer = nn.Linear(3, 3)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = build_adamw(layer, adamw(learning_rate=0.1, weight_decay=0.2))
+    optimizer = build_adamw(layer, adamw(lr=0.1, weight_decay=0.2))
     layer.weight.grad, layer.bias.grad = torch.zeros(3, 3), torch.zeros(3)
     optimizer.step()
     torch.testing.assert_close(layer.weight, weight * (1 - 0.1 * 0.2))
@@ -88,10 +91,11 @@ def test_a_step_without_gradient_shrinks_matrices_alone() -> None:
 
 
 def test_the_optimizers_numbers_are_the_configurations() -> None:
-    """Rate, betas and eps reach every group."""
-    optimizer = build_adamw(nn.Linear(2, 2), adamw(learning_rate=3e-4, betas=(0.8, 0.95), eps=1e-7))
+    """Rate, betas and eps reach both groups, the decay that of the matrices."""
+    optimizer = build_adamw(nn.Linear(2, 2), adamw(lr=3e-4, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.3))
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-7)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
 # The formula
@@ -129,31 +133,46 @@ def test_the_cosine_is_pytorchs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "steps", "warmup"),
+    ("own", "steps", "warmup"),
     [
-        (None, 100_000, 2000),
-        (None, 20_000, 2000),
-        (None, 19_990, 1999),
-        (None, 100, 10),
-        (None, 70, 7),
-        (None, 19, 1),
-        (None, 9, 0),
-        (None, 1, 0),
-        (30, 100, 30),
-        (0, 100, 0),
+        (2000, 100_000, 2000),
+        (2000, 20_000, 2000),
+        (2000, 19_990, 1999),
+        (2000, 100, 10),
+        (2000, 70, 7),
+        (2000, 19, 1),
+        (2000, 9, 0),
+        (2000, 1, 0),
+        (30, 1000, 30),
+        (30, 300, 30),
+        (30, 299, 29),
+        (0, 1000, 0),
     ],
 )
-def test_the_warm_up(given: int | None, steps: int, warmup: int) -> None:
-    """2,000 steps or a tenth of the run, whichever is less; or what was asked for: at its end the rate is the peak."""
-    optimizer = build_adamw(nn.Linear(2, 2), adamw(learning_rate=0.5))
-    schedule = build_schedule(optimizer, given, steps)
+def test_the_warm_up_where_none_is_given(own: int, steps: int, warmup: int) -> None:
+    """The configuration's own number of steps or a tenth of the run, rounded down, whichever is less: by hand."""
+    assert warmup_for(steps, adamw(warmup_steps=own)) == warmup
+
+
+def test_the_warm_up_is_a_whole_tenth_of_every_run() -> None:
+    """Runs of up to 20,000 steps, against the quotient of integers: no tenth is lost to floating point."""
+    assert all(warmup_for(steps, adamw()) == min(2000, steps // 10) for steps in range(1, 20_001))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps"), [(2000, 100_000), (10, 100), (1, 19), (30, 31), (30, 100), (0, 1), (0, 9)]
+)
+def test_the_schedule_peaks_at_the_end_of_the_warm_up(warmup: int, steps: int) -> None:
+    """One share for all groups: the first rate is a warm-up's part of the peak, the last of it the peak, then less."""
+    optimizer = build_adamw(nn.Linear(2, 2), adamw(lr=0.5))
+    schedule = build_schedule(optimizer, warmup, steps)
     (share,) = {id(function): function for function in schedule.lr_lambdas}.values()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 / max(1, warmup))
+    assert all(group["lr"] == pytest.approx(0.5 / max(1, warmup)) for group in optimizer.param_groups)
     assert share(warmup) == 1
     if warmup:
         assert share(warmup - 1) == 1
         assert share(0) == pytest.approx(1 / warmup)
-    assert share(warmup + 1) < 1 or steps == warmup + 1
+    assert share(warmup + 1) < 1
 
 
 # Under Lightning
@@ -184,9 +203,9 @@ def loader(batches: int) -> DataLoader[Any]:
 
 
 def rates(
-    folder: Path, batches: int, warmup: int | None = None, ckpt_path: Path | None = None, **how: Any
+    folder: Path, batches: int, warmup: int | None = None, ckpt_path: Path | None = None, own: int = 2000, **how: Any
 ) -> list[float]:
-    """The rates of a run of the tiny model."""
+    """The rates of a run of the tiny model, whose configuration has a warm-up of its own."""
     seen = Rates()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     callbacks = [seen, *how.pop("callbacks", [])]
@@ -196,7 +215,7 @@ def rates(
         default_root_dir=folder,
     )
     torch.set_num_threads(1)
-    module = CLIPWrapper(config=config(), learning_rate=1e-3, warmup_steps=warmup)
+    module = CLIPWrapper(config=config(warmup_steps=own), learning_rate=1e-3, warmup_steps=warmup)
     trainer.fit(module, loader(batches), ckpt_path=ckpt_path, weights_only=True)
     return seen.rates
 
@@ -233,6 +252,12 @@ def test_every_step_has_the_formulas_rate(tmp_path: Path, name: str, warmup: int
         assert found == pytest.approx([1e-3 * (step + 1) / expected_warmup for step in range(steps)])
     else:
         assert found == pytest.approx(formula(steps, expected_warmup), abs=1e-12)
+
+
+@pytest.mark.parametrize(("own", "given", "warmup"), [(1, None, 1), (2000, None, 2), (1, 4, 4), (2000, 0, 0)])
+def test_the_warm_up_of_a_run(tmp_path: Path, own: int, given: int | None, warmup: int) -> None:
+    """Twenty steps: the one that is given; else the model's own, or a tenth of the run: against the formula."""
+    assert rates(tmp_path, 20, given, own=own, max_epochs=1) == pytest.approx(formula(20, warmup), abs=1e-12)
 
 
 def test_the_rate_goes_on_after_a_resume(tmp_path: Path) -> None:

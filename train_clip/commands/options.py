@@ -31,8 +31,8 @@ class DataOptions:
         folder: images and captions (.txt, one a line) that share a stem, in any subfolders
         batch_size: pairs of a batch over all processes; fewer where there are fewer pairs
         num_workers: loader processes for each training process, if not one a core, 8 at most, and none on a CPU
-        resize_ratio: least share of the image's area that the training crop keeps, such as 0.75; without it the paper's
-            crop, a random square of the whole shorter side
+        resize_ratio: crop squares of at least this share of the largest one, such as 0.75, and resize them; without it
+            the paper's crop, a random square of the whole shorter side
         shuffle: whether to permute the pairs each epoch
         val_share: share of the pairs held out for validation, chosen by file name; 0 for none
     """
@@ -54,7 +54,7 @@ class OptimizerOptions:
         weight_decay: on matrices and convolutions, if not the model's own
         betas: decay of both moments, such as "[0.9, 0.98]", if not the model's own
         eps: added to the root of the second moment, if not the model's own
-        warmup_steps: optimizer steps until the peak, if not the smaller of 2,000 and a tenth of the run
+        warmup_steps: optimizer steps until the peak, if not the model's own (2,000), or a tenth of a run that is short
     """
 
     learning_rate: float | None = None

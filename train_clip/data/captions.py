@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from train_clip.errors import BadSample
-
-ENDLESS_ENTITY = re.compile(r"&#\d{4300}")  # html.unescape raises: int() takes 4,300 digits (sys.int_info)
 
 
 def read_captions(path: str) -> list[str]:
@@ -21,7 +18,7 @@ def read_captions(path: str) -> list[str]:
         At least one caption, each without blanks at its ends.
 
     Raises:
-        BadSample: the file cannot be read, is not UTF-8, holds NUL or an endless entity, or holds only blanks.
+        BadSample: the file cannot be read, is not UTF-8, holds NUL, or holds only blanks.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -31,8 +28,6 @@ def read_captions(path: str) -> list[str]:
         raise BadSample(path, f"caption cannot be read ({type(error).__name__})") from None
     if "\0" in text:
         raise BadSample(path, "caption holds NUL")
-    if ENDLESS_ENTITY.search(text):
-        raise BadSample(path, "caption holds an endless HTML entity")
     captions = [line for line in (line.strip() for line in text.split("\n")) if line]
     if not captions:
         raise BadSample(path, "caption is empty")

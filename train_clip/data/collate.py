@@ -30,5 +30,5 @@ class Collate:
             texts, num_cut = self.tokenizer.batch(captions)
         else:
             texts = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        skips = tuple(skip for sample in samples for skip in sample.skips)
+        skips = tuple(sample.skips for sample in samples if sample.skips)
         return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from train_clip.data.images import image_formats
 from train_clip.errors import UserError
 
 CAPTION_SUFFIX = ".txt"
+NAMED = 6  # files in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def scan_folder(folder: Path) -> FolderScan:
     for path in _files(folder):
         num_files += 1
         if _is_image(path) or _is_caption(path):
-            by_stem[PurePosixPath(path).stem].append(path)
+            by_stem[posixpath.splitext(posixpath.basename(path))[0]].append(path)
     pairs: list[Pair] = []
     lone: list[str] = []
     for stem in sorted(by_stem):
@@ -98,7 +101,7 @@ def scan_folder(folder: Path) -> FolderScan:
     return FolderScan(
         folder,
         num_files,
-        sorted((_absolute(folder, pair) for pair in pairs), key=lambda pair: pair.image),
+        [_absolute(folder, pair) for pair in sorted(pairs, key=lambda pair: pair.image)],
         sorted(path for path in lone if _is_image(path)),
         sorted(path for path in lone if _is_caption(path)),
     )
@@ -115,12 +118,14 @@ def split_pairs(pairs: Sequence[Pair], folder: Path, share: float) -> tuple[list
         share: in [0, 1).
 
     Returns:
-        Those to train on, and round(share · len(pairs)) to validate on.
+        Those to train on, and round(share · len(pairs)) to validate on; none where that is a single one, among which
+        retrieval is always right.
     """
     names = [Path(pair.image).relative_to(folder).as_posix() for pair in pairs]
     hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
     order = sorted(range(len(pairs)), key=hashes.__getitem__)
-    held_out = set(order[: round(share * len(pairs))])
+    number = round(share * len(pairs))
+    held_out = set(order[:number]) if number > 1 else set()
     training = [pair for index, pair in enumerate(pairs) if index not in held_out]
     return training, [pairs[index] for index in sorted(held_out)]
 
@@ -130,16 +135,29 @@ def _files(folder: Path) -> Iterator[str]:
     folders = [""]
     while folders:
         parent = folders.pop()
-        with os.scandir(folder / parent) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                path = f"{parent}/{entry.name}" if parent else entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                # A pipe or a socket would block the reader for ever.
-                elif entry.is_file():
-                    yield path
+        try:
+            entries = list(os.scandir(folder / parent))
+        except PermissionError:
+            raise UserError(
+                f"{folder / parent}: no permission to list this folder. Give it (chmod +rx), or move the folder away."
+            ) from None
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path = f"{parent}/{entry.name}" if parent else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif _is_regular(entry):
+                yield path
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    """A file, or a link to one. A pipe or a socket would block the reader for ever."""
+    try:
+        return entry.is_file()
+    except OSError:
+        # A link to itself.
+        return False
 
 
 def _pair_stem(folder: Path, files: list[str]) -> tuple[list[Pair], list[str]]:
@@ -169,28 +187,29 @@ def _absolute(folder: Path, pair: Pair) -> Pair:
 
 
 def _is_image(path: str) -> bool:
-    return PurePosixPath(path).suffix.casefold() in _image_suffixes()
+    return posixpath.splitext(path)[1].casefold() in _image_suffixes()
 
 
 def _is_caption(path: str) -> bool:
-    return PurePosixPath(path).suffix.casefold() == CAPTION_SUFFIX
+    return posixpath.splitext(path)[1].casefold() == CAPTION_SUFFIX
 
 
 @cache
 def _image_suffixes() -> frozenset[str]:
-    """Every suffix that Pillow can open as a picture."""
-    video_and_print = {".mpg", ".mpeg", ".pdf", ".eps", ".ps"}
-    return frozenset(
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and suffix not in video_and_print
-    )
+    """Every suffix of the formats that are read."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
 
 
 def _ambiguous(folder: Path, place: PurePosixPath, images: list[str], captions: list[str]) -> str:
-    kinds = "images" if len(images) > 1 else "captions"
-    listed = "\n".join(f"  {path}" for path in sorted(images + captions)[:6])
+    shown = sorted(images + captions)[:NAMED]
+    listed = "\n".join(f"  {path}" for path in shown)
+    more = len(images) + len(captions) - len(shown)
     return (
-        f"{folder / place}: {len(images)} images and {len(captions)} captions share one stem, so it is not clear which "
-        f"belong together:\n{listed}\n  Expected one of each. Rename or remove the other {kinds}."
+        f"{folder / place}: one stem has {_number(len(images), 'image')} and {_number(len(captions), 'caption')}, so "
+        f"it is not clear which belong together:\n{listed}\n{f'  and {more} more.' + chr(10) if more else ''}"
+        "  Expected one of each. Rename or remove the others."
     )
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -6,11 +6,12 @@ Pillow drops transparency and turns 16-bit grey white; both are mended here. Tra
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from train_clip.errors import BadSample
 
@@ -18,6 +19,31 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 MAX_PIXELS = 178_956_970  # twice Pillow's Image.MAX_IMAGE_PIXELS, where Pillow itself refuses
 MIN_SIDE = 2  # pixels; a picture of one row or column holds nothing to learn
 MAX_ASPECT = 100  # longer side over shorter side
+
+# Formats that Pillow hands to another program (Ghostscript), only knows by name, or that are no pictures.
+NOT_PICTURES = {"EPS", "PDF", "WMF", "HDF5", "GRIB", "BUFR", "FITS", "MPEG"}
+
+# What turns a picture upright, by its EXIF orientation (Exif 2.32, section 4.6.4).
+ORIENTATION_TAG = ExifTags.Base.Orientation
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow's warnings repeat what is checked here (size), or say nothing that helps (EXIF, palettes).
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that are read, by Pillow's names."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - NOT_PICTURES))
 
 
 def open_rgb(path: str) -> Image.Image:
@@ -33,9 +59,7 @@ def open_rgb(path: str) -> Image.Image:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
     try:
-        with Path(path).open("rb") as file, warnings.catch_warnings():
-            # The pixel cap below takes the place of Pillow's warning; others (EXIF, palettes) say nothing useful here.
-            warnings.simplefilter("ignore")
+        with Path(path).open("rb") as file:
             return _decode(path, file)
     except BadSample:
         raise
@@ -55,7 +79,7 @@ def open_rgb(path: str) -> Image.Image:
 
 
 def _decode(path: str, file: BinaryIO) -> Image.Image:
-    picture = Image.open(file)
+    picture = Image.open(file, formats=image_formats())
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
@@ -67,10 +91,11 @@ def _decode(path: str, file: BinaryIO) -> Image.Image:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
+        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION_TAG, 1))
     except Exception:
         # Broken EXIF says nothing about the pixels.
-        return picture
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(path: str, picture: Image.Image) -> Image.Image:
@@ -78,7 +103,9 @@ def _to_rgb(path: str, picture: Image.Image) -> Image.Image:
         raise BadSample(path, "floating-point pixels of unknown range")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         grey = np.asarray(picture).astype(np.int64)
-        return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if grey.min() < 0 or grey.max() > 65_535:
+            raise BadSample(path, "integer pixels of unknown range")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         canvas = Image.new("RGBA", picture.size, (*BACKGROUND, 255))

@@ -17,11 +17,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
-    """This process's (epoch, index) keys, from the next global batch to the end of its epoch.
+    """This process's (epoch, index) keys of as many global batches as an epoch has, from the next one on.
 
-    A ``DistributedSampler`` so that Lightning leaves it in place. Epoch and offset come from the count of consumed
-    global batches at the moment of ``iter()``; ``set_epoch``, which Lightning calls too late for a loader that has
-    begun to prefetch, is not heard.
+    A ``DistributedSampler`` so that Lightning leaves it in place. The position is the count of consumed global batches
+    at the moment of ``iter()``; ``set_epoch``, which Lightning calls too late for a loader that has begun to prefetch,
+    is not heard. Iteration runs on into the next epoch where it began within one: the Trainer stops it by its own
+    count, also where that ends epochs early (``limit_train_batches``), and no batch is left out.
 
     Args:
         dataset: sized N.
@@ -53,15 +54,23 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return self.num_pairs // self.global_batch
 
     def __len__(self) -> int:
-        """Keys of a whole epoch on this process, also when the next ``iter()`` begins within one."""
+        """Keys of a whole epoch on this process."""
         return self.batches_per_epoch * (self.global_batch // self.num_replicas)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, offset = divmod(self.consumed(), self.batches_per_epoch)
-        order = np.arange(self.num_pairs)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+        return self._keys(self.consumed())
+
+    def _keys(self, first: int) -> Iterator[tuple[int, int]]:
         share = self.global_batch // self.num_replicas
-        for batch in range(offset, self.batches_per_epoch):
+        current, order = -1, np.empty(0)
+        for position in range(first, first + self.batches_per_epoch):
+            epoch, batch = divmod(position, self.batches_per_epoch)
+            if epoch != current:
+                current, order = epoch, self._order(epoch)
             start = batch * self.global_batch + self.rank * share
             yield from ((epoch, int(index)) for index in order[start : start + share])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_pairs)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)

@@ -11,6 +11,7 @@ B  captions      L  tokens of a row, start and end included
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import html
@@ -93,7 +94,6 @@ class Tokenizer:
 
         Raises:
             TypeError: something else than a list of strings.
-            ValueError: an HTML entity of more than 4,300 digits, at which Python's ``unescape`` and the reference stop.
         """
         if not isinstance(texts, list):
             raise TypeError(f"texts: found {type(texts).__name__}, expected a list of str.")
@@ -168,7 +168,9 @@ def _words(text: str) -> list[str]:
     # ftfy and unescape change nothing in printable ASCII without "&": what they look for is an entity, a control
     # character (escape sequences and line breaks among them) or a character beyond ASCII, and NFC keeps ASCII.
     if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        # An entity of over 4,300 digits, at which int() and so the reference stop, leaves the text as it is.
+        with contextlib.suppress(ValueError):
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
     # split() cuts where the reference's \s does, and at U+001C to U+001F, which ftfy takes out and unescape leaves out.
     return text.lower().split()
 

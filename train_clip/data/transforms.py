@@ -47,26 +47,21 @@ def random_crop(picture: Image.Image, size: int, rng: Generator) -> Image.Image:
 
 
 def random_resized_crop(picture: Image.Image, size: int, rng: Generator, min_share: float) -> Image.Image:
-    """A square of a random share of the picture's area, resized to S×S: train-CLIP's crop.
+    """A square of a random share of the largest one that fits, resized to S×S: train-CLIP's crop.
 
-    As torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``: ten tries, then the centre square.
+    On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``. That takes
+    shares of the whole picture's area, for which a 3:2 photograph has no room from 0.75 up, and then cuts the centre.
 
     Args:
         picture: RGB.
         size: S.
-        rng: draws the share and the place.
-        min_share: least share of the area, in (0, 1].
+        rng: draws share and place.
+        min_share: least share of the largest square's area, in (0, 1].
     """
     width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    for _ in range(10):
-        tried = round(math.sqrt(width * height * rng.uniform(min_share, 1.0)))
-        if 0 < tried <= min(width, height):
-            side = tried
-            left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-            break
-    return picture.resize((size, size), BICUBIC, box=(left, top, left + side, top + side))
+    side = max(1, round(min(width, height) * math.sqrt(rng.uniform(min_share, 1.0))))
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    return picture.crop((left, top, left + side, top + side)).resize((size, size), BICUBIC)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

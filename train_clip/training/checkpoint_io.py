@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from train_clip.errors import UserError
 from train_clip.files import replacing
 
 
@@ -21,6 +22,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint: plain data and tensors.
             path: the file's final place.
             storage_options: not used.
+
+        Raises:
+            UserError: the path is an address.
         """
+        if "://" in str(path):
+            raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
         with replacing(Path(path)) as beside:
             torch.save(checkpoint, beside)

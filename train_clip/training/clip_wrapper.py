@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,6 @@ from train_clip.data.transforms import center_crop, to_tensor
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
 from train_clip.training.module import ContrastiveModule, unit_norm
-from train_clip.training.optimizer import AdamWConfig
 
 EMBED_AT_ONCE = 64  # images or captions
 
@@ -36,7 +36,8 @@ class CLIPWrapper(ContrastiveModule):
         weight_decay: on matrices and convolutions.
         betas: AdamW's.
         eps: AdamW's.
-        warmup_steps: optimizer steps until the peak; None for the smaller of 2,000 and a tenth of the run.
+        warmup_steps: optimizer steps until the peak; None for the preset's (2,000), or a tenth of
+            a run that is short.
         seed: decides the random state of each step. Weights are drawn from PyTorch's global generator.
 
     Raises:
@@ -59,23 +60,22 @@ class CLIPWrapper(ContrastiveModule):
             config = read_config(model_name)
         elif isinstance(config, dict):
             config = config_from_dict({"name": model_name} | config, model_name)
-        preset = config.optimizer
-        beta1, beta2 = preset.betas if betas is None else betas
-        optimizer = AdamWConfig(
-            learning_rate=preset.lr if learning_rate is None else learning_rate,
-            betas=(beta1, beta2),
-            eps=preset.eps if eps is None else eps,
-            weight_decay=preset.weight_decay if weight_decay is None else weight_decay,
-            warmup_steps=warmup_steps,
-        )
-        super().__init__(CLIP(config), optimizer, minibatch_size, seed)
+        given = {
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+            "betas": None if betas is None else tuple(betas),
+            "eps": eps,
+        }
+        told = {name: value for name, value in given.items() if value is not None}
+        optimizer = dataclasses.replace(config.optimizer, **told)  # type: ignore[arg-type]
+        super().__init__(CLIP(config), optimizer, warmup_steps, minibatch_size, seed)
         # Plain values only: anything else makes the file unloadable without running code.
         self.save_hyperparameters(
             {
                 "model_name": config.name,
                 "config": config.to_dict(),
                 "minibatch_size": minibatch_size,
-                "learning_rate": optimizer.learning_rate,
+                "learning_rate": optimizer.lr,
                 "weight_decay": optimizer.weight_decay,
                 "betas": list(optimizer.betas),
                 "eps": optimizer.eps,

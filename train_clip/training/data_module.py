@@ -33,8 +33,8 @@ class TextImageDataModule(L.LightningDataModule):
         num_workers: loader processes for each training process; None for one a core, 8 at
             most, and none where the model itself runs on the cores.
         image_size: side of the square that the model takes, in pixels.
-        resize_ratio: least share of the area that the training crop keeps (train-CLIP's crop, for instance 0.75); None
-            for the paper's, a random square of the whole shorter side.
+        resize_ratio: least share of the largest square that the training crop keeps (train-CLIP's crop, for instance
+            0.75); None for the paper's, a random square of the whole shorter side.
         shuffle: permute the pairs each epoch.
         custom_tokenizer: a Hugging Face tokenizer in place of CLIP's.
         val_share: share of the pairs held out for validation, chosen by file name.
@@ -59,14 +59,21 @@ class TextImageDataModule(L.LightningDataModule):
         context_length: int = 77,
     ) -> None:
         super().__init__()
-        if not 0 <= val_share < 1:
-            raise UserError(f"val_share is {val_share}; expected a share from 0 (no validation) to below 1.")
-        if resize_ratio is not None and not 0 < resize_ratio <= 1:
-            raise UserError(f"resize_ratio is {resize_ratio}; expected a share of the area above 0, up to 1.")
-        if batch_size < 2:
-            raise UserError(f"batch_size is {batch_size}; a contrastive loss needs at least 2 pairs.")
+        for right, message in (
+            (0 <= val_share < 1, f"val_share is {val_share}; expected a share from 0 (no validation) to below 1."),
+            (
+                resize_ratio is None or 0 < resize_ratio <= 1,
+                f"resize_ratio is {resize_ratio}; expected above 0, up to 1.",
+            ),
+            (batch_size >= 2, f"batch_size is {batch_size}; a contrastive loss needs at least 2 pairs."),
+            (image_size > 0, f"image_size is {image_size}; expected a number of pixels above 0."),
+            (seed >= 0, f"seed is {seed}; expected 0 or above."),
+            (context_length >= 2, f"context_length is {context_length}; expected 2 or above, for start and end."),
+        ):
+            if not right:
+                raise UserError(message)
         self.folder = Path(folder)
-        self.batch_size = batch_size
+        self.wanted_batch_size = self.batch_size = batch_size
         self.num_workers = num_workers
         self.augmentation = Augmentation(image_size, resize_ratio, seed)
         self.shuffle = shuffle
@@ -76,13 +83,15 @@ class TextImageDataModule(L.LightningDataModule):
         self.validation_pairs: list[Pair] = []
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002, the hook's form
-        """Scan the folder once and settle the batch size."""
-        if self.training_pairs:
-            return
-        scan = scan_folder(self.folder).require_pairs()
-        self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.folder, self.val_share)
-        self.batch_size = fit_batch_size(self.batch_size, len(self.training_pairs), self._process()[1], self.folder)
-        rank_zero_info(self._summary(scan))
+        """Scan the folder, the first time, and settle the batch size for the number of processes, each time."""
+        scan = None
+        if not self.training_pairs:
+            scan = scan_folder(self.folder).require_pairs()
+            self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.folder, self.val_share)
+        processes = self._process()[1]
+        self.batch_size = fit_batch_size(self.wanted_batch_size, len(self.training_pairs), processes, self.folder)
+        if scan is not None:
+            rank_zero_info(self._summary(scan))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Global batches of fixed size, this process's share."""
@@ -129,6 +138,10 @@ class TextImageDataModule(L.LightningDataModule):
             f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
             f"{self.batch_size:,} an epoch" + (f", {left_out:,} pairs left out of each in turn." if left_out else ".")
         ]
+        if self.val_share and not self.validation_pairs:
+            lines.append(
+                f"  Too few to hold out a share of {self.val_share}: it takes 2 pairs to tell one from another."
+            )
         if scan.lone_images:
             lines.append(f"  {len(scan.lone_images):,} images have no caption, for instance {scan.lone_images[0]}.")
         if scan.lone_captions:

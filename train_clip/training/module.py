@@ -20,10 +20,10 @@ from train_clip.errors import UserError
 from train_clip.gather import gather_with_gradient, world
 from train_clip.losses.contrastive import Pairs, accuracy, clip_loss
 from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig
+from train_clip.models.config import ModelConfig, OptimizerConfig
 from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
-from train_clip.training.optimizer import AdamWConfig, build_adamw, build_schedule
+from train_clip.training.optimizer import build_adamw, build_schedule, warmup_for
 from train_clip.training.skips import SkipReport
 from train_clip.training.validation import ValidationSplit
 
@@ -40,24 +40,38 @@ class ContrastiveModule(L.LightningModule):
     Args:
         model: both towers and the temperature.
         optimizer: AdamW's numbers.
+        warmup_steps: optimizer steps until the peak; None for the optimizer's own, or a tenth of a run that is short.
         minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
         seed: with the count of batches it decides the random state of each step.
     """
 
-    def __init__(self, model: CLIP, optimizer: AdamWConfig, minibatch_size: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: CLIP,
+        optimizer: OptimizerConfig,
+        warmup_steps: int | None = None,
+        minibatch_size: int = 0,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = Tokenizer(model.config.text.context)
-        self.consumed_batches = 0
+        self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
+        self._warmup_steps = warmup_steps
         self._minibatch_size = minibatch_size
         self._seed = seed
         self._validation_split = ValidationSplit(model.config.embed_dim)
         self._checked_pixels = False
 
+    @property
+    def consumed_batches(self) -> int:
+        """Global batches that have been trained on in this run."""
+        return self._end_of_step.consumed_batches
+
     def configure_callbacks(self) -> list[L.Callback]:
         """What a bare ``Trainer`` needs too."""
-        return [EndOfStep(), SkipReport()]
+        return [self._end_of_step, SkipReport()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and the cosine over the real number of optimizer steps."""
@@ -67,8 +81,10 @@ class ContrastiveModule(L.LightningModule):
                 "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
                 "max_epochs is -1. Set the Trainer's max_steps."
             )
-        optimizer = build_adamw(self.model, self._optimizer_config)
-        schedule = build_schedule(optimizer, self._optimizer_config.warmup_steps, int(num_steps))
+        num_steps, config = int(num_steps), self._optimizer_config
+        warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
+        optimizer = build_adamw(self.model, config)
+        schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Any, _: int) -> Tensor:
@@ -85,14 +101,6 @@ class ContrastiveModule(L.LightningModule):
         """Update, then clamp the temperature."""
         super().optimizer_step(*args, **kwargs)
         self.model.clamp_temperature()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the position in the data."""
-        checkpoint["consumed_batches"] = self.consumed_batches
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the position in the data."""
-        self.consumed_batches = checkpoint.get("consumed_batches", 0)
 
     def validation_step(self, batch: Any, _: int) -> None:
         """Embed; the split is scored as a whole at its end."""

@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-MAX_WARMUP = 2_000  # steps (CLIP paper, table 18)
-WARMUP_SHARE = 0.1  # of a run that is too short for them
+from train_clip.models.config import OptimizerConfig
+
+WARMUP_SHARE = 0.1  # of a run that is too short for the model's own warm-up
 
 
-@dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW's numbers, resolved.
-
-    Args:
-        learning_rate: at the peak.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: on parameters of two dimensions and more.
-        warmup_steps: steps until the peak; None for the smaller of 2,000 and a tenth of the run.
-    """
-
-    learning_rate: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    warmup_steps: int | None
-
-
-def build_adamw(module: nn.Module, config: AdamWConfig) -> AdamW:
+def build_adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
     """Make the optimizer of a module's trainable parameters."""
     groups = parameter_groups(module, config.weight_decay)
-    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -54,10 +35,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def build_schedule(optimizer: AdamW, warmup_steps: int | None, num_steps: int) -> LambdaLR:
+def build_schedule(optimizer: AdamW, warmup_steps: int, num_steps: int) -> LambdaLR:
     """Make the learning-rate schedule, advanced once an optimizer step."""
-    warmup = min(MAX_WARMUP, int(WARMUP_SHARE * num_steps)) if warmup_steps is None else warmup_steps
-    return LambdaLR(optimizer, cosine_with_warmup(warmup, num_steps))
+    return LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
+
+
+def warmup_for(num_steps: int, config: OptimizerConfig) -> int:
+    """The warm-up of a run for which none is given: the model's own, or a tenth of the run where that is less."""
+    return min(config.warmup_steps, int(WARMUP_SHARE * num_steps))
 
 
 def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], float]:

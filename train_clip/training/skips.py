@@ -1,72 +1,99 @@
-"""Counts samples that could not be read and captions that were cut, and says so."""
+"""Counts samples that could not be read and captions that were cut, over all processes, and says so."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from train_clip.gather import world
+from train_clip.gather import gather_objects, world
 from train_clip.types import Batch
 
 NAMED_AT_ONCE = 5  # files named on the screen; all of them are in the log
 
 
+@dataclass
+class Counts:
+    """What one process has met in an epoch."""
+
+    captions: int = 0
+    cut: int = 0
+    replaced: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
 class SkipReport(L.Callback):
-    """Names each bad file once in ``skipped.tsv`` beside the logs, and prints the counts after each epoch."""
+    """Names each bad file once, in ``skipped.tsv`` beside the logs, and prints the counts after each epoch."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, str] = {}
-        self.num_replaced = 0
-        self.num_cut = 0
-        self.num_captions = 0
+        self.counts = Counts()
+        self.known: dict[str, str] = {}
         self.log_file: Path | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002, the hook's form
         """Settle where the log lies, on every process: ``log_dir`` is a broadcast."""
-        folder = trainer.log_dir or trainer.default_root_dir
-        rank = world()[0]
-        self.log_file = Path(folder) / (f"skipped-rank{rank}.tsv" if rank else "skipped.tsv")
+        self.log_file = Path(trainer.log_dir or trainer.default_root_dir) / "skipped.tsv"
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ARG002
         """Note what the batch carries."""
         self._note(batch)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ARG002
-        """Note what the batch carries."""
-        self._note(batch)
+        """Note what the batch carries; Lightning's trial run before training does not count."""
+        if not trainer.sanity_checking:
+            self._note(batch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Print the epoch's counts, if there is anything to say."""
-        if self.num_replaced:
-            reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(self.seen.values()).most_common())
+        """Put the processes' counts together and print them, if there is anything to say."""
+        everyone: list[Counts] = gather_objects(self.counts)
+        self.counts = Counts()
+        if not trainer.is_global_zero:
+            return
+        for counts in everyone:
+            self._log(counts.reasons)
+        replaced, cut = sum(counts.replaced for counts in everyone), sum(counts.cut for counts in everyone)
+        if replaced:
+            reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(self.known.values()).most_common())
             print(
-                f"Epoch {trainer.current_epoch + 1}: {self.num_replaced:,} samples replaced by others because of "
-                f"{len(self.seen):,} bad files ({reasons}); their names are in {self.log_file}."
+                f"Epoch {trainer.current_epoch + 1}: {replaced:,} samples replaced by others. Bad files so far: "
+                f"{len(self.known):,} ({reasons}); their names are in {self.log_file}."
             )
-        if self.num_cut:
-            context = pl_module.tokenizer.context_length
+        if cut:
+            captions = sum(counts.captions for counts in everyone)
             print(
-                f"Epoch {trainer.current_epoch + 1}: {self.num_cut:,} of {self.num_captions:,} captions were longer "
-                f"than {context} tokens and cut there, end token kept."
+                f"Epoch {trainer.current_epoch + 1}: {cut:,} of {captions:,} captions were longer than "
+                f"{pl_module.tokenizer.context_length} tokens and cut there, end token kept."
             )
-        self.num_replaced = self.num_cut = self.num_captions = 0
 
     def _note(self, batch: Any) -> None:
         if not isinstance(batch, Batch):
             return
-        self.num_captions += len(batch.images)
-        self.num_cut += batch.num_cut
-        self.num_replaced += len(batch.skips)
-        for skip in batch.skips:
-            if skip.path in self.seen:
-                continue
-            self.seen[skip.path] = skip.reason
-            if len(self.seen) <= NAMED_AT_ONCE:
-                print(f"Skipped {skip.path}: {skip.reason}. Another pair takes its place.")
+        self.counts.captions += len(batch.images)
+        self.counts.cut += batch.num_cut
+        self.counts.replaced += len(batch.skips)
+        new = {skip.path: skip.reason for skips in batch.skips for skip in skips}
+        self.counts.reasons |= new
+        if world()[0] == 0:
+            self._log(new)
+
+    def _log(self, reasons: dict[str, str]) -> None:
+        """Name the files that are not known yet, the first few on the screen and each in the log."""
+        new = {path: reason for path, reason in reasons.items() if path not in self.known}
+        for path, reason in new.items():
+            self.known[path] = reason
+            if len(self.known) <= NAMED_AT_ONCE:
+                print(f"Skipped {_printable(path)}: {reason}. Another pair takes its place.")
+        if new:
             assert self.log_file is not None
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with self.log_file.open("a", encoding="utf-8") as log:
-                log.write(f"{skip.path}\t{skip.reason}\n")
+                log.writelines(f"{_printable(path)}\t{reason}\n" for path, reason in new.items())
+
+
+def _printable(path: str) -> str:
+    """A path on one line: bytes that are not UTF-8, tabs and line breaks escaped."""
+    escaped = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return escaped.translate({ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
