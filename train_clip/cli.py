@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: those of the process where None.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -51,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         function, call = parse(words[0], words[1:])
         function(*call.args, **call.kwargs)
     except UserError as error:
-        # A loader's worker sends its traceback along, and the message at its end.
-        sys.exit(f"train-clip: {str(error).rsplit('UserError: ', 1)[-1].rstrip()}")
+        sys.exit(f"train-clip: {_message(error)}")
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        sys.exit(f"train-clip: {error.filename}: {error.strerror}. Expected a path that can be read or written.")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
@@ -153,6 +158,11 @@ def _add_trainer(parser: Any) -> list[str]:
     from train_clip.commands.options import OWN_TRAINER_OPTIONS
 
     return parser.add_class_arguments(L.Trainer, None, skip=set(OWN_TRAINER_OPTIONS), instantiate=False)
+
+
+def _message(error: UserError) -> str:
+    """What an error says. A loader's worker sends its traceback, with the message at the end."""
+    return str(error).rsplit("UserError: ", 1)[-1].rstrip()
 
 
 def _overview() -> str:

@@ -74,8 +74,9 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rank, size = world()
         ctx.length = len(rows)
+        rows = rows.contiguous()
         parts = [torch.empty_like(rows) for _ in range(size)]
-        distributed.all_gather(parts, rows.contiguous())
+        distributed.all_gather(parts, rows)
         return torch.cat(parts)
 
     @staticmethod

@@ -30,9 +30,11 @@ class Batch(NamedTuple):
         texts: (B, L) int64 tokens, or whatever the text encoder takes.
         skips: for each sample that was replaced, the files that could not be read on the way to another.
         num_cut: captions that were longer than the text encoder's context.
+        missing: rows that only hold the place of a pair that could not be read (validation).
     """
 
     images: Tensor
     texts: Any
     skips: tuple[tuple[Skip, ...], ...] = ()
     num_cut: int = 0
+    missing: tuple[int, ...] = ()

@@ -258,7 +258,6 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     )
 
 
-@pytest.mark.xfail(strict=True, raises=PermissionError, reason="Path.is_dir lets the PermissionError of stat through")
 def test_a_folder_below_one_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No permission to look at the folder itself: a UserError too. The error is put in by hand, as above."""
     plain = Path.stat

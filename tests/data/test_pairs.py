@@ -116,28 +116,41 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
-@pytest.mark.parametrize("kind", ["training", "validation"])
-def test_a_bad_file_is_replaced_and_named(numbered_pairs: NumberedPairs, what: str, kind: str) -> None:
+def test_a_bad_file_is_replaced_and_named(numbered_pairs: NumberedPairs, what: str) -> None:
     """The substitute is another whole pair, the same on every read; the skip names file and reason."""
     pairs = numbered_pairs(8, lines=2)
     path_of, content, why = BAD_FILES[what]
     path = path_of(pairs[3])
     Path(path).write_bytes(content)
-    dataset = training(pairs) if kind == "training" else ValidationPairs(pairs, SIZE)
+    dataset = training(pairs)
     seen = set()
-    for epoch in range(12 if kind == "training" else 1):
-        key = (epoch, 3) if kind == "training" else 3
-        sample = dataset[key]
-        assert plain(dataset[key]) == plain(sample)
+    for epoch in range(12):
+        sample = dataset[(epoch, 3)]
+        assert plain(dataset[(epoch, 3)]) == plain(sample)
         assert set(sample.skips) == {Skip(path, why)}
         substitute = int(sample.caption.split()[1])
         assert substitute != 3
         # The picture's red value is ten times its number; bicubic weights that sum to 1 keep it.
         assert (sample.pixels[0] == 10 * substitute).all()
         seen.add(substitute)
-    assert len(seen) > (3 if kind == "training" else 0)
-    good = dataset[(0, 5) if kind == "training" else 5]
-    assert (good.skips, good.caption.split()[1]) == ((), "5")
+    assert len(seen) > 3
+    good = dataset[(0, 5)]
+    assert (good.skips, good.missing, good.caption.split()[1]) == ((), False, "5")
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_bad_file_that_is_held_out_leaves_its_place_empty(numbered_pairs: NumberedPairs, what: str) -> None:
+    """No other pair takes its place, or that would be scored twice: black pixels, marked as missing, and why."""
+    pairs = numbered_pairs(8, lines=2)
+    path_of, content, why = BAD_FILES[what]
+    path = path_of(pairs[3])
+    Path(path).write_bytes(content)
+    dataset = ValidationPairs(pairs, SIZE)
+    sample = dataset[3]
+    assert (sample.skips, sample.missing, sample.caption) == ((Skip(path, why),), True, "")
+    assert sample.pixels.shape == dataset[5].pixels.shape
+    assert not sample.pixels.any()
+    assert (dataset[5].skips, dataset[5].missing, dataset[5].caption.split()[1]) == ((), False, "5")
 
 
 def test_a_substitute_depends_on_seed_and_index_too(numbered_pairs: NumberedPairs) -> None:

@@ -47,12 +47,12 @@ def test_two_processes_report_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert second == []
     log = FOLDER / "skipped.tsv"
     assert first == [
-        "Skipped both: bad. Another pair takes its place.",
-        "Skipped own 0: bad. Another pair takes its place.",
-        "Skipped own 1: bad. Another pair takes its place.",
-        f"Epoch 1: 4 samples replaced by others. Bad files so far: 3 (3 × bad); their names are in {log}.",
+        "Skipped both: bad.",
+        "Skipped own 0: bad.",
+        "Skipped own 1: bad.",
+        f"Epoch 1: 4 samples replaced by others or left out. Bad files so far: 3 (3 × bad); their names are in {log}.",
         "Epoch 1: 1 of 8 captions were longer than 77 tokens and cut there, end token kept.",
-        "Skipped late: bad. Another pair takes its place.",
-        f"Epoch 2: 1 samples replaced by others. Bad files so far: 4 (4 × bad); their names are in {log}.",
+        "Skipped late: bad.",
+        f"Epoch 2: 1 samples replaced by others or left out. Bad files so far: 4 (4 × bad); their names are in {log}.",
     ]
     assert log.read_text(encoding="utf-8").splitlines() == ["both\tbad", "own 0\tbad", "own 1\tbad", "late\tbad"]

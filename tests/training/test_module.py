@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from train_clip import CLIPWrapper, Tokenizer
@@ -202,3 +203,34 @@ def test_a_gpu_steps_as_a_cpu(tiny_config, precision):
     trainer.fit(module, loader)
     assert losses[0] == pytest.approx(expected, rel=1e-4 if precision == "32-true" else 2e-2)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_ids_of_another_tokenizer_are_refused(tiny_config):
+    """Captions whose largest token differs have no common end token: the text feature would be read at random."""
+    ids = torch.randint(1, 30_000, (8, 6), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="largest token of a caption is not the same"):
+        bare_trainer().fit(CLIPWrapper("tiny", tiny_config), DataLoader(Listed(PIXELS, ids), batch_size=8))
+
+
+def test_several_validation_loaders_and_other_batches_say_what_is_expected(tiny_config):
+    """What the module does not take ends with what it does."""
+    loader = DataLoader(Listed(PIXELS, CAPTIONS), batch_size=4)
+    with pytest.raises(UserError, match="several validation loaders, expected one"):
+        bare_trainer().fit(CLIPWrapper("tiny", tiny_config), loader, [loader, loader])
+    named = DataLoader([{"image": PIXELS[0], "text": "a"}] * 4, batch_size=4)
+    with pytest.raises(UserError, match="A batch is a dict; expected a tuple or list"):
+        bare_trainer().fit(CLIPWrapper("tiny", tiny_config), named)
+
+
+def test_one_image_several_and_none_are_embedded(tiny_config, tmp_path):
+    """A path and the opened picture, transparent ones on white either way; no image gives no rows."""
+    pixels = torch.cat([PIXELS[0], torch.full((1, 16, 16), 100, dtype=torch.uint8)]).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
+    module = CLIPWrapper("tiny", tiny_config)
+    by_path = module.embed_images(tmp_path / "a.png")
+    assert by_path.shape == (1, 16)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert torch.equal(module.embed_images(picture), by_path)
+    assert module.embed_images([]).shape == (0, 16)
+    assert module.embed_texts([]).shape == (0, 16)
+    assert module(PIXELS, Tokenizer(16)(CAPTIONS))[0].shape == (8, 8)

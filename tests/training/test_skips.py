@@ -60,9 +60,11 @@ def test_samples_are_counted_by_epoch_and_files_by_run(tmp_path: Path, capsys: p
     own.on_train_epoch_end(trainer(tmp_path, current_epoch=2), MODULE)
     place = tmp_path / "skipped.tsv"
     assert capsys.readouterr().out.splitlines() == [
-        *(f"Skipped {name}: bad. Another pair takes its place." for name in "abc"),
-        f"Epoch 1: 3 samples replaced by others. Bad files so far: 3 (3 × bad); their names are in {place}.",
-        f"Epoch 2: 1 samples replaced by others. Bad files so far: 3 (3 × bad); their names are in {place}.",
+        *(f"Skipped {name}: bad." for name in "abc"),
+        f"Epoch 1: 3 samples replaced by others or left out. Bad files so far: 3 (3 × bad); "
+        f"their names are in {place}.",
+        f"Epoch 2: 1 samples replaced by others or left out. Bad files so far: 3 (3 × bad); "
+        f"their names are in {place}.",
     ]
     assert log(tmp_path) == ["a\tbad", "b\tbad", "c\tbad"]
 
@@ -98,7 +100,7 @@ def test_a_path_is_one_field_of_one_line(
     own = report(tmp_path)
     own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch((path,)), 0)
     assert log(tmp_path) == [f"{shown}\tbad"]
-    assert capsys.readouterr().out == f"Skipped {shown}: bad. Another pair takes its place.\n"
+    assert capsys.readouterr().out == f"Skipped {shown}: bad.\n"
 
 
 def test_cut_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

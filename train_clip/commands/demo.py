@@ -39,7 +39,8 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         select(DataOptions, recipe, folder=training),
         select(OptimizerOptions, recipe),
         select(RunOptions, recipe, seed=seed, output=output / "run"),
-        TrainerOptions(),
+        # One device: more would run this verb once for each.
+        TrainerOptions(devices=1),
     )
     print("\nOn combinations of colour and shape that were never seen in training:")
     evaluate(

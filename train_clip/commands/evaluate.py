@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,13 +96,16 @@ def evaluate(checkpoint: Path, /, options: EvaluateOptions) -> Scores:
     Raises:
         UserError: a file that is missing or does not hold what it should.
     """
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size {options.batch_size}: expected 1 or above.")
+    classes, templates = read_classes(options)
     model = load_checkpoint(checkpoint, options.device)
-    collection = collect(model, options)
+    collection = collect(model, options, classes)
     scores = Scores(
         num_images=len(collection.paths),
         num_captions=len(collection.captions),
         retrieval=_retrieval(collection) if collection.captions else None,
-        zero_shot=None if options.classes is None else _zero_shot(model, collection, options),
+        zero_shot=_zero_shot(model, collection, classes, templates) if classes else None,
         skips=tuple(collection.skips),
     )
     report(scores)
@@ -122,6 +126,7 @@ class Collection:
         captions: M captions.
         texts: (M, D) float32, unit norm.
         owners: the image of each caption, as a place in ``paths``.
+        labels: the class of each image; empty where no classes were given.
         skips: what could not be read.
     """
 
@@ -130,6 +135,7 @@ class Collection:
     captions: list[str]
     texts: Tensor
     owners: list[int]
+    labels: list[int]
     skips: list[Skip]
 
 
@@ -143,27 +149,38 @@ def load_checkpoint(path: Path, device: str) -> CLIPWrapper:
     Raises:
         UserError: there is no such file, or it is no such checkpoint.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected a checkpoint in it, such as {path}/checkpoints/last.ckpt.")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file. Expected a checkpoint, such as RUN/checkpoints/last.ckpt.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
+    try:
         return CLIPWrapper.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
     except UserError:
         raise
-    except Exception as error:
-        # Unpickling a foreign or damaged file raises anything from KeyError to RuntimeError.
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
+    except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: cannot be loaded ({first_line}). Expected a checkpoint that `train-clip train` wrote, whole."
+            f"{path}: holds more than plain data, or is damaged; nothing of it was run. Expected a checkpoint that "
+            "`train-clip train` wrote, whole."
+        ) from error
+    except Exception as error:
+        # A foreign or damaged file raises anything from KeyError to RuntimeError.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{path}: cannot be loaded ({reason}). Expected a checkpoint that `train-clip train` wrote, whole."
         ) from error
 
 
-def collect(model: CLIPWrapper, options: EvaluateOptions) -> Collection:
+def collect(model: CLIPWrapper, options: EvaluateOptions, classes: list[str]) -> Collection:
     """Read and embed what the options name.
 
     Raises:
-        UserError: nothing to score.
+        UserError: nothing to score, or an image whose class is none of the classes.
     """
     scan = scan_folder(options.folder)
     if options.classes is None:
@@ -177,6 +194,7 @@ def collect(model: CLIPWrapper, options: EvaluateOptions) -> Collection:
     paths = [pair.image for pair in pairs] + [str(options.folder / image) for image in lone]
     if not paths:
         raise UserError(f"{options.folder}: no images to score in the split {options.split!r}. Try --split all.")
+    labels = image_labels(paths, classes) if classes else []
     skips: list[Skip] = []
     kept, images = _embed_images(model, paths, options, skips)
     captions, owners = [], []
@@ -185,8 +203,25 @@ def collect(model: CLIPWrapper, options: EvaluateOptions) -> Collection:
             lines = _read_captions(pairs[index].caption, skips)
             captions += lines
             owners += [place] * len(lines)
-    texts = model.embed_texts(captions) if captions else images[:0]
-    return Collection([paths[index] for index in kept], images, captions, texts, owners, skips)
+    texts = model.embed_texts(captions, options.batch_size)
+    kept_labels = [labels[index] for index in kept] if classes else []
+    return Collection([paths[index] for index in kept], images, captions, texts, owners, kept_labels, skips)
+
+
+def read_classes(options: EvaluateOptions) -> tuple[list[str], list[str]]:
+    """Read the class names and the templates; no names where none are asked for.
+
+    Raises:
+        UserError: a file that is missing or empty, or a template without ``{}``.
+    """
+    if options.classes is None:
+        return [], []
+    templates = list(DEFAULT_TEMPLATES)
+    if options.templates is not None:
+        templates = read_lines(options.templates, "captions with {} where the class goes")
+        if without := [template for template in templates if "{}" not in template]:
+            raise UserError(f"{options.templates}: {without[0]!r} has no {{}} where the class would go.")
+    return read_lines(options.classes, "class names"), templates
 
 
 def read_lines(path: Path, holding: str) -> list[str]:
@@ -246,7 +281,7 @@ def _embed_images(
         skips += bad
         kept += indices
         if indices:
-            parts.append(model.embed_images(pixels))
+            parts.append(model.embed_images(pixels, options.batch_size))
     if not parts:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(paths):,} images can be read.")
     return kept, torch.cat(parts)
@@ -270,15 +305,10 @@ def _retrieval(collection: Collection) -> Retrieval:
     return retrieval(collection.images[described], collection.texts, owners, ids)
 
 
-def _zero_shot(model: CLIPWrapper, collection: Collection, options: EvaluateOptions) -> ZeroShot:
-    assert options.classes is not None
-    classes = read_lines(options.classes, "class names")
-    templates = list(DEFAULT_TEMPLATES)
-    if options.templates is not None:
-        templates = read_lines(options.templates, "captions with {} where the class goes")
-        if without := [template for template in templates if "{}" not in template]:
-            raise UserError(f"{options.templates}: {without[0]!r} has no {{}} where the class would go.")
-    labels = torch.tensor(image_labels(collection.paths, classes), device=collection.images.device)
+def _zero_shot(
+    model: CLIPWrapper, collection: Collection, classes: Sequence[str], templates: Sequence[str]
+) -> ZeroShot:
+    labels = torch.tensor(collection.labels, device=collection.images.device)
     return zero_shot(collection.images, labels, class_embeddings(classes, templates, model.embed_texts))
 
 

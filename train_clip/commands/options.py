@@ -16,6 +16,7 @@ class ModelOptions:
         model_name: a preset (`train-clip models` lists them) or a YAML file of your own
         image_size: side of the square input in pixels, if not the model's own
         minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
+            (ResNets normalise chunk by chunk)
     """
 
     model_name: str = "ViT-B/32"

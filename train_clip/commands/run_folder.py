@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -57,6 +58,7 @@ def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any])
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": platform.platform(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": {name: _version(name) for name in VERSIONS_OF},
     }
     write_text(folder / "run.yaml", yaml.safe_dump(about | facts, sort_keys=False))

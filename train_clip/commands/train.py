@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions
 from train_clip.commands.quiet import quiet
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
+from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
+from train_clip.files import write_text
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.clip_wrapper import CLIPWrapper
@@ -25,7 +30,8 @@ from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.progress import RunProgress
 from train_clip.training.throughput import Throughput
 
-LOG_EVERY = 10  # optimizer steps
+LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
+MIN_POINTS = 50  # logged points
 
 
 def train(
@@ -48,8 +54,15 @@ def train(
         The run's folder.
     """
     quiet()
+    if run.seed < 0:
+        raise UserError(f"--seed {run.seed}: expected 0 or above.")
     L.seed_everything(run.seed, verbose=False)
     config = read_config(model.model_name)
+    if config.text.vocab < Tokenizer.vocab_size:
+        raise UserError(
+            f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "
+            "tokens. Set text.vocab to that."
+        )
     if model.image_size is not None:
         config = config.with_image_size(model.image_size)
     module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **dataclasses.asdict(optimizer))
@@ -60,33 +73,36 @@ def train(
         **dataclasses.asdict(data),
     )
     folder = choose_run_folder(run.output, model.model_name)
-    epochs = config.optimizer.epochs if run.epochs is None else run.epochs
+    epochs = _epochs(run, trainer, config)
     options = resolve_trainer(trainer)
     lightning_trainer = build_trainer(options, folder, epochs, held_out=data.val_share > 0)
     # Before anything is written: a mistake in the data leaves no half-made run behind.
     data_module.trainer = lightning_trainer
     data_module.setup()
+    if trainer.get("log_every_n_steps") is None:
+        steps = (
+            len(data_module.training_pairs) // data_module.batch_size * epochs if epochs > 0 else trainer["max_steps"]
+        )
+        lightning_trainer.log_every_n_steps = max(1, min(LOG_EVERY, steps // MIN_POINTS))  # type: ignore[attr-defined]
     resolved = dataclasses.replace(run, epochs=epochs, output=None)
     write_run_files(
         folder,
-        _config(model, data, _resolve(optimizer, module), resolved, options),
+        _config(_keep_model(model, config, folder), data, _resolve(optimizer, module), resolved, options),
         {"output": str(folder), "parameters": _count(module), "pairs": len(data_module.training_pairs)},
     )
     _say_start(config, module, lightning_trainer, folder)
     lightning_trainer.fit(module, data_module)
     if lightning_trainer.global_step == 0:
         raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
-    _say_end(lightning_trainer, folder, data)
+    _say_end(lightning_trainer, folder, data_module)
     return folder
 
 
 def resolve_trainer(options: TrainerOptions) -> dict[str, Any]:
-    """Fill in the defaults that differ from Lightning's: precision by device, and how often is logged."""
+    """Fill in the default that differs from Lightning's: precision by device."""
     resolved = dict(options)
     if resolved.get("precision") is None:
         resolved["precision"] = default_precision(resolved.get("accelerator", "auto"))
-    if resolved.get("log_every_n_steps") is None:
-        resolved["log_every_n_steps"] = LOG_EVERY
     return resolved
 
 
@@ -161,6 +177,23 @@ def _instantiate(value: Any) -> Any:
         raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
 
 
+def _epochs(run: RunOptions, trainer: TrainerOptions, config: ModelConfig) -> int:
+    """The epochs that were asked for; without a word on them, as many as ``--max_steps`` takes, or the model's own."""
+    if run.epochs is not None:
+        return run.epochs
+    return -1 if (trainer.get("max_steps") or -1) > 0 else config.optimizer.epochs
+
+
+def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> ModelOptions:
+    """Copy a model file of the user's own into the run, so that the run can be repeated when the file has changed."""
+    if not model.model_name.endswith((".yaml", ".yml")):
+        return model
+    kept = folder / "model.yaml"
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        write_text(kept, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    return dataclasses.replace(model, model_name=str(kept))
+
+
 def _resolve(optimizer: OptimizerOptions, module: CLIPWrapper) -> OptimizerOptions:
     """The numbers that the module really has, the preset's filled in."""
     return OptimizerOptions(**{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)})
@@ -187,17 +220,22 @@ def _say_start(config: ModelConfig, module: CLIPWrapper, trainer: L.Trainer, fol
         )
 
 
-def _say_end(trainer: L.Trainer, folder: Path, data: DataOptions) -> None:
-    checkpoints = list((folder / "checkpoints").glob("*.ckpt"))
-    if not trainer.is_global_zero or not checkpoints:
+def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None:
+    if not trainer.is_global_zero:
         return
-    best = folder / "checkpoints" / "best.ckpt"
-    checkpoint = best if best.is_file() else folder / "checkpoints" / "last.ckpt"
-    if data.val_share and not best.is_file():
-        print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
-    split = f" --split held_out --val_share {data.val_share}" if data.val_share else ""
-    print(
-        f"Done after {trainer.global_step:,} steps. Curves: {folder / 'curves.png'}. Checkpoints: "
-        f"{', '.join(sorted(file.name for file in checkpoints))}.\n"
-        f"Next: train-clip evaluate {checkpoint} --folder {data.folder}{split}"
-    )
+    print(f"Done after {trainer.global_step:,} steps. What the run left is in {folder}/.")
+    checkpoints = {file.stem: file for file in (folder / "checkpoints").glob("*.ckpt")}
+    if not checkpoints:
+        return
+    command = [
+        "train-clip",
+        "evaluate",
+        str(checkpoints.get("best", checkpoints["last"])),
+        "--folder",
+        str(data.folder),
+    ]
+    if data.validation_pairs:
+        command += ["--split", "held_out", "--val_share", str(data.val_share)]
+        if "best" not in checkpoints:
+            print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
+    print(f"Next: {shlex.join(command)}")

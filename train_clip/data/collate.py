@@ -31,4 +31,5 @@ class Collate:
         else:
             texts = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         skips = tuple(sample.skips for sample in samples if sample.skips)
-        return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut)
+        missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
+        return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)

@@ -84,7 +84,11 @@ def scan_folder(folder: Path) -> FolderScan:
     Raises:
         UserError: no such folder, or a stem with two images or two captions at the same place.
     """
-    if not folder.is_dir():
+    try:
+        exists = folder.is_dir()
+    except PermissionError:
+        raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
+    if not exists:
         raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).")
     by_stem: dict[str, list[str]] = defaultdict(list)
     num_files = 0
@@ -120,7 +124,12 @@ def split_pairs(pairs: Sequence[Pair], folder: Path, share: float) -> tuple[list
     Returns:
         Those to train on, and round(share · len(pairs)) to validate on; none where that is a single one, among which
         retrieval is always right.
+
+    Raises:
+        UserError: the share is no such number.
     """
+    if not 0 <= share < 1:
+        raise UserError(f"val_share is {share}; expected a share from 0 (no validation) to below 1.")
     names = [Path(pair.image).relative_to(folder).as_posix() for pair in pairs]
     hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
     order = sorted(range(len(pairs)), key=hashes.__getitem__)

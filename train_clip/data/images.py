@@ -86,7 +86,20 @@ def _decode(path: str, file: BinaryIO) -> Image.Image:
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
     picture.load()
-    return _to_rgb(path, _upright(picture))
+    return upright_rgb(picture, path)
+
+
+def upright_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """Turn an opened picture upright and make it RGB, on white where it is transparent.
+
+    Args:
+        picture: of any mode.
+        name: for the error.
+
+    Raises:
+        BadSample: pixels of unknown range.
+    """
+    return _to_rgb(name, _upright(picture))
 
 
 def _upright(picture: Image.Image) -> Image.Image:

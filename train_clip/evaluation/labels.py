@@ -31,10 +31,11 @@ def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
 def _label(path: Path, places: dict[str, int]) -> int:
     label_file = path.with_suffix(".cls")
     named = label_file.read_text(encoding="utf-8").strip() if label_file.is_file() else path.parent.name
-    if label_file.is_file() and named.isdecimal() and int(named) < len(places):
-        return int(named)
+    # The name before the number: a class may be called "1".
     if (place := places.get(_plain(named))) is not None:
         return place
+    if label_file.is_file() and named.isdecimal() and int(named) < len(places):
+        return int(named)
     source = label_file if label_file.is_file() else f"its folder ({path.parent})"
     raise UserError(
         f"{path}: its class is {named!r} by {source}, and that is none of the {len(places)} classes. Expected one of "

@@ -82,14 +82,15 @@ def _ranks(similarity: Tensor, right: Tensor) -> Tensor:
 
 
 def _recall(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    return {k: (ranks < k).double().mean().item() for k in ks}
+    return {k: (ranks < k).cpu().double().mean().item() for k in ks}
 
 
 def _chance(matches: Tensor, candidates: int, ks: Sequence[int]) -> dict[int, float]:
     """Mean over queries of 1 - C(candidates - matches, k) / C(candidates, k)."""
     chances = {}
     for k in ks:
-        wrong = (candidates - matches).double()
+        # On the CPU: some devices (MPS) have no float64.
+        wrong = (candidates - matches).cpu().double()
         missed = torch.ones_like(wrong)
         for drawn in range(min(k, candidates)):
             missed *= ((wrong - drawn) / (candidates - drawn)).clamp(min=0)

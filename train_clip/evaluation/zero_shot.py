@@ -65,7 +65,8 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
     similarity = images @ classes.T
     own = similarity.gather(1, labels[:, None])
     # The class itself is the one entry that is never less similar than itself.
-    ranks = (~(similarity < own)).sum(dim=1) - 1
+    # On the CPU: some devices (MPS) have no float64.
+    ranks, labels = ((~(similarity < own)).sum(dim=1) - 1).cpu(), labels.cpu()
     hits = (ranks < 1).double()
     counts = torch.bincount(labels, minlength=len(classes)).double()
     per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]

@@ -84,6 +84,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self)
+        _require(self.context >= 2, f"context {self.context}, expected 2 or above, for start and end")
         _require(self.width % self.heads == 0, f"text width {self.width} does not divide into {self.heads} heads")
 
 
@@ -107,6 +108,14 @@ class OptimizerConfig:
     warmup_steps: int
     epochs: int
 
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"learning rate {self.lr}, expected above 0")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
+        _require(self.eps > 0, f"eps {self.eps}, expected above 0")
+        _require(self.weight_decay >= 0, f"weight decay {self.weight_decay}, expected 0 or above")
+        _require(self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}, expected 0 or above")
+        _require(self.epochs > 0, f"epochs {self.epochs}, expected above 0")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -127,6 +136,9 @@ class ModelConfig:
     text: TextConfig
     optimizer: OptimizerConfig
     activation: str = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _require(self.embed_dim > 0, f"embed_dim {self.embed_dim}, expected above 0")
 
     def with_image_size(self, size: int) -> ModelConfig:
         """The same model for another input size, in pixels."""
@@ -150,7 +162,7 @@ def read_config(name: str) -> ModelConfig:
     if path.suffix.casefold() in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{path}: there is no such file. --model_name takes a preset or a YAML file.")
-        return _read_yaml(path.read_text(encoding="utf-8"), str(path), default_name=path.stem)
+        return _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path), default_name=path.stem)
     by_name = {config.name.replace("/", "-"): config for config in presets()}
     if (key := name.replace("/", "-")) not in by_name:
         known = ", ".join(config.name for config in presets())

@@ -12,13 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from train_clip.data.images import open_rgb
+from train_clip.data.images import open_rgb, upright_rgb
 from train_clip.data.transforms import center_crop, to_tensor
+from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
 from train_clip.training.module import ContrastiveModule, unit_norm
 
 EMBED_AT_ONCE = 64  # images or captions
+
+Picture = str | Path | Image.Image
 
 
 class CLIPWrapper(ContrastiveModule):
@@ -60,6 +63,9 @@ class CLIPWrapper(ContrastiveModule):
             config = read_config(model_name)
         elif isinstance(config, dict):
             config = config_from_dict({"name": model_name} | config, model_name)
+        for name, value in (("minibatch_size", minibatch_size), ("warmup_steps", warmup_steps or 0), ("seed", seed)):
+            if value < 0:
+                raise UserError(f"{name} is {value}; expected 0 or above.")
         given = {
             "lr": learning_rate,
             "weight_decay": weight_decay,
@@ -85,12 +91,13 @@ class CLIPWrapper(ContrastiveModule):
         )
 
     @torch.no_grad()
-    def embed_images(self, images: Sequence[str | Path | Image.Image] | Tensor) -> Tensor:
+    def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
         """Embed images for search and comparison, with the model in eval mode.
 
         Args:
-            images: paths or RGB pictures, which are resized and centre-cropped; or a tensor (N, 3, S, S), uint8 or
-                already normalised.
+            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
+                uint8 or already normalised.
+            batch_size: images at a time.
 
         Returns:
             (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
@@ -99,35 +106,38 @@ class CLIPWrapper(ContrastiveModule):
         Raises:
             BadSample: a file that cannot be read as an image.
         """
-        parts = []
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        parts = [torch.empty(0, self.model.config.embed_dim, device=self.device)]
         with _eval_mode(self.model):
-            for start in range(0, len(images), EMBED_AT_ONCE):
-                batch = images[start : start + EMBED_AT_ONCE]
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
                 if not isinstance(batch, Tensor):
                     batch = torch.stack([self._pixels(image) for image in batch])
                 parts.append(unit_norm(self.model.encode_image(batch.to(self.device))))
         return torch.cat(parts)
 
     @torch.no_grad()
-    def embed_texts(self, texts: str | Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
         """Embed captions, with the model in eval mode.
 
         Args:
             texts: one caption or several; what is over the context length is cut.
+            batch_size: captions at a time.
 
         Returns:
             (N, D) float32, unit norm, on this module's device.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        parts = []
+        parts = [torch.empty(0, self.model.config.embed_dim, device=self.device)]
         with _eval_mode(self.model):
-            for start in range(0, len(texts), EMBED_AT_ONCE):
-                tokens, _ = self.tokenizer.batch(texts[start : start + EMBED_AT_ONCE])
+            for start in range(0, len(texts), batch_size):
+                tokens, _ = self.tokenizer.batch(texts[start : start + batch_size])
                 parts.append(unit_norm(self.model.encode_text(tokens.to(self.device))))
         return torch.cat(parts)
 
-    def _pixels(self, image: str | Path | Image.Image) -> Tensor:
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(str(image))
+    def _pixels(self, image: Picture) -> Tensor:
+        picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
         return to_tensor(center_crop(picture, self.model.config.image.size))
 
 

@@ -66,6 +66,7 @@ class TextImageDataModule(L.LightningDataModule):
                 f"resize_ratio is {resize_ratio}; expected above 0, up to 1.",
             ),
             (batch_size >= 2, f"batch_size is {batch_size}; a contrastive loss needs at least 2 pairs."),
+            ((num_workers or 0) >= 0, f"num_workers is {num_workers}; expected 0 or above."),
             (image_size > 0, f"image_size is {image_size}; expected a number of pixels above 0."),
             (seed >= 0, f"seed is {seed}; expected 0 or above."),
             (context_length >= 2, f"context_length is {context_length}; expected 2 or above, for start and end."),
@@ -133,10 +134,14 @@ class TextImageDataModule(L.LightningDataModule):
 
     def _summary(self, scan: FolderScan) -> str:
         left_out = len(self.training_pairs) % self.batch_size
-        lines = [
+        lines = []
+        if self.batch_size < self.wanted_batch_size:
+            lines.append(f"Fewer pairs than a batch: it shrinks from {self.wanted_batch_size} to {self.batch_size}.")
+        lines += [
             f"{self.folder}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
             f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
-            f"{self.batch_size:,} an epoch" + (f", {left_out:,} pairs left out of each in turn." if left_out else ".")
+            f"{self.batch_size:,} an epoch"
+            + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
         ]
         if self.val_share and not self.validation_pairs:
             lines.append(
@@ -175,7 +180,6 @@ def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, folder: Path
             f"{folder}: {num_pairs} pairs to train on, {num_processes} processes; expected at least 2 pairs, and one a "
             "process. Add pairs, or hold out fewer for validation (--val_share)."
         )
-    rank_zero_info(f"{folder}: only {num_pairs} pairs to train on; the batch shrinks from {wanted} to {fitting}.")
     return fitting
 
 

@@ -5,7 +5,7 @@ B  pairs on this process      W  processes      N  pairs of the global batch (W 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -26,6 +26,7 @@ from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.optimizer import build_adamw, build_schedule, warmup_for
 from train_clip.training.skips import SkipReport
 from train_clip.training.validation import ValidationSplit
+from train_clip.types import Batch
 
 IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
@@ -87,6 +88,10 @@ class ContrastiveModule(L.LightningModule):
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Score every image against every caption, as ``CLIP.forward``."""
+        return self.model(images, tokens)
+
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
         images, tokens = self._read(batch)
@@ -102,10 +107,13 @@ class ContrastiveModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.model.clamp_temperature()
 
-    def validation_step(self, batch: Any, _: int) -> None:
+    def validation_step(self, batch: Any, _: int, dataloader_idx: int = 0) -> None:
         """Embed; the split is scored as a whole at its end."""
+        if dataloader_idx:
+            raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
         images, tokens = self._read(batch)
-        self._validation_split.add(*self._embed(images, tokens), tokens)
+        missing = batch.missing if isinstance(batch, Batch) else ()
+        self._validation_split.add(*self._embed(images, tokens), tokens, missing)
 
     def on_validation_epoch_end(self) -> None:
         """Loss over global batches of fixed size, and retrieval, over the whole split."""
@@ -116,8 +124,17 @@ class ContrastiveModule(L.LightningModule):
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images, and (B, L) int64 tokens, of a batch of any accepted kind, on this module's device."""
+        if not isinstance(batch, Sequence) or len(batch) < 2:
+            raise UserError(
+                f"A batch is a {type(batch).__name__}; expected a tuple or list that starts with images and texts. "
+                "Give the loader a collate_fn that returns (images, texts)."
+            )
         images, texts = batch[0], batch[1]
         if isinstance(texts, Mapping):
+            if "input_ids" not in texts:
+                raise UserError(
+                    f"The texts of a batch have the keys {', '.join(texts)}; expected input_ids among them."
+                )
             texts = texts["input_ids"]
         elif not isinstance(texts, Tensor):
             texts, _ = self.tokenizer.batch(list(texts))
@@ -138,7 +155,8 @@ class ContrastiveModule(L.LightningModule):
     def _log_step(self, loss: Tensor, pairs: Pairs) -> None:
         """Log the global batch's figures, on the steps that reach a logger: reading them waits for the device."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.global_step + 1) % every and self.device.type != "cpu":
+        due = every and (self.trainer.global_step + 1) % every == 0
+        if not due and self.device.type != "cpu":
             return
         if not torch.isfinite(loss):
             raise UserError(
@@ -191,6 +209,11 @@ def _check_values(images: Tensor, tokens: Tensor, config: ModelConfig) -> None:
         raise UserError(
             f"Token ids run from {int(tokens.min())} to {int(tokens.max())}; {config.name} has a vocabulary of "
             f"{config.text.vocab:,}. Use CLIP's tokenizer, or batches of plain strings."
+        )
+    if len(tokens.amax(dim=1).unique()) > 1:
+        raise UserError(
+            f"The largest token of a caption is not the same in all of them, but {config.name} reads its text feature "
+            "at the end token, the largest of CLIP's tokens. Use CLIP's tokenizer, or batches of plain strings."
         )
     if images.is_floating_point() and (images.min() >= 0 or images.abs().max() > LARGEST_NORMALISED):
         rank_zero_warn(

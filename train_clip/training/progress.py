@@ -57,7 +57,8 @@ class RunProgress(ProgressBar):
         self.started = time.perf_counter()
         self.done_before = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if self.enabled and self.console.is_terminal:
-            columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            # The time left stands before the figures, which a narrow terminal cuts at their end.
+            columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
             self.progress = Progress(*columns, console=self.console, refresh_per_second=4)
             self.progress.start()
             self.task = self.progress.add_task("", total=_total_batches(trainer), completed=self.done_before)
@@ -84,7 +85,8 @@ class RunProgress(ProgressBar):
         """Print the figures of the held-out pairs."""
         super().on_validation_end(trainer, pl_module)
         if self.enabled and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
-            self._say(f"epoch {trainer.current_epoch + 1}, held out:  {_figures(trainer, VALIDATION_FIGURES)}")
+            where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
+            self._say(f"{where}, held out:  {_figures(trainer, VALIDATION_FIGURES)}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Close the display, also after an error."""

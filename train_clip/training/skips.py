@@ -58,8 +58,8 @@ class SkipReport(L.Callback):
         if replaced:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(self.known.values()).most_common())
             print(
-                f"Epoch {trainer.current_epoch + 1}: {replaced:,} samples replaced by others. Bad files so far: "
-                f"{len(self.known):,} ({reasons}); their names are in {self.log_file}."
+                f"Epoch {trainer.current_epoch + 1}: {replaced:,} samples replaced by others or left out. Bad files so "
+                f"far: {len(self.known):,} ({reasons}); their names are in {self.log_file}."
             )
         if cut:
             captions = sum(counts.captions for counts in everyone)
@@ -85,7 +85,7 @@ class SkipReport(L.Callback):
         for path, reason in new.items():
             self.known[path] = reason
             if len(self.known) <= NAMED_AT_ONCE:
-                print(f"Skipped {_printable(path)}: {reason}. Another pair takes its place.")
+                print(f"Skipped {_printable(path)}: {reason}.")
         if new:
             assert self.log_file is not None
             self.log_file.parent.mkdir(parents=True, exist_ok=True)

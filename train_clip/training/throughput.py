@@ -33,7 +33,7 @@ class Throughput(L.Callback):
         """Count, and log on the steps that reach a logger."""
         self.pairs += len(batch[0]) * trainer.world_size
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
+        if every and trainer.global_step % every == 0:
             elapsed = time.perf_counter() - self.started
             pl_module.log("train/pairs_per_second", self.pairs / elapsed, batch_size=len(batch[0]))
             self.pairs, self.started = 0, time.perf_counter()

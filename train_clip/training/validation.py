@@ -5,6 +5,7 @@ n  rows of one process's batch      N  pairs of the split      D  embedding widt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,21 +25,20 @@ class ValidationSplit:
 
     def __init__(self, embed_dim: int) -> None:
         self._embed_dim = embed_dim
-        self._images: list[Tensor] = []
-        self._texts: list[Tensor] = []
-        self._captions: list[Tensor] = []
+        self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, images: Tensor, texts: Tensor, tokens: Tensor) -> None:
+    def add(self, images: Tensor, texts: Tensor, tokens: Tensor, missing: Sequence[int] = ()) -> None:
         """Add one process's batch.
 
         Args:
             images: (n, D) float, unit norm.
             texts: (n, D) float, unit norm.
             tokens: (n, L) int64: captions with equal tokens are equal captions.
+            missing: rows that only hold a place, for pairs that could not be read; they are not scored.
         """
-        self._images.append(images)
-        self._texts.append(texts)
-        self._captions.append(caption_ids(tokens))
+        present = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        present[list(missing)] = False
+        self._batches.append((images, texts, caption_ids(tokens), present))
 
     def score(self, scale: Tensor, dataset: Any = None) -> dict[str, float]:
         """Compute the loss and recalls of everything that was added on all processes, and forget it.
@@ -52,21 +52,16 @@ class ValidationSplit:
             ``val/loss``, over global batches as large as the first, the remainder weighted by its size;
             ``val/R@k_…`` both ways for k = 1, 5, 10; and ``val/mean_recall``, the mean of those six.
         """
-        # A process may have had no batch at all, and must gather with the others all the same.
-        dtype = torch.promote_types(scale.dtype, torch.float32)
-        nothing = torch.empty(0, self._embed_dim, dtype=dtype, device=scale.device)
-        first = torch.tensor([len(self._images[0]) if self._images else 0], device=scale.device)
+        first = torch.tensor([len(self._batches[0][0]) if self._batches else 0], device=scale.device)
         batch = int(torch.cat(gather_all(first)).max()) * world()[1]
         total = len(dataset) if hasattr(dataset, "__len__") else None
-        images, texts, captions = (
-            interleave(gather_all(torch.cat([none, *parts])), total)
-            for none, parts in (
-                (nothing, self._images),
-                (nothing, self._texts),
-                (nothing[:, 0].long(), self._captions),
-            )
-        )
-        self.__init__(self._embed_dim)  # type: ignore[misc]
+        # A process may have had no batch at all, and must gather with the others all the same.
+        dtype = torch.promote_types(scale.dtype, torch.float32)
+        none = torch.empty(0, self._embed_dim, dtype=dtype, device=scale.device)
+        columns = zip((none, none, none[:, 0].long(), none[:, 0].bool()), *self._batches, strict=True)
+        images, texts, captions, present = (interleave(gather_all(torch.cat(parts)), total) for parts in columns)
+        self._batches = []
+        images, texts, captions = images[present], texts[present], captions[present]
         if not len(images):
             return {}
         found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
@@ -106,7 +101,10 @@ def interleave(parts: list[Tensor], total: int | None) -> Tensor:
     """
     if len({len(part) for part in parts}) > 1:
         return torch.cat(parts)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+    joined = torch.stack(parts, dim=1).flatten(0, 1)
+    # A sampler pads by less than one row a process; more are left where the loader was not shared out at all.
+    padded = total is not None and 0 < len(joined) - total < len(parts)
+    return joined[:total] if padded else joined
 
 
 def caption_ids(tokens: Tensor) -> Tensor:
