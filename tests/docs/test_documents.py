@@ -45,6 +45,15 @@ def test_every_documented_command_parses(document):
         cli.parse(verb, ["ViT-B/32" if word == "CHECKPOINT" else word for word in words])
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_placeholder_is_left_and_every_picture_is_there(document):
+    """What a table was to replace is replaced, and linked files exist."""
+    text = document.read_text(encoding="utf-8")
+    assert not re.findall(r"^[A-Z]+_[A-Z]+$", text, re.MULTILINE)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
 @pytest.fixture(scope="module")
 def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the demo has run (two epochs, one picture a scene) and ``data_dir`` holds twelve pairs."""

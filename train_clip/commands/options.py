@@ -70,7 +70,7 @@ class RunOptions:
     """The run.
 
     Args:
-        epochs: passes over the pairs, if not the model's own (32 in the paper)
+        epochs: passes over the pairs, if not as many as --max_steps takes, or else the model's own (32 in the paper)
         seed: decides the weights at the start, the order of the data, crops and captions
         output: a new folder for checkpoints, logs and plots, if not one below runs/
     """
