@@ -249,3 +249,21 @@ def test_fast_dev_run_passes_through(pair_folder, model_file, tmp_path):
     """Lightning's one-batch trial leaves no checkpoint and no error."""
     run = run_train(pair_folder, model_file, tmp_path / "run", "--fast_dev_run", "true")
     assert not (run / "checkpoints").exists()
+
+
+def test_max_steps_alone_sets_the_length(pair_folder, model_file, tmp_path):
+    """Seven steps of a model whose own two epochs would give six: all seven are trained, at a rate that falls to 0."""
+    words = ["--model_name", str(model_file), "--folder", str(pair_folder), "--batch_size", "4", "--accelerator", "cpu"]
+    cli.main(["train", *words, "--max_steps", "7", "--output", str(tmp_path / "run")])
+    # No --log_every_n_steps: a short run is logged at each step all the same.
+    rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert len(rows) == 7
+    assert 0 < float(rows[-1]["train/learning_rate"]) < 0.1 * TINY["optimizer"]["lr"]
+
+
+def test_a_run_keeps_the_model_it_was_trained_with(pair_folder, model_file, tmp_path):
+    """The user's model file is copied: ``config.yaml`` names the copy, whatever becomes of the file."""
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
+    model_file.unlink()
+    cli.main(["train", "--config", str(run / "config.yaml"), "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "checkpoints" / "last.ckpt").is_file()

@@ -57,20 +57,10 @@ def train(
     if run.seed < 0:
         raise UserError(f"--seed {run.seed}: expected 0 or above.")
     L.seed_everything(run.seed, verbose=False)
-    config = read_config(model.model_name)
-    if config.text.vocab < Tokenizer.vocab_size:
-        raise UserError(
-            f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "
-            "tokens. Set text.vocab to that."
-        )
-    if model.image_size is not None:
-        config = config.with_image_size(model.image_size)
+    config = choose_config(model)
     module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **dataclasses.asdict(optimizer))
     data_module = TextImageDataModule(
-        image_size=config.image.size,
-        context_length=config.text.context,
-        seed=run.seed,
-        **dataclasses.asdict(data),
+        image_size=config.image.size, context_length=config.text.context, seed=run.seed, **dataclasses.asdict(data)
     )
     folder = choose_run_folder(run.output, model.model_name)
     epochs = _epochs(run, trainer, config)
@@ -80,10 +70,7 @@ def train(
     data_module.trainer = lightning_trainer
     data_module.setup()
     if trainer.get("log_every_n_steps") is None:
-        steps = (
-            len(data_module.training_pairs) // data_module.batch_size * epochs if epochs > 0 else trainer["max_steps"]
-        )
-        lightning_trainer.log_every_n_steps = max(1, min(LOG_EVERY, steps // MIN_POINTS))  # type: ignore[attr-defined]
+        lightning_trainer.log_every_n_steps = _log_every(data_module, lightning_trainer)  # type: ignore[attr-defined]
     resolved = dataclasses.replace(run, epochs=epochs, output=None)
     write_run_files(
         folder,
@@ -96,6 +83,21 @@ def train(
         raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
     _say_end(lightning_trainer, folder, data_module)
     return folder
+
+
+def choose_config(model: ModelOptions) -> ModelConfig:
+    """The model that the options name.
+
+    Raises:
+        UserError: there is none, it cannot be built, or CLIP's tokens are more than it has.
+    """
+    config = read_config(model.model_name)
+    if config.text.vocab < Tokenizer.vocab_size:
+        raise UserError(
+            f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "
+            "tokens. Set text.vocab to that."
+        )
+    return config if model.image_size is None else config.with_image_size(model.image_size)
 
 
 def resolve_trainer(options: TrainerOptions) -> dict[str, Any]:
@@ -182,6 +184,16 @@ def _epochs(run: RunOptions, trainer: TrainerOptions, config: ModelConfig) -> in
     if run.epochs is not None:
         return run.epochs
     return -1 if (trainer.get("max_steps") or -1) > 0 else config.optimizer.epochs
+
+
+def _log_every(data: TextImageDataModule, trainer: L.Trainer) -> int:
+    """Every tenth step, or oftener where the run would have too few points for a curve."""
+    batches = len(data.training_pairs) // data.batch_size
+    epochs = trainer.max_epochs or 1
+    by_epochs = batches * epochs // trainer.accumulate_grad_batches if epochs > 0 else -1
+    # -1 is no limit, as in the Trainer.
+    steps = min(limit for limit in (by_epochs, trainer.max_steps) if limit >= 0)
+    return max(1, min(LOG_EVERY, steps // MIN_POINTS))
 
 
 def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> ModelOptions:
