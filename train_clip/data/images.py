@@ -50,7 +50,7 @@ def open_rgb(path: str) -> Image.Image:
     """Decode an image file; the first frame where there are several.
 
     Args:
-        path: any format that Pillow reads.
+        path: of any format in ``image_formats``.
 
     Returns:
         An RGB picture, upright by its EXIF orientation, on white where it is transparent.

@@ -28,7 +28,7 @@ class TextImageDataModule(L.LightningDataModule):
     of processes and workers. Pairs that do not fill a global batch are left out, others each epoch.
 
     Args:
-        folder: images in any format that Pillow reads, captions in ``.txt`` files, one a line.
+        folder: images in any format that Pillow reads by itself, captions in ``.txt`` files, one a line.
         batch_size: pairs of a global batch, over all processes.
         num_workers: loader processes for each training process; None for one a core, 8 at
             most, and none where the model itself runs on the cores.

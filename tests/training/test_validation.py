@@ -1,0 +1,35 @@
+"""The validation split on one process: what is scored and what only holds a place."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from train_clip.training.validation import ValidationSplit, interleave
+
+SCALE = torch.tensor(14.0)
+
+
+def test_rows_that_hold_a_place_are_not_scored():
+    """Two of eight rows missing: loss and recalls of the other six alone, in batches of as many."""
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(8, 4, generator=generator), dim=-1)
+    texts = F.normalize(images + 0.7 * torch.randn(8, 4, generator=generator), dim=-1)
+    tokens = torch.stack([torch.full((8,), 1), torch.arange(8) + 2, torch.full((8,), 99)], dim=1)
+    present = [0, 1, 3, 4, 5, 7]
+    with_gaps, without = ValidationSplit(4), ValidationSplit(4)
+    with_gaps.add(images, texts, tokens, missing=(2, 6))
+    without.add(images[present], texts[present], tokens[present])
+    complete = ValidationSplit(4)
+    complete.add(images, texts, tokens)
+    expected = without.score(SCALE)
+    assert with_gaps.score(SCALE) == expected
+    assert complete.score(SCALE) != expected
+
+
+def test_only_a_samplers_padding_is_cut():
+    """Five rows shared among two processes are six, of which one is cut; two whole copies of four are left whole."""
+    shared = [torch.tensor([0, 2, 4]), torch.tensor([1, 3, 0])]
+    assert interleave(shared, 5).tolist() == [0, 1, 2, 3, 4]
+    apart = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
+    assert interleave(apart, 4).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
