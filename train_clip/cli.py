@@ -85,10 +85,11 @@ def normalise(words: Sequence[str]) -> list[str]:
     """Give every option its one name, and move ``--config`` to the front, so that the command line wins over it.
 
     ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``; a recipe's name becomes its
-    path.
+    path. A run that is resumed (``--resume``) brings the options that it began with.
     """
     rest: list[str] = []
     configs: list[str] = []
+    values: dict[str, str] = {}
     queue = list(words)
     while queue:
         word = queue.pop(0)
@@ -97,10 +98,21 @@ def normalise(words: Sequence[str]) -> list[str]:
             configs += ["--config", _recipe(value if equals else queue.pop(0))]
         elif option.startswith("--"):
             option = "--" + option[2:].replace("-", "_")
+            values[option] = value if equals or not queue else queue[0]
             rest.append(ALIASES.get(option, option) + equals + value)
         else:
             rest.append(word)
+    if "--resume" in values:
+        configs = _options_of_run(values["--resume"], values.get("--output")) + configs
     return configs + rest
+
+
+def _options_of_run(resume: str, output: str | None) -> list[str]:
+    """A run that is resumed brings its own options, before all others."""
+    from train_clip.commands.resume import run_to_resume
+
+    run = run_to_resume(resume, None if output is None else Path(output))
+    return ["--config", str(run / "config.yaml")] if run is not None and (run / "config.yaml").is_file() else []
 
 
 def _recipe(name: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+BESIDE = ".tmp-"  # and the process's number, behind the target's name
 
 
 @contextmanager
@@ -19,7 +22,7 @@ def replacing(target: Path) -> Iterator[Path]:
         A path in the same folder, so that the rename stays within one file system.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
     try:
         yield beside
         _sync(beside)
@@ -33,6 +36,21 @@ def write_text(target: Path, text: str) -> None:
     """Write UTF-8 text whole or not at all."""
     with replacing(target) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a further name, replacing what had that name: a hard link, or a copy where there are none."""
+    with replacing(target) as beside:
+        try:
+            os.link(source, beside)
+        except OSError:
+            shutil.copyfile(source, beside)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what ``replacing`` has left in a folder where the process was killed."""
+    for left in folder.glob(f"*{BESIDE}*"):
+        left.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,10 +1,11 @@
-"""This rank's embeddings → everyone's, in the order of the ranks.
+"""This rank's embeddings → everyone's, in the order of the ranks; and what the ranks have to agree on.
 
 B  rows on this rank      W  processes      D  width
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +68,43 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * size
     distributed.all_gather_object(values, value)
     return values
+
+
+def host_group() -> Any:
+    """A group of all ranks whose collectives run between the hosts, so that no one waits for a device.
+
+    None, which stands for the default group, where that is gloo already or nothing is distributed. Making a group is
+    itself a collective.
+    """
+    if world()[1] == 1 or distributed.get_backend() == "gloo":
+        return None
+    return distributed.new_group(backend="gloo")
+
+
+def largest(values: Sequence[int], group: Any = None) -> list[int]:
+    """The largest of each value over all ranks.
+
+    Args:
+        values: as many on every rank.
+        group: of ``host_group``.
+    """
+    if world()[1] == 1:
+        return list(values)
+    everyones = torch.tensor(values, dtype=torch.int64)
+    distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=group)
+    return [int(value) for value in everyones]
+
+
+def on_any(flag: Tensor) -> Tensor:
+    """Whether a flag is set on any rank: () float, 0 or 1, on the flag's device, without waiting for it.
+
+    Args:
+        flag: () bool.
+    """
+    flag = flag.float()
+    if world()[1] > 1:
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return flag
 
 
 class _Gather(torch.autograd.Function):

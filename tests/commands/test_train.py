@@ -52,7 +52,12 @@ def metrics(run: Path) -> list[dict[str, str]]:
 def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys):
     """Checkpoints, logs, curves, configuration and versions, and the next command on the screen."""
     run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0.25")
-    assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {
+        "best.ckpt",
+        "last.ckpt",
+        "step-00000002.ckpt",
+        "step-00000004.ckpt",
+    }
     assert Image.open(run / "curves.png").size[0] > 500
     assert any(file.name.startswith("events.out.tfevents") for file in (run / "tensorboard").iterdir())
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -103,7 +108,11 @@ def test_fewer_pairs_than_a_batch_train_all_the_same(tmp_path, model_file, capsy
     """Three pairs and a batch of four: a smaller batch and a message, not an empty run."""
     run = run_train(write_pairs(tmp_path / "few", 3), model_file, tmp_path / "run", "--val_share", "0", "--epochs", "2")
     assert sum(bool(row["train/loss"]) for row in metrics(run)) == 2
-    assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt"}
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        "step-00000001.ckpt",
+        "step-00000002.ckpt",
+    }
 
 
 def test_a_broken_image_is_counted_and_named(pair_folder, model_file, tmp_path, capsys):

@@ -511,7 +511,7 @@ def test_weights_that_are_loaded_begin_a_run_of_their_own(tmp_path: Path) -> Non
     """load_from_checkpoint, then fit: position 0 and a fresh model's batches; resumed instead, the rest of them."""
     folder = make_pairs(tmp_path / "data", 20)
     first = trainer(tmp_path, max_steps=3)
-    first.fit(CLIPWrapper(config=tiny()), data(folder, 2))
+    first.fit(CLIPWrapper(config=tiny(), learning_rate=1e-3), data(folder, 2))
     first.save_checkpoint(tmp_path / "a.ckpt")
     loaded = CLIPWrapper.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert loaded.consumed_batches == 0
@@ -545,7 +545,7 @@ def test_the_position_is_the_callbacks(tmp_path: Path) -> None:
     runner.fit(module, data(make_pairs(tmp_path / "data", 20), 2))
     runner.save_checkpoint(tmp_path / "a.ckpt")
     kept = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert kept["callbacks"]["EndOfStep"] == {"consumed_batches": 6}
+    assert kept["callbacks"]["EndOfStep"] == {"consumed_batches": 6, "num_steps": 2}
     assert module.consumed_batches == 6
     with pytest.raises(AttributeError):
         module.consumed_batches = 0  # type: ignore[misc]

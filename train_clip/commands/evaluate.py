@@ -27,6 +27,7 @@ from train_clip.evaluation.pictures import draw_best_captions
 from train_clip.evaluation.retrieval import Retrieval, retrieval
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot, class_embeddings, zero_shot
 from train_clip.files import write_text
+from train_clip.training.checkpoint_io import require_whole
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.types import Skip
 
@@ -160,6 +161,7 @@ def load_checkpoint(path: Path, device: str) -> CLIPWrapper:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
     try:
+        require_whole(path)
         return CLIPWrapper.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
     except UserError:
         raise

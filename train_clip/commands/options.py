@@ -73,11 +73,19 @@ class RunOptions:
         epochs: passes over the pairs, if not as many as --max_steps takes, or else the model's own (32 in the paper)
         seed: decides the weights at the start, the order of the data, crops and captions
         output: a new folder for checkpoints, logs and plots, if not one below runs/
+        save_every: how often to save within an epoch, in optimizer steps (500) or minutes (10m); an epoch's end is
+            always saved
+        keep: how many of the newest states to keep, beside the best one
+        resume: a run's folder, to go on from the newest of its checkpoints that loads, with the options that it began
+            with; or one checkpoint; or auto, for the run in --output or the newest below runs/
     """
 
     epochs: int | None = None
     seed: int = 0
     output: Path | None = None
+    save_every: str | None = None
+    keep: int = 2
+    resume: str | None = None
 
 
 class TrainerOptions(dict[str, Any]):

@@ -12,6 +12,8 @@ NOT_ABOUT_THE_RUN = (
     "💡 Tip",
     "Loading `train_dataloader`",
     "`Trainer.fit` stopped",
+    "Restoring states from the checkpoint path",
+    "Restored all states from the checkpoint",
 )
 WARNINGS_BY_DESIGN = (
     # PyTorch's own renaming, met in Lightning.
@@ -26,6 +28,8 @@ WARNINGS_BY_DESIGN = (
     r".*requested to overfit but enabled train dataloader shuffling.*",
     # A run that ends before its first validation; the verb says so at its end.
     r".*could not find the monitored key in the returned metrics.*",
+    # This package's own loaders go on by the count of batches.
+    r".*your dataloader is not resumable.*",
     # The run's folder is made before the checkpoints within it.
     r".*Checkpoint directory .* exists and is not empty.*",
 )

@@ -11,23 +11,26 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import instantiate_class
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions
 from train_clip.commands.quiet import quiet
+from train_clip.commands.resume import Resumption, find_checkpoint
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
+from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.curves import Curves
 from train_clip.training.data_module import TextImageDataModule
+from train_clip.training.metrics_log import MetricsLog
 from train_clip.training.progress import RunProgress
+from train_clip.training.signals import Stopped
 from train_clip.training.throughput import Throughput
 
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
@@ -54,33 +57,39 @@ def train(
         The run's folder.
     """
     quiet()
-    if run.seed < 0:
-        raise UserError(f"--seed {run.seed}: expected 0 or above.")
+    for name, value, least in (("seed", run.seed, 0), ("keep", run.keep, 1)):
+        if value < least:
+            raise UserError(f"--{name} {value}: expected {least} or above.")
     L.seed_everything(run.seed, verbose=False)
     config = choose_config(model)
     module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **dataclasses.asdict(optimizer))
     data_module = TextImageDataModule(
         image_size=config.image.size, context_length=config.text.context, seed=run.seed, **dataclasses.asdict(data)
     )
-    folder = choose_run_folder(run.output, model.model_name)
-    epochs = _epochs(run, trainer, config)
+    resumed = None if run.resume is None else find_checkpoint(run.resume, run.output)
+    folder = choose_run_folder(run.output, model.model_name, resumed)
     options = resolve_trainer(trainer)
-    lightning_trainer = build_trainer(options, folder, epochs, held_out=data.val_share > 0)
-    # Before anything is written: a mistake in the data leaves no half-made run behind.
+    saving = Checkpoints(
+        folder / "checkpoints", None if run.save_every is None else Interval.parse(run.save_every), run.keep
+    )
+    epochs = _epochs(run, trainer, config)
+    lightning_trainer = build_trainer(options, folder, epochs, saving, first_step=resumed.step if resumed else 0)
+    # Before anything is written: a mistake leaves no half-made run behind.
     data_module.trainer = lightning_trainer
     data_module.setup()
+    if resumed is not None:
+        _require_same_run(module, data_module, resumed)
     if trainer.get("log_every_n_steps") is None:
         lightning_trainer.log_every_n_steps = _log_every(data_module, lightning_trainer)  # type: ignore[attr-defined]
-    resolved = dataclasses.replace(run, epochs=epochs, output=None)
+    resolved = dataclasses.replace(run, epochs=epochs, output=None, resume=None)
     write_run_files(
         folder,
         _config(_keep_model(model, config, folder), data, _resolve(optimizer, module), resolved, options),
-        {"output": str(folder), "parameters": _count(module), "pairs": len(data_module.training_pairs)},
+        {"parameters": _count(module), "pairs": len(data_module.training_pairs)},
+        resumed,
     )
-    _say_start(config, module, lightning_trainer, folder)
-    lightning_trainer.fit(module, data_module)
-    if lightning_trainer.global_step == 0:
-        raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
+    _say_start(config, module, lightning_trainer, folder, resumed)
+    _fit(lightning_trainer, module, data_module, resumed, folder)
     _say_end(lightning_trainer, folder, data_module)
     return folder
 
@@ -115,14 +124,17 @@ def default_precision(accelerator: Any) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
-def build_trainer(options: dict[str, Any], folder: Path, epochs: int, held_out: bool) -> L.Trainer:
+def build_trainer(
+    options: dict[str, Any], folder: Path, epochs: int, saving: Checkpoints, first_step: int = 0
+) -> L.Trainer:
     """Make Lightning's Trainer with this package's callbacks beside the user's.
 
     Args:
         options: the Trainer's arguments as plain values, resolved.
         folder: the run's.
         epochs: passes over the data.
-        held_out: whether there is a validation split, and so a best checkpoint.
+        saving: when to save, and what to keep.
+        first_step: optimizer steps that a run which is resumed has done.
 
     Raises:
         UserError: options that do not go together, or that need what is not there.
@@ -132,12 +144,12 @@ def build_trainer(options: dict[str, Any], folder: Path, epochs: int, held_out: 
     if made.get("enable_progress_bar") is not False:
         callbacks.append(RunProgress())
     if made.get("enable_checkpointing") is not False:
-        callbacks += _checkpoints(folder / "checkpoints", held_out)
+        callbacks.append(saving)
     own = made.get("callbacks") or []
     made["callbacks"] = callbacks + (own if isinstance(own, list) else [own])
     plugins = made.get("plugins") or []
     made["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-    made["logger"] = _loggers(made.get("logger"), folder)
+    made["logger"] = _loggers(made.get("logger"), folder, first_step)
     if made.get("enable_model_summary") is None:
         made["enable_model_summary"] = False
     try:
@@ -146,24 +158,13 @@ def build_trainer(options: dict[str, Any], folder: Path, epochs: int, held_out: 
         raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
 
 
-def _checkpoints(folder: Path, held_out: bool) -> list[L.Callback]:
-    """The last state after each epoch and, where there is a validation split, the one that retrieves best on it.
-
-    Not the one of the lowest loss: on small sets the held-out loss rises, as the model grows sure of itself, long
-    before retrieval stops getting better (docs/training.md shows such a run).
-    """
-    last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    best = ModelCheckpoint(folder, "best", monitor="val/mean_recall", mode="max", enable_version_counter=False)
-    return [last, best] if held_out else [last]
-
-
-def _loggers(asked: Any, folder: Path) -> list[Logger] | bool:
+def _loggers(asked: Any, folder: Path, first_step: int) -> list[Logger] | bool:
     """CSV always, for the curves; TensorBoard where the user names no other logger; none for ``--logger false``."""
     if asked is False:
         return False
-    csv = CSVLogger(folder, name="", version="logs")
+    csv = MetricsLog(folder, first_step)
     if asked in (None, True):
-        return [csv, TensorBoardLogger(folder, name="", version="tensorboard")]
+        return [csv, TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)]
     return [csv, *(asked if isinstance(asked, list) else [asked])]
 
 
@@ -184,6 +185,35 @@ def _epochs(run: RunOptions, trainer: TrainerOptions, config: ModelConfig) -> in
     if run.epochs is not None:
         return run.epochs
     return -1 if (trainer.get("max_steps") or -1) > 0 else config.optimizer.epochs
+
+
+def _require_same_run(module: CLIPWrapper, data: TextImageDataModule, resumed: Resumption) -> None:
+    """Refuse a checkpoint of another model, optimizer or order of the data."""
+    module.require_same_model(resumed.state.get("hyper_parameters", {}))
+    data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
+
+
+def _fit(
+    trainer: L.Trainer,
+    module: CLIPWrapper,
+    data: TextImageDataModule,
+    resumed: Resumption | None,
+    folder: Path,
+) -> None:
+    """Train, and say how to go on where the run is stopped."""
+    try:
+        trainer.fit(module, data, ckpt_path=None if resumed is None else resumed.checkpoint, weights_only=True)
+    except Stopped:
+        if trainer.is_global_zero and trainer.checkpoint_callbacks:
+            print(f"To go on: {shlex.join(['train-clip', 'train', '--resume', str(folder)])}")
+        raise
+    if resumed is not None and trainer.global_step == resumed.step:
+        raise UserError(
+            f"{resumed.checkpoint}: the run was over, after {resumed.step:,} steps. To train on give more --epochs or "
+            "--max_steps."
+        )
+    if trainer.global_step == 0:
+        raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
 
 
 def _log_every(data: TextImageDataModule, trainer: L.Trainer) -> int:
@@ -223,8 +253,15 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _say_start(config: ModelConfig, module: CLIPWrapper, trainer: L.Trainer, folder: Path) -> None:
+def _say_start(
+    config: ModelConfig, module: CLIPWrapper, trainer: L.Trainer, folder: Path, resumed: Resumption | None
+) -> None:
     if trainer.is_global_zero:
+        if resumed is not None:
+            for reason in resumed.passed_over:
+                print(f"Passed over {reason}")
+            batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
+            print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
         device = trainer.strategy.root_device.type
         print(
             f"{config.name}: {_count(module):,} parameters, {config.image.size}×{config.image.size} pixels; "

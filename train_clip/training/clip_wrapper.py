@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from train_clip.models.config import ModelConfig, config_from_dict, read_config
 from train_clip.training.module import ContrastiveModule, unit_norm
 
 EMBED_AT_ONCE = 64  # images or captions
+
+# What the state of a run holds already, so that another value would go unheard.
+KEPT = ("learning_rate", "weight_decay", "betas", "eps", "warmup_steps", "seed")
 
 Picture = str | Path | Image.Image
 
@@ -89,6 +92,31 @@ class CLIPWrapper(ContrastiveModule):
                 "seed": seed,
             }
         )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where a run is resumed, hold this module against the one that it began with."""
+        if self._trainer is not None:
+            self.require_same_model(checkpoint.get("hyper_parameters", {}))
+
+    def require_same_model(self, kept: Mapping[str, Any]) -> None:
+        """Hold this module's numbers against those that a run began with.
+
+        Args:
+            kept: another module's ``hparams``.
+
+        Raises:
+            UserError: the model is another, or so are numbers of the optimizer, which keeps its earlier ones.
+        """
+        changed = [name for name in self.hparams if name in KEPT and kept.get(name) != self.hparams[name]]
+        if kept.get("config", {}) != self.hparams["config"]:
+            changed = [f"the model {self.hparams['model_name']}, was {kept.get('model_name', 'of another kind')}"]
+        else:
+            changed = [f"{name} {self.hparams[name]}, was {kept.get(name)}" for name in changed]
+        if changed:
+            raise UserError(
+                f"The run began with another model or optimizer (found {'; '.join(changed)}), and its checkpoint holds "
+                "their state. Give the earlier values, or leave them out; to train with others begin a new run."
+            )
 
     @torch.no_grad()
     def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:

@@ -42,12 +42,12 @@ class Curves(L.Callback):
     def __init__(self, target: Path) -> None:
         self.target = target
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what there is."""
         if not trainer.sanity_checking:
             self._draw(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the whole run."""
         self._draw(trainer)
 

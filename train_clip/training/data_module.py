@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from train_clip.data.collate import Collate
@@ -17,6 +18,7 @@ from train_clip.data.pairs import Augmentation, TrainingPairs, ValidationPairs
 from train_clip.data.sampler import GlobalBatchSampler
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
+from train_clip.training.signals import outlive_the_first_signal
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
 
@@ -82,13 +84,15 @@ class TextImageDataModule(L.LightningDataModule):
         self.collate = Collate(custom_tokenizer or Tokenizer(context_length))
         self.training_pairs: list[Pair] = []
         self.validation_pairs: list[Pair] = []
+        self._names = ""
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002, the hook's form
+    def setup(self, stage: str | None = None) -> None:
         """Scan the folder, the first time, and settle the batch size for the number of processes, each time."""
         scan = None
         if not self.training_pairs:
             scan = scan_folder(self.folder).require_pairs()
             self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.folder, self.val_share)
+            self._names = pair_names(self.training_pairs, self.folder)
         processes = self._process()[1]
         self.batch_size = fit_batch_size(self.wanted_batch_size, len(self.training_pairs), processes, self.folder)
         if scan is not None:
@@ -110,6 +114,48 @@ class TextImageDataModule(L.LightningDataModule):
         dataset = ValidationPairs(self.validation_pairs, self.augmentation.size)
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the data depends on, for a checkpoint to keep; the position in it is the module's count."""
+        return {
+            "batch_size": self.batch_size,
+            "pairs": len(self.training_pairs),
+            "seed": self.augmentation.seed,
+            "shuffle": self.shuffle,
+            "val_share": self.val_share,
+            "resize_ratio": self.augmentation.resize_ratio,
+            "names": self._names,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hold the data of a run that is resumed against what it began with, as ``require_same_data``."""
+        self.require_same_data(state_dict)
+
+    def require_same_data(self, kept: Mapping[str, Any]) -> None:
+        """Hold the data against what a run began with; names that have changed are only warned of.
+
+        Args:
+            kept: another data module's ``state_dict``.
+
+        Raises:
+            UserError: the order of the data is another, so that there is no going on in it.
+        """
+        own = self.state_dict()
+        changed = [name for name in own if name not in ("names", "pairs") and kept.get(name, own[name]) != own[name]]
+        if kept and kept["pairs"] // kept["batch_size"] != own["pairs"] // own["batch_size"]:
+            changed.append("pairs")
+        if changed:
+            found = ", ".join(f"{name} {own[name]}, was {kept[name]}" for name in changed)
+            raise UserError(
+                f"{self.folder}: the data is not what the run began with ({found}). Its place in the data and its "
+                "learning rate are counted in batches of one order. Give the earlier values (--minibatch_size is free "
+                "to change), or begin a new run."
+            )
+        if kept and kept["names"] != own["names"]:
+            rank_zero_warn(
+                f"{self.folder}: some of the pairs have other names than when the run began. The run goes on at the "
+                "same place in the order, where other pairs may stand: some come twice in this epoch, some not at all."
+            )
+
     def _loader(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
         device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
         workers = self.num_workers
@@ -122,6 +168,7 @@ class TextImageDataModule(L.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device == "cuda",
+            worker_init_fn=outlive_the_first_signal,
             **how,
         )
 
@@ -152,6 +199,14 @@ class TextImageDataModule(L.LightningDataModule):
         if scan.lone_captions:
             lines.append(f"  {len(scan.lone_captions):,} captions have no image, for instance {scan.lone_captions[0]}.")
         return "\n".join(lines)
+
+
+def pair_names(pairs: Sequence[Pair], folder: Path) -> str:
+    """A digest of the pairs' names and order, the same wherever the folder lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        digest.update(os.fsencode(pair.image.removeprefix(str(folder))) + b"\0")
+    return digest.hexdigest()
 
 
 def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, folder: Path) -> int:

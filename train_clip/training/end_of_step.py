@@ -1,39 +1,162 @@
-"""What happens once the optimizer has stepped and before anything is saved.
+"""What happens around a step, in this order.
 
-The order is: update and clamp (the module's ``optimizer_step``), position (here), save (checkpoint callbacks, which
+update and clamp (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks, which
 Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info
+
+from train_clip.errors import UserError
+from train_clip.gather import host_group, largest
+from train_clip.training.checkpoints import Checkpoints
+from train_clip.training.finite import FiniteSteps
+from train_clip.training.signals import Stopped, StopSignals
+from train_clip.training.trainer_state import gradient_pending, gradient_scaler, last_batch
+
+READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
 
 
 class EndOfStep(L.Callback):
-    """Counts the global batches that have been trained on: the position in the data.
+    """Counts the global batches that have been trained on, watches over the steps, and ends a run on a signal.
 
-    The count is part of a run, not of a model: a checkpoint restores it only where the run is resumed from it
-    (``fit(ckpt_path=…)``), and every other ``fit`` starts at 0.
+    The count, which is the position in the data, is part of a run, not of a model: a checkpoint restores it only where
+    the run is resumed from it (``fit(ckpt_path=…)``), and every other ``fit`` starts at 0.
     """
 
     def __init__(self) -> None:
         self.consumed_batches = 0
+        self.num_steps = 0  # optimizer steps of the whole run
+        self.finite = FiniteSteps()
+        self.signals = StopSignals()
+        self._hosts: Any = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002, the hook's form
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start at 0; Lightning restores a resumed run's count after this."""
         if stage == "fit":
-            self.consumed_batches = 0
+            self.consumed_batches = self.num_steps = 0
+            self.finite, self.signals = FiniteSteps(), StopSignals()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Advance."""
+    def on_sanity_check_start(self, *_: Any) -> None:
+        """Take over the signals from Lightning, which gives them back at the end."""
+        self.signals.install()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals, agree on the length of the run, and say where it is not what it was."""
+        self.signals.install()
+        self._hosts = host_group()
+        self.finite.keep_statistics(pl_module)
+        if trainer.num_training_batches < float("inf"):
+            self._require_equal(int(trainer.num_training_batches), "batches to one epoch")
+        before, self.num_steps = self.num_steps, int(trainer.estimated_stepping_batches)
+        if before and before != self.num_steps:
+            rank_zero_info(
+                f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
+                f"{trainer.global_step:,} on the learning rate follows the new length."
+            )
+
+    def require_equal_shares(self, length: int) -> None:
+        """Stop, on all processes, where they hold unequal shares of a batch: the gathered embeddings need equal ones.
+
+        Args:
+            length: pairs of this process.
+
+        Raises:
+            UserError: they differ.
+        """
+        self._require_equal(length, "pairs to one batch")
+
+    def on_before_optimizer_step(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: Any,
+    ) -> None:
+        """Let nothing that is not finite through."""
+        self.finite.before_update(optimizer, gradient_scaler(trainer), self.consumed_batches + 1)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Advance; with no gradient pending read the flags, and stop where a signal asks for it.
+
+        An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits for them.
+        """
         self.consumed_batches += 1
+        if gradient_pending(trainer, batch_idx):
+            return
+        if gradient_scaler(trainer) is not None:
+            self.finite.keep_statistics(pl_module)
+        every = trainer.log_every_n_steps or READ_EVERY  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
+            self.finite.read()
+        if not last_batch(trainer, batch_idx):
+            self._stop_if_asked(trainer)
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Score no model whose step went wrong."""
+        self.finite.read()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop here if it was asked for during the last batch or validation."""
+        self._stop_if_asked(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"consumed_batches": self.consumed_batches}
+        return {"consumed_batches": self.consumed_batches, "num_steps": self.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.consumed_batches = state_dict["consumed_batches"]
+        self.num_steps = state_dict.get("num_steps", 0)
+
+    def _require_equal(self, number: int, what: str) -> None:
+        most, least = largest([number, -number], self._hosts)
+        if most != -least:
+            raise UserError(
+                f"The processes bring from {-least:,} to {most:,} {what}; expected the same of each. Drop the "
+                "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data "
+                "set, no sampler of your own)."
+            )
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        number = largest([self.signals.received], self._hosts)[0]
+        if not number:
+            return
+        saved = save_now(trainer)
+        rank_zero_info(
+            f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
+            + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
+        )
+        release_children(trainer)
+        raise Stopped(number)
+
+
+def save_now(trainer: L.Trainer) -> Path | None:
+    """Save the state of the run beside its other checkpoints, on all processes; None where it has none."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, Checkpoints):
+            return callback.save(trainer)
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            trainer.save_checkpoint(path, weights_only=False)
+            return path
+    return None
+
+
+def release_children(trainer: L.Trainer) -> None:
+    """Keep Lightning from killing this process because those that it started end first, with a code that is not 0."""
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.procs.clear()

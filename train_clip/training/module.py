@@ -12,8 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
@@ -25,6 +26,7 @@ from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.optimizer import build_adamw, build_schedule, warmup_for
 from train_clip.training.skips import SkipReport
+from train_clip.training.trainer_state import gradient_scaler
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
@@ -84,7 +86,9 @@ class ContrastiveModule(L.LightningModule):
             )
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        optimizer = build_adamw(self.model, config)
+        # Under a scaler a fused step would unscale by itself, after the gradient was looked at and clipped.
+        fused = self.device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
+        optimizer = build_adamw(self.model, config, fused)
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -95,17 +99,35 @@ class ContrastiveModule(L.LightningModule):
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
         images, tokens = self._read(batch)
+        self._end_of_step.require_equal_shares(len(images))
         pairs = share(*self._embed(images, tokens))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
             loss = clip_loss(pairs, self.model.logit_scale.exp())
         self._log_step(loss.detach(), pairs)
-        return loss
+        return self._end_of_step.finite.note_loss(loss)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, which refuses to clip for fused optimizers in any mixed precision."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._end_of_step.finite.gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update, then clamp the temperature."""
         super().optimizer_step(*args, **kwargs)
         self.model.clamp_temperature()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let no state be saved after a step that was not finite."""
+        self._end_of_step.finite.read()
 
     def validation_step(self, batch: Any, _: int, dataloader_idx: int = 0) -> None:
         """Embed; the split is scored as a whole at its end."""
@@ -158,12 +180,6 @@ class ContrastiveModule(L.LightningModule):
         due = every and (self.trainer.global_step + 1) % every == 0
         if not due and self.device.type != "cpu":
             return
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss is {loss.item()} at batch {self.consumed_batches + 1}; this batch changes no weight. "
-                "Expected a finite number. Train again with a lower --learning_rate, more --warmup_steps or "
-                "--gradient_clip_val 1.0; with --precision 16-mixed try bf16-mixed."
-            )
         figures = {
             "train/loss": loss,
             "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset),

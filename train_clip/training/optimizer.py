@@ -15,10 +15,16 @@ from train_clip.models.config import OptimizerConfig
 WARMUP_SHARE = 0.1  # of a run that is too short for the model's own warm-up
 
 
-def build_adamw(module: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Make the optimizer of a module's trainable parameters."""
+def build_adamw(module: nn.Module, config: OptimizerConfig, fused: bool = False) -> AdamW:
+    """Make the optimizer of a module's trainable parameters.
+
+    Args:
+        module: on its device.
+        config: the numbers.
+        fused: one kernel for the whole update, which can be held back by a flag on the device (``found_inf``).
+    """
     groups = parameter_groups(module, config.weight_decay)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

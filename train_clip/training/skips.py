@@ -33,15 +33,22 @@ class SkipReport(L.Callback):
         self.known: dict[str, str] = {}
         self.log_file: Path | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002, the hook's form
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Settle where the log lies, on every process: ``log_dir`` is a broadcast."""
         self.log_file = Path(trainer.log_dir or trainer.default_root_dir) / "skipped.tsv"
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ARG002
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In a run that is resumed, know the files that its log names already."""
+        assert self.log_file is not None
+        if trainer.is_global_zero and self.log_file.is_file():
+            lines = self.log_file.read_text(encoding="utf-8").splitlines()
+            self.known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Note what the batch carries."""
         self._note(batch)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:  # noqa: ARG002
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         """Note what the batch carries; Lightning's trial run before training does not count."""
         if not trainer.sanity_checking:
             self._note(batch)
@@ -81,16 +88,16 @@ class SkipReport(L.Callback):
 
     def _log(self, reasons: dict[str, str]) -> None:
         """Name the files that are not known yet, the first few on the screen and each in the log."""
-        new = {path: reason for path, reason in reasons.items() if path not in self.known}
+        new = {_printable(path): reason for path, reason in reasons.items() if _printable(path) not in self.known}
         for path, reason in new.items():
             self.known[path] = reason
             if len(self.known) <= NAMED_AT_ONCE:
-                print(f"Skipped {_printable(path)}: {reason}.")
+                print(f"Skipped {path}: {reason}.")
         if new:
             assert self.log_file is not None
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with self.log_file.open("a", encoding="utf-8") as log:
-                log.writelines(f"{_printable(path)}\t{reason}\n" for path, reason in new.items())
+                log.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
 
 
 def _printable(path: str) -> str:

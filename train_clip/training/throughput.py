@@ -26,7 +26,7 @@ class Throughput(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ARG002, the hook's form
+        outputs: Any,
         batch: Any,
         *_: Any,
     ) -> None:

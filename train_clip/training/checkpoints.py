@@ -1,0 +1,163 @@
+"""When the state of a run is saved, and what is kept of it.
+
+``step-00000500.ckpt`` is the state after 500 optimizer steps; ``last.ckpt`` and ``best.ckpt`` are further names of such
+files (hard links, copies where the file system has none). A name is moved, and an older file deleted, only once the new
+file is safe.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from train_clip.errors import UserError
+from train_clip.files import link, sweep
+from train_clip.gather import host_group, largest
+from train_clip.training.trainer_state import gradient_pending, last_batch
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+MONITOR = "val/mean_recall"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often to save: one of both.
+
+    Args:
+        steps: optimizer steps.
+        seconds: of wall-clock time.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    @staticmethod
+    def parse(text: str) -> Interval:
+        """Read ``500`` (optimizer steps) or ``10m`` (minutes).
+
+        Raises:
+            UserError: neither.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?|s|steps?|)", text.strip())
+        number, unit = (float(found[1]), found[2]) if found else (0.0, "")
+        minutes = unit.startswith("m")
+        if number <= 0 or not (minutes or number.is_integer()):
+            raise UserError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
+        return Interval(seconds=60 * number) if minutes else Interval(steps=int(number))
+
+
+class Checkpoints(Checkpoint):
+    """Saves after each epoch, at an interval within it, and names the state that scores best.
+
+    Args:
+        folder: of the checkpoints.
+        every: how often within an epoch; None for only at its end.
+        keep: how many of the newest states to keep, beside the best one.
+
+    The best is the one that retrieves best on the held-out pairs, not the one of the lowest loss: on small sets the
+    held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better (docs/training.md
+    shows such a run).
+    """
+
+    def __init__(self, folder: Path, every: Interval | None = None, keep: int = 2) -> None:
+        self.folder = folder
+        self.every = every or Interval()
+        self.keep = keep
+        self.best: float | None = None
+        self._best_is_due = False
+        self._saved_at = 0.0
+        self._hosts: Any = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remove what a crash while saving has left."""
+        if trainer.is_global_zero:
+            sweep(self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._hosts, self._saved_at = host_group(), time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save where the interval is over; the end of an epoch saves by itself."""
+        if gradient_pending(trainer, batch_idx) or last_batch(trainer, batch_idx):
+            return
+        due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
+        if self.every.seconds:
+            # One clock decides for all.
+            due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)], self._hosts)[0] > 0
+        if due:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note a state that is better than any before; within an epoch it is saved here, else at the epoch's end."""
+        value = trainer.callback_metrics.get(MONITOR)
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or value is None:
+            return
+        if value.isfinite() and (self.best is None or float(value) > self.best):
+            self.best, self._best_is_due = float(value), True
+            if not trainer.is_last_batch:
+                self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save."""
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> Path | None:
+        """Save the state of the run, on all processes; the logs are written out with it.
+
+        Returns:
+            Where; None in a trial run (``fast_dev_run``), which leaves nothing.
+
+        Raises:
+            UserError: it cannot be written, on all processes; what was there is as it was.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        target = self.folder / f"step-{trainer.global_step:08}.ckpt"
+        failure: UserError | None = None
+        try:
+            trainer.save_checkpoint(target, weights_only=False)
+            if trainer.is_global_zero:
+                self._name(target, trainer.global_step)
+        except UserError as error:
+            failure = error
+            # The others wait where ``save_checkpoint`` ends.
+            trainer.strategy.barrier()
+        if largest([int(failure is not None)], self._hosts)[0]:
+            raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
+        for logger in trainer.loggers:
+            logger.save()
+        self._best_is_due, self._saved_at = False, time.monotonic()
+        return self.folder / LAST
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.best = state_dict["best"]
+
+    def _name(self, target: Path, step: int) -> None:
+        """Move the names to a new file, and delete what is older than the newest few."""
+        link(target, self.folder / LAST)
+        if self._best_is_due:
+            link(target, self.folder / BEST)
+        numbered = {int(file.stem.removeprefix("step-")): file for file in self.folder.glob("step-*.ckpt")}
+        # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
+        for number in sorted(number for number in numbered if number <= step)[: -self.keep]:
+            numbered[number].unlink(missing_ok=True)

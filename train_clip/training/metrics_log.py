@@ -1,0 +1,46 @@
+"""The run's figures as ``metrics.csv``, one file for a run however often it was interrupted."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+
+
+class MetricsLog(CSVLogger):
+    """Lightning's ``CSVLogger``, which would delete an earlier file; this one goes on in it.
+
+    Args:
+        folder: of the run; the file is ``logs/metrics.csv`` in it.
+        first_step: optimizer steps that the run has done. Rows from there on are dropped: they are of steps that were
+            lost, and come again.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        super().__init__(folder, name="", version="logs")
+        self._first_step = first_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer; the first time it takes over the earlier rows."""
+        if self._experiment is not None:
+            return self._experiment
+        rows = _rows(Path(self.log_dir) / "metrics.csv", self._first_step)
+        writer = super().experiment
+        writer.metrics = rows
+        writer.save()
+        return writer
+
+
+def _rows(file: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of an earlier file up to a step, without their empty cells."""
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(lines)]
+    # A crash may have cut the last row short.
+    return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < before]

@@ -1,0 +1,22 @@
+"""What a Trainer is at, as the callbacks of this package ask it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+
+def gradient_scaler(trainer: L.Trainer) -> Any:
+    """The scaler of 16-mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def last_batch(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a batch is its epoch's last."""
+    return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+
+
+def gradient_pending(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a batch's gradient waits for others (``accumulate_grad_batches``); an epoch's last batch always steps."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last_batch(trainer, batch_idx)
