@@ -70,7 +70,7 @@ class FiniteSteps:
         found = torch.stack([torch.full_like(bad, batch), loss])
         known = self._report.to(bad.device)
         self._report = torch.where(known[0] > 0, known, torch.where(bad > 0, found, 0.0))
-        if bad.is_cpu or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if known_at_once(bad) or not getattr(optimizer, "_step_supports_amp_scaling", False):
             self.read()
         else:
             # From the first bad step to the reading of the flag nothing is updated any more.
@@ -88,8 +88,8 @@ class FiniteSteps:
             raise UserError(
                 f"Batch {batch:,.0f}: the loss is {loss:.4g}{', its gradient not finite' * math.isfinite(loss)}; "
                 "expected finite numbers. No weight was changed by this batch or after it, and no checkpoint holds it. "
-                "Train again with a lower --learning_rate, more --warmup_steps or --gradient_clip_val 1.0; if it is the same "
-                "batch each time, look for an image or caption that is not like the others."
+                "Train again with a lower --learning_rate, more --warmup_steps or --gradient_clip_val 1.0; if it is "
+                "the same batch each time, look for an image or caption that is not like the others."
             )
 
     def _count(self, bad: bool, scaler: Any, batch: int) -> None:
@@ -107,3 +107,8 @@ class FiniteSteps:
                 "scale of 1 or above. No weight was changed by these steps. Try --precision bf16-mixed, or 32-true "
                 "where the GPU has no bfloat16; or a lower --learning_rate."
             )
+
+
+def known_at_once(flag: Tensor) -> bool:
+    """Whether reading a flag waits for nothing."""
+    return flag.is_cpu

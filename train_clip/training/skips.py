@@ -41,7 +41,7 @@ class SkipReport(L.Callback):
         """In a run that is resumed, know the files that its log names already."""
         assert self.log_file is not None
         if trainer.is_global_zero and self.log_file.is_file():
-            lines = self.log_file.read_text(encoding="utf-8").splitlines()
+            lines = self.log_file.read_text(encoding="utf-8").split("\n")
             self.known = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

@@ -1,0 +1,200 @@
+"""A run that was stopped anywhere and resumed is the run that was not, in data, figures and weights: bit for bit."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+
+from tests.conftest import TINY, write_pairs
+from train_clip import CLIPWrapper
+from train_clip.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from train_clip.training.checkpoints import Checkpoints, Interval
+from train_clip.training.data_module import TextImageDataModule
+from train_clip.training.metrics_log import MetricsLog
+
+PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
+BATCHES = 4
+
+
+class Dropping(CLIPWrapper):
+    """With dropout in both towers: the random state of every step shows in the weights."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__("tiny", TINY, **how)
+        for block in (*self.model.visual.transformer.resblocks, *self.model.transformer.resblocks):
+            block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.2))
+
+
+class Seen(L.Callback):
+    """Digests of the pixels and captions of each batch, in order."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[float, int]] = []
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        batch = arguments[2]
+        weights = torch.arange(batch.images.numel(), dtype=torch.float64).view_as(batch.images)
+        self.batches.append(((batch.images * weights).sum().item(), int((batch.texts * 31).sum())))
+
+
+def crash_at(hook: str, count: int) -> L.Callback:
+    """Ends a run the ``count``-th time that a hook is called."""
+    left = [count]
+
+    def crash(*_: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyError(hook)
+
+    callback = L.Callback()
+    setattr(callback, hook, crash)
+    return callback
+
+
+def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, **how: Any) -> Seen:
+    """Train into a folder as the command does, and return what was seen."""
+    torch.manual_seed(0)
+    seen = Seen()
+    saving = Checkpoints(run / "checkpoints", Interval(steps=1), keep=99)
+    first_step = 0 if resume is None else read_checkpoint(resume)["global_step"]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[seen, *crashes, saving],
+        plugins=[AtomicCheckpointIO(), *how.pop("plugins", [])],
+        logger=MetricsLog(run, first_step),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **({"max_epochs": EPOCHS} | how),
+    )
+    module = Dropping(minibatch_size=3, learning_rate=1e-2, warmup_steps=2)
+    # The global generator stands elsewhere in a new process.
+    torch.manual_seed(99 if resume else 1)
+    data = TextImageDataModule(run.parent / "data", BATCH, image_size=16, context_length=16, val_share=0.2)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Seen]]:
+    """An uninterrupted run, with every state that it saved."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_pairs(folder / "data", PAIRS)
+    yield folder / "run", fit(folder / "run")
+
+
+def saved(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08}.ckpt"
+
+
+def state(run: Path) -> dict[str, Any]:
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a checkpoint, with its place."""
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in pairs:
+            yield from tensors(item, f"{path}/{name}")
+    else:
+        yield path, value
+
+
+def assert_same_state(found: Path, expected: Path) -> None:
+    """Weights, optimizer, schedule, scaler, position: all that training goes on from, bit for bit."""
+    a, b = state(found), state(expected)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "MixedPrecision"):
+        own, other = dict(tensors(a.get(part))), dict(tensors(b.get(part)))
+        assert own.keys() == other.keys(), part
+        for name, value in other.items():
+            same = torch.equal(own[name], value) if isinstance(value, Tensor) else own[name] == value
+            assert same, f"{part}{name}"
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "logs" / "metrics.csv").open() as file:
+        read = csv.DictReader(file)
+        return [{name: value for name, value in row.items() if value} for row in read]
+
+
+@pytest.mark.parametrize("step", range(1, EPOCHS * BATCHES))
+def test_a_run_resumed_at_any_step_ends_alike(whole: tuple[Path, Seen], tmp_path: Path, step: int) -> None:
+    """From each saved state, within epochs and on their edges: data, weights, optimizer, schedule, bit for bit."""
+    run, seen = whole
+    (tmp_path / "data").symlink_to(run.parent / "data")
+    rest = fit(tmp_path / "run", saved(run, step))
+    assert rest.batches == seen.batches[step:]
+    assert_same_state(tmp_path / "run", run)
+
+
+@pytest.mark.parametrize(
+    ("hook", "count"),
+    [
+        ("on_train_batch_start", 3),
+        ("on_before_backward", 6),
+        ("on_before_optimizer_step", 5),
+        ("on_train_batch_end", 7),
+        ("on_validation_batch_start", 2),
+        ("on_validation_end", 2),
+        ("on_train_epoch_end", 1),
+        ("on_train_epoch_start", 3),
+    ],
+)
+def test_a_run_that_crashed_ends_alike_in_its_own_folder(
+    whole: tuple[Path, Seen], tmp_path: Path, hook: str, count: int
+) -> None:
+    """Crashed in any hook and resumed from its last state: also the figures of each step, each once, are the same."""
+    run, seen = tmp_path / "run", whole[1]
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    with pytest.raises(KeyError, match=hook):
+        fit(run, None, crash_at(hook, count), num_sanity_val_steps=0)
+    done = state(run)["global_step"]
+    rest = fit(run, run / "checkpoints" / "last.ckpt")
+    assert rest.batches == seen.batches[done:]
+    assert_same_state(run, whole[0])
+    assert rows(run) == rows(whole[0])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"accumulate_grad_batches": 3},
+        {"val_check_interval": 2},
+        {"limit_train_batches": 3},
+        {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
+        {"max_epochs": -1, "max_steps": 7},
+        {"scaler": True, "gradient_clip_val": 0.1},
+    ],
+    ids=lambda how: " ".join(map(str, how)),
+)
+def test_so_does_every_kind_of_run(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Accumulation over 3 of 10 batches, validation within epochs, parts of epochs, precisions, clipping, max_steps.
+
+    Resumed from every state that was saved, or of many from every third and the epoch's edge.
+    """
+    write_pairs(tmp_path / "data", 50)  # 10 held out: 10 batches an epoch
+    how = {"max_epochs": 2} | how
+
+    def train(run: Path, resume: Path | None = None) -> Seen:
+        own = dict(how)
+        if own.pop("scaler", False):
+            own["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+        return fit(run, resume, **own)
+
+    seen = train(tmp_path / "run")
+    steps = sorted(int(file.stem[5:]) for file in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(steps) >= 6
+    for step in steps[:-1] if len(steps) < 10 else sorted({*steps[:-1:3], 10}):
+        consumed = read_checkpoint(saved(tmp_path / "run", step))["callbacks"]["EndOfStep"]["consumed_batches"]
+        rest = train(tmp_path / f"from-{step}", saved(tmp_path / "run", step))
+        assert rest.batches == seen.batches[consumed:], step
+        assert_same_state(tmp_path / f"from-{step}", tmp_path / "run")
