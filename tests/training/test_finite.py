@@ -38,7 +38,7 @@ class Watch(L.Callback):
         self.before: list[dict[str, Any]] = []
         self.rates: list[float] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.before.append(everything(trainer))
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -233,7 +233,7 @@ def test_skips_that_are_not_in_a_row_are_no_error(tiny_config, tmp_path):
     """Every second of 44 steps poisoned, at a scale that recovers: more than 20 skips, and the run ends by itself."""
     growing = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     poison = Poison(*range(0, 44, 2))
-    trainer, watch, error = run(tiny_config, pixels(44), tmp_path, growing, poison, checkpoints=False)
+    trainer, _, error = run(tiny_config, pixels(44), tmp_path, growing, poison, checkpoints=False)
     assert error is None
     assert trainer.global_step == 44
 

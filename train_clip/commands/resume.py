@@ -40,12 +40,17 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
         output: with ``auto``, the run's folder; otherwise not asked.
 
     Raises:
-        UserError: there is no such run or file.
+        UserError: there is no such run or file, or a run without checkpoints.
     """
-    if resume == AUTO:
-        return output or _newest_run()
-    path = Path(resume)
-    if path.is_dir():
+    if resume == AUTO and output is None:
+        return _newest_run()
+    path = output if resume == AUTO and output is not None else Path(resume)
+    if path.is_dir() or resume == AUTO:
+        if not _newest_first(path):
+            raise UserError(
+                f"--resume {resume}: there is no checkpoint in {path}/checkpoints/. Expected a run that was saved at "
+                "least once; to begin one leave --resume out."
+            )
         return path
     if not path.is_file():
         raise UserError(f"--resume {resume}: there is no such file or folder. Expected a run, a checkpoint, or auto.")
@@ -60,7 +65,7 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
         output: as there.
 
     Raises:
-        UserError: there is none, or none loads.
+        UserError: there is none, or none that loads.
     """
     run = run_to_resume(resume, output)
     if run is None or Path(resume).is_file():
@@ -72,10 +77,7 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
         except UserError as error:
             passed_over.append(str(error))
     reasons = "".join(f"\n  Passed over {reason}" for reason in passed_over)
-    raise UserError(
-        f"--resume {resume}: {'no checkpoint loads' if passed_over else 'there is no checkpoint'} in "
-        f"{run}/checkpoints/.{reasons or ' The run ended before its first; to begin it anew leave --resume out.'}"
-    )
+    raise UserError(f"--resume {resume}: no checkpoint loads in {run}/checkpoints/.{reasons}")
 
 
 def _newest_run() -> Path:
