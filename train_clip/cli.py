@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb is known: ``train-clip --help`` takes a 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import inspect
 import sys
@@ -34,6 +35,18 @@ ALIASES = {
     "--lr": "--learning_rate",
 }
 
+# System errors whose cause is a path that a user gave, or its disk.
+OF_FILES = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the verb that the arguments name; without one, or with ``--help``, list the verbs.
@@ -56,9 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         function(*call.args, **call.kwargs)
     except UserError as error:
         sys.exit(f"train-clip: {_message(error)}")
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        sys.exit(f"train-clip: {error.filename}: {error.strerror}. Expected a path that can be read or written.")
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in OF_FILES:
+            raise
+        sys.exit(
+            f"train-clip: {error.filename or 'a file'}: {error.strerror}. Expected a path that can be read or written."
+        )
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns a Ctrl-C that comes before the first batch into an exit of 1.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 

@@ -1,6 +1,6 @@
-"""Gathering and the sharded loss on two gloo processes against one process on the global batch, in float64.
+"""Gathering on two gloo processes against what each of them holds. The gradient of training: test_exact_gradient.py.
 
-B  pairs on a rank      W  ranks      N  pairs of the global batch (W · B)
+B  rows on a rank      W  ranks
 """
 
 from __future__ import annotations
@@ -9,20 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from two_processes import run
 
-from train_clip.gather import gather_all, gather_with_gradient, world
-from train_clip.losses.contrastive import clip_loss
-from train_clip.models.clip import CLIP
-from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import encode_in_chunks
-from train_clip.training.module import share, unit_norm
+from train_clip.gather import gather_all, gather_with_gradient, host_group, largest, on_any, world
 
 W, B = 2, 4
 LENGTHS = (3, 5)  # rows that each rank brings to gather_all
+FLAGS = ((False, True, False, True), (False, False, True, True))  # of each rank
 
 
 @pytest.fixture(scope="module")
@@ -34,51 +28,12 @@ def results(tmp_path_factory) -> list[dict[str, Any]]:
 def everything() -> dict[str, Any]:
     return {
         "world": world(),
-        "plain": step(minibatch=0),
-        "chunks": step(minibatch=3),
         "gathered": gathered_gradient(),
         "beside": gradient_beside_the_gathered(),
         "unequal": [gather_all(rows) for rows in unequal(world()[0])],
+        "largest": largest([world()[0], -world()[0], 2**40], host_group()),
+        "on_any": [on_any(torch.tensor(flag)).item() for flag in FLAGS[world()[0]]],
     }
-
-
-def build() -> CLIP:
-    torch.manual_seed(0)
-    image = {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2}
-    text = {"context": 8, "vocab": 30, "layers": 2, "width": 12, "heads": 2}
-    return CLIP(config_from_dict({"embed_dim": 8, "image": image, "text": text})).double()
-
-
-def global_batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, 28, (W * B, 8), generator=generator)
-    tokens[:, 5] = 29
-    return torch.randint(256, (W * B, 3, 16, 16), generator=generator, dtype=torch.uint8), tokens
-
-
-class Step(nn.Module):
-    """What a training step does between the batch and the loss."""
-
-    def __init__(self, minibatch: int) -> None:
-        super().__init__()
-        self.model = build()
-        self.minibatch = minibatch
-
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        model, size = self.model, self.minibatch
-        image_embeddings = encode_in_chunks(model.encode_image, images, size, (0,), model.visual)
-        text_embeddings = encode_in_chunks(model.encode_text, tokens, size, (1,), model.transformer)
-        return clip_loss(share(unit_norm(image_embeddings), unit_norm(text_embeddings)), model.logit_scale.exp())
-
-
-def step(minibatch: int) -> dict[str, Any]:
-    """This rank's loss on its share, and the gradients that DDP averaged."""
-    rank, _ = world()
-    images, tokens = (side[rank * B : (rank + 1) * B] for side in global_batch())
-    replica = DistributedDataParallel(Step(minibatch))
-    loss = replica(images, tokens)
-    loss.backward()
-    return {"loss": loss.item(), "gradients": {n: p.grad for n, p in replica.module.model.named_parameters()}}
 
 
 def weights(rank: int) -> Tensor:
@@ -119,25 +74,6 @@ def test_world(results):
     assert world() == (0, 1)
 
 
-@pytest.mark.parametrize("how", ["plain", "chunks"])
-def test_gradient_is_one_process(results, how):
-    """DDP's averaged gradient of every parameter, temperature included, against one plain backward pass: 1e-12."""
-    model = build()
-    images, tokens = global_batch()
-    similarity = model(images, tokens)[0]
-    target = torch.arange(W * B)
-    loss = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-    loss.backward()
-    assert sum(result[how]["loss"] for result in results) / W == pytest.approx(loss.item(), abs=1e-12)
-    assert results[0][how]["loss"] != results[1][how]["loss"]
-    assert model.logit_scale.grad.abs() > 1e-3
-    for result in results:
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(
-                result[how]["gradients"][name], parameter.grad, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-
 def test_gathered_rows_and_their_gradient(results):
     """Rows in the order of the ranks, equal on both; a row's gradient is the sum of what both ranks send it: 1e-12."""
     parts = [10 * rank + torch.arange(3 * B, dtype=torch.float64).view(3, B).T for rank in range(W)]
@@ -165,8 +101,18 @@ def test_gather_all(results):
                 assert torch.equal(part, expected[rank][kind])
 
 
+def test_what_the_ranks_agree_on(results):
+    """The largest of each number, and whether a flag is set on any rank, the same on both: by hand."""
+    for result in results:
+        assert result["largest"] == [1, 0, 2**40]
+        assert result["on_any"] == [0.0, 1.0, 1.0, 1.0]
+
+
 def test_alone():
     """One process gets its own rows back, with their graph."""
     rows = torch.randn(3, 2, requires_grad=True)
     assert gather_with_gradient(rows) is rows
     assert [part is rows for part in gather_all(rows)] == [True]
+    assert largest([3, -4]) == [3, -4]
+    assert [on_any(torch.tensor(flag)).item() for flag in (False, True)] == [0.0, 1.0]
+    assert host_group() is None

@@ -5,7 +5,6 @@ All runs of two processes happen in one pair of them: starting processes is what
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,10 +75,6 @@ def fit(folder: Path, name: str, resume: Path | None = None, accumulate: int = 1
 
 def everything_on_two(folder: Path) -> dict[str, Any]:
     """An uninterrupted run, and resumed ones from its own states and from one process's."""
-    rank, size = world()
-    # As torchrun would start them; the process group is there already.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     results = {"whole": fit(folder, "two")}
     for step in (INSIDE, EDGE):
         for source in ("one", "two"):
