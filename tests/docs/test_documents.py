@@ -35,13 +35,21 @@ def commands(document: Path) -> list[list[str]]:
             found.append(words[1:])
         elif words[:2] == ["python", "train.py"]:
             found.append(["train", *words[2:]])
+        elif words[:1] == ["torchrun"]:
+            found.append(words[words.index("train_clip.cli") + 1 :])
     return found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_documented_command_parses(document):
-    """No command in a document has an option that the parser does not know."""
+def test_every_documented_command_parses(document, tmp_path, monkeypatch):
+    """No command in a document has an option that the parser does not know. What is resumed is there, empty."""
+    monkeypatch.chdir(tmp_path)
     for verb, *words in commands(document):
+        if "--resume" in words:
+            run = tmp_path / words[words.index("--resume") + 1]
+            (run / "checkpoints").mkdir(parents=True)
+            (run / "checkpoints" / "last.ckpt").touch()
+            (run / "config.yaml").write_text("folder: data_dir\n", encoding="utf-8")
         cli.parse(verb, ["ViT-B/32" if word == "CHECKPOINT" else word for word in words])
 
 
@@ -69,26 +77,41 @@ def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
-    """README's commands in their order, word for word; training is stopped after one step."""
+    """README's commands in their order, word for word; training is stopped after one step, what is resumed after two.
+
+    ``runs/NAME`` is the second run that was trained.
+    """
     monkeypatch.chdir(as_a_newcomer)
     verbs = []
     for verb, *words in commands(ROOT / "README.md"):
-        if verb != "demo":
+        if "--resume" in words:
+            cli.main([verb, *(word.replace("runs/NAME", "run2") for word in words), "--max_steps", "2"])
+        elif verb != "demo":
             cli.main([verb, *words, *(["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb == "train" else [])])
         verbs.append(verb)
-    assert verbs == ["demo", "train", "train", "evaluate", "evaluate"]
+    assert verbs == ["demo", "train", "train", "train", "evaluate", "evaluate"]
     assert "zero-shot over 48 classes" in capsys.readouterr().out
 
 
-def test_readme_python_runs(as_a_newcomer):
-    """README's Python, each block as a script of its own."""
-    found = blocks(ROOT / "README.md", "python")
-    assert len(found) == 2
+def test_documented_python_runs(as_a_newcomer):
+    """README's and exactness.md's Python, each block as a script of its own."""
+    found = blocks(ROOT / "README.md", "python") + blocks(ROOT / "docs" / "exactness.md", "python")
+    assert len(found) == 3
     for block in found:
         ended = subprocess.run(
             [sys.executable, "-c", block], cwd=as_a_newcomer, capture_output=True, text=True, timeout=200
         )
         assert ended.returncode == 0, ended.stderr
+
+
+def test_every_test_that_a_document_names_is_there():
+    """exactness.md's table: each file exists, and each function in it."""
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "exactness.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 20
+    for file, function in named:
+        assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
 
 
 def test_the_printed_tree_is_the_real_one():

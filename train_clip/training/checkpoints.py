@@ -66,8 +66,8 @@ class Checkpoints(Checkpoint):
     shows such a run).
     """
 
-    def __init__(self, folder: Path, every: Interval | None = None, keep: int = 2) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path, every: Interval | None = None, keep: int = 2) -> None:
+        self.folder = Path(folder)
         self.every = every or Interval()
         self.keep = keep
         self.best: float | None = None
