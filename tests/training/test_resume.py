@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Seen
     folder = tmp_path_factory.mktemp("whole")
     write_pairs(folder / "data", PAIRS)
     yield folder / "run", fit(folder / "run")
+
+
+def test_a_run_that_is_made_longer_follows_the_new_length_at_once(whole: tuple[Path, Seen], tmp_path: Path) -> None:
+    """3 epochs that become 5, from step 7 and from the end: each rate is the cosine over 20 steps, by the formula."""
+    run = whole[0]
+    (tmp_path / "data").symlink_to(run.parent / "data")
+    for step in (7, 12):
+        fit(tmp_path / f"from-{step}", saved(run, step), max_epochs=5)
+        rates = [float(row["train/learning_rate"]) for row in rows(tmp_path / f"from-{step}") if "train/loss" in row]
+        expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * (s - 2) / (20 - 2))) for s in range(step, 20)]
+        assert rates == pytest.approx(expected, rel=1e-5)
 
 
 def saved(run: Path, step: int) -> Path:

@@ -83,7 +83,7 @@ class RunOptions:
     epochs: int | None = None
     seed: int = 0
     output: Path | None = None
-    save_every: str | None = None
+    save_every: int | str | None = None
     keep: int = 2
     resume: str | None = None
 

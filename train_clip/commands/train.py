@@ -70,7 +70,7 @@ def train(
     folder = choose_run_folder(run.output, model.model_name, resumed)
     options = resolve_trainer(trainer)
     saving = Checkpoints(
-        folder / "checkpoints", None if run.save_every is None else Interval.parse(run.save_every), run.keep
+        folder / "checkpoints", None if run.save_every is None else Interval.parse(str(run.save_every)), run.keep
     )
     epochs = _epochs(run, trainer, config)
     lightning_trainer = build_trainer(options, folder, epochs, saving, first_step=resumed.step if resumed else 0)

@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim.lr_scheduler import LambdaLR
 
 from train_clip.errors import UserError
 from train_clip.gather import host_group, largest
@@ -57,6 +58,8 @@ class EndOfStep(L.Callback):
             self._require_equal(int(trainer.num_training_batches), "batches to one epoch")
         before, self.num_steps = self.num_steps, int(trainer.estimated_stepping_batches)
         if before and before != self.num_steps:
+            for config in trainer.lr_scheduler_configs:
+                set_rates(config.scheduler)
             rank_zero_info(
                 f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
                 f"{trainer.global_step:,} on the learning rate follows the new length."
@@ -142,6 +145,14 @@ class EndOfStep(L.Callback):
         )
         release_children(trainer)
         raise Stopped(number)
+
+
+def set_rates(schedule: Any) -> None:
+    """Give an optimizer the rates of its schedule's place, where what was restored are those of another schedule."""
+    if isinstance(schedule, LambdaLR):
+        groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, peak, share in groups:
+            group["lr"] = peak * share(schedule.last_epoch)
 
 
 def save_now(trainer: L.Trainer) -> Path | None:
