@@ -116,6 +116,17 @@ def test_a_file_that_is_no_checkpoint_is_refused(pair_folder, tmp_path, content)
         evaluate(path, EvaluateOptions(pair_folder))
 
 
+def test_a_checkpoint_with_a_flipped_byte_is_refused(pair_folder, checkpoint, tmp_path):
+    """One bit of a weight: PyTorch itself would load it."""
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1
+    path = tmp_path / "flipped.ckpt"
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(UserError, match=r"flipped\.ckpt: damaged \(its record .* is not what was written\)"):
+        evaluate(path, EvaluateOptions(folder=pair_folder))
+
+
 def test_an_image_of_no_class_is_refused(pair_folder, checkpoint, tmp_path):
     """A folder that is none of the classes: which image, which class, what to do."""
     (tmp_path / "classes.txt").write_text("cat\ndog\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
+from train_clip.errors import UserError
 from train_clip.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.metrics_log import MetricsLog
+from train_clip.training.signals import Stopped
 
 PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
 BATCHES = 4
@@ -174,6 +178,41 @@ def test_a_run_that_crashed_ends_alike_in_its_own_folder(
     assert rest.batches == seen.batches[done:]
     assert_same_state(run, whole[0])
     assert rows(run) == rows(whole[0])
+
+
+@pytest.mark.parametrize("batch", [2, 4, 7], ids=["within an epoch", "its last batch", "within a later one"])
+def test_a_run_that_was_stopped_by_a_signal_ends_alike(whole: tuple[Path, Seen], tmp_path: Path, batch: int) -> None:
+    """SIGTERM in a batch, resumed in its folder: state and figures are the same, those of that batch and epoch too."""
+    run = tmp_path / "run"
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    left = [batch]
+
+    def send(*_: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = L.Callback()
+    sender.on_train_batch_start = send  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        fit(run, None, sender)
+    assert state(run)["global_step"] == batch
+    fit(run, run / "checkpoints" / "last.ckpt")
+    assert_same_state(run, whole[0])
+    assert rows(run) == rows(whole[0])
+
+
+def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path: Path) -> None:
+    """Under a bare Trainer too: another rate, which the optimizer's state would overrule, and another global batch."""
+    run, path = whole[0], saved(whole[0], 3)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data = {"image_size": 16, "context_length": 16, "val_share": 0.2}
+    module = Dropping(learning_rate=0.5, warmup_steps=2)
+    with pytest.raises(UserError, match=r"learning_rate 0\.5, was 0\.01"):
+        trainer.fit(module, TextImageDataModule(run.parent / "data", BATCH, **data), ckpt_path=path, weights_only=True)
+    module = Dropping(learning_rate=1e-2, warmup_steps=2)
+    with pytest.raises(UserError, match=r"batch_size 2, was 4"):
+        trainer.fit(module, TextImageDataModule(run.parent / "data", 2, **data), ckpt_path=path, weights_only=True)
 
 
 @pytest.mark.parametrize(

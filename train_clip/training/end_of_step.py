@@ -24,6 +24,16 @@ from train_clip.training.trainer_state import gradient_pending, gradient_scaler,
 
 READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
 
+UNEVEN_SHARES = (
+    "The processes bring from {least:,} to {most:,} pairs to one batch; expected the same of each. Drop the "
+    "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data set, no sampler of yours)."
+)
+UNEVEN_EPOCHS = UNEVEN_SHARES.replace("pairs to one batch", "batches to one epoch")
+OTHER_CHECKPOINTS = (
+    "The processes go on from different checkpoints, after {least:,} to {most:,} batches. Name the checkpoint: "
+    "--resume RUN/checkpoints/last.ckpt."
+)
+
 
 class EndOfStep(L.Callback):
     """Counts the global batches that have been trained on, watches over the steps, and ends a run on a signal.
@@ -50,13 +60,15 @@ class EndOfStep(L.Callback):
         self.signals.install()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals, agree on the length of the run, and say where it is not what it was."""
+        """Take over the signals; see to it that all processes train on the same; follow the length of the run."""
         self.signals.install()
         self._hosts = host_group()
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
-            self._require_equal(int(trainer.num_training_batches), "batches to one epoch")
-        before, self.num_steps = self.num_steps, int(trainer.estimated_stepping_batches)
+            self._require_equal(int(trainer.num_training_batches), UNEVEN_EPOCHS)
+        self._require_equal(self.consumed_batches, OTHER_CHECKPOINTS)
+        length = trainer.estimated_stepping_batches
+        before, self.num_steps = self.num_steps, 0 if length == float("inf") else int(length)
         if before and before != self.num_steps:
             for config in trainer.lr_scheduler_configs:
                 set_rates(config.scheduler)
@@ -74,7 +86,7 @@ class EndOfStep(L.Callback):
         Raises:
             UserError: they differ.
         """
-        self._require_equal(length, "pairs to one batch")
+        self._require_equal(length, UNEVEN_SHARES)
 
     def on_before_optimizer_step(
         self,
@@ -125,19 +137,18 @@ class EndOfStep(L.Callback):
         self.consumed_batches = state_dict["consumed_batches"]
         self.num_steps = state_dict.get("num_steps", 0)
 
-    def _require_equal(self, number: int, what: str) -> None:
-        most, least = largest([number, -number], self._hosts)
-        if most != -least:
-            raise UserError(
-                f"The processes bring from {-least:,} to {most:,} {what}; expected the same of each. Drop the "
-                "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data "
-                "set, no sampler of your own)."
-            )
+    def _require_equal(self, number: int, message: str) -> None:
+        """Stop with a message, on all processes, where a number is not the same on each."""
+        most, negative_least = largest([number, -number], self._hosts)
+        if most != -negative_least:
+            raise UserError(message.format(least=-negative_least, most=most))
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         number = largest([self.signals.received], self._hosts)[0]
         if not number:
             return
+        # Lightning writes a step's figures after this hook, which is not left.
+        trainer._logger_connector.update_train_step_metrics()
         saved = save_now(trainer)
         rank_zero_info(
             f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "

@@ -20,7 +20,7 @@ class MetricsLog(CSVLogger):
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        super().__init__(folder, name="", version="logs")
+        super().__init__(folder, name="", version="logs", flush_logs_every_n_steps=1)
         self._first_step = first_step
 
     @property
