@@ -118,7 +118,7 @@ class EndOfStep(L.Callback):
         if trainer.global_step % every == 0:
             self.finite.read()
         if not last_batch(trainer, batch_idx):
-            self._stop_if_asked(trainer)
+            self._stop_if_asked(trainer, within_epoch=True)
 
     def on_validation_start(self, *_: Any) -> None:
         """Score no model whose step went wrong."""
@@ -126,7 +126,7 @@ class EndOfStep(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop here if it was asked for during the last batch or validation."""
-        self._stop_if_asked(trainer)
+        self._stop_if_asked(trainer, within_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -143,12 +143,13 @@ class EndOfStep(L.Callback):
         if most != -negative_least:
             raise UserError(message.format(least=-negative_least, most=most))
 
-    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+    def _stop_if_asked(self, trainer: L.Trainer, within_epoch: bool) -> None:
         number = largest([self.signals.received], self._hosts)[0]
         if not number:
             return
-        # Lightning writes a step's figures after this hook, which is not left.
-        trainer._logger_connector.update_train_step_metrics()
+        if within_epoch:
+            # Lightning writes a step's figures after the hook that this is called from, and that is not left.
+            trainer._logger_connector.update_train_step_metrics()
         saved = save_now(trainer)
         rank_zero_info(
             f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
