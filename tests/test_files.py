@@ -192,3 +192,13 @@ def test_a_remote_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         f"{address}: checkpoints are written to local files only. Give a local --output and copy it."
     )
     assert names(tmp_path) == []
+
+
+def test_a_checkpoint_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
+    """A path in a callback's state, which is no plain data: an error at the save, and the older file stays."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    with pytest.raises(UserError, match=r"last\.ckpt: not written, since it would hold more than plain data.*Path"):
+        AtomicCheckpointIO().save_checkpoint({"callbacks": {"Mine": {"folder": tmp_path}}}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+    assert names(tmp_path) == ["last.ckpt"]

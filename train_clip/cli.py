@@ -132,7 +132,11 @@ def _options_of_run(resume: str, output: str | None) -> list[str]:
     from train_clip.commands.resume import run_to_resume
 
     run = run_to_resume(resume, None if output is None else Path(output))
-    return ["--config", str(run / "config.yaml")] if run is not None and (run / "config.yaml").is_file() else []
+    if run is None or not (run / "config.yaml").is_file():
+        return []
+    # The run's own copy of its model, wherever the run lies by now.
+    model = ["--model_name", str(run / "model.yaml")] if (run / "model.yaml").is_file() else []
+    return ["--config", str(run / "config.yaml"), *model]
 
 
 def _recipe(name: str) -> str:

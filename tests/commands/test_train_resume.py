@@ -134,6 +134,19 @@ def test_damaged_checkpoints_are_passed_over_and_named(here, capsys):
     assert state("run/checkpoints/last.ckpt")["global_step"] == 6
 
 
+def test_a_run_that_was_copied_goes_on_from_its_last_state(here, capsys):
+    """Copies have new times in any order, and are links no more: last.ckpt is taken all the same."""
+    for age, name in enumerate(("last", "step-00000006", "step-00000003", "best")):
+        file = Path(f"run/checkpoints/{name}.ckpt")
+        file.write_bytes(file.read_bytes())
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+        os.utime(file, (4 * 10**9 + age, 4 * 10**9 + age))
+    train("--resume", "run/checkpoints", "--epochs", "3")
+    assert "Resuming from run/checkpoints/last.ckpt, after 6 steps" in capsys.readouterr().out
+
+
 def test_files_that_are_named_already_are_not_named_again(here, capsys):
     """skipped.tsv has its one line, and the screen no new one."""
     log = Path("run/logs/skipped.tsv")
@@ -180,12 +193,12 @@ def test_what_a_resumed_run_can_change(here, words):
 
 
 def test_everything_moved_elsewhere(here, monkeypatch):
-    """Run and data under other names, from another working directory."""
+    """Run and data under other names, from another working directory: the run's own copy of its model is found."""
     shutil.move("run", "kept")
     shutil.move("data", "pictures")
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    train("--resume", "../kept", "--folder", "../pictures", "--model_name", "../kept/model.yaml", "--epochs", "3")
+    train("--resume", "../kept", "--folder", "../pictures", "--epochs", "3")
     assert state("../kept/checkpoints/last.ckpt")["global_step"] == 9
 
 

@@ -29,12 +29,15 @@ def test_an_interval_is_steps_or_minutes(text: str, steps: int, seconds: float) 
     assert Interval.parse(text) == Interval(steps, seconds)
 
 
-@pytest.mark.parametrize("text", ["0", "-5", "1.5", "10h", "often", "", "m", "0m"])
+@pytest.mark.parametrize("text", ["0", "-5", "1.5", "10h", "30s", "often", "", "m", "0m"])
 def test_other_intervals_are_refused(text: str) -> None:
     """Word for word."""
     with pytest.raises(UserError) as caught:
         Interval.parse(text)
     assert str(caught.value) == f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m."
+
+
+LAST = 9  # place of an epoch's last batch
 
 
 class Run:
@@ -45,7 +48,8 @@ class Run:
         self.saving = Checkpoints(self.folder, every, keep)
         self.trainer: Any = SimpleNamespace(
             global_step=0, is_global_zero=True, fast_dev_run=0, is_last_batch=False, num_training_batches=10,
-            accumulate_grad_batches=1, sanity_checking=False, callback_metrics={}, loggers=[],
+            accumulate_grad_batches=1, should_stop=False, max_steps=-1, sanity_checking=False,
+            callback_metrics={}, loggers=[],
             state=SimpleNamespace(fn=TrainerFn.FITTING), strategy=SimpleNamespace(barrier=lambda: None),
             save_checkpoint=self._save,
         )  # fmt: skip
@@ -62,9 +66,8 @@ class Run:
         self.trainer.global_step += 1
         self.saving.on_train_batch_end(self.trainer, None, None, None, batch)
 
-    def validated(self, value: float, last: bool = False) -> None:
+    def validated(self, value: float) -> None:
         self.trainer.callback_metrics = {MONITOR: torch.tensor(value)}
-        self.trainer.is_last_batch = last
         self.saving.on_validation_end(self.trainer, None)  # type: ignore[arg-type]
 
     def epoch_ends(self) -> None:
@@ -90,9 +93,9 @@ def test_every_few_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     run = Run(tmp_path, Interval(seconds=120))
-    for _ in range(7):
+    for batch in (0, 0, 0, 0, 0, 0, LAST):
         clock[0] += 50
-        run.step()
+        run.step(batch)
     assert run.states() == {"last.ckpt": 6, "step-00000003.ckpt": 3, "step-00000006.ckpt": 6}
     run.epoch_ends()
     for _ in range(2):
@@ -116,8 +119,8 @@ def test_no_save_while_a_gradient_is_pending(tmp_path: Path, monkeypatch: pytest
 def test_the_end_of_an_epoch_is_saved_once(tmp_path: Path) -> None:
     """Its last batch is a due step, its validation the best so far: one file, written at the epoch's end."""
     run = Run(tmp_path, Interval(steps=1))
-    run.step(batch=9)
-    run.validated(0.5, last=True)
+    run.step(LAST)
+    run.validated(0.5)
     assert run.saves == 0
     run.epoch_ends()
     assert run.saves == 1
@@ -128,8 +131,8 @@ def test_the_best_is_kept_by_its_figure(tmp_path: Path) -> None:
     """Recalls 0.2, 0.4, 0.3, NaN, 0.4 after five epochs: best.ckpt is the second, though its number is long gone."""
     run = Run(tmp_path)
     for value in (0.2, 0.4, 0.3, float("nan"), 0.4):
-        run.step()
-        run.validated(value, last=True)
+        run.step(LAST)
+        run.validated(value)
         run.epoch_ends()
     assert run.states() == {"best.ckpt": 2, "last.ckpt": 5, "step-00000004.ckpt": 4, "step-00000005.ckpt": 5}
 
@@ -139,7 +142,7 @@ def test_the_best_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.step()
     run.validated(0.4)
-    run.step()
+    run.step(LAST)
     run.epoch_ends()
     assert run.states() == {"best.ckpt": 1, "last.ckpt": 2, "step-00000001.ckpt": 1, "step-00000002.ckpt": 2}
 
@@ -147,15 +150,15 @@ def test_the_best_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
 def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
     """0.4 before, 0.3 after: best.ckpt stays."""
     run = Run(tmp_path)
-    run.step()
-    run.validated(0.4, last=True)
+    run.step(LAST)
+    run.validated(0.4)
     run.epoch_ends()
     state = torch.load(run.folder / "last.ckpt", weights_only=True)["of"]
     again = Run(tmp_path)
     again.saving.load_state_dict(state)
     again.trainer.global_step = 1
-    again.step()
-    again.validated(0.3, last=True)
+    again.step(LAST)
+    again.validated(0.3)
     again.epoch_ends()
     assert again.states()["best.ckpt"] == 1
 
@@ -181,7 +184,7 @@ def test_the_older_one_goes_only_when_the_new_one_is_safe(tmp_path: Path, monkey
     run.step()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", _full)
-        with pytest.raises(UserError, match=r"step-00000002\.ckpt: cannot be written .*No space left on device"):
+        with pytest.raises(UserError, match=r"last\.ckpt: cannot be written .*No space left on device"):
             run.step()
     assert run.states() == {"last.ckpt": 1, "step-00000001.ckpt": 1}
     run.step()
@@ -190,6 +193,51 @@ def test_the_older_one_goes_only_when_the_new_one_is_safe(tmp_path: Path, monkey
 
 def _full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_name_that_cannot_be_given_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full once last.ckpt is whole: an error that all processes stop with, and last.ckpt loads."""
+    run = Run(tmp_path, Interval(steps=1))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "step-00000001.ckpt")
+
+    monkeypatch.setattr(module, "link", full)
+    with pytest.raises(UserError, match=r"step-00000001\.ckpt: No space left on device\. .*last\.ckpt is whole\."):
+        run.step()
+    assert run.states() == {"last.ckpt": 1}
+
+
+def test_files_of_the_users_own_stay(tmp_path: Path) -> None:
+    """A copy under another name, which the newest few do not count."""
+    run = Run(tmp_path, Interval(steps=1), keep=1)
+    run.step()
+    (run.folder / "last.ckpt").rename(run.folder / "step-00000001-good.ckpt")
+    run.step()
+    assert run.states() == {"last.ckpt": 2, "step-00000001-good.ckpt": 1, "step-00000002.ckpt": 2}
+
+
+@pytest.mark.parametrize("why", ["should_stop", "max_steps"])
+def test_a_run_that_ends_within_an_epoch_is_saved_there(tmp_path: Path, why: str) -> None:
+    """Early stopping, or the last of --max_steps: saved after that batch, not at what Lightning calls the epoch's end."""
+    run = Run(tmp_path)
+    run.step()
+    assert run.saves == 0
+    setattr(run.trainer, why, 2 if why == "max_steps" else True)
+    run.step()
+    run.epoch_ends()
+    assert run.saves == 1
+    assert run.states() == {"last.ckpt": 2, "step-00000002.ckpt": 2}
+
+
+def test_a_validation_while_a_gradient_is_pending_is_not_asked_for_the_best(tmp_path: Path) -> None:
+    """No state can hold that gradient: nothing is saved, and a warning says which option to change."""
+    run = Run(tmp_path)
+    run.trainer.accumulate_grad_batches = 3
+    run.saving.on_train_batch_end(run.trainer, None, None, None, 1)
+    with pytest.warns(UserWarning, match="Make --val_check_interval a multiple of --accumulate_grad_batches"):
+        run.validated(0.9)
+    assert (run.saves, run.saving.best) == (0, None)
 
 
 def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

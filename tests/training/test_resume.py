@@ -180,6 +180,56 @@ def test_a_run_that_crashed_ends_alike_in_its_own_folder(
     assert rows(run) == rows(whole[0])
 
 
+@pytest.mark.parametrize("why", ["max_steps", "should_stop"])
+def test_a_run_that_ended_within_an_epoch_goes_on_in_it(whole: tuple[Path, Seen], tmp_path: Path, why: str) -> None:
+    """Ended after 6 of 12 batches by max_steps or early stopping, then resumed: the other 6 of the data."""
+    run = tmp_path / "run"
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    if why == "max_steps":
+        fit(run, None, max_steps=6)
+    else:
+        stopper = L.Callback()
+        stopper.on_train_batch_end = lambda trainer, *rest: setattr(
+            trainer, "should_stop", rest[-1] == 1 and bool(trainer.current_epoch)
+        )  # type: ignore[method-assign]
+        fit(run, None, stopper)
+    assert state(run)["callbacks"]["EndOfStep"]["consumed_batches"] == 6
+    rest = fit(run, run / "checkpoints" / "last.ckpt")
+    assert rest.batches == whole[1].batches[6:]
+    assert state(run)["epoch"] == state(whole[0])["epoch"]
+    if why == "should_stop":
+        assert_same_state(run, whole[0])
+
+
+def test_a_run_whose_schedule_is_over_is_refused(whole: tuple[Path, Seen], tmp_path: Path) -> None:
+    """From step 7 of 12 with accumulation over 4, 3 steps for the whole: an error, not steps at a rate of 0."""
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    with pytest.raises(UserError, match=r"has done 7 optimizer steps of 12, and is to take 3: nothing is left"):
+        fit(tmp_path / "run", saved(whole[0], 7), accumulate_grad_batches=4)
+
+
+def test_another_precision_goes_on(whole: tuple[Path, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-mixed, whose update is not fused, resumed in float32, whose is; flags are read later, as on a GPU."""
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+    fit(tmp_path / "half", None, plugins=[half], max_steps=6)
+    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    rest = fit(tmp_path / "full", tmp_path / "half" / "checkpoints" / "last.ckpt")
+    assert rest.batches == whole[1].batches[6:]
+    assert state(tmp_path / "full")["optimizer_states"][0]["param_groups"][0]["fused"] is True
+
+
+def test_scoring_asks_for_no_same_run(whole: tuple[Path, Seen]) -> None:
+    """``trainer.validate(ckpt_path=…)`` with another rate and another batch than the run's: it is scored."""
+    how = {"image_size": 16, "context_length": 16, "val_share": 0.2}
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data = TextImageDataModule(whole[0].parent / "data", 2, **how)
+    figures = trainer.validate(
+        Dropping(learning_rate=0.5), data, ckpt_path=saved(whole[0], 3), weights_only=True, verbose=False
+    )
+    assert 0 <= figures[0]["val/mean_recall"] <= 1
+
+
 @pytest.mark.parametrize("batch", [2, 4, 7], ids=["within an epoch", "its last batch", "within a later one"])
 def test_a_run_that_was_stopped_by_a_signal_ends_alike(whole: tuple[Path, Seen], tmp_path: Path, batch: int) -> None:
     """SIGTERM in a batch, resumed in its folder: state and figures are the same, those of that batch and epoch too."""
@@ -221,6 +271,7 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"accumulate_grad_batches": 3},
         {"val_check_interval": 2},
         {"limit_train_batches": 3},
+        {"accumulate_grad_batches": 3, "val_check_interval": 2},
         {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
         {"max_epochs": -1, "max_steps": 7},
         {"scaler": True, "gradient_clip_val": 0.1},

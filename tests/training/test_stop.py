@@ -38,7 +38,8 @@ def signal_in(hook: str, count: int, number: int = signal.SIGTERM) -> L.Callback
 
 
 def fit(config: Any, *callbacks: L.Callback, **how: Any) -> CLIPWrapper:
-    """Train, and expect to be stopped."""
+    """Train; stopped, most of the time."""
+    resume = how.pop("resume", None)
     module = CLIPWrapper("tiny", config)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -49,7 +50,7 @@ def fit(config: Any, *callbacks: L.Callback, **how: Any) -> CLIPWrapper:
         **({"max_epochs": 2} | how),
     )
     loader = DataLoader(PAIRS, batch_size=4)
-    trainer.fit(module, loader, loader if how.pop("validate", False) else None)
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
     return module
 
 
@@ -135,3 +136,16 @@ def test_the_second_signal_acts_at_once(name):
     number = getattr(signal, name)
     assert ended.stdout == f"lives {int(number)}\n"
     assert ended.returncode == -number
+
+
+def test_an_earlier_runs_last_checkpoint_stays(tiny_config, tmp_path):
+    """Two runs into one folder under a bare Trainer: the second's is last-v1.ckpt; resumed from it, it is replaced."""
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            fit(tiny_config, signal_in("on_train_batch_start", 2), ModelCheckpoint(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last-v1.ckpt"}
+    with pytest.raises(Stopped):
+        fit(tiny_config, signal_in("on_train_batch_start", 2), ModelCheckpoint(tmp_path), resume=tmp_path / "last.ckpt")
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last-v1.ckpt"}
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["EndOfStep"]["consumed_batches"] == 4

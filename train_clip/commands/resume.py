@@ -45,6 +45,7 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
     if resume == AUTO and output is None:
         return _newest_run()
     path = output if resume == AUTO and output is not None else Path(resume)
+    path = path.parent if path.is_dir() and path.name == "checkpoints" else path
     if path.is_dir() or resume == AUTO:
         if not _newest_first(path):
             raise UserError(
@@ -91,8 +92,8 @@ def _newest_run() -> Path:
 
 
 def _newest_first(run: Path) -> list[Path]:
-    """A run's checkpoints, each file by one of its names: last.ckpt where it has that."""
-    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda file: (_written(file), file.name == "last.ckpt"))
+    """A run's checkpoints, each file by one of its names: last.ckpt, which is the newest, then by their times."""
+    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", _written(file)))
     different: dict[int, Path] = {}
     for file in reversed(files):
         different.setdefault(file.stat().st_ino, file)

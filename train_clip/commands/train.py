@@ -209,8 +209,8 @@ def _fit(
         raise
     if resumed is not None and trainer.global_step == resumed.step:
         raise UserError(
-            f"{resumed.checkpoint}: the run was over, after {resumed.step:,} steps. To train on give more --epochs or "
-            "--max_steps."
+            f"{resumed.checkpoint}: the run was over, after {resumed.step:,} steps. To train on give more --epochs, "
+            "--max_steps or --max_time."
         )
     if trainer.global_step == 0:
         raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
@@ -285,6 +285,6 @@ def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> Non
     ]
     if data.validation_pairs:
         command += ["--split", "held_out", "--val_share", str(data.val_share)]
-        if "best" not in checkpoints:
+        if "val/loss" not in trainer.callback_metrics:
             print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
     print(f"Next: {shlex.join(command)}")

@@ -32,8 +32,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
         try:
             # Through a file of Python's own: its errors say what is wrong, such as a full disk.
-            with replacing(Path(path)) as beside, beside.open("wb") as file:
-                torch.save(checkpoint, file)
+            with replacing(Path(path)) as beside:
+                with beside.open("wb") as file:
+                    torch.save(checkpoint, file)
+                # What cannot be read again is found out now, and not when it is needed.
+                torch.load(beside, weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path}: not written, since it would hold more than plain data, and could not be loaded "
+                f"without running code ({_reason(error)}). Expected tensors, numbers, text, lists and dicts in the "
+                "state_dict of every callback, module and data module."
+            ) from error
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{path}: cannot be written ({_reason(error)}). Earlier checkpoints are as they were. Free space or "

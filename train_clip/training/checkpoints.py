@@ -1,8 +1,8 @@
 """When the state of a run is saved, and what is kept of it.
 
-``step-00000500.ckpt`` is the state after 500 optimizer steps; ``last.ckpt`` and ``best.ckpt`` are further names of such
-files (hard links, copies where the file system has none). A name is moved, and an older file deleted, only once the new
-file is safe.
+``last.ckpt`` is the newest state; ``step-00000500.ckpt``, the state after 500 optimizer steps, and ``best.ckpt`` are
+further names of such files (hard links, copies where the file system has none). An older file is deleted only once the
+new one is safe under all its names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from train_clip.errors import UserError
 from train_clip.files import link, sweep
@@ -45,7 +46,7 @@ class Interval:
         Raises:
             UserError: neither.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?|s|steps?|)", text.strip())
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?|steps?|)", text.strip())
         number, unit = (float(found[1]), found[2]) if found else (0.0, "")
         minutes = unit.startswith("m")
         if number <= 0 or not (minutes or number.is_integer()):
@@ -72,6 +73,8 @@ class Checkpoints(Checkpoint):
         self.keep = keep
         self.best: float | None = None
         self._best_is_due = False
+        self._between_steps = True  # no gradient is pending
+        self._epoch_is_whole = False
         self._saved_at = 0.0
         self._hosts: Any = None
 
@@ -84,22 +87,17 @@ class Checkpoints(Checkpoint):
         """Start the clock."""
         self._hosts, self._saved_at = host_group(), time.monotonic()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Save where the interval is over; the end of an epoch saves by itself."""
-        if gradient_pending(trainer, batch_idx) or last_batch(trainer, batch_idx):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save where the interval is over, or the run ends within an epoch; the end of an epoch saves by itself."""
+        self._between_steps = not gradient_pending(trainer, batch_idx)
+        self._epoch_is_whole = last_batch(trainer, batch_idx)
+        if not self._between_steps or self._epoch_is_whole:
             return
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
         if self.every.seconds:
             # One clock decides for all.
             due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)], self._hosts)[0] > 0
-        if due:
+        if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -107,14 +105,22 @@ class Checkpoints(Checkpoint):
         value = trainer.callback_metrics.get(MONITOR)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or value is None:
             return
-        if value.isfinite() and (self.best is None or float(value) > self.best):
+        if not self._between_steps:
+            rank_zero_warn(
+                "This validation came while a gradient was pending, which no checkpoint can hold: it is not asked for "
+                "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
+            )
+            return
+        better = bool(value.isfinite()) and (self.best is None or float(value) > self.best)
+        if better:
             self.best, self._best_is_due = float(value), True
-            if not trainer.is_last_batch:
-                self.save(trainer)
+        if (better or trainer.should_stop) and not self._epoch_is_whole:
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save."""
-        self.save(trainer)
+        """Save; not where the run ends within an epoch, which Lightning counts as a whole one from here on."""
+        if self._epoch_is_whole:
+            self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> Path | None:
         """Save the state of the run, on all processes; the logs are written out with it.
@@ -127,22 +133,25 @@ class Checkpoints(Checkpoint):
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        target = self.folder / f"step-{trainer.global_step:08}.ckpt"
+        last = self.folder / LAST
         failure: UserError | None = None
         try:
-            trainer.save_checkpoint(target, weights_only=False)
-            if trainer.is_global_zero:
-                self._name(target, trainer.global_step)
+            trainer.save_checkpoint(last, weights_only=False)
         except UserError as error:
             failure = error
             # The others wait where ``save_checkpoint`` ends.
             trainer.strategy.barrier()
+        if trainer.is_global_zero and failure is None:
+            try:
+                self._name(last, trainer.global_step)
+            except OSError as error:
+                failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {last} is whole.")
         if largest([int(failure is not None)], self._hosts)[0]:
-            raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
+            raise failure or UserError(f"{last}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
         self._best_is_due, self._saved_at = False, time.monotonic()
-        return self.folder / LAST
+        return last
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -152,12 +161,13 @@ class Checkpoints(Checkpoint):
         """Go on from a checkpoint."""
         self.best = state_dict["best"]
 
-    def _name(self, target: Path, step: int) -> None:
-        """Move the names to a new file, and delete what is older than the newest few."""
-        link(target, self.folder / LAST)
+    def _name(self, last: Path, step: int) -> None:
+        """Give a new file its other names, and delete what is older than the newest few."""
+        link(last, self.folder / f"step-{step:08}.ckpt")
         if self._best_is_due:
-            link(target, self.folder / BEST)
-        numbered = {int(file.stem.removeprefix("step-")): file for file in self.folder.glob("step-*.ckpt")}
+            link(last, self.folder / BEST)
+        found = ((re.fullmatch(r"step-(\d{8,})\.ckpt", file.name), file) for file in self.folder.iterdir())
+        numbered = {int(match[1]): file for match, file in found if match}
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
         for number in sorted(number for number in numbered if number <= step)[: -self.keep]:
             numbered[number].unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
 from train_clip.training.module import ContrastiveModule, unit_norm
+from train_clip.training.trainer_state import resuming
 
 EMBED_AT_ONCE = 64  # images or captions
 
@@ -95,7 +96,8 @@ class CLIPWrapper(ContrastiveModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where a run is resumed, hold this module against the one that it began with."""
-        if self._trainer is not None:
+        super().on_load_checkpoint(checkpoint)
+        if resuming(self._trainer):
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
 
     def require_same_model(self, kept: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from train_clip.data.sampler import GlobalBatchSampler
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.training.signals import outlive_the_first_signal
+from train_clip.training.trainer_state import resuming
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
 
@@ -128,7 +129,8 @@ class TextImageDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Hold the data of a run that is resumed against what it began with, as ``require_same_data``."""
-        self.require_same_data(state_dict)
+        if resuming(self.trainer):
+            self.require_same_data(state_dict)
 
     def require_same_data(self, kept: Mapping[str, Any]) -> None:
         """Hold the data against what a run began with; names that have changed are only warned of.
@@ -203,9 +205,10 @@ class TextImageDataModule(L.LightningDataModule):
 
 def pair_names(pairs: Sequence[Pair], folder: Path) -> str:
     """A digest of the pairs' names and order, the same wherever the folder lies."""
+    root = os.path.join(folder, "")  # noqa: PTH118, with its separator at the end
     digest = hashlib.blake2b(digest_size=16)
     for pair in pairs:
-        digest.update(os.fsencode(pair.image.removeprefix(str(folder))) + b"\0")
+        digest.update(os.fsencode(pair.image.removeprefix(root)) + b"\0")
     return digest.hexdigest()
 
 

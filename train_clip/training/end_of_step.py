@@ -47,6 +47,7 @@ class EndOfStep(L.Callback):
         self.num_steps = 0  # optimizer steps of the whole run
         self.finite = FiniteSteps()
         self.signals = StopSignals()
+        self._epoch_is_whole = False
         self._hosts: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -70,6 +71,12 @@ class EndOfStep(L.Callback):
         length = trainer.estimated_stepping_batches
         before, self.num_steps = self.num_steps, 0 if length == float("inf") else int(length)
         if before and before != self.num_steps:
+            if self.num_steps <= trainer.global_step:
+                raise UserError(
+                    f"The run has done {trainer.global_step:,} optimizer steps of {before:,}, and is to take "
+                    f"{self.num_steps:,}: nothing is left, the learning rate is 0. Give more --epochs or "
+                    "--max_steps, or the earlier --accumulate_grad_batches."
+                )
             for config in trainer.lr_scheduler_configs:
                 set_rates(config.scheduler)
             rank_zero_info(
@@ -110,6 +117,7 @@ class EndOfStep(L.Callback):
         An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits for them.
         """
         self.consumed_batches += 1
+        self._epoch_is_whole = last_batch(trainer, batch_idx)
         if gradient_pending(trainer, batch_idx):
             return
         if gradient_scaler(trainer) is not None:
@@ -117,7 +125,7 @@ class EndOfStep(L.Callback):
         every = trainer.log_every_n_steps or READ_EVERY  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             self.finite.read()
-        if not last_batch(trainer, batch_idx):
+        if not self._epoch_is_whole:
             self._stop_if_asked(trainer, within_epoch=True)
 
     def on_validation_start(self, *_: Any) -> None:
@@ -125,8 +133,9 @@ class EndOfStep(L.Callback):
         self.finite.read()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop here if it was asked for during the last batch or validation."""
-        self._stop_if_asked(trainer, within_epoch=False)
+        """Stop here if it was asked for in the last batch or validation; a run that ends within an epoch is over."""
+        if self._epoch_is_whole:
+            self._stop_if_asked(trainer, within_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -173,7 +182,12 @@ def save_now(trainer: L.Trainer) -> Path | None:
         if isinstance(callback, Checkpoints):
             return callback.save(trainer)
         if isinstance(callback, ModelCheckpoint) and callback.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            path = Path(callback.dirpath) / "last.ckpt"
+            number = 0
+            # One of another run in the same folder stays, as with Lightning's own.
+            while path.exists() and str(path) not in (callback.last_model_path, str(trainer.ckpt_path)):
+                number += 1
+                path = path.with_name(f"last-v{number}.ckpt")
             trainer.save_checkpoint(path, weights_only=False)
             return path
     return None

@@ -27,7 +27,7 @@ class FiniteSteps:
     def __init__(self) -> None:
         self.skipped_in_a_row = 0
         self.gradient_norm = torch.zeros(())
-        self._loss: Tensor | None = None  # sum over the batches of this step
+        self._losses: list[Tensor] = []  # of the batches of this step
         self._report = torch.zeros(2)  # the first batch that was not finite, or 0; its loss
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
@@ -41,7 +41,7 @@ class FiniteSteps:
             The same value with the same gradient, bit for bit, where it is finite.
         """
         value = loss.detach().float()
-        self._loss = value if self._loss is None else self._loss + value
+        self._losses.append(value)
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def keep_statistics(self, module: nn.Module) -> None:
@@ -63,7 +63,7 @@ class FiniteSteps:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = get_total_norm(gradients)
         bad = on_any(~self.gradient_norm.isfinite())
-        loss, self._loss = bad if self._loss is None else self._loss, None
+        loss, self._losses = torch.stack(self._losses or [bad]).mean(), []
         if scaler is not None:
             self._count(bool(bad), scaler, batch)
             return
@@ -84,7 +84,6 @@ class FiniteSteps:
         """
         batch, loss = self._report.tolist()
         if batch:
-            self._report = torch.zeros(2)
             raise UserError(
                 f"Batch {batch:,.0f}: the loss is {loss:.4g}{', its gradient not finite' * math.isfinite(loss)}; "
                 "expected finite numbers. No weight was changed by this batch or after it, and no checkpoint holds it. "

@@ -29,10 +29,14 @@ class MetricsLog(CSVLogger):
         """The writer; the first time it takes over the earlier rows."""
         if self._experiment is not None:
             return self._experiment
-        rows = _rows(Path(self.log_dir) / "metrics.csv", self._first_step)
+        file, aside = (Path(self.log_dir) / name for name in ("metrics.csv", "metrics-before.csv"))
+        # Lightning deletes metrics.csv: it is put aside until its rows are safe again, also from a crash in between.
+        if file.is_file() and not aside.is_file():
+            file.replace(aside)
         writer = super().experiment
-        writer.metrics = rows
+        writer.metrics = _rows(aside, self._first_step)
         writer.save()
+        aside.unlink(missing_ok=True)
         return writer
 
 

@@ -26,7 +26,7 @@ from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.optimizer import build_adamw, build_schedule, warmup_for
 from train_clip.training.skips import SkipReport
-from train_clip.training.trainer_state import gradient_scaler
+from train_clip.training.trainer_state import gradient_scaler, resuming
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
@@ -86,9 +86,7 @@ class ContrastiveModule(L.LightningModule):
             )
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        # Under a scaler a fused step would unscale by itself, after the gradient was looked at and clipped.
-        fused = self.device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
-        optimizer = build_adamw(self.model, config, fused)
+        optimizer = build_adamw(self.model, config, fused=self._fuses())
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -125,6 +123,13 @@ class ContrastiveModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.model.clamp_temperature()
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where a run is resumed, keep its update fused or not as its precision now wants it."""
+        if resuming(self._trainer):
+            for state in checkpoint.get("optimizer_states", []):
+                for group in state["param_groups"]:
+                    group |= {"fused": self._fuses()} if "fused" in group else {}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let no state be saved after a step that was not finite."""
         self._end_of_step.finite.read()
@@ -143,6 +148,10 @@ class ContrastiveModule(L.LightningModule):
         figures = self._validation_split.score(self.model.logit_scale.exp(), dataset)
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
+
+    def _fuses(self) -> bool:
+        """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""
+        return self.trainer.strategy.root_device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images, and (B, L) int64 tokens, of a batch of any accepted kind, on this module's device."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def resuming(trainer: L.Trainer | None) -> bool:
+    """Whether a checkpoint that is loaded is one to train on from; validation and ``load_from_checkpoint`` load too."""
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
 def gradient_scaler(trainer: L.Trainer) -> Any:
