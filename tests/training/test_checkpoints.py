@@ -219,7 +219,7 @@ def test_files_of_the_users_own_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("why", ["should_stop", "max_steps"])
 def test_a_run_that_ends_within_an_epoch_is_saved_there(tmp_path: Path, why: str) -> None:
-    """Early stopping, or the last of --max_steps: saved after that batch, not at what Lightning calls the epoch's end."""
+    """Early stopping, or the last of --max_steps: saved after that batch, not at Lightning's end."""
     run = Run(tmp_path)
     run.step()
     assert run.saves == 0
