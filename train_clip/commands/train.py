@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,11 @@ def train(
     # Before anything is written: a mistake leaves no half-made run behind.
     data_module.trainer = lightning_trainer
     data_module.setup()
+    num_steps = _num_steps(data_module, lightning_trainer)
     if resumed is not None:
-        _require_same_run(module, data_module, resumed)
+        _require_same_run(module, data_module, resumed, num_steps)
     if trainer.get("log_every_n_steps") is None:
-        lightning_trainer.log_every_n_steps = _log_every(data_module, lightning_trainer)  # type: ignore[attr-defined]
+        lightning_trainer.log_every_n_steps = _log_every(num_steps)  # type: ignore[attr-defined]
     resolved = dataclasses.replace(run, epochs=epochs, output=None, resume=None)
     write_run_files(
         folder,
@@ -187,10 +189,15 @@ def _epochs(run: RunOptions, trainer: TrainerOptions, config: ModelConfig) -> in
     return -1 if (trainer.get("max_steps") or -1) > 0 else config.optimizer.epochs
 
 
-def _require_same_run(module: CLIPWrapper, data: TextImageDataModule, resumed: Resumption) -> None:
-    """Refuse a checkpoint of another model, optimizer or order of the data."""
+def _require_same_run(module: CLIPWrapper, data: TextImageDataModule, resumed: Resumption, num_steps: float) -> None:
+    """Refuse a checkpoint of another model, optimizer or order of the data, or of a run that is over."""
     module.require_same_model(resumed.state.get("hyper_parameters", {}))
     data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
+    if num_steps <= resumed.step:
+        raise UserError(
+            f"{resumed.checkpoint}: the run has done {resumed.step:,} steps, and is to take {num_steps:,} in all. To "
+            "train on give more --epochs or --max_steps."
+        )
 
 
 def _fit(
@@ -207,23 +214,30 @@ def _fit(
         if trainer.is_global_zero and trainer.checkpoint_callbacks:
             print(f"To go on: {shlex.join(['train-clip', 'train', '--resume', str(folder)])}")
         raise
+    except MisconfigurationException as error:
+        raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
     if resumed is not None and trainer.global_step == resumed.step:
         raise UserError(
-            f"{resumed.checkpoint}: the run was over, after {resumed.step:,} steps. To train on give more --epochs, "
-            "--max_steps or --max_time."
+            f"{resumed.checkpoint}: not one step was trained after its {resumed.step:,}. Expected the Trainer's other "
+            "limits, such as --max_time, to leave something to do."
         )
     if trainer.global_step == 0:
         raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
 
 
-def _log_every(data: TextImageDataModule, trainer: L.Trainer) -> int:
-    """Every tenth step, or oftener where the run would have too few points for a curve."""
-    batches = len(data.training_pairs) // data.batch_size
-    epochs = trainer.max_epochs or 1
-    by_epochs = batches * epochs // trainer.accumulate_grad_batches if epochs > 0 else -1
+def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:
+    """Optimizer steps of the whole run, as the Trainer's limits have it; infinity where they have none."""
+    batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
     # -1 is no limit, as in the Trainer.
-    steps = min(limit for limit in (by_epochs, trainer.max_steps) if limit >= 0)
-    return max(1, min(LOG_EVERY, steps // MIN_POINTS))
+    return min((limit for limit in (by_epochs, trainer.max_steps) if limit >= 0), default=math.inf)
+
+
+def _log_every(num_steps: float) -> int:
+    """Every tenth step, or oftener where the run would have too few points for a curve."""
+    return int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))
 
 
 def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> ModelOptions:
