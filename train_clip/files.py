@@ -50,7 +50,8 @@ def link(source: Path, target: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what ``replacing`` has left in a folder where the process was killed."""
     for left in folder.glob(f"*{BESIDE}*"):
-        left.unlink(missing_ok=True)
+        if left.name.rpartition(BESIDE)[2].isdigit():
+            left.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

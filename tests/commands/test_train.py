@@ -83,6 +83,23 @@ def test_a_run_is_not_overwritten(pair_folder, model_file, tmp_path):
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+def test_a_run_without_a_checkpoint_is_begun_anew(pair_folder, model_file, tmp_path):
+    """What a crash before the first checkpoint leaves: the same command again trains, and its log is its own.
+
+    A run that was to keep no checkpoints is one all the same, and stays.
+    """
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "2")
+    for file in (run / "checkpoints").iterdir():
+        file.unlink()
+    (run / "config.yaml.tmp-123").write_text("half")
+    run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
+    assert [row["step"] for row in metrics(run)] == ["0"]
+    assert not list(run.glob("*.tmp-*"))
+    bare = run_train(pair_folder, model_file, tmp_path / "bare", "--enable_checkpointing", "false")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run_train(pair_folder, model_file, bare)
+
+
 def test_the_saved_config_runs_again_to_the_same_weights(pair_folder, model_file, tmp_path):
     """``--config RUN/config.yaml`` alone repeats a run bit for bit."""
     first = run_train(pair_folder, model_file, tmp_path / "first", "--resize_ratio", "0.5")

@@ -52,6 +52,7 @@ class Run:
             callback_metrics={}, loggers=[],
             state=SimpleNamespace(fn=TrainerFn.FITTING), strategy=SimpleNamespace(barrier=lambda: None),
             save_checkpoint=self._save,
+            _logger_connector=SimpleNamespace(update_train_step_metrics=lambda: None),
         )  # fmt: skip
         self.saves = 0
         self.saving.setup(self.trainer, None, "fit")  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.commands.resume import Resumption
 from train_clip.errors import UserError
-from train_clip.files import write_text
+from train_clip.files import sweep, write_text
 
 VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
 
@@ -42,7 +42,7 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
     if first and output.exists():
         if not output.is_dir():
             raise UserError(f"{output}: is a file; expected a folder for the run. Give another --output.")
-        if any((output / name).exists() for name in ("config.yaml", "checkpoints")):
+        if _holds_run(output):
             raise UserError(
                 f"{output}: holds a run already, which stays as it is. Try --output {_next_free(output)}, or --resume "
                 f"{output} to go on with it."
@@ -62,6 +62,7 @@ def write_run_files(
         facts: anything else, plain.
         resumed: what the run goes on from.
     """
+    sweep(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     about: dict[str, Any] = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -84,6 +85,14 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run; one that ended before its first checkpoint has nothing that would be lost."""
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        return True
+    config = folder / "config.yaml"
+    return config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
 
 
 def _same(one: Path, other: Path) -> bool:

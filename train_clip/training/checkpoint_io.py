@@ -13,6 +13,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from train_clip.errors import UserError
 from train_clip.files import replacing
 
+MARKED_AS_FOLDER = 0x10  # the MS-DOS attribute, in a zip archive's directory
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written beside the target, synced and renamed; checked before they are loaded."""
@@ -104,7 +106,9 @@ def require_whole(path: Path) -> None:
         zipfile.BadZipFile: it is no such file at all, or cut short.
     """
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+        # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
+        folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
+        damaged = archive.testzip() or next(iter(folders), None)
     if damaged is not None:
         raise UserError(f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint.")
 

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from train_clip.errors import UserError
 from train_clip.files import link, sweep
 from train_clip.gather import host_group, largest
-from train_clip.training.trainer_state import gradient_pending, last_batch
+from train_clip.training.trainer_state import gradient_pending, last_batch, log_step
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 MONITOR = "val/mean_recall"
@@ -98,6 +98,7 @@ class Checkpoints(Checkpoint):
             # One clock decides for all.
             due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)], self._hosts)[0] > 0
         if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            log_step(trainer)
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -133,25 +134,27 @@ class Checkpoints(Checkpoint):
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        last = self.folder / LAST
+        # A crash before the other names are given leaves an older last.ckpt, from which this state comes again. Were it
+        # last.ckpt already, the run that goes on would know of its best state and not have it.
+        target = self.folder / (BEST if self._best_is_due else LAST)
         failure: UserError | None = None
         try:
-            trainer.save_checkpoint(last, weights_only=False)
+            trainer.save_checkpoint(target, weights_only=False)
         except UserError as error:
             failure = error
             # The others wait where ``save_checkpoint`` ends.
             trainer.strategy.barrier()
         if trainer.is_global_zero and failure is None:
             try:
-                self._name(last, trainer.global_step)
+                self._name(target, trainer.global_step)
             except OSError as error:
-                failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {last} is whole.")
+                failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is whole.")
         if largest([int(failure is not None)], self._hosts)[0]:
-            raise failure or UserError(f"{last}: the first process could not save it; its message says why.")
+            raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
         self._best_is_due, self._saved_at = False, time.monotonic()
-        return last
+        return self.folder / LAST
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -161,11 +164,11 @@ class Checkpoints(Checkpoint):
         """Go on from a checkpoint."""
         self.best = state_dict["best"]
 
-    def _name(self, last: Path, step: int) -> None:
+    def _name(self, target: Path, step: int) -> None:
         """Give a new file its other names, and delete what is older than the newest few."""
-        link(last, self.folder / f"step-{step:08}.ckpt")
-        if self._best_is_due:
-            link(last, self.folder / BEST)
+        for name in (LAST, f"step-{step:08}.ckpt"):
+            if name != target.name:
+                link(target, self.folder / name)
         found = ((re.fullmatch(r"step-(\d{8,})\.ckpt", file.name), file) for file in self.folder.iterdir())
         numbered = {int(match[1]): file for match, file in found if match}
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.

@@ -20,7 +20,7 @@ from train_clip.gather import host_group, largest
 from train_clip.training.checkpoints import Checkpoints
 from train_clip.training.finite import FiniteSteps
 from train_clip.training.signals import Stopped, StopSignals
-from train_clip.training.trainer_state import gradient_pending, gradient_scaler, last_batch
+from train_clip.training.trainer_state import gradient_pending, gradient_scaler, last_batch, log_step
 
 READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
 
@@ -157,8 +157,7 @@ class EndOfStep(L.Callback):
         if not number:
             return
         if within_epoch:
-            # Lightning writes a step's figures after the hook that this is called from, and that is not left.
-            trainer._logger_connector.update_train_step_metrics()
+            log_step(trainer)
         saved = save_now(trainer)
         rank_zero_info(
             f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "

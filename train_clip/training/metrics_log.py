@@ -9,6 +9,8 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
+from train_clip.errors import UserError
+
 
 class MetricsLog(CSVLogger):
     """Lightning's ``CSVLogger``, which would delete an earlier file; this one goes on in it.
@@ -22,6 +24,7 @@ class MetricsLog(CSVLogger):
     def __init__(self, folder: Path, first_step: int) -> None:
         super().__init__(folder, name="", version="logs", flush_logs_every_n_steps=1)
         self._first_step = first_step
+        self._newest: tuple[int | None, frozenset[str]] = (None, frozenset())
 
     @property
     @rank_zero_experiment
@@ -38,6 +41,27 @@ class MetricsLog(CSVLogger):
         writer.save()
         aside.unlink(missing_ok=True)
         return writer
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a row; one that was written just now, ahead of its time (``log_step``), is not written again."""
+        newest = (step, frozenset(metrics))
+        if newest != self._newest:
+            super().log_metrics(metrics, step)
+        self._newest = newest
+
+    def save(self) -> None:
+        """Write out what there is.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            super().save()
+        except OSError as error:
+            raise UserError(
+                f"{self.log_dir}/metrics.csv: cannot be written ({error.strerror}). Free space, or the permission to "
+                "write there, and resume the run."
+            ) from error
 
 
 def _rows(file: Path, before: int) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+GRACE = 10.0  # seconds to end by itself
 
 
 class Stopped(SystemExit):
@@ -39,6 +41,22 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+
+
+def end_with_parent() -> None:
+    """End this process some seconds after the one that started it, which no signal tells it of.
+
+    A process that waits for others in a collective operation, as at the start of a run, would wait there for ever.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(GRACE)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def outlive_the_first_signal(_: int) -> None:

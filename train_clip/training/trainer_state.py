@@ -23,6 +23,11 @@ def last_batch(trainer: L.Trainer, batch_idx: int) -> bool:
     return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
 
 
+def log_step(trainer: L.Trainer) -> None:
+    """Write a step's figures from ``on_train_batch_end``: Lightning does it after that hook, too late if that ends."""
+    trainer._logger_connector.update_train_step_metrics()
+
+
 def gradient_pending(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a batch's gradient waits for others (``accumulate_grad_batches``); an epoch's last batch always steps."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last_batch(trainer, batch_idx)

@@ -1,0 +1,176 @@
+"""SIGTERM and Ctrl-C at exact moments of a batch, against the same run left alone; and under torchrun."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from command import Command, Result, callback, consumed, last, leftovers, require_same_state, run, write_inputs
+
+from train_clip.training.checkpoint_io import read_checkpoint
+
+PAIRS, EPOCHS, BATCHES = 40, 2, 10  # batches of 4 to one epoch
+STOP = 3  # the batch in which the signal comes, from 1
+TERM, INT = int(signal.SIGTERM), int(signal.SIGINT)
+
+slow = pytest.mark.slow
+MOMENTS = ("forward", "backward", "update")
+# Processes, moment, the rank that gets the signal, the signal.
+FAST = [
+    *((1, moment, 0, TERM) for moment in MOMENTS),
+    (1, "backward", 0, INT),
+    (2, "forward", 1, TERM),
+    (2, "backward", 0, TERM),
+    (2, "update", 1, TERM),
+]
+SLOW = [(2, "forward", 0, TERM), (2, "backward", 1, TERM), (2, "update", 0, TERM), (2, "backward", 1, INT)]
+RESUMED = [(1, "update", 0, TERM), (2, "forward", 1, TERM)]
+
+
+@dataclass
+class Stopped:
+    """A run that a signal has ended.
+
+    Args:
+        folder: the run's.
+        result: what the command ended with.
+        codes: exit codes of its processes, by rank, as each saw its own.
+    """
+
+    folder: Path
+    result: Result
+    codes: dict[int, str]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """What all runs have in common."""
+    inputs = write_inputs(tmp_path_factory.mktemp("inputs"), PAIRS)
+    return [*inputs, "--val_share", "0", "--epochs", str(EPOCHS)]
+
+
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory) -> Callable[[int], Path]:
+    """The run on so many processes that was left alone, with its state after batch ``STOP`` kept."""
+
+    @cache
+    def train(devices: int) -> Path:
+        folder = tmp_path_factory.mktemp("alone") / "run"
+        how = ["--devices", str(devices), "--save_every", str(STOP), "--keep", "99", "--output", str(folder)]
+        run([*words, *how]).require(0)
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def stopped(words, tmp_path_factory) -> Callable[[int, str, int, int], Stopped]:
+    """The run that got a signal."""
+
+    @cache
+    def train(devices: int, moment: str, rank: int, number: int) -> Stopped:
+        folder, codes = tmp_path_factory.mktemp("stopped") / "run", tmp_path_factory.mktemp("codes")
+        when = callback("SignalAt", number=number, batch=STOP, moment=moment, rank=rank)
+        how = ["--devices", str(devices), "--output", str(folder), *when]
+        result = run([*words, *how], program=("-m", "moments"), EXIT_CODES=str(codes))
+        assert result.text.count(f"Signal {number} in {moment} on rank {rank}.") == 1
+        return Stopped(folder, result, {int(file.name): file.read_text() for file in codes.iterdir()})
+
+    return train
+
+
+def with_slow(fast: list, rest: list) -> list:
+    """Parameters of a test, the rest of them marked as slow."""
+    return [*fast, *(pytest.param(*case, marks=slow) for case in rest if case not in fast)]
+
+
+@pytest.mark.parametrize(("devices", "moment", "rank", "number"), with_slow(FAST, SLOW))
+def test_a_signal_ends_the_batch_saves_and_ends_the_run(devices, moment, rank, number, stopped, alone):
+    """The exit code on every process is the signal's, no process is left, and what is saved is that batch's state."""
+    case = stopped(devices, moment, rank, number)
+    case.result.require(128 + number)
+    assert case.codes == dict.fromkeys(range(devices), str(128 + number))
+    assert case.result.complaints == []
+    assert f"after batch {STOP};" in case.result.text
+    checkpoints = case.folder / "checkpoints"
+    assert {file.name for file in checkpoints.iterdir()} == {"last.ckpt", f"step-{STOP:08}.ckpt"}
+    assert consumed(last(case.folder)) == STOP
+    require_same_state(last(case.folder), read_checkpoint(alone(devices) / "checkpoints" / f"step-{STOP:08}.ckpt"))
+
+
+@pytest.mark.parametrize(("devices", "moment", "rank", "number"), with_slow(RESUMED, FAST + SLOW))
+def test_the_resumed_run_ends_as_the_one_left_alone(devices, moment, rank, number, stopped, alone, tmp_path):
+    """Bit for bit; its log has a row a step, that of the signal too, each with the same loss."""
+    case = stopped(devices, moment, rank, number)
+    assert f"To go on: train-clip train --resume {case.folder}" in case.result.text
+    folder = Path(shutil.copytree(case.folder, tmp_path / "run"))
+    result = run(["train", "--resume", str(folder), "--callbacks", "null"]).require(0)
+    assert f"after {STOP} steps and {STOP} batches." in result.text
+    require_same_state(last(folder), last(alone(devices)))
+    assert [step for step, _ in losses(folder)] == list(range(EPOCHS * BATCHES))
+    assert losses(folder) == losses(alone(devices))
+
+
+def test_a_signal_while_the_second_process_starts_leaves_none_behind(words, tmp_path):
+    """SIGTERM to the first process when the second has just been started: both end, though nothing is to be saved."""
+    how = ["--devices", "2", "--output", str(tmp_path / "run")]
+    process = Command([*words, *how], program=("-m", "moments"), EXIT_CODES=str(tmp_path))
+    process.wait_for((tmp_path / "1").exists, "the second process")
+    process.process.terminate()
+    assert process.end(timeout=60).code in (-TERM, 128 + TERM)
+
+
+def test_a_signal_within_a_window_of_accumulation_waits_for_its_end(words, tmp_path):
+    """Three batches to a step, the signal in the fourth: two steps are done and six batches are saved."""
+    when = callback("SignalAt", number=TERM, batch=4)
+    run([*words, "--accumulate_grad_batches", "3", "--output", str(tmp_path / "run"), *when]).require(128 + TERM)
+    saved = last(tmp_path / "run")
+    assert (consumed(saved), saved["global_step"]) == (6, 2)
+
+
+def test_torchrun_trains_as_one_process_does(words, alone, tmp_path):
+    """Two processes that torchrun has started, against one without it: the same loss at each step."""
+    run([*words, "--devices", "2", "--output", str(tmp_path / "run")], program=torchrun()).require(0)
+    shared, single = losses(tmp_path / "run"), losses(alone(1))
+    assert [step for step, _ in shared] == list(range(EPOCHS * BATCHES))
+    assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in single], rel=1e-4)
+
+
+def test_a_signal_to_torchrun_saves_the_last_batch(words, tmp_path):
+    """SIGTERM to torchrun itself, which passes it on: all ranks stop after the same batch, and that one is saved.
+
+    Its own exit code is torchrun's affair; it is not that of success.
+    """
+    folder, record = tmp_path / "run", tmp_path / "record"
+    watched = ["--epochs", "1000", *callback("Record", file=str(record))]
+    process = Command([*words, "--devices", "2", "--output", str(folder), *watched], program=torchrun())
+    files = [record.with_name(f"record.{rank}") for rank in range(2)]
+    process.wait_for(lambda: all(file.exists() and len(file.read_text().split()) > STOP for file in files), "batches")
+    process.process.terminate()
+    result = process.end()
+    assert result.code != 0
+    done = [int(file.read_text().split()[-1]) for file in files]
+    assert done == [consumed(last(folder))] * 2
+    assert leftovers(folder) == []
+
+
+def torchrun() -> tuple[str, ...]:
+    """The words that start the command on two processes by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = ("--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port)
+    return ("-m", "torch.distributed.run", *where, "-m", "train_clip.cli")
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of each row of the log that has one."""
+    with (folder / "logs" / "metrics.csv").open() as file:
+        return [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row["train/loss"]]
