@@ -22,6 +22,7 @@ from train_clip.training.checkpoint_io import read_checkpoint
 
 HERE = Path(__file__).parent
 PLAIN = ("-m", "train_clip.cli")
+MESSAGE = r"train-clip: (?:(?!train-clip: ).)*"  # two processes may write theirs on one line
 TIMEOUT = 300  # seconds; a start alone takes five to twenty, by what else the machine does
 
 
@@ -45,12 +46,12 @@ class Result:
     @property
     def messages(self) -> list[str]:
         """What the command says of errors, a line each. Something else may have begun the line on the screen."""
-        return re.findall(r"train-clip: .*", self.text)
+        return re.findall(rf"{MESSAGE}", self.text)
 
     @property
     def complaints(self) -> list[str]:
         """The same and the beginnings of tracebacks."""
-        return re.findall(r"train-clip: .*|Traceback .*", self.text)
+        return re.findall(rf"{MESSAGE}|Traceback .*", self.text)
 
 
 class Command:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from train_clip.training.curves import Curves
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.metrics_log import MetricsLog
 from train_clip.training.progress import RunProgress
-from train_clip.training.signals import Stopped, end_with_parent
+from train_clip.training.signals import Stopped, end_with_starter
 from train_clip.training.throughput import Throughput
 
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
@@ -59,8 +58,7 @@ def train(
         The run's folder.
     """
     quiet()
-    if "LOCAL_RANK" in os.environ:  # Lightning or torchrun has started this process, one of several.
-        end_with_parent()
+    end_with_starter()
     for name, value, least in (("seed", run.seed, 0), ("keep", run.keep, 1)):
         if value < least:
             raise UserError(f"--{name} {value}: expected {least} or above.")

@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-GRACE = 10.0  # seconds to end by itself
+STARTER = "TRAIN_CLIP_STARTER"  # in the environment: the number of a run's first process
+GRACE = 10.0  # seconds in which the others may end by themselves
 
 
 class Stopped(SystemExit):
@@ -43,20 +44,24 @@ class StopSignals:
         self.received = number
 
 
-def end_with_parent() -> None:
-    """End this process some seconds after the one that started it, which no signal tells it of.
+def end_with_starter() -> None:
+    """Of the processes that Lightning starts, end each some seconds after the first one, should that be killed.
 
-    A process that waits for others in a collective operation, as at the start of a run, would wait there for ever.
+    No signal tells them of it, and a process that waits for others, as at the start of a run, would wait for ever. The
+    first process leaves its number in the environment for those that it starts; torchrun looks after its own.
     """
-    parent = os.getppid()
+    starter = int(os.environ.get(STARTER, os.getpid()))
+    if "LOCAL_RANK" not in os.environ or starter == os.getpid():
+        os.environ[STARTER] = str(os.getpid())
+    elif "TORCHELASTIC_RUN_ID" not in os.environ:
+        threading.Thread(target=_end_after, args=(starter,), daemon=True).start()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        time.sleep(GRACE)
-        os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _end_after(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(1)
+    time.sleep(GRACE)
+    os._exit(128 + signal.SIGTERM)
 
 
 def outlive_the_first_signal(_: int) -> None:
