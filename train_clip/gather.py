@@ -110,6 +110,7 @@ def on_any(flag: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """(B, D) of this rank → (W · B, D) of all."""
         ctx.rank, size = world()
         ctx.length = len(rows)
         rows = rows.contiguous()
@@ -119,6 +120,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """(W · B, D) of what this rank sends everyone's rows → (B, D), what all ranks send this rank's."""
         # All-reduce and cut rather than reduce-scatter: gloo has no reduce-scatter.
         # A copy, since others may hold the same gradient.
         gradient = gradient.clone(memory_format=torch.contiguous_format)

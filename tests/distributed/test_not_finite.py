@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from two_processes import run
+from two_processes import bare_trainer, run
 
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
@@ -42,17 +42,7 @@ def poisoned(how: str) -> dict[str, Any]:
     images = torch.randn(2 * B * BATCHES, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pairs = [(image, f"picture {index}") for index, image in enumerate(images)]
     watch = Weights(how)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        max_epochs=1,
-        callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(callbacks=[watch], max_epochs=1)
     module = CLIPWrapper("tiny", TINY, warmup_steps=0)
     try:
         trainer.fit(module, DataLoader(pairs, batch_size=B))

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from two_processes import run
+from two_processes import bare_trainer, run
 
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
@@ -39,20 +39,7 @@ def fit(loader: Any, **how: Any) -> dict[str, Any]:
     """One epoch of a bare Trainer on as many processes as there are."""
     torch.manual_seed(0)
     seen = Seen()
-    processes = world()[1]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=[seen],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        max_epochs=1,
-        **how,
-    )
+    trainer = bare_trainer(callbacks=[seen], max_epochs=1, **how)
     error = ""
     try:
         trainer.fit(CLIPWrapper("tiny", TINY), loader)

@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from two_processes import run
+from two_processes import bare_trainer, run
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
-from train_clip.gather import gather_objects, world
+from train_clip.gather import gather_objects
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
@@ -50,17 +50,10 @@ def fit(folder: Path, name: str, resume: Path | None = None, accumulate: int = 1
     """Train on as many processes as there are; global batches in the order of the ranks, losses, final weights."""
     torch.manual_seed(0)
     seen = Seen()
-    processes = world()[1]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
+    trainer = bare_trainer(
         callbacks=[seen, Checkpoints(folder / name, Interval(steps=1), keep=99)],
         plugins=[AtomicCheckpointIO()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
+        enable_checkpointing=True,
         max_epochs=EPOCHS,
         accumulate_grad_batches=accumulate,
     )

@@ -9,8 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import distributed, multiprocessing
+
+from train_clip.gather import world
 
 TIMEOUT = 120  # seconds; imports alone take some on a loaded machine
 
@@ -47,6 +50,20 @@ def run(function: Callable[[], Any], folder: Path, processes: int = 2, device: s
             if process.is_alive():
                 process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def bare_trainer(**how: Any) -> L.Trainer:
+    """A bare Trainer on as many processes as there are, which logs each step and leaves nothing behind by itself."""
+    processes = world()[1]
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    strategy = "ddp" if processes > 1 else "auto"
+    return L.Trainer(accelerator="cpu", devices=processes, strategy=strategy, **(quiet | how))
 
 
 def _child(rank: int, function: Callable[[], Any], folder: str, processes: int, device: str) -> None:

@@ -26,14 +26,10 @@ WARNINGS_BY_DESIGN = (
     r".*Total length of `list` across ranks is zero.*",
     r".*defined a `validation_step` but have no `val_dataloader`.*",
     r".*requested to overfit but enabled train dataloader shuffling.*",
-    # A run that ends before its first validation; the verb says so at its end.
-    r".*could not find the monitored key in the returned metrics.*",
     # The metrics of a run that is resumed go on in their file (MetricsLog).
     r".*Experiment logs directory .* exists and is not empty.*",
     # This package's own loaders go on by the count of batches.
     r".*your dataloader is not resumable.*",
-    # The run's folder is made before the checkpoints within it.
-    r".*Checkpoint directory .* exists and is not empty.*",
 )
 
 
