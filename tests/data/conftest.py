@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from train_clip.data.folder import Pair
+from train_clip.data.images import image_suffixes
+from train_clip.data.pairs import Pair
 
+NOBODY = 65_534
 NumberedPairs = Callable[..., list[Pair]]
 
 
@@ -41,3 +47,45 @@ def numbered_pairs(tmp_path: Path) -> NumberedPairs:
         return pairs
 
     return make
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter, other than pytest's."""
+    folder = Path(tempfile.mkdtemp(prefix="open-"))
+    folder.chmod(0o755)
+    yield folder
+    for inside in folder.rglob("*"):
+        if inside.is_dir() and not inside.is_symlink():
+            inside.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[Callable[[], None]], None]:
+    """Run a function in a process that may read only what everybody may; its failure is the test's."""
+    if not hasattr(os, "fork") or os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+
+    def run(look: Callable[[], None]) -> None:
+        image_suffixes()  # Pillow imports its readers at the first use, and nobody may not read them everywhere
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(reading)
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+                look()
+            except BaseException:
+                os.write(writing, traceback.format_exc().encode("utf-8", "backslashreplace")[-10_000:])
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as stream:  # noqa: PTH123, a pipe's end
+            failure = stream.read().decode("utf-8")
+        os.waitpid(child, 0)
+        assert not failure, failure
+
+    return run

@@ -35,7 +35,7 @@ BAD = {
     "NUL": (b"a cat\na \x00 dog", "caption holds NUL"),
     "Latin-1": (b"ein B\xe4r", "caption is not UTF-8"),
     "cut within a letter": ("a 猫".encode()[:-1], "caption is not UTF-8"),
-    "UTF-16 with its mark": ("a cat".encode("utf-16"), "caption is not UTF-8"),
+    "UTF-16 with its mark": ("a cat".encode("utf-16"), "caption is UTF-16, not UTF-8"),
     "UTF-16 without": ("a cat".encode("utf-16-le"), "caption holds NUL"),
     "a JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "caption is not UTF-8"),
 }

@@ -11,7 +11,7 @@ import torch
 
 from train_clip.data.captions import read_captions
 from train_clip.data.collate import Collate
-from train_clip.data.pairs import Sample
+from train_clip.data.samples import Sample
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.types import Batch, Skip
 

@@ -41,7 +41,7 @@ def test_every_image_once_and_in_order(paths: list[str], batch_size: int, worker
         kept += indices
         skips += bad
     assert kept == [0, 1, 3, 4, 5]
-    assert skips == [Skip(paths[index], "not an image that Pillow can read") for index in (2, 6)]
+    assert skips == [Skip(paths[index], "not an image but an HTML page") for index in (2, 6)]
 
 
 def test_a_batch_of_bad_files_is_empty(paths: list[str]) -> None:
@@ -59,4 +59,4 @@ def test_one_at_a_time(paths: list[str]) -> None:
     assert isinstance(pixels, torch.Tensor)
     assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
     assert np.asarray(pixels).max() > 100
-    assert files[2] == (2, Skip(paths[2], "not an image that Pillow can read"))
+    assert files[2] == (2, Skip(paths[2], "not an image but an HTML page"))

@@ -64,7 +64,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert contents[0] == contents[1]
     assert contents[0].keys() == contents[2].keys()
     assert contents[0] != contents[2]
-    kept = [scan_folder(folder).pairs for folder in (training, unseen)]
+    kept = [list(scan_folder(folder).pairs) for folder in (training, unseen)]
     assert [len(pairs) for pairs in kept] == [36 * 2 * 2 * 2, 12 * 2 * 2]
     for pair in kept[0] + kept[1]:
         thing = Path(pair.image).with_suffix(".cls").read_text(encoding="utf-8").strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import posixpath
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +14,18 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from train_clip.commands.options import TableOptions
+from train_clip.commands.progress import with_progress
 from train_clip.data.captions import read_captions
-from train_clip.data.folder import scan_folder, split_pairs
 from train_clip.data.image_list import image_loader
 from train_clip.data.images import open_rgb
+from train_clip.data.pairs import Pair
+from train_clip.data.source import scan_source
+from train_clip.data.split import split_pairs
+from train_clip.data.table import Columns
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.labels import image_labels
 from train_clip.evaluation.pictures import draw_best_captions
@@ -36,7 +41,7 @@ NAMED = 5  # files named on the screen; --json names all
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(TableOptions):
     """What to score, and where the figures go.
 
     Args:
@@ -53,7 +58,7 @@ class EvaluateOptions:
         picture: a PNG to draw, images beside the captions that the model finds most similar
     """
 
-    folder: Path
+    folder: Path | None = None
     classes: Path | None = None
     templates: Path | None = None
     split: Literal["all", "training", "held_out"] = "all"
@@ -184,25 +189,25 @@ def collect(model: CLIPWrapper, options: EvaluateOptions, classes: list[str]) ->
     Raises:
         UserError: nothing to score, or an image whose class is none of the classes.
     """
-    scan = scan_folder(options.folder)
-    if options.classes is None:
+    scan = scan_source(options.folder, options.pairs, Columns(options.image_column, options.caption_column))
+    if options.classes is None or scan.faults:
         scan.require_pairs()
     pairs = scan.pairs
     if options.split != "all":
-        training, held_out = split_pairs(pairs, options.folder, options.val_share)
+        training, held_out = split_pairs(pairs, options.val_share)
         pairs = training if options.split == "training" else held_out
     # To be classified an image needs no caption.
     lone = scan.lone_images if options.classes is not None and options.split == "all" else []
-    paths = [pair.image for pair in pairs] + [str(options.folder / image) for image in lone]
+    paths = [pair.image for pair in pairs] + [posixpath.join(pairs.root, image) for image in lone]
     if not paths:
-        raise UserError(f"{options.folder}: no images to score in the split {options.split!r}. Try --split all.")
+        raise UserError(f"{scan.source}: no images to score in the split {options.split!r}. Try --split all.")
     labels = image_labels(paths, classes) if classes else []
     skips: list[Skip] = []
     kept, images = _embed_images(model, paths, options, skips)
     captions, owners = [], []
     for place, index in enumerate(kept):
         if index < len(pairs):
-            lines = _read_captions(pairs[index].caption, skips)
+            lines = _read_captions(pairs[index], skips)
             captions += lines
             owners += [place] * len(lines)
     texts = model.embed_texts(captions, options.batch_size)
@@ -279,7 +284,7 @@ def _embed_images(
     loader = image_loader(paths, model.model.config.image.size, options.batch_size, options.num_workers)
     kept: list[int] = []
     parts: list[Tensor] = []
-    for indices, pixels, bad in track(loader, description="images", transient=True):
+    for indices, pixels, bad in with_progress(loader, "batches of images"):
         skips += bad
         kept += indices
         if indices:
@@ -289,9 +294,9 @@ def _embed_images(
     return kept, torch.cat(parts)
 
 
-def _read_captions(path: str, skips: list[Skip]) -> list[str]:
+def _read_captions(pair: Pair, skips: list[Skip]) -> list[str]:
     try:
-        return read_captions(path)
+        return pair.captions()
     except BadSample as bad:
         skips.append(Skip(bad.path, bad.reason))
         return []

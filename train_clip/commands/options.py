@@ -24,8 +24,23 @@ class ModelOptions:
     minibatch_size: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Pairs from a table.
+
+    Args:
+        pairs: a table of images and captions (.csv, .tsv, .jsonl) in place of a folder, paths relative to it
+        image_column: the table's column of image paths
+        caption_column: the table's column of captions
+    """
+
+    pairs: Path | None = None
+    image_column: str = "image"
+    caption_column: str = "caption"
+
+
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(TableOptions):
     """The data.
 
     Args:
@@ -36,14 +51,18 @@ class DataOptions:
             the paper's crop, a random square of the whole shorter side
         shuffle: whether to permute the pairs each epoch
         val_share: share of the pairs held out for validation, chosen by file name; 0 for none
+        max_bad: share of the pairs that may turn out to be unreadable before the run stops
+        val_pairs: a table of pairs to validate on, in place of --val_share
     """
 
-    folder: Path
+    folder: Path | None = None
     batch_size: int = 256
     num_workers: int | None = None
     resize_ratio: float | None = None
     shuffle: bool = True
     val_share: float = 0.05
+    max_bad: float = 0.01
+    val_pairs: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -291,15 +291,25 @@ def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> Non
     checkpoints = {file.stem: file for file in (folder / "checkpoints").glob("*.ckpt")}
     if not checkpoints:
         return
-    command = [
-        "train-clip",
-        "evaluate",
-        str(checkpoints.get("best", checkpoints["last"])),
-        "--folder",
-        str(data.folder),
-    ]
+    command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
+    table = data.val_table or data.table
+    command += ["--folder", str(data.folder)] if table is None else ["--pairs", str(table)]
+    if table is not None:
+        command += _changed_columns(data)
     if data.validation_pairs:
-        command += ["--split", "held_out", "--val_share", str(data.val_share)]
+        if data.val_table is None:
+            command += ["--split", "held_out", "--val_share", str(data.val_share)]
         if "val/loss" not in trainer.callback_metrics:
             print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
     print(f"Next: {shlex.join(command)}")
+
+
+def _changed_columns(data: TextImageDataModule) -> list[str]:
+    """The options that name a table's columns, where they are not called what they are called by default."""
+    named = (("--image_column", "image"), ("--caption_column", "caption"))
+    return [
+        word
+        for option, column in named
+        if getattr(data.columns, column) != column
+        for word in (option, getattr(data.columns, column))
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from train_clip.data.pairs import Sample
+from train_clip.data.samples import Sample
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.types import Batch
 

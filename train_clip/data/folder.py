@@ -1,88 +1,41 @@
 """A folder of images and captions → pairs, by stem.
 
 ``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder. Where a stem occurs more than once, the files
-with the nearest common ancestor belong together. Nothing is decoded here: only names are read.
+with the nearest common ancestor belong together.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
-from train_clip.data.images import image_formats
+from train_clip.data.images import image_suffixes
+from train_clip.data.pairs import PairList, plain_name
+from train_clip.data.scan import CAPTION_SUFFIX, Scan
 from train_clip.errors import UserError
 
-CAPTION_SUFFIX = ".txt"
-NAMED = 6  # files in a message
+NAMED = 6  # files in the message on a stem
+EFFECTIVE = os.access in os.supports_effective_ids
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One image and its file of captions, as paths."""
-
-    image: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class FolderScan:
-    """What a folder holds.
-
-    Args:
-        folder: where it was looked for.
-        num_files: regular files of any kind.
-        pairs: in the order of the image's path, the same on every machine.
-        lone_images: images without a caption, relative to the folder.
-        lone_captions: captions without an image, likewise.
-    """
-
-    folder: Path
-    num_files: int
-    pairs: list[Pair]
-    lone_images: list[str]
-    lone_captions: list[str]
-
-    def require_pairs(self) -> FolderScan:
-        """Return itself.
-
-        Raises:
-            UserError: there is no pair. The message says what was found instead.
-        """
-        if self.pairs:
-            return self
-        lines = [f"{self.folder}: 0 pairs among {self.num_files:,} files."]
-        if self.lone_images:
-            example = self.lone_images[0]
-            wanted = PurePosixPath(example).stem + CAPTION_SUFFIX
-            lines.append(
-                f"  Images without a caption: {len(self.lone_images):,}, for instance {example} (no {wanted})."
-            )
-        if self.lone_captions:
-            example = self.lone_captions[0]
-            lines.append(f"  Captions without an image: {len(self.lone_captions):,}, for instance {example}.")
-        lines.append(
-            "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do."
-        )
-        raise UserError("\n".join(lines))
-
-
-def scan_folder(folder: Path) -> FolderScan:
+def scan_folder(folder: Path) -> Scan:
     """Pair the images and captions below a folder.
 
     Args:
         folder: searched with its subfolders. Names that begin with a dot and ``__MACOSX`` are passed over, and links to
             folders are not followed.
 
+    Returns:
+        What was found. Its faults are stems with two images or two captions at the same place, folders and files
+        without permission, and what has the name of an image or caption but is no regular file.
+
     Raises:
-        UserError: no such folder, or a stem with two images or two captions at the same place.
+        UserError: no such folder.
     """
     try:
         exists = folder.is_dir()
@@ -90,134 +43,165 @@ def scan_folder(folder: Path) -> FolderScan:
         raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
     if not exists:
         raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).")
+    found = _Found(folder)
     by_stem: dict[str, list[str]] = defaultdict(list)
-    num_files = 0
-    for path in _files(folder):
-        num_files += 1
-        if _is_image(path) or _is_caption(path):
-            by_stem[posixpath.splitext(posixpath.basename(path))[0]].append(path)
-    pairs: list[Pair] = []
+    for path in found.images_and_captions():
+        by_stem[plain_name(posixpath.basename(path).rpartition(".")[0])].append(path)
+    pairs: list[tuple[str, str]] = []
     lone: list[str] = []
     for stem in sorted(by_stem):
-        found, left = _pair_stem(folder, by_stem[stem])
-        pairs += found
-        lone += left
-    return FolderScan(
+        # What is done with is let go of, or there would be two of everything for a while.
+        paths = by_stem.pop(stem)
+        try:
+            _pair_stem(paths, pairs, lone)
+        except _AmbiguousError as error:
+            found.faults.append(error.message(folder))
+    pairs.sort(key=lambda pair: plain_name(pair[0]))
+    return Scan(
         folder,
-        num_files,
-        [_absolute(folder, pair) for pair in sorted(pairs, key=lambda pair: pair.image)],
-        sorted(path for path in lone if _is_image(path)),
+        found.num_files,
+        PairList(os.path.join(folder, ""), (image for image, _ in pairs), (caption for _, caption in pairs)),  # noqa: PTH118
+        sorted(path for path in lone if not _is_caption(path)),
         sorted(path for path in lone if _is_caption(path)),
+        sorted(found.faults),
+        found.others,
+        sorted(found.folder_links),
     )
 
 
-def split_pairs(pairs: Sequence[Pair], folder: Path, share: float) -> tuple[list[Pair], list[Pair]]:
-    """Hold out a share of the pairs, chosen by a hash of the image's name below the folder.
+@dataclass
+class _Found:
+    """What a walk through a folder meets beside images and captions."""
 
-    The choice depends on names alone: not on a seed, so that runs can be compared, nor on where the folder lies.
+    folder: Path
+    num_files: int = 0
+    faults: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    folder_links: list[str] = field(default_factory=list)
 
-    Args:
-        pairs: all of them.
-        folder: what the names are relative to.
-        share: in [0, 1).
+    def images_and_captions(self) -> Iterator[str]:
+        """Regular files of their suffixes below the folder, as relative POSIX paths."""
+        wanted = image_suffixes() | {CAPTION_SUFFIX}
+        folders = [""]
+        while folders:
+            parent = folders.pop()
+            for entry in self._entries(parent):
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                path = f"{parent}/{entry.name}" if parent else entry.name
+                suffix = _suffix(entry.name)
+                if suffix not in wanted and entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                elif entry.is_symlink() and _is_folder(entry):
+                    self.folder_links.append(path)
+                elif suffix in wanted:
+                    if fault := _fault(entry):
+                        self.faults.append(f"{self.folder / path}: {fault}")
+                    else:
+                        self.num_files += 1
+                        yield path
+                elif _is_file(entry):
+                    self.num_files += 1
+                    self.others[suffix or "no suffix"] += 1
 
-    Returns:
-        Those to train on, and round(share · len(pairs)) to validate on; none where that is a single one, among which
-        retrieval is always right.
-
-    Raises:
-        UserError: the share is no such number.
-    """
-    if not 0 <= share < 1:
-        raise UserError(f"val_share is {share}; expected a share from 0 (no validation) to below 1.")
-    names = [Path(pair.image).relative_to(folder).as_posix() for pair in pairs]
-    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
-    order = sorted(range(len(pairs)), key=hashes.__getitem__)
-    number = round(share * len(pairs))
-    held_out = set(order[:number]) if number > 1 else set()
-    training = [pair for index, pair in enumerate(pairs) if index not in held_out]
-    return training, [pairs[index] for index in sorted(held_out)]
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Regular files below the folder as relative POSIX paths."""
-    folders = [""]
-    while folders:
-        parent = folders.pop()
+    def _entries(self, parent: str) -> list[os.DirEntry[str]]:
         try:
-            entries = list(os.scandir(folder / parent))
+            return list(os.scandir(self.folder / parent))
         except PermissionError:
-            raise UserError(
-                f"{folder / parent}: no permission to list this folder. Give it (chmod +rx), or move the folder away."
-            ) from None
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            path = f"{parent}/{entry.name}" if parent else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(path)
-            elif _is_regular(entry):
-                yield path
+            self.faults.append(
+                f"{self.folder / parent}: no permission to list this folder. Give it (chmod +rx), or move the folder "
+                "away."
+            )
+            return []
 
 
-def _is_regular(entry: os.DirEntry[str]) -> bool:
-    """A file, or a link to one. A pipe or a socket would block the reader for ever."""
+def _suffix(name: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return dot + suffix.lower() if stem else ""
+
+
+def _is_caption(path: str) -> bool:
+    return path[-len(CAPTION_SUFFIX) :].lower() == CAPTION_SUFFIX
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_file()
+        return entry.is_dir()
     except OSError:
-        # A link to itself.
         return False
 
 
-def _pair_stem(folder: Path, files: list[str]) -> tuple[list[Pair], list[str]]:
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _fault(entry: os.DirEntry[str]) -> str | None:
+    """What is wrong with an entry that has the name of an image or caption; a pipe would block its reader for ever."""
+    try:
+        if entry.is_file():
+            if os.access(entry.path, os.R_OK, effective_ids=EFFECTIVE):
+                return None
+            return "no permission to read this file. Give it (chmod +r), or move the file away."
+        kind = _kind(entry.stat().st_mode)
+    except FileNotFoundError:
+        kind = "a link to a file that is not there"
+    except PermissionError:
+        return "a link to where there is no permission to look. Give it (chmod +x), or remove the link."
+    except OSError:
+        kind = "a link that leads back to itself"
+    return f"is {kind}; expected a regular file under this name. Rename or remove it."
+
+
+def _kind(mode: int) -> str:
+    for test, kind in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket")):
+        if test(mode):
+            return kind
+    return "a device"
+
+
+class _AmbiguousError(Exception):
+    """Two images or two captions of one stem at one place."""
+
+    def __init__(self, place: PurePosixPath, images: list[str], captions: list[str]) -> None:
+        super().__init__(place, images, captions)
+        self.place, self.images, self.captions = place, images, captions
+
+    def message(self, folder: Path) -> str:
+        shown = sorted(self.images + self.captions)[:NAMED]
+        listed = "\n".join(f"  {path}" for path in shown)
+        more = len(self.images) + len(self.captions) - len(shown)
+        return (
+            f"{folder / self.place}: one stem has {_number(len(self.images), 'image')} and "
+            f"{_number(len(self.captions), 'caption')}, so it is not clear which belong together:\n{listed}\n"
+            f"{f'  and {more} more.' + chr(10) if more else ''}  Expected one of each. Rename or remove the others."
+        )
+
+
+def _pair_stem(files: list[str], pairs: list[tuple[str, str]], lone: list[str]) -> None:
     """Pair the files of one stem, deepest folder first; what finds no partner moves up."""
-    pairs: list[Pair] = []
+    if len(files) == 2 and _is_caption(files[0]) != _is_caption(files[1]):
+        # Nearly every stem of nearly every folder: wherever the two lie, there is a folder above both.
+        image, caption = sorted(files, key=_is_caption)
+        pairs.append((image, caption))
+        return
     waiting: dict[PurePosixPath, list[str]] = defaultdict(list)
     for path in files:
         waiting[PurePosixPath(path).parent].append(path)
-    lone: list[str] = []
     while waiting:
         place = max(waiting, key=lambda parent: (len(parent.parts), parent))
         here = waiting.pop(place)
-        images, captions = [p for p in here if _is_image(p)], [p for p in here if _is_caption(p)]
+        images, captions = [p for p in here if not _is_caption(p)], [p for p in here if _is_caption(p)]
         if images and captions:
             if len(here) > 2:
-                raise UserError(_ambiguous(folder, place, images, captions))
-            pairs.append(Pair(images[0], captions[0]))
+                raise _AmbiguousError(place, images, captions)
+            pairs.append((images[0], captions[0]))
         elif place == place.parent:
             lone += here
         else:
             waiting[place.parent] += here
-    return pairs, lone
-
-
-def _absolute(folder: Path, pair: Pair) -> Pair:
-    return Pair(str(folder / pair.image), str(folder / pair.caption))
-
-
-def _is_image(path: str) -> bool:
-    return posixpath.splitext(path)[1].casefold() in _image_suffixes()
-
-
-def _is_caption(path: str) -> bool:
-    return posixpath.splitext(path)[1].casefold() == CAPTION_SUFFIX
-
-
-@cache
-def _image_suffixes() -> frozenset[str]:
-    """Every suffix of the formats that are read."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in image_formats())
-
-
-def _ambiguous(folder: Path, place: PurePosixPath, images: list[str], captions: list[str]) -> str:
-    shown = sorted(images + captions)[:NAMED]
-    listed = "\n".join(f"  {path}" for path in shown)
-    more = len(images) + len(captions) - len(shown)
-    return (
-        f"{folder / place}: one stem has {_number(len(images), 'image')} and {_number(len(captions), 'caption')}, so "
-        f"it is not clear which belong together:\n{listed}\n{f'  and {more} more.' + chr(10) if more else ''}"
-        "  Expected one of each. Rename or remove the others."
-    )
 
 
 def _number(count: int, noun: str) -> str:

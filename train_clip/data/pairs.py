@@ -1,137 +1,114 @@
-"""Pairs → samples. What is drawn depends on (seed, epoch, index) alone, never on the worker or on what came before.
-
-S  side of the square in pixels
-"""
+"""What a pair is, and a list of pairs that stays small: a million of them are read by every loader process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import posixpath
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from numpy.random import Generator
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from train_clip.data.captions import read_captions
-from train_clip.data.folder import Pair
-from train_clip.data.images import open_rgb
-from train_clip.data.transforms import center_crop, random_crop, random_resized_crop, to_tensor
-from train_clip.errors import BadSample, UserError
-from train_clip.types import Skip
-
-MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
+from train_clip.errors import BadSample
 
 
-class Sample(NamedTuple):
-    """One pair as the model meets it.
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One image and its captions: a file of them, or, out of a table, the captions themselves.
 
     Args:
-        pixels: (3, S, S) uint8.
-        caption: one line.
-        skips: what could not be read on the way to this sample.
-        missing: whether it only holds a place.
+        image: path of the image.
+        caption: path of the file of captions; empty where ``texts`` has them.
+        texts: the captions.
     """
 
-    pixels: Tensor
-    caption: str
-    skips: tuple[Skip, ...] = ()
-    missing: bool = False
+    image: str
+    caption: str = ""
+    texts: tuple[str, ...] = ()
 
+    def captions(self) -> list[str]:
+        """At least one caption.
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How a training sample is drawn.
-
-    Args:
-        size: S.
-        resize_ratio: least share of the area that the crop keeps; None for the paper's crop.
-        seed: with epoch and index it decides crop and caption.
-    """
-
-    size: int
-    resize_ratio: float | None
-    seed: int
-
-
-class TrainingPairs(Dataset[Sample]):
-    """A random crop and a random caption line of each pair.
-
-    Args:
-        pairs: at least one.
-        augmentation: see there.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], augmentation: Augmentation) -> None:
-        self.pairs = pairs
-        self.augmentation = augmentation
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
-        """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs.
-
-        A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time.
+        Raises:
+            BadSample: they cannot be read, or hold NUL.
         """
-        epoch, index = (0, key) if isinstance(key, int) else key
-        how = self.augmentation
-
-        def read(pair: Pair, rng: Generator) -> tuple[Tensor, str]:
-            captions = read_captions(pair.caption)
-            caption = captions[int(rng.integers(len(captions)))]
-            picture = open_rgb(pair.image)
-            if how.resize_ratio is None:
-                return to_tensor(random_crop(picture, how.size, rng)), caption
-            return to_tensor(random_resized_crop(picture, how.size, rng, how.resize_ratio)), caption
-
-        return _read_or_substitute(self.pairs, index, (how.seed, epoch, index), read)
+        if not self.texts:
+            return read_captions(self.caption)
+        if any("\0" in text for text in self.texts):
+            raise BadSample(self.image, "caption holds NUL")
+        return list(self.texts)
 
 
-class ValidationPairs(Dataset[Sample]):
-    """The centre crop and the first caption line of each pair.
+class PairList(Sequence[Pair]):
+    """Pairs in a few flat arrays, a hundred bytes or so each.
+
+    As objects they would take three times that, and again in every loader process, whose counts of references would
+    copy the pages that they share with this one.
 
     Args:
-        pairs: at least one.
-        size: S.
+        root: folder that names are relative to.
+        images: names of the images, POSIX paths below the root (or anywhere, where they are absolute).
+        captions: names of the files of captions, likewise; or the captions themselves, lines joined.
+        in_table: whether ``captions`` are themselves.
     """
 
-    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
-        self.pairs = pairs
-        self.size = size
+    def __init__(self, root: str, images: Iterable[str], captions: Iterable[str], in_table: bool = False) -> None:
+        self.root = root
+        self.in_table = in_table
+        self.names = FlatStrings(images)
+        self._captions = FlatStrings(captions)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""
-        pair = self.pairs[index]
-        try:
-            return Sample(to_tensor(center_crop(open_rgb(pair.image), self.size)), read_captions(pair.caption)[0])
-        except BadSample as bad:
-            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-            return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        """Pair ``index``, its paths whole."""
+        image = posixpath.join(self.root, self.names[index])
+        captions = self._captions[index]
+        if self.in_table:
+            return Pair(image, texts=tuple(captions.split("\n")))
+        return Pair(image, posixpath.join(self.root, captions))
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to any sequence of the same pairs in the same order."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, indices: Sequence[int]) -> PairList:
+        """Some of the pairs, in the order of the indices."""
+        images = (self.names[index] for index in indices)
+        return PairList(self.root, images, (self._captions[index] for index in indices), self.in_table)
 
 
-def _read_or_substitute(
-    pairs: Sequence[Pair],
-    index: int,
-    entropy: tuple[int, int, int],
-    read: Callable[[Pair, Generator], tuple[Tensor, str]],
-) -> Sample:
-    """Read a pair; where it is bad draw another, so that every batch keeps its shape on every rank."""
-    rng = np.random.default_rng(entropy)
-    skips: list[Skip] = []
-    for _ in range(MAX_SUBSTITUTES):
-        try:
-            pixels, caption = read(pairs[index], rng)
-            return Sample(pixels, caption, tuple(skips))
-        except BadSample as bad:
-            skips.append(Skip(bad.path, bad.reason))
-            index = int(rng.integers(len(pairs)))
-    raise UserError(
-        f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} substitutes drawn at random were bad as well, "
-        f"the last being {skips[-1].path}: {skips[-1].reason}. Expected a folder whose files can nearly all be read."
-    )
+class FlatStrings:
+    """Strings in one block of UTF-8, found by where each ends.
+
+    Args:
+        strings: any; names that are not UTF-8 come back as they were.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        block, ends = bytearray(), array("q")
+        for string in strings:
+            block += string.encode("utf-8", "surrogateescape")
+            ends.append(len(block))
+        self._block, self._ends = bytes(block), ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        """String ``index``, from 0 on."""
+        if not 0 <= index < len(self._ends):
+            raise IndexError(index)
+        start = self._ends[index - 1] if index else 0
+        return self._block[start : self._ends[index]].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+def plain_name(name: str) -> str:
+    """A name as all systems write it: macOS takes letters and their accents apart."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)

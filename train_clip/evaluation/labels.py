@@ -28,9 +28,14 @@ def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
     return [_label(Path(path), places) for path in paths]
 
 
-def _label(path: Path, places: dict[str, int]) -> int:
+def class_name(path: Path) -> str:
+    """What the ``.cls`` file beside an image says, or else the name of its folder."""
     label_file = path.with_suffix(".cls")
-    named = label_file.read_text(encoding="utf-8").strip() if label_file.is_file() else path.parent.name
+    return label_file.read_text(encoding="utf-8").strip() if label_file.is_file() else path.parent.name
+
+
+def _label(path: Path, places: dict[str, int]) -> int:
+    label_file, named = path.with_suffix(".cls"), class_name(path)
     # The name before the number: a class may be called "1".
     if (place := places.get(_plain(named))) is not None:
         return place

@@ -1,0 +1,76 @@
+"""What there is to train on, as found by names alone: nothing is decoded here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from train_clip.data.pairs import PairList
+from train_clip.errors import UserError
+
+CAPTION_SUFFIX = ".txt"
+NAMED = 5  # faults in a message
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder or a table holds.
+
+    Args:
+        source: the folder or the table.
+        num_entries: regular files of any kind; or rows.
+        pairs: in the order of the image's name, the same on every machine.
+        lone_images: images without a caption, by name.
+        lone_captions: captions without an image, by name.
+        faults: what no run can begin with, a message each.
+        others: how many of the files are neither image nor caption, by suffix.
+        folder_links: links to folders, which are not followed.
+    """
+
+    source: Path
+    num_entries: int
+    pairs: PairList
+    lone_images: list[str]
+    lone_captions: list[str]
+    faults: list[str] = field(default_factory=list)
+    others: Mapping[str, int] = field(default_factory=dict)
+    folder_links: list[str] = field(default_factory=list)
+
+    def require_pairs(self) -> Scan:
+        """Return itself.
+
+        Raises:
+            UserError: something is at fault, or there is no pair. The message says what was found instead.
+        """
+        if self.faults:
+            more = len(self.faults) - NAMED
+            named = "\n".join(self.faults[:NAMED])
+            raise UserError(named + (f"\nand {more:,} more: `train-clip data check` lists all." if more > 0 else ""))
+        if not self.pairs:
+            raise UserError(self._no_pairs())
+        return self
+
+    def _no_pairs(self) -> str:
+        table = self.pairs.in_table
+        lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if table else 'files'}."]
+        if self.lone_images:
+            example = self.lone_images[0]
+            wanted = "its caption is empty" if table else f"no {PurePosixPath(example).stem}{CAPTION_SUFFIX}"
+            lines.append(f"  Images without a caption: {len(self.lone_images):,}, for instance {example} ({wanted}).")
+        if self.lone_captions:
+            example = self.lone_captions[0]
+            wanted = f" (no {Path(self.pairs.root) / example})" if table else ""
+            lines.append(f"  Captions without an image: {len(self.lone_captions):,}, for instance {example}{wanted}.")
+        if self.folder_links:
+            lines.append(
+                f"  Links to folders, which are not followed: {len(self.folder_links):,}, for instance "
+                f"{self.folder_links[0]}. Give the folder that it leads to."
+            )
+        lines.append(
+            "  Expected rows of an image and a caption, the image's path relative to the table's folder."
+            if table
+            else "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, "
+            "or list them in a table (--pairs)."
+        )
+        return "\n".join(lines)
