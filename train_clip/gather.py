@@ -95,6 +95,20 @@ def largest(values: Sequence[int], group: Any = None) -> list[int]:
     return [int(value) for value in everyones]
 
 
+def total(number: int, group: Any = None) -> int:
+    """The sum of a number over all ranks.
+
+    Args:
+        number: this rank's.
+        group: of ``host_group``.
+    """
+    if world()[1] == 1:
+        return number
+    everyones = torch.tensor(number, dtype=torch.int64)
+    distributed.all_reduce(everyones, group=group)
+    return int(everyones)
+
+
 def on_any(flag: Tensor) -> Tensor:
     """Whether a flag is set on any rank: () float, 0 or 1, on the flag's device, without waiting for it.
 

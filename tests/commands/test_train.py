@@ -136,7 +136,7 @@ def test_a_broken_image_is_counted_and_named(pair_folder, model_file, tmp_path, 
     """One truncated file: the run goes on, the file is named on the screen and in the log."""
     broken = pair_folder / "005.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0")
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0", "--max_bad", "0.1")
     printed = capsys.readouterr().out
     assert f"Skipped {broken}: damaged image" in printed
     log = run / "logs" / "skipped.tsv"
@@ -152,13 +152,13 @@ def test_broken_images_are_counted_over_all_processes(tmp_path, model_file, caps
     broken = [folder / f"{index:03}.png" for index in range(1, 15, 2)]
     for image in broken:
         image.write_bytes(b"")
-    words = ["--val_share", "0.25", "--epochs", "2", "--num_workers", "0"]
+    words = ["--val_share", "0.25", "--epochs", "2", "--num_workers", "0", "--max_bad", "0.5"]
     one = run_train(folder, model_file, tmp_path / "one", *words)
     alone = capsys.readouterr().out
     shared = run_on_two_processes(folder, model_file, tmp_path / "two", *words)
     logs = [run / "logs" / "skipped.tsv" for run in (one, tmp_path / "two")]
     # Every pair of the 12 to train on and the 4 held out is read once an epoch, and each bad one is replaced.
-    why = "not an image that Pillow can read"
+    why = "empty file"
     for printed, log in zip((alone, shared), logs, strict=True):
         assert [line for line in printed.splitlines() if line.startswith("Epoch")] == [
             f"Epoch {epoch}: 7 samples replaced by others or left out. Bad files so far: 7 (7 × {why}); "
@@ -178,9 +178,9 @@ def test_an_error_of_the_loader_is_told_in_a_line(pair_folder, model_file, tmp_p
         run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0", "--num_workers", workers)
     message = str(stop.value)
     assert message.startswith(f"train-clip: {pair_folder}/0")
-    assert message.endswith("Expected a folder whose files can nearly all be read.")
+    assert message.endswith("Expected data of which nearly all can be read; `train-clip data check` lists what cannot.")
     assert len(message.splitlines()) == 1
-    assert message.count("not an image that Pillow can read") == 2
+    assert message.count("empty file") == 2
 
 
 def test_overfitting_one_batch_learns_it_by_heart(pair_folder, model_file, tmp_path):

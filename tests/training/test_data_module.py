@@ -18,18 +18,20 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from train_clip.data.folder import scan_folder, split_pairs
+from train_clip.data.cores import available_cores
+from train_clip.data.folder import scan_folder
+from train_clip.data.split import split_pairs
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.data_module import MAX_WORKERS, TextImageDataModule, available_cores, fit_batch_size
+from train_clip.training.data_module import MAX_WORKERS, TextImageDataModule, fit_batch_size
 from train_clip.types import Batch
 
 SIZE, CONTEXT = 16, 12
 LOGGER = "lightning.pytorch.utilities.rank_zero"
-WHY = "not an image that Pillow can read"
+WHY = "empty file"
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def test_a_bad_val_share(tmp_path: Path, share: float) -> None:
     """Word for word, before anything is read."""
     with pytest.raises(UserError) as caught:
         data(tmp_path, 4, val_share=share)
-    assert str(caught.value) == f"val_share is {share}; expected a share from 0 (no validation) to below 1."
+    assert str(caught.value) == f"val_share is {share}; expected a share from 0 (none) to below 1."
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan")])
@@ -332,7 +334,7 @@ def test_validation_batches(tmp_path: Path) -> None:
     module = data(tmp_path, 4, val_share=0.3)
     module.setup()
     held_out = [number for batch in module.val_dataloader() for number in numbers(batch)]
-    expected = split_pairs(scan_folder(tmp_path).pairs, tmp_path, 0.3)[1]
+    expected = split_pairs(scan_folder(tmp_path).pairs, 0.3)[1]
     assert held_out == [int(Path(pair.image).stem[1:]) for pair in expected]
     assert [len(batch.images) for batch in module.val_dataloader()] == [4, 2]
     trained = {number for batch in module.train_dataloader() for number in numbers(batch)}
@@ -555,7 +557,7 @@ def test_a_bad_file_is_named_once_and_training_goes_on(tmp_path: Path, capsys: p
     """One empty image among ten over two epochs: full batches, one line in skipped.tsv and on the screen, counts."""
     folder = make_pairs(tmp_path / "data", 10)
     (folder / "p03.png").write_bytes(b"")
-    seen = fit(tmp_path, data(folder, 5), max_epochs=2)
+    seen = fit(tmp_path, data(folder, 5, max_bad=1.0), max_epochs=2)
     assert [len(batch) for batch in seen.trained] == [5] * 4
     assert 3 not in chain.from_iterable(seen.trained)
     bad, log = folder / "p03.png", tmp_path / "skipped.tsv"
@@ -576,7 +578,7 @@ def test_a_bad_file_with_a_name_that_is_not_utf8(tmp_path: Path, capsys: pytest.
     folder = make_pairs(tmp_path / "data", 4)
     for suffix, content in ((b".jpg", b""), (b".txt", b"a bear")):
         Path(os.fsdecode(os.fsencode(folder) + b"/b\xe4r" + suffix)).write_bytes(content)
-    assert len(fit(tmp_path, data(folder, 5), max_epochs=1).trained) == 1
+    assert len(fit(tmp_path, data(folder, 5, max_bad=1.0), max_epochs=1).trained) == 1
     assert (tmp_path / "skipped.tsv").read_bytes() == os.fsencode(folder) + rf"/b\udce4r.jpg	{WHY}".encode() + b"\n"
     assert rf"Skipped {folder}/b\udce4r.jpg: {WHY}." in capsys.readouterr().out
 
@@ -586,7 +588,7 @@ def test_replaced_samples_are_counted_once_each(tmp_path: Path, capsys: pytest.C
     folder = make_pairs(tmp_path / "data", 8)
     for index in range(6):
         (folder / f"p{index:02}.png").write_bytes(b"")
-    fit(tmp_path, data(folder, 8), max_epochs=1)
+    fit(tmp_path, data(folder, 8, max_bad=1.0), max_epochs=1)
     printed = capsys.readouterr().out
     assert f"Epoch 1: 6 samples replaced by others or left out. Bad files so far: 6 (6 × {WHY}); " in printed
 
@@ -596,10 +598,10 @@ def test_bad_files_of_both_splits_are_counted_but_not_in_the_trial_run(
 ) -> None:
     """A held-out image and a caption to train on: two replaced an epoch, though Lightning first tries validation."""
     folder = make_pairs(tmp_path / "data", 10)
-    training, held_out = split_pairs(scan_folder(folder).pairs, folder, 0.2)
+    training, held_out = split_pairs(scan_folder(folder).pairs, 0.2)
     Path(held_out[0].image).write_bytes(b"")
     Path(training[0].caption).write_bytes(b"")
-    fit(tmp_path, data(folder, 4, val_share=0.2), max_epochs=2, num_sanity_val_steps=2)
+    fit(tmp_path, data(folder, 4, val_share=0.2, max_bad=1.0), max_epochs=2, num_sanity_val_steps=2)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         f"Epoch 2: 2 samples replaced by others or left out. Bad files so far: 2 (1 × caption is empty, 1 × {WHY}); "

@@ -24,7 +24,8 @@ def batch(*replaced: tuple[str, ...], num_cut: int = 0) -> Batch:
 def trainer(folder: Path, **how: Any) -> Any:
     """What the report asks of a Trainer."""
     state = {"log_dir": None, "default_root_dir": str(folder), "sanity_checking": False, "current_epoch": 0}
-    return SimpleNamespace(**(state | {"is_global_zero": True} | how))
+    state |= {"is_global_zero": True, "accumulate_grad_batches": 1, "is_last_batch": False, "num_training_batches": 99}
+    return SimpleNamespace(**(state | how))
 
 
 def report(folder: Path) -> SkipReport:

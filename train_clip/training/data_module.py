@@ -1,10 +1,9 @@
-"""Folder → loaders, for one process or many."""
+"""Folder or table → loaders, for one process or many."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from train_clip.data.collate import Collate
-from train_clip.data.folder import FolderScan, Pair, scan_folder, split_pairs
-from train_clip.data.pairs import Augmentation, TrainingPairs, ValidationPairs
+from train_clip.data.cores import available_cores
+from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.sampler import GlobalBatchSampler
+from train_clip.data.samples import Augmentation, TrainingPairs, ValidationPairs
+from train_clip.data.scan import Scan
+from train_clip.data.source import scan_source
+from train_clip.data.split import require_share, split_pairs
+from train_clip.data.table import Columns, scan_table
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.training.signals import outlive_the_first_signal
@@ -25,13 +29,13 @@ MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and 
 
 
 class TextImageDataModule(L.LightningDataModule):
-    """Images and captions that share a stem, anywhere below a folder.
+    """Images and captions that share a stem, anywhere below a folder, or that a table names.
 
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
     of processes and workers. Pairs that do not fill a global batch are left out, others each epoch.
 
     Args:
-        folder: images in any format that Pillow reads by itself, captions in ``.txt`` files, one a line.
+        folder: images, and captions in ``.txt`` files, one a line; None where there is a table.
         batch_size: pairs of a global batch, over all processes.
         num_workers: loader processes for each training process; None for one a core, 8 at
             most, and none where the model itself runs on the cores.
@@ -43,15 +47,20 @@ class TextImageDataModule(L.LightningDataModule):
         val_share: share of the pairs held out for validation, chosen by file name.
         seed: decides order, crops and captions.
         context_length: tokens of a caption at most, with CLIP's tokenizer.
+        pairs: a table of pairs in place of the folder, as ``scan_table`` reads it.
+        val_pairs: a table of pairs to validate on, in place of ``val_share``.
+        image_column: the tables' column of image paths.
+        caption_column: the tables' column of captions.
+        max_bad: share of the pairs that may turn out to be unreadable before a run stops; 1 for any.
 
     Raises:
-        UserError: from ``setup``: a folder without pairs, or numbers that cannot work.
+        UserError: from ``setup``: no pairs, or numbers that cannot work.
     """
 
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
-        folder: str | Path,
-        batch_size: int,
+        folder: str | Path | None = None,
+        batch_size: int = 256,
         num_workers: int | None = 0,
         image_size: int = 224,
         resize_ratio: float | None = None,
@@ -60,10 +69,21 @@ class TextImageDataModule(L.LightningDataModule):
         val_share: float = 0.0,
         seed: int = 0,
         context_length: int = 77,
+        *,
+        pairs: str | Path | None = None,
+        val_pairs: str | Path | None = None,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        max_bad: float = 0.01,
     ) -> None:
         super().__init__()
+        require_share("val_share", val_share)
         for right, message in (
-            (0 <= val_share < 1, f"val_share is {val_share}; expected a share from 0 (no validation) to below 1."),
+            (0 <= max_bad <= 1, f"max_bad is {max_bad}; expected a share from 0 (none) to 1 (any number)."),
+            (
+                folder is not None or pairs is not None,
+                "No data was given. Expected --folder FOLDER, or a table of pairs (--pairs).",
+            ),
             (
                 resize_ratio is None or 0 < resize_ratio <= 1,
                 f"resize_ratio is {resize_ratio}; expected above 0, up to 1.",
@@ -76,28 +96,38 @@ class TextImageDataModule(L.LightningDataModule):
         ):
             if not right:
                 raise UserError(message)
-        self.folder = Path(folder)
+        self.folder = None if folder is None else Path(folder)
+        self.table = None if pairs is None else Path(pairs)
+        self.val_table = None if val_pairs is None else Path(val_pairs)
+        self.columns = Columns(image_column, caption_column)
+        self.max_bad = max_bad
         self.wanted_batch_size = self.batch_size = batch_size
         self.num_workers = num_workers
         self.augmentation = Augmentation(image_size, resize_ratio, seed)
         self.shuffle = shuffle
-        self.val_share = val_share
+        self.val_share = 0.0 if val_pairs is not None else val_share
         self.collate = Collate(custom_tokenizer or Tokenizer(context_length))
-        self.training_pairs: list[Pair] = []
-        self.validation_pairs: list[Pair] = []
+        self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
     def setup(self, stage: str | None = None) -> None:
-        """Scan the folder, the first time, and settle the batch size for the number of processes, each time."""
+        """Find the pairs, the first time, and settle the batch size for the number of processes, each time."""
         scan = None
         if not self.training_pairs:
-            scan = scan_folder(self.folder).require_pairs()
-            self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.folder, self.val_share)
-            self._names = pair_names(self.training_pairs, self.folder)
+            scan = scan_source(self.folder, self.table, self.columns).require_pairs()
+            self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.val_share)
+            if self.val_table is not None:
+                self.validation_pairs = scan_table(self.val_table, self.columns).require_pairs().pairs
+            self._names = pair_names(self.training_pairs)
         processes = self._process()[1]
-        self.batch_size = fit_batch_size(self.wanted_batch_size, len(self.training_pairs), processes, self.folder)
+        self.batch_size = fit_batch_size(self.wanted_batch_size, len(self.training_pairs), processes, self.source)
         if scan is not None:
             rank_zero_info(self._summary(scan))
+
+    @property
+    def source(self) -> Path:
+        """The folder or the table."""
+        return self.folder or self.table or Path()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Global batches of fixed size, this process's share."""
@@ -148,13 +178,13 @@ class TextImageDataModule(L.LightningDataModule):
         if changed:
             found = ", ".join(f"{name} {own[name]}, was {kept[name]}" for name in changed)
             raise UserError(
-                f"{self.folder}: the data is not what the run began with ({found}). Its place in the data and its "
+                f"{self.source}: the data is not what the run began with ({found}). Its place in the data and its "
                 "learning rate are counted in batches of one order. Give the earlier values (--minibatch_size is free "
                 "to change), or begin a new run."
             )
         if kept and kept["names"] != own["names"]:
             rank_zero_warn(
-                f"{self.folder}: some of the pairs have other names than when the run began. The run goes on at the "
+                f"{self.source}: some of the pairs have other names than when the run began. The run goes on at the "
                 "same place in the order, where other pairs may stand: some come twice in this epoch, some not at all."
             )
 
@@ -181,13 +211,13 @@ class TextImageDataModule(L.LightningDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         return getattr(module, "consumed_batches", 0)
 
-    def _summary(self, scan: FolderScan) -> str:
+    def _summary(self, scan: Scan) -> str:
         left_out = len(self.training_pairs) % self.batch_size
         lines = []
         if self.batch_size < self.wanted_batch_size:
             lines.append(f"Fewer pairs than a batch: it shrinks from {self.wanted_batch_size} to {self.batch_size}.")
         lines += [
-            f"{self.folder}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
+            f"{self.source}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
             f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
             f"{self.batch_size:,} an epoch"
             + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
@@ -200,26 +230,29 @@ class TextImageDataModule(L.LightningDataModule):
             lines.append(f"  {len(scan.lone_images):,} images have no caption, for instance {scan.lone_images[0]}.")
         if scan.lone_captions:
             lines.append(f"  {len(scan.lone_captions):,} captions have no image, for instance {scan.lone_captions[0]}.")
+        if scan.folder_links:
+            lines.append(
+                f"  {len(scan.folder_links):,} links to folders are not followed, for instance {scan.folder_links[0]}."
+            )
         return "\n".join(lines)
 
 
-def pair_names(pairs: Sequence[Pair], folder: Path) -> str:
+def pair_names(pairs: PairList) -> str:
     """A digest of the pairs' names and order, the same wherever the folder lies."""
-    root = os.path.join(folder, "")  # noqa: PTH118, with its separator at the end
     digest = hashlib.blake2b(digest_size=16)
-    for pair in pairs:
-        digest.update(os.fsencode(pair.image.removeprefix(root)) + b"\0")
+    for name in pairs.names:
+        digest.update(plain_name(name).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
 
 
-def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, folder: Path) -> int:
+def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, source: Path) -> int:
     """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer.
 
     Args:
         wanted: pairs of a global batch.
         num_pairs: pairs to train on.
         num_processes: what the batch is shared among.
-        folder: named in messages.
+        source: named in messages.
 
     Raises:
         UserError: the batch does not divide among the processes, or there are too few pairs for any.
@@ -235,13 +268,7 @@ def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, folder: Path
     fitting = num_pairs // num_processes * num_processes
     if fitting < 2:
         raise UserError(
-            f"{folder}: {num_pairs} pairs to train on, {num_processes} processes; expected at least 2 pairs, and one a "
+            f"{source}: {num_pairs} pairs to train on, {num_processes} processes; expected at least 2 pairs, and one a "
             "process. Add pairs, or hold out fewer for validation (--val_share)."
         )
     return fitting
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    # Where there is no affinity (macOS, Windows) all cores are free.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -156,9 +156,7 @@ class EndOfStep(L.Callback):
         number = largest([self.signals.received], self._hosts)[0]
         if not number:
             return
-        if within_epoch:
-            log_step(trainer)
-        saved = save_now(trainer)
+        saved = save_now(trainer, within_epoch)
         rank_zero_info(
             f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
             + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
@@ -175,8 +173,15 @@ def set_rates(schedule: Any) -> None:
             group["lr"] = peak * share(schedule.last_epoch)
 
 
-def save_now(trainer: L.Trainer) -> Path | None:
-    """Save the state of the run beside its other checkpoints, on all processes; None where it has none."""
+def save_now(trainer: L.Trainer, within_epoch: bool) -> Path | None:
+    """Save the state of the run beside its other checkpoints, on all processes; None where it has none.
+
+    Args:
+        trainer: no gradient of its may be pending.
+        within_epoch: whether the figures of the last step are still to be logged.
+    """
+    if within_epoch:
+        log_step(trainer)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, Checkpoints):
             return callback.save(trainer)
