@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_pairs
 from train_clip import cli
 from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions
 from train_clip.errors import UserError
@@ -27,11 +28,15 @@ def test_every_option_reaches_its_dataclass():
     values = parsed(
         *"--model_name RN50 --image_size 64 --minibatch_size 8 --batch_size 32 --num_workers 3".split(),
         *"--resize_ratio 0.75 --shuffle false --val_share 0.2 --learning_rate 1e-3 --weight_decay 0.1".split(),
-        *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out".split(),
+        *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out --max_bad 0.1 --val_pairs val.csv".split(),
+        *"--pairs train.csv --image_column file --caption_column title".split(),
         *("--betas", "[0.8, 0.9]"),
     )
     assert values["model"] == ModelOptions("RN50", 64, 8)
-    assert values["data"] == DataOptions(Path("data_dir"), 32, 3, 0.75, False, 0.2)
+    table = {"pairs": Path("train.csv"), "image_column": "file", "caption_column": "title"}
+    assert values["data"] == DataOptions(
+        Path("data_dir"), 32, 3, 0.75, False, 0.2, max_bad=0.1, val_pairs=Path("val.csv"), **table
+    )
     assert values["optimizer"] == OptimizerOptions(1e-3, 0.1, (0.8, 0.9), 1e-7, 5)
     assert values["run"] == RunOptions(7, 3, Path("out"))
 
@@ -59,6 +64,25 @@ def test_every_option_has_help():
 def test_known_spellings_mean_one_option(words):
     """What people type for the batch size, one and the same."""
     assert parsed(*words)["data"].batch_size == 7
+
+
+def test_verbs_of_two_words():
+    """``data check`` is a verb, ``data`` alone asks for the list, and what begins like one and is none is refused."""
+    assert cli.split_verb(["data", "check", "folder"]) == ("data check", ["folder"])
+    assert cli.split_verb(["train", "data"]) == ("train", ["data"])
+    assert cli.split_verb(["data"]) == (None, [])
+    assert cli.split_verb(["data", "--help"]) == (None, ["--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["data", "chek", "folder"])
+    assert "unknown verb 'data chek'; expected one of demo, train" in str(stop.value.code)
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    """``| head -1`` of a report: no message, and the exit code that shells give to SIGPIPE."""
+    write_pairs(tmp_path / "pairs", 3)
+    command = f"set -o pipefail; {sys.executable} -m train_clip.cli data check pairs --cache false | true"
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) in ((141, ""), (0, ""))
 
 
 def test_abbreviations_are_refused(capsys):

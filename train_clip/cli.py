@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import os
 import sys
 import typing
 from collections import OrderedDict
@@ -19,11 +20,14 @@ from typing import Any
 
 from train_clip.errors import UserError
 
-# verb → the module whose function of that name it calls, and what it does.
+# verb, of one word or two → the module whose function of that name it calls, and what it does.
 VERBS = {
     "demo": ("train_clip.commands.demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
     "train": ("train_clip.commands.train", "train a CLIP from scratch on a folder of images and captions"),
     "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
+    "data check": ("train_clip.commands.data_check", "look at every pair before training: what is bad, cut, repeated"),
+    "data show": ("train_clip.commands.data_show", "write a contact sheet: pairs as the model will see them"),
+    "data split": ("train_clip.commands.data_split", "divide pairs into tables for training, validation and test"),
     "models": ("train_clip.commands.models", "list the models, their sizes and their optimizer numbers"),
 }
 
@@ -54,21 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: those of the process where None.
     """
-    for stream in (sys.stdout, sys.stderr):
-        # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    _print_anything()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
-        return
-    if words[0] not in VERBS:
-        sys.exit(f"train-clip: unknown verb {words[0]!r}; expected one of {', '.join(VERBS)}.")
+    verb, rest = split_verb(words)
+    if verb is None:
+        if not rest or rest[0] in ("-h", "--help"):
+            print(_overview())
+            return
+        sys.exit(f"train-clip: unknown verb {' '.join(rest[:2])!r}; expected one of {', '.join(VERBS)}.")
     try:
-        function, call = parse(words[0], words[1:])
+        function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
     except UserError as error:
         sys.exit(f"train-clip: {_message(error)}")
+    except BrokenPipeError:
+        # `| head` has read enough. What is left to print must not fail at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as shells report it
     except OSError as error:
         if error.errno not in OF_FILES:
             raise
@@ -82,6 +88,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 
+def _print_anything() -> None:
+    """Arrows and × stand in messages; a terminal or log that cannot write them must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take the verb, of one word or two, off the arguments; None where they begin with none."""
+    for number in (2, 1):
+        if " ".join(words[:number]) in VERBS:
+            return " ".join(words[:number]), list(words[number:])
+    groups = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
+    # A group alone, or with --help, asks for the list of all verbs.
+    asks = bool(words) and words[0] in groups and (len(words) == 1 or words[1] in ("-h", "--help"))
+    return None, list(words[1:] if asks else words)
+
+
 def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Read a verb's arguments.
 
@@ -92,7 +116,7 @@ def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.
     Returns:
         The verb's function, and what to call it with.
     """
-    function = getattr(importlib.import_module(VERBS[verb][0]), verb)
+    function = getattr(importlib.import_module(VERBS[verb][0]), verb.replace(" ", "_"))
     parser, groups = _parser(verb, function)
     parsed = parser.parse_args(normalise(words)).as_dict()
     values = OrderedDict()
@@ -179,7 +203,9 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
         elif isinstance(hint, type) and issubclass(hint, dict):
             groups[name] = (hint, _add_trainer(parser))
         elif name in positional:
-            parser.add_argument(name, type=hint, help=text)
+            required = parameter.default is inspect.Parameter.empty
+            optional = {} if required else {"nargs": "?", "default": parameter.default}
+            parser.add_argument(name, type=hint, help=text, **optional)
             groups[name] = (None, [])
         else:
             parser.add_argument(f"--{name}", type=hint, default=parameter.default, help=text)
@@ -202,7 +228,7 @@ def _message(error: UserError) -> str:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:10} {help_text}" for verb, (_, help_text) in VERBS.items())
+    verbs = "\n".join(f"  {verb:11} {help_text}" for verb, (_, help_text) in VERBS.items())
     return (
         f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
         "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."

@@ -1,0 +1,342 @@
+"""`data check`: the report against what was written by hand, figure by figure, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import write_pairs
+from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
+from train_clip import cli
+from train_clip.commands import data_check as command
+from train_clip.commands.data_check import CheckOptions, data_check
+from train_clip.data.audit import Audit, perceptual_hash
+from train_clip.data.report import Report
+from train_clip.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "train-clip"
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> Everything:
+    """One of everything, without what stops a run."""
+    return write_everything(tmp_path / "everything")
+
+
+def check(folder: Path, **options: object) -> Report:
+    return data_check(folder, options=CheckOptions(**{"max_bad": 1.0, "num_workers": 0} | options))  # type: ignore[arg-type]
+
+
+def test_one_of_everything(everything: Everything) -> None:
+    """Every file of the fixture is in the report for what it is, and nothing else is."""
+    folder = everything.folder
+    report = check(folder, image_size=16)
+    expected: dict[str, list[str]] = {}
+    for name, why in everything.bad.items():
+        expected.setdefault(why, []).append(str(folder / name))
+    assert report.bad == {why: sorted(paths) for why, paths in expected.items()}
+    assert report.bad_pairs == len(everything.bad)
+    assert report.pairs == len(everything.clean) + len(everything.bad)
+    assert {what: (found.number, found.examples) for what, found in report.mended.items()} == {
+        what: (len(names), sorted(names)[:5]) for what, names in everything.mended.items()
+    }
+    assert (report.lone_images.number, report.lone_images.examples) == (1, ["lone_image.jpg"])
+    assert (report.lone_captions.number, report.lone_captions.examples) == (1, ["lone_caption.txt"])
+    assert report.others == {".json": 1, ".heic": 1}
+    assert report.entries == 2 * report.pairs + 4
+    assert report.faults == report.problems == []
+
+
+def test_captions_of_everything(everything: Everything) -> None:
+    """The long line is the one that is cut, by 15 of its 90 tokens; U+2028 and CR LF begin one line and no line."""
+    captions = check(everything.folder).captions
+    assert captions is not None
+    assert (captions.longest, captions.longest_in) == (len(LONG.split()), "long.jpg")
+    assert (captions.cut, captions.tokens_cut) == (1, 90 - 75)
+    # One line each; CR LF has two. Images that are bad have good captions.
+    readable = len(everything.clean) + sum(name.endswith((".jpg", ".png", ".tif")) for name in everything.bad)
+    assert captions.lines == readable + 1
+    assert captions.most_lines == 2
+    assert (captions.repeated, captions.repeated_nearly) == (0, 0)
+
+
+def test_what_no_run_begins_with(tmp_path: Path) -> None:
+    """Pipes, dead links, a folder called x.jpg and two images of one stem: word for word, and the exit code is 1."""
+    folder = write_everything(tmp_path / "everything", faults=True).folder
+    with pytest.raises(UserError) as caught:
+        check(folder, json=tmp_path / "report.json")
+    assert str(caught.value) == f"{folder}: training would fail. 5 faults, listed above."
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    regular = "expected a regular file under this name. Rename or remove it."
+    assert report["faults"] == [
+        f"{folder}/dangling.jpg: is a link to a file that is not there; {regular}",
+        f"{folder}/folder.jpg: is a folder; {regular}",
+        f"{folder}/loop.jpg: is a link that leads back to itself; {regular}",
+        f"{folder}/pipe.jpg: is a pipe; {regular}",
+        f"{folder}/twice: one stem has 2 images and 1 caption, so it is not clear which belong together:\n"
+        "  twice/cat.jpg\n  twice/cat.png\n  twice/cat.txt\n  Expected one of each. Rename or remove the others.",
+    ]
+    assert report["folder_links"] == {"number": 1, "examples": ["above"]}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", "check", str(folder), "--max_bad", "1"])
+    assert str(stopped.value.code).startswith("train-clip: ")
+
+
+@pytest.mark.parametrize(("max_bad", "stops"), [(0.43, False), (0.41, True), (0.01, True)])
+def test_more_bad_pairs_than_may_be(tmp_path: Path, max_bad: float, stops: bool) -> None:
+    """Eight pairs in nineteen, 42.1%, against a cap above and below."""
+    folder = write_pairs(tmp_path / "pairs", 19)
+    for index in range(8):
+        (folder / f"{index:03}.png").write_bytes(b"")
+    if not stops:
+        assert check(folder, max_bad=max_bad).problems == []
+        return
+    with pytest.raises(UserError, match=r"8 of 19 pairs \(42\.1%\) cannot be used, more than --max_bad 0\."):
+        check(folder, max_bad=max_bad)
+
+
+@pytest.mark.parametrize(("number", "problem"), [(0, "There is no pair."), (1, "fewer than 2 pairs to train on")])
+def test_too_few_pairs(tmp_path: Path, number: int, problem: str) -> None:
+    """Nothing and a single pair: training would not begin."""
+    with pytest.raises(UserError, match=problem):
+        check(write_pairs(tmp_path / "pairs", number))
+
+
+def test_a_table_is_checked_like_the_folder(everything: Everything, tmp_path: Path) -> None:
+    """The images of the folder out of a table, each with its name for a caption: the same are bad, the same mended."""
+    images = [name for name in everything.bad if not name.endswith(".txt")]
+    rows = [f"everything/{name},caption of {name}\n" for name in [*everything.clean, *images]]
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(rows), encoding="utf-8")
+    report = data_check(options=CheckOptions(pairs=tmp_path / "pairs.csv", max_bad=1.0, num_workers=0))
+    of_folder = check(everything.folder)
+    assert (report.pairs, report.entries, report.bad_pairs) == (len(rows), len(rows), len(images))
+    of_images = {why: paths for why, paths in of_folder.bad.items() if not paths[0].endswith(".txt")}
+    assert report.bad == of_images
+    assert {what: found.number for what, found in report.mended.items()} == {
+        what: found.number for what, found in of_folder.mended.items() if what.split()[0] not in ("byte", "line")
+    }
+    assert report.sizes is not None
+
+
+def test_repeats_and_leaks(tmp_path: Path) -> None:
+    """Two equal files, one recompressed, one caption twice, one in capitals; half held out: counted by hand."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    first = encoded(drawing(1, 200, 150), "PNG")
+    images = [
+        first,
+        first,
+        encoded(drawing(1, 200, 150), "JPEG", quality=60),
+        *(encoded(drawing(seed, 200, 150), "PNG") for seed in (2, 3, 4)),
+    ]
+    captions = ["a dog", "a cat", "a dog", "A Dog", "a bird", "a fish"]
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        (folder / f"{index}.png").write_bytes(image)
+        (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
+    report = check(folder, val_share=0.5)
+    assert report.repeats.equal == 2
+    assert report.repeats.equal_groups == [["0.png", "1.png"]]
+    assert report.captions is not None
+    assert (report.captions.repeated, report.captions.repeated_nearly) == (2, 1)
+    assert report.captions.most_repeated == [(2, "a dog")]
+    held = held_out_names(folder)
+    sides = [f"{index}.png" in held for index in range(6)]
+    assert report.leaks.held_out == sum(sides) == 3
+    assert report.leaks.images == int(sides[0] != sides[1])
+    dogs = [sides[index] for index in (0, 2, 3)]
+    assert report.leaks.captions == (sum(dogs) if len(set(dogs)) == 2 else 0)
+    if perceptual_hash() is None:
+        assert report.repeats.near is report.leaks.images_nearly is None
+    else:
+        assert report.repeats.near == 3
+        alike = sides[:3]
+        assert report.leaks.images_nearly == (sum(alike) if len(set(alike)) == 2 else 0)
+
+
+def held_out_names(folder: Path) -> set[str]:
+    from train_clip.data.folder import scan_folder
+    from train_clip.data.split import split_pairs
+
+    return {Path(pair.image).name for pair in split_pairs(scan_folder(folder).pairs, 0.5)[1]}
+
+
+def test_sizes(tmp_path: Path) -> None:
+    """Five pictures of known sizes, one of them stored lying: least, median and most of each figure."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index, (width, height) in enumerate([(100, 50), (300, 200), (64, 64), (80, 240)]):
+        drawing(index, width, height).save(folder / f"{index}.png")
+    drawing(9, 400, 100).save(folder / "4.jpg", exif=exif)
+    for index in range(5):
+        (folder / f"{index}.txt").write_text(f"number {index}")
+    sizes = check(folder, image_size=100).sizes
+    assert sizes is not None
+    assert [sizes.width[at] for at in (0, 2, 4)] == [64, 100, 300]
+    assert [sizes.height[at] for at in (0, 2, 4)] == [50, 200, 400]
+    assert [sizes.aspect[at] for at in (0, 2, 4)] == [1.0, 2.0, 4.0]
+    assert sizes.enlarged == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(everything: Everything, workers: int) -> None:
+    """No processes against one and two: the same report."""
+    assert check(everything.folder, cache=False) == check(everything.folder, cache=False, num_workers=workers)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The places of the pairs that are looked at from here on."""
+    looked_at: list[int] = []
+    look = Audit.__getitem__
+
+    def recorded(self: Audit, index: int) -> object:
+        looked_at.append(self.places[index])
+        return look(self, index)
+
+    monkeypatch.setattr(Audit, "__getitem__", recorded)
+    return looked_at
+
+
+def test_a_second_look_opens_what_has_changed_alone(
+    everything: Everything, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing changed, a file mended, a pair gone, a pair added: the report is that of a look without what was kept."""
+    folder = everything.folder
+    looked_at = counted(monkeypatch)
+    first = check(folder)
+    assert len(looked_at) == first.pairs
+    assert len(list((cache / "scans").glob("everything-*.sqlite"))) == 1
+    looked_at.clear()
+    assert check(folder) == first
+    assert looked_at == []
+    (folder / "blank.txt").write_text("no longer blank")
+    for suffix in (".jpg", ".txt"):
+        (folder / f"plain{suffix}").unlink()
+    (folder / "lone_image.txt").write_text("in company")
+    second = check(folder)
+    assert len(looked_at) == 2
+    looked_at.clear()
+    assert second == check(folder, cache=False)
+    assert second.bad_pairs == first.bad_pairs - 1
+    assert second.pairs == first.pairs
+
+
+def test_captions_of_a_table_that_change_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One caption of three rewritten in the table: that pair alone."""
+    write_pairs(tmp_path / "pairs", 3)
+    table = tmp_path / "table.csv"
+    options = CheckOptions(pairs=table, num_workers=0)
+    table.write_text("image,caption\n" + "".join(f"pairs/00{index}.png,say {index}\n" for index in range(3)))
+    data_check(options=options)
+    looked_at = counted(monkeypatch)
+    table.write_text(table.read_text().replace("say 1", "say something"))
+    data_check(options=options)
+    assert looked_at == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(2000)])
+def test_a_damaged_store_is_made_anew(tmp_path: Path, cache: Path, content: bytes) -> None:
+    """Nothing, text and a broken database in its place: the same report."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    first = check(folder)
+    (kept,) = (cache / "scans").iterdir()
+    kept.write_bytes(content)
+    assert check(folder) == first
+    assert sqlite3.connect(kept).execute("SELECT COUNT(*) FROM pairs").fetchone() == (4,)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A file where the cache's folder should be: a line says so, and the report is there."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert check(folder).pairs == 4
+    assert "what is found cannot be kept there" in capsys.readouterr().out
+
+
+def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after 40 of 60 pairs: what was kept by then is not looked at again."""
+    folder = write_pairs(tmp_path / "pairs", 60)
+    monkeypatch.setattr(command, "KEPT_EVERY", 1)
+    looked_at = counted(monkeypatch)
+    look = Audit.__getitem__
+
+    def interrupted(self: Audit, index: int) -> object:
+        if index == 40:
+            raise KeyboardInterrupt
+        return look(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Audit, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            check(folder)
+    looked_at.clear()
+    assert check(folder).pairs == 60
+    assert looked_at == list(range(32, 60))
+
+
+def test_without_the_library_for_perceptual_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line says what to install, all else is the same, and the store is taken again once the library is there."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    whole = check(folder)
+    with monkeypatch.context() as patch:
+        for module in ("audit", "audit_store", "repeats"):
+            patch.setattr(f"train_clip.data.{module}.perceptual_hash", lambda: None)
+        report = check(folder)
+    assert "Similar images were not looked for: pip install ImageHash" in capsys.readouterr().out
+    assert report.repeats.near is None
+    assert dataclasses.replace(report, repeats=whole.repeats, leaks=whole.leaks) == whole
+    assert check(folder) == whole
+
+
+def test_the_report_in_words_and_for_machines(everything: Everything, tmp_path: Path, capsys) -> None:
+    """Every bad file is named on the screen under its reason; the JSON holds the same report."""
+    report = check(everything.folder, json=tmp_path / "report.json")
+    said = capsys.readouterr().out.splitlines()
+    for name, why in everything.bad.items():
+        below = said[said.index(f"  {len(report.bad[why])} × {why}") + 1 :]
+        assert f"    {everything.folder / name}" in below
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(
+        json.dumps(dataclasses.asdict(report))
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--image_size 0", "--image_size 0: expected 1 or above"),
+        ("--context_length 1", "--context_length 1: expected 2 or above"),
+        ("--val_share 1", "val_share is 1.0; expected a share from 0"),
+        ("--max_bad 2", "--max_bad 2.0: expected a share from 0 to 1"),
+        ("--pairs other.csv", "expected one of them"),
+    ],
+)
+def test_what_cannot_work_is_told_in_a_line(tmp_path: Path, words: str, message: str) -> None:
+    """Numbers out of their range, and two sources."""
+    folder = write_pairs(tmp_path / "pairs", 3)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data", "check", str(folder), *words.split()])
+    assert message in str(stopped.value.code)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """A Latin-1 name is looked at, kept and printed with its bytes escaped."""
+    folder = write_pairs(tmp_path / "pairs", 2)
+    (folder / os.fsdecode(b"b\xe4r.png")).touch()
+    (folder / os.fsdecode(b"b\xe4r.txt")).write_text("a bear")
+    assert check(folder).bad == {"empty file": [f"{folder}/b\\xe4r.png"]}
+    assert check(folder).bad_pairs == 1

@@ -1,0 +1,179 @@
+"""`data split`: tables that a run takes, the same wherever and whatever the files are called."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands.test_train import metrics, model_file  # noqa: F401
+from tests.conftest import write_pairs
+from train_clip import cli
+from train_clip.commands.data_split import SplitOptions, data_split
+from train_clip.data.table import Columns, scan_table
+from train_clip.errors import UserError
+
+PARTS = ("train", "val", "test")
+
+
+def split(folder: Path, output: Path, **options: object) -> dict[str, set[str]]:
+    """Divide, and give the content of each part's images."""
+    data_split(folder, options=SplitOptions(output=output, **options))  # type: ignore[arg-type]
+    return {
+        part: {Path(pair.image).read_bytes().hex() for pair in scan_table(output / f"{part}.csv", Columns()).pairs}
+        for part in PARTS
+    }
+
+
+def test_every_pair_once_with_all_its_captions(tmp_path: Path) -> None:
+    """Forty pairs of two captions, a tenth and a fifth: the numbers, every pair in one table, its lines in order."""
+    folder = write_pairs(tmp_path / "pairs", 40)
+    parts = split(folder, tmp_path / "split", val_share=0.1, test_share=0.2)
+    assert {part: len(images) for part, images in parts.items()} == {"train": 28, "val": 4, "test": 8}
+    rows = [row for part in PARTS for row in csv.DictReader((tmp_path / "split" / f"{part}.csv").open(newline=""))]
+    assert len(rows) == 80
+    for index in range(40):
+        captions = [row["caption"] for row in rows if row["image"] == f"../pairs/{index:03}.png"]
+        assert captions == [f"picture {index}", f"the one numbered {index}"]
+
+
+def test_neither_place_nor_names_matter_but_the_seed_does(tmp_path: Path) -> None:
+    """The folder copied under other names, in other subfolders: each image on the same side; not with another seed."""
+    folder = write_pairs(tmp_path / "pairs", 40)
+    for index, image in enumerate(sorted(folder.glob("*.png"), reverse=True)):
+        place = tmp_path / "copy" / str(index % 3)
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, place / f"other {index}.png")
+        shutil.copy(image.with_suffix(".txt"), place / f"other {index}.txt")
+    shares = {"val_share": 0.2, "test_share": 0.2}
+    first = split(folder, tmp_path / "a", **shares)
+    assert first == split(tmp_path / "copy", tmp_path / "elsewhere" / "b", **shares)
+    assert first != split(folder, tmp_path / "c", seed=1, **shares)
+
+
+def test_pairs_that_share_an_image_stay_on_one_side(tmp_path: Path) -> None:
+    """Ten images, each under four names: no content in two tables, and the shares are kept to within a group."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for index in range(40):
+        Image.fromarray(np.full((8, 8, 3), 20 * (index % 10), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"number {index}")
+    for seed in range(5):
+        parts = split(folder, tmp_path / f"split{seed}", val_share=0.25, test_share=0.25, seed=seed)
+        assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 10
+        assert (len(parts["val"]), len(parts["test"])) == (2, 2)
+
+
+def test_a_cap_on_each_class(tmp_path: Path) -> None:
+    """Two classes by folder, one by its .cls file: three pairs of each at most, the same ones at every share."""
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        place = tmp_path / "pairs" / ("cat" if index % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{index}.png")
+        (place / f"{index}.txt").write_text(f"number {index}")
+        if index < 4:
+            (place / f"{index}.cls").write_text("bird")
+    parts = split(tmp_path / "pairs", tmp_path / "a", max_per_class=3, val_share=0.0, test_share=0.0)
+    assert len(parts["train"]) == 9
+    names = [Path(pair.image) for pair in scan_table(tmp_path / "a" / "train.csv", Columns()).pairs]
+    classes = ["bird" if int(name.stem) < 4 else name.parent.name for name in names]
+    assert sorted(classes) == ["bird"] * 3 + ["cat"] * 3 + ["dog"] * 3
+    other = split(tmp_path / "pairs", tmp_path / "b", max_per_class=3, val_share=0.2, test_share=0.2)
+    assert set.union(*other.values()) == parts["train"]
+
+
+def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A caption of blanks: named, and in no table."""
+    folder = write_pairs(tmp_path / "pairs", 6)
+    (folder / "002.txt").write_text(" \n")
+    assert sum(map(len, split(folder, tmp_path / "split").values())) == 5
+    assert f"Left out: {folder}/002.txt: caption is empty" in capsys.readouterr().out
+
+
+def test_a_table_divides_like_its_folder(tmp_path: Path) -> None:
+    """The tables of a table, against those of the folder."""
+    folder = write_pairs(tmp_path / "pairs", 30)
+    whole = split(folder, tmp_path / "whole", val_share=0.0, test_share=0.0)
+    assert len(whole["train"]) == 30
+    first = split(folder, tmp_path / "a", val_share=0.2)
+    data_split(options=SplitOptions(pairs=tmp_path / "whole" / "train.csv", output=tmp_path / "b", val_share=0.2))
+    for part in PARTS:
+        assert (tmp_path / "a" / f"{part}.csv").read_text() == (tmp_path / "b" / f"{part}.csv").read_text()
+    assert first["val"]
+
+
+def test_the_tables_train_and_evaluate(tmp_path: Path, model_file: Path, capsys) -> None:  # noqa: F811
+    """Split, train on train.csv with val.csv, evaluate on test.csv: by the commands that each prints for the next."""
+    folder = write_pairs(tmp_path / "pairs", 30)
+    output = tmp_path / "split"
+    cli.main(["data", "split", str(folder), "--output", str(output), "--val_share", "0.2", "--test_share", "0.2"])
+    (proposed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: train-clip train")]
+    words = [*proposed.split()[2:], "--model_name", str(model_file), "--batch_size", "4", "--epochs", "1"]
+    cli.main([*words, "--accelerator", "cpu", "--log_every_n_steps", "1", "--output", str(tmp_path / "run")])
+    (proposed,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: train-clip evaluate")
+    ]
+    assert proposed.split()[4:] == ["--pairs", str(output / "val.csv")]
+    cli.main(proposed.split()[2:])
+    assert "6 images, 12 captions" in capsys.readouterr().out
+    cli.main(["evaluate", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), "--pairs", str(output / "test.csv")])
+    assert "6 images, 12 captions" in capsys.readouterr().out
+
+
+def test_a_table_of_the_whole_folder_trains_as_the_folder(tmp_path: Path, model_file: Path) -> None:  # noqa: F811
+    """The same losses, step by step, from the folder and from a table beside the images."""
+    folder = write_pairs(tmp_path / "pairs", 12)
+    data_split(folder, options=SplitOptions(output=tmp_path / "split", val_share=0.0, test_share=0.0))
+    shutil.copy(tmp_path / "split" / "train.csv", folder / "pairs.csv")
+    text = (folder / "pairs.csv").read_text().replace("../pairs/", "").replace("image,caption", "file,title")
+    (folder / "pairs.csv").write_text(text)
+    losses = []
+    for number, words in enumerate(
+        (["--folder", str(folder)], ["--pairs", str(folder / "pairs.csv"), "--image_column", "file"])
+    ):
+        run = tmp_path / f"run{number}"
+        columns = ["--caption_column", "title"] if number else []
+        words += [
+            *columns,
+            "--model_name",
+            str(model_file),
+            "--val_share",
+            "0.25",
+            "--batch_size",
+            "4",
+            "--epochs",
+            "2",
+        ]
+        cli.main(["train", *words, "--accelerator", "cpu", "--log_every_n_steps", "1", "--output", str(run)])
+        losses.append([(row["train/loss"], row["val/loss"]) for row in metrics(run)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_share": 0.5, "test_share": 0.5}, "expected their sum below 1"),
+        ({"val_share": -0.1}, "val_share is -0.1"),
+        ({"max_per_class": 0}, "--max_per_class 0: expected 1 or above"),
+    ],
+)
+def test_what_cannot_work(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    """Shares and caps out of range: refused, nothing written."""
+    with pytest.raises(UserError, match=message):
+        split(write_pairs(tmp_path / "pairs", 4), tmp_path / "split", **options)
+    assert not (tmp_path / "split").exists()
+
+
+def test_tables_are_not_overwritten(tmp_path: Path) -> None:
+    """A second split into one folder is refused and leaves the first as it is."""
+    folder = write_pairs(tmp_path / "pairs", 8)
+    split(folder, tmp_path / "split")
+    before = (tmp_path / "split" / "train.csv").read_text()
+    with pytest.raises(UserError, match="there already, and left as it is"):
+        split(folder, tmp_path / "split", seed=1)
+    assert (tmp_path / "split" / "train.csv").read_text() == before

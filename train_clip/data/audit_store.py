@@ -1,0 +1,155 @@
+"""The facts of an audit on disk, so that a scan of a million files takes no memory and need not be done twice.
+
+One SQLite file a source. A pair's facts are taken again when the size or the time of one of its files has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from train_clip.data.audit import PairFacts, perceptual_hash
+from train_clip.data.pairs import Pair, PairList
+
+FORMAT = 1  # to be raised when what is stored, or what is found bad, changes
+LOCKED_SECONDS = 60.0  # to wait for another check of the same source
+
+TABLES = """
+CREATE TABLE about (format TEXT);
+CREATE TABLE pairs (id INTEGER PRIMARY KEY, name BLOB UNIQUE, stamp TEXT, place INTEGER,
+                    width INTEGER, height INTEGER, content BLOB, look INTEGER);
+CREATE TABLE bad (pair INTEGER, path BLOB, reason TEXT);
+CREATE TABLE mended (pair INTEGER, what TEXT);
+CREATE TABLE captions (pair INTEGER, text BLOB, tokens BLOB, length INTEGER);
+CREATE INDEX bad_of ON bad (pair);
+CREATE INDEX mended_of ON mended (pair);
+CREATE INDEX captions_of ON captions (pair);
+"""
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-clip"
+
+
+class AuditStore:
+    """What is known of a source's pairs.
+
+    ``place`` is a pair's place in the present list; facts of pairs that are no longer there are dropped.
+
+    Args:
+        source: folder or table.
+        folder: where stores are kept; None for one in memory.
+    """
+
+    def __init__(self, source: Path, folder: Path | None) -> None:
+        self.file: Path | None = None
+        if folder is not None:
+            key = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:16]
+            self.file = folder / "scans" / f"{source.resolve().name[:40]}-{key}.sqlite"
+        self.database = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the store; begin anew where it is damaged or of another format."""
+        about = json.dumps([FORMAT, PIL.__version__, perceptual_hash() is not None])
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(sqlite3.DatabaseError):
+                database = sqlite3.connect(self.file, timeout=LOCKED_SECONDS)
+                if database.execute("SELECT format FROM about").fetchall() == [(about,)]:
+                    return database
+                database.close()
+            self.file.unlink(missing_ok=True)
+        database = sqlite3.connect(self.file or ":memory:", timeout=LOCKED_SECONDS)
+        database.executescript(TABLES)
+        database.execute("INSERT INTO about VALUES (?)", (about,))
+        database.commit()
+        return database
+
+    def close(self) -> None:
+        """Let go of the file; each change is kept as it is made."""
+        self.database.close()
+
+    def unknown(self, pairs: PairList) -> list[int]:
+        """Settle each pair's place, drop those that are gone or have changed, and say which are to be looked at."""
+        places: list[int] = []
+        with self.database as database:
+            database.execute("UPDATE pairs SET place = NULL")
+            for place, name in enumerate(pairs.names):
+                found = database.execute(
+                    "UPDATE pairs SET place = ? WHERE name = ? AND stamp = ?", (place, _key(name), _stamp(pairs[place]))
+                )
+                if not found.rowcount:
+                    places.append(place)
+            for table in ("bad", "mended", "captions"):
+                database.execute(f"DELETE FROM {table} WHERE pair IN (SELECT id FROM pairs WHERE place IS NULL)")
+            database.execute("DELETE FROM pairs WHERE place IS NULL")
+        return places
+
+    def add(self, pairs: PairList, facts: Iterable[PairFacts]) -> None:
+        """Keep the facts of pairs that were unknown."""
+        with self.database as database:
+            for one in facts:
+                row = (
+                    _key(pairs.names[one.place]),
+                    _stamp(pairs[one.place]),
+                    one.place,
+                    one.width,
+                    one.height,
+                    one.content,
+                    one.look,
+                )
+                pair = database.execute(
+                    "INSERT INTO pairs (name, stamp, place, width, height, content, look) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    row,
+                ).lastrowid
+                database.executemany(
+                    "INSERT INTO bad VALUES (?, ?, ?)", ((pair, _key(path), reason) for path, reason in one.bad)
+                )
+                database.executemany("INSERT INTO mended VALUES (?, ?)", ((pair, what) for what in one.mended))
+                database.executemany(
+                    "INSERT INTO captions VALUES (?, ?, ?, ?)", ((pair, *caption) for caption in one.captions)
+                )
+
+    def rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Ask the database."""
+        return iter(self.database.execute(query, values))
+
+    def one(self, query: str, *values: Any) -> tuple[Any, ...]:
+        """Ask for a single row."""
+        row: tuple[Any, ...] = self.database.execute(query, values).fetchone()
+        return row
+
+
+def shown(name: str | bytes) -> str:
+    """A name that can be printed: bytes that are not UTF-8 and what would break a line are escaped."""
+    key = _key(name) if isinstance(name, str) else name
+    escaped = key.decode("utf-8", "backslashreplace")
+    return escaped.translate({ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
+
+
+def _key(name: str) -> bytes:
+    """A name as bytes: SQLite takes no text that is not UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _stamp(pair: Pair) -> str:
+    """What changes when a pair's files change; captions out of a table stand for themselves."""
+    texts = hashlib.sha256("\n".join(pair.texts).encode("utf-8", "surrogatepass")).hexdigest() if pair.texts else ""
+    return " ".join([texts, *(_file_stamp(path) for path in (pair.image, pair.caption) if path)])
+
+
+def _file_stamp(path: str) -> str:
+    try:
+        found = os.stat(path)  # noqa: PTH116, a quarter of the time
+    except (OSError, ValueError):
+        return "gone"
+    return f"{found.st_size}:{found.st_mtime_ns}"
