@@ -68,7 +68,6 @@ def originals() -> dict[str, bytes]:
         "PPM 16-bit": (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), {}),
         "PPM float": (grey.convert("F"), {}),
         "ICO bitmap": (rgb.convert("RGBA").resize((16, 16)), {"bitmap_format": "bmp"}),
-        "JPEG2000 codestream": (rgb, {"no_jp2": True}),
     }
     files = {}
     for name, (picture, how) in wanted.items():

@@ -54,7 +54,7 @@ def page(folder: Path, **options: object) -> Page:
 
 
 def test_crops_lines_and_tokens(tmp_path: Path) -> None:
-    """One pair: three crops of the size, each cut out of the picture; both lines; tokens as the tokenizer's, the cut marked."""
+    """One pair: three crops, each out of the picture; both lines; the tokenizer's tokens, those that are cut marked."""
     folder = write_pairs(tmp_path / "pairs", 1, size=16)
     wide = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
     Image.fromarray(wide).save(folder / "000.png")

@@ -210,6 +210,19 @@ def worst_files() -> dict[str, bytes]:
     frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
     tags = [(256, 8), (257, 8), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, 64)]
     directory = struct.pack("<H", 9) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    tiles = [
+        (256, 16),
+        (257, 16),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (277, 1),
+        (322, 9_472),
+        (323, 9_472),
+        (324, 8),
+        (325, 64),
+    ]
+    tiled = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tiles)
     twice = png(13_376, 13_376, 1, 0)
     webp = FILES["WEBP frames"]
     canvas = webp.index(b"VP8X") + 12
@@ -220,6 +233,7 @@ def worst_files() -> dict[str, bytes]:
         "twice the cap.ico": b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(twice), 22) + twice,
         "frames.gif": b"GIF89a" + struct.pack("<HHBBB", 9, 9, 128, 0, 0) + bytes(6) + frame * 100_000 + b";",
         "loop.tif": b"II" + struct.pack("<HI", 42, 8) + directory + struct.pack("<I", 8) + bytes(64),
+        "tile.tif": b"II" + struct.pack("<HI", 42, 8) + tiled + struct.pack("<I", 0) + bytes(64),
         "canvas.webp": webp[:canvas] + b"\xfe\x3f\0" * 2 + webp[canvas + 6 :],
         "scans.jpg": many_scans(5_000),
         "precincts.j2k": precincts(2_000),
@@ -273,5 +287,8 @@ def test_time_and_memory_are_bounded(tmp_path: Path) -> None:
     assert found["twice the cap.ico"] == "over 89,478,485 pixels"
     assert found["canvas.webp"] in ("over 89,478,485 pixels", "damaged image (OSError)")  # Pillow 13 and 11
     assert found["scans.jpg"] == "progressive JPEG of over 100 scans"
+    assert found["comments.ppm"] == "PPM of over 1,000 comments"
+    assert found["tile.tif"] == "TIFF of tiles over 89,478,485 pixels"
+    assert found["precincts.j2k"] == "not an image that Pillow can read"
     assert found["frames.gif"] == "(9, 9)"
     assert found["loop.tif"] == "(8, 8)"

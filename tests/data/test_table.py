@@ -165,7 +165,7 @@ def test_marks_and_line_ends(tmp_path: Path, suffix: str, mark: bytes, end: byte
 
 @pytest.mark.parametrize("suffix", KINDS)
 def test_line_breaks_in_a_caption_become_blanks(tmp_path: Path, suffix: str) -> None:
-    """Quoted (CSV, TSV) or escaped (JSON) LF and CR LF: one caption, and not several; blanks at its ends are dropped."""
+    """Quoted (CSV, TSV) or escaped (JSON) LF and CR LF: one caption, not several; blanks at its ends are dropped."""
     touch(tmp_path, "a.jpg")
     rows = [("a.jpg", ["one\ntwo\r\nthree", "\n four\n\n", "five"])]
     scan = scan_table(WRITERS[suffix](tmp_path / f"t{suffix}", rows), COLUMNS)
@@ -551,8 +551,8 @@ def test_quotes_that_do_not_fit(tmp_path: Path, suffix: str, kind: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / f'table{suffix}'}, line {line}: ")
     assert message.endswith(
-        "Expected text with quotes, separators or line breaks in it to stand in quotes, and its own quotes to be doubled: "
-        '"a ""red"" ball".'
+        "Expected text with quotes, separators or line breaks in it to stand in quotes, and its own quotes to be "
+        'doubled: "a ""red"" ball".'
     )
 
 
@@ -686,7 +686,8 @@ def test_any_bytes(suffix: str, content: bytes, tmp_path_factory: pytest.TempPat
 
 CAPTIONS = (
     st.text(st.characters(exclude_characters="\n\0", exclude_categories=["Cs"]), min_size=1)
-    | st.lists(st.sampled_from(["a", '"', ",", "\r", "\t", "'", "\\", "\u2028", " ", ";", "=1"]), min_size=1).map("".join)
+    | st.lists(st.sampled_from(["a", '"', ",", "\r", "\t", "'", "\\", "\u2028", " ", ";", "=1"]), min_size=1)
+    .map("".join)
 ).map(str.strip).filter(bool)  # fmt: skip
 
 
@@ -759,9 +760,8 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_table(table, rows())
     with pytest.raises(UserError) as caught:
         write_table(table, [(str(tmp_path / "b\udce4r.jpg"), ["a bear"])])
-    assert str(caught.value) == (
-        f"{str(tmp_path)!r:.{len(str(tmp_path)) + 1}}/b\\udce4r.jpg': its name is not UTF-8, so no table can hold it. Rename it."
-    )
+    named = f"{str(tmp_path)!r:.{len(str(tmp_path)) + 1}}/b\\udce4r.jpg'"
+    assert str(caught.value) == f"{named}: its name is not UTF-8, so no table can hold it. Rename it."
     assert table.read_bytes() == before
     assert list(tmp_path.iterdir()) == [table]
 

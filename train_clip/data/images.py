@@ -24,12 +24,16 @@ MIN_SIDE = 2  # pixels; a picture of one row or column holds nothing to learn
 MAX_ASPECT = 100  # longer side over shorter side
 MAX_SCANS = 100  # of a progressive JPEG, as in libtiff; 10 are usual, and one of 100 bytes costs a pass of the picture
 
+MAX_COMMENTS = 1000  # of a PPM in plain text, whose reader takes seconds for a megabyte of them
+
 # What picture collections are made of, by Pillow's names. Its other readers are for formats that nobody collects, hand
-# the file to another program (EPS), or take nearly anything for a picture.
+# the file to another program (EPS), take nearly anything for a picture, or, as OpenJPEG for JPEG 2000, take as much
+# memory as a header of 200 bytes asks for (7 GiB and more within the cap on pixels).
 FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
-    "TIFF", "WEBP",
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
+
+TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
 
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
@@ -138,8 +142,8 @@ def _decode(path: str, file: BinaryIO) -> Decoded:
         raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
-    if picture.info.get("progressive") and _num_scans(file) > MAX_SCANS:
-        raise BadSample(path, f"progressive JPEG of over {MAX_SCANS} scans")
+    if too_much := _costs_too_much(picture, file):
+        raise BadSample(path, too_much)
     picture.load()
     mended: list[str] = []
     if _foreign_suffix(path, picture.format or ""):
@@ -150,9 +154,28 @@ def _decode(path: str, file: BinaryIO) -> Decoded:
     return Decoded(rgb, tuple(mended))
 
 
-def _num_scans(file: BinaryIO) -> int:
+def _costs_too_much(picture: Image.Image, file: BinaryIO) -> str | None:
+    """Why a picture of few pixels would take very long or very much; only what can is looked into."""
+    if picture.info.get("progressive") and len(SCAN.findall(_content(file))) > MAX_SCANS:
+        return f"progressive JPEG of over {MAX_SCANS} scans"
+    if _reader(picture) == "ppm_plain" and _content(file).count(b"#") > MAX_COMMENTS:
+        return f"PPM of over {MAX_COMMENTS:,} comments"
+    if picture.format == "TIFF":
+        width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)  # type: ignore[attr-defined]
+        if width * height > MAX_PIXELS:
+            return f"TIFF of tiles over {MAX_PIXELS:,} pixels"
+    return None
+
+
+def _reader(picture: Image.Image) -> str:
+    """Pillow's name for what decodes the picture."""
+    tiles = getattr(picture, "tile", [])
+    return tiles[0][0] if tiles else ""
+
+
+def _content(file: BinaryIO) -> bytes:
     file.seek(0)
-    return len(SCAN.findall(file.read()))
+    return file.read()
 
 
 def _foreign_suffix(path: str, kind: str) -> bool:
