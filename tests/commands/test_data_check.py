@@ -164,6 +164,32 @@ def test_repeats_and_leaks(tmp_path: Path) -> None:
         assert report.leaks.images_nearly == (sum(alike) if len(set(alike)) == 2 else 0)
 
 
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_leaks_between_lists(tmp_path: Path, source: str) -> None:
+    """Four pairs to train on, three to validate on: one by the same path, one copied, one of its own; again from the
+    store, and after one was mended.
+    """  # noqa: D205
+    for folder, names in (("a", "1234"), ("b", "56")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            drawing(int(name), 200, 150).save(tmp_path / folder / f"{name}.png")
+            (tmp_path / folder / f"{name}.txt").write_text(f"number {name}")
+    (tmp_path / "b" / "5.png").write_bytes((tmp_path / "a" / "2.png").read_bytes())
+    val = tmp_path / "val.csv"
+    val.write_text("image,caption\na/1.png,other words\nb/5.png,number five\nb/6.png,Number 4\n")
+    (tmp_path / "train.csv").write_text("image,caption\n" + "".join(f"a/{n}.png,number {n}\n" for n in "1234"))
+    given = {"folder": (tmp_path / "a", {}), "table": (None, {"pairs": tmp_path / "train.csv"})}
+    folder, options = given[source]
+    for number, images in enumerate((2, 2, 1)):
+        if number == 2:
+            drawing(7, 200, 150).save(tmp_path / "b" / "5.png")
+        report = data_check(folder, options=CheckOptions(val_pairs=val, num_workers=0, **options))  # type: ignore[arg-type]
+        assert (report.pairs, report.leaks.held_out, report.leaks.images, report.leaks.captions) == (7, 3, images, 1)
+        assert report.leaks.examples == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/5.png"][:images]
+        assert report.repeats.equal == 2 * images
+    assert report.problems == []
+
+
 def held_out_names(folder: Path) -> set[str]:
     from train_clip.data.folder import scan_folder
     from train_clip.data.split import split_pairs

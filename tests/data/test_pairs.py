@@ -87,7 +87,7 @@ def test_some_of_the_pairs(data: st.DataObject, number: int, in_table: bool) -> 
     taken = pairs.take(indices)
     assert taken == [list(pairs)[index] for index in indices]
     assert list(taken.names) == [list(pairs.names)[index] for index in indices]
-    assert (taken.root, taken.in_table) == (pairs.root, pairs.in_table)
+    assert taken.root == pairs.root
     assert taken.take(range(len(taken))[::-1]) == list(taken)[::-1]
 
 
@@ -126,7 +126,16 @@ def test_it_travels_to_a_worker(in_table: bool) -> None:
     pairs = made_up(20, in_table=in_table)
     back = pickle.loads(pickle.dumps(pairs))
     assert back == pairs
-    assert (back.root, back.in_table, list(back.names)) == (pairs.root, in_table, list(pairs.names))
+    assert (back.root, list(back.names)) == (pairs.root, list(pairs.names))
+
+
+def test_one_list_behind_another() -> None:
+    """Pairs of a folder, then of a table elsewhere: all of them in order, whole paths for names, and picked alike."""
+    folder, table = made_up(3, "/one/"), made_up(2, "/two/", in_table=True)
+    both = folder.followed_by(table)
+    assert both == [*folder, *table]
+    assert list(both.names) == [pair.image for pair in [*folder, *table]]
+    assert both.take([4, 0]) == [table[1], folder[0]]
 
 
 @pytest.mark.parametrize("in_table", [False, True])

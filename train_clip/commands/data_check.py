@@ -19,7 +19,7 @@ from train_clip.data.repeats import Leaks, Repeats
 from train_clip.data.report import Captions, Expectations, Listed, Report, Sizes, build_report
 from train_clip.data.source import scan_source
 from train_clip.data.split import require_share
-from train_clip.data.table import Columns
+from train_clip.data.table import Columns, scan_table
 from train_clip.errors import UserError
 from train_clip.files import write_text
 
@@ -35,6 +35,7 @@ class CheckOptions(TableOptions):
         image_size: side of the model's square in pixels
         context_length: tokens of a caption at most, start and end included
         val_share: the share of the pairs that training would hold out
+        val_pairs: a table of pairs to validate on, in place of --val_share
         max_bad: the share of the pairs that may be unreadable
         num_workers: processes that read, if not one a core
         cache: whether to keep what is found in the user's cache folder, and to look again only at files that changed
@@ -45,6 +46,7 @@ class CheckOptions(TableOptions):
     context_length: int = 77
     val_share: float = 0.05
     max_bad: float = 0.01
+    val_pairs: Path | None = None
     num_workers: int | None = None
     cache: bool = True
     json: Path | None = None
@@ -69,10 +71,20 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     for name, value, least in (("image_size", options.image_size, 1), ("context_length", options.context_length, 2)):
         if value < least:
             raise UserError(f"--{name} {value}: expected {least} or above.")
-    scan = scan_source(folder, options.pairs, Columns(options.image_column, options.caption_column))
+    columns = Columns(options.image_column, options.caption_column)
+    scan = scan_source(folder, options.pairs, columns)
+    held_out = None if options.val_pairs is None else scan_table(options.val_pairs, columns)
+    if held_out is not None:
+        scan = scan.followed_by(held_out)
     workers = available_cores() if options.num_workers is None else options.num_workers
-    expected = Expectations(options.image_size, options.context_length, options.val_share, options.max_bad)
-    store = open_store(scan.source, options.cache)
+    expected = Expectations(
+        options.image_size,
+        options.context_length,
+        options.val_share,
+        options.max_bad,
+        None if held_out is None else len(held_out.pairs),
+    )
+    store = open_store([scan.source] if held_out is None else [scan.source, held_out.source], options.cache)
     try:
         look_at(scan.pairs, store, workers)
         report = build_report(scan, store, expected)
@@ -91,15 +103,15 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     return report
 
 
-def open_store(source: Path, keep: bool) -> AuditStore:
-    """The store of a source; one in memory where none is to be kept, or none can be."""
+def open_store(sources: list[Path], keep: bool) -> AuditStore:
+    """The store of what is looked at; one in memory where none is to be kept, or none can be."""
     if not keep:
-        return AuditStore(source, None)
+        return AuditStore(sources, None)
     try:
-        return AuditStore(source, cache_folder())
+        return AuditStore(sources, cache_folder())
     except (OSError, sqlite3.Error) as error:
         print(f"{cache_folder()}: what is found cannot be kept there ({error}); going on without.")
-        return AuditStore(source, None)
+        return AuditStore(sources, None)
 
 
 def look_at(pairs: PairList, store: AuditStore, num_workers: int) -> None:
@@ -140,7 +152,7 @@ def lines(report: Report, expected: Expectations) -> Iterator[str]:
     if report.captions is not None:
         yield from _captions(report.captions, expected.context_length)
     yield from _repeats(report.repeats)
-    yield from _leaks(report.leaks, expected.val_share)
+    yield from _leaks(report.leaks, expected)
 
 
 def _named(what: str, found: Listed) -> Iterator[str]:
@@ -201,11 +213,12 @@ def _repeats(repeats: Repeats) -> Iterator[str]:
         yield from (f"    {' ~ '.join(two)}" for two in repeats.near_examples)
 
 
-def _leaks(leaks: Leaks, val_share: float) -> Iterator[str]:
+def _leaks(leaks: Leaks, expected: Expectations) -> Iterator[str]:
     if not leaks.held_out:
         return
+    by = f"--val_share {expected.val_share:g}" if expected.val_pairs is None else "--val_pairs"
     yield (
-        f"Held out by --val_share {val_share:g}: {leaks.held_out:,} pairs. Of them in training too: {leaks.images:,} "
+        f"Held out by {by}: {leaks.held_out:,} pairs. Of them in training too: {leaks.images:,} "
         "by the same image"
         + ("" if leaks.images_nearly is None else f", {leaks.images_nearly:,} by a similar image")
         + f", {leaks.captions:,} by a caption"

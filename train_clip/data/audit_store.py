@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ LOCKED_SECONDS = 60.0  # to wait for another check of the same source
 
 TABLES = """
 CREATE TABLE about (format TEXT);
-CREATE TABLE pairs (id INTEGER PRIMARY KEY, name BLOB UNIQUE, stamp TEXT, place INTEGER,
+CREATE TABLE pairs (id INTEGER PRIMARY KEY, name BLOB, stamp TEXT, place INTEGER,
                     width INTEGER, height INTEGER, content BLOB, look INTEGER);
 CREATE TABLE bad (pair INTEGER, path BLOB, reason TEXT);
 CREATE TABLE mended (pair INTEGER, what TEXT);
 CREATE TABLE captions (pair INTEGER, text BLOB, tokens BLOB, length INTEGER);
+CREATE INDEX named ON pairs (name);
 CREATE INDEX bad_of ON bad (pair);
 CREATE INDEX mended_of ON mended (pair);
 CREATE INDEX captions_of ON captions (pair);
@@ -46,15 +47,16 @@ class AuditStore:
     ``place`` is a pair's place in the present list; facts of pairs that are no longer there are dropped.
 
     Args:
-        source: folder or table.
+        sources: folder or table, and a table of pairs to validate on where there is one.
         folder: where stores are kept; None for one in memory.
     """
 
-    def __init__(self, source: Path, folder: Path | None) -> None:
+    def __init__(self, sources: Sequence[Path], folder: Path | None) -> None:
         self.file: Path | None = None
         if folder is not None:
-            key = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:16]
-            self.file = folder / "scans" / f"{source.resolve().name[:40]}-{key}.sqlite"
+            paths = [source.resolve() for source in sources]
+            key = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
+            self.file = folder / "scans" / f"{paths[0].name[:40]}-{key}.sqlite"
         self.database = self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -84,8 +86,11 @@ class AuditStore:
         with self.database as database:
             database.execute("UPDATE pairs SET place = NULL")
             for place, name in enumerate(pairs.names):
+                # Lists for training and validation can name one image twice: each takes a row of its own.
                 found = database.execute(
-                    "UPDATE pairs SET place = ? WHERE name = ? AND stamp = ?", (place, _key(name), _stamp(pairs[place]))
+                    "UPDATE pairs SET place = ? WHERE id = "
+                    "(SELECT id FROM pairs WHERE name = ? AND stamp = ? AND place IS NULL LIMIT 1)",
+                    (place, _key(name), _stamp(pairs[place])),
                 )
                 if not found.rowcount:
                     places.append(place)

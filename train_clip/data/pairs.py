@@ -49,14 +49,16 @@ class PairList(Sequence[Pair]):
         root: folder that names are relative to.
         images: names of the images, POSIX paths below the root (or anywhere, where they are absolute).
         captions: names of the files of captions, likewise; or the captions themselves, lines joined.
-        in_table: whether ``captions`` are themselves.
+        in_table: whether ``captions`` are themselves, of all the pairs or of each.
     """
 
-    def __init__(self, root: str, images: Iterable[str], captions: Iterable[str], in_table: bool = False) -> None:
+    def __init__(
+        self, root: str, images: Iterable[str], captions: Iterable[str], in_table: bool | Iterable[bool] = False
+    ) -> None:
         self.root = root
-        self.in_table = in_table
         self.names = FlatStrings(images)
         self._captions = FlatStrings(captions)
+        self._in_table = bytes([in_table] * len(self.names) if isinstance(in_table, bool) else in_table)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,7 +67,7 @@ class PairList(Sequence[Pair]):
         """Pair ``index``, its paths whole."""
         image = posixpath.join(self.root, self.names[index])
         captions = self._captions[index]
-        if self.in_table:
+        if self._in_table[index]:
             return Pair(image, texts=tuple(captions.split("\n")))
         return Pair(image, posixpath.join(self.root, captions))
 
@@ -77,8 +79,22 @@ class PairList(Sequence[Pair]):
 
     def take(self, indices: Sequence[int]) -> PairList:
         """Some of the pairs, in the order of the indices."""
-        images = (self.names[index] for index in indices)
-        return PairList(self.root, images, (self._captions[index] for index in indices), self.in_table)
+        return PairList(
+            self.root,
+            (self.names[index] for index in indices),
+            (self._captions[index] for index in indices),
+            (bool(self._in_table[index]) for index in indices),
+        )
+
+    def followed_by(self, other: PairList) -> PairList:
+        """These pairs and then the others, whatever their roots; names are whole paths then."""
+        both = [*self, *other]
+        return PairList(
+            "",
+            (pair.image for pair in both),
+            ("\n".join(pair.texts) or pair.caption for pair in both),
+            (bool(pair.texts) for pair in both),
+        )
 
 
 class FlatStrings:

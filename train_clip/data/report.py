@@ -25,6 +25,7 @@ class Expectations:
         image_size: side of the model's square, in pixels.
         context_length: tokens of a caption at most, start and end included.
         val_share: share of the pairs held out for validation.
+        val_pairs: how many pairs, the last of the list, are validated on in place of a share; None for the share.
         max_bad: share of the pairs that may be unreadable.
     """
 
@@ -32,6 +33,7 @@ class Expectations:
     context_length: int = 77
     val_share: float = 0.05
     max_bad: float = 0.01
+    val_pairs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def build_report(scan: Scan, store: AuditStore, expected: Expectations) -> Repor
     for path, reason in store.rows("SELECT path, reason FROM bad ORDER BY reason, path"):
         bad.setdefault(reason, []).append(shown(path))
     bad_pairs = store.one("SELECT COUNT(DISTINCT pair) FROM bad")[0]
-    held_out = held_out_indices(scan.pairs, expected.val_share)
+    held_out: Sequence[int] = held_out_indices(scan.pairs, expected.val_share)
+    if expected.val_pairs is not None:
+        held_out = range(len(scan.pairs) - expected.val_pairs, len(scan.pairs))
     repeats, leaks = find_repeats(store, held_out)
     return Report(
         source=str(scan.source),

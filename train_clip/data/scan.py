@@ -51,8 +51,21 @@ class Scan:
             raise UserError(self._no_pairs())
         return self
 
+    def followed_by(self, other: Scan) -> Scan:
+        """This scan's pairs and then the other's, with what both found."""
+        return Scan(
+            self.source,
+            self.num_entries + other.num_entries,
+            self.pairs.followed_by(other.pairs),
+            self.lone_images + other.lone_images,
+            self.lone_captions + other.lone_captions,
+            self.faults + other.faults,
+            self.others,
+            self.folder_links,
+        )
+
     def _no_pairs(self) -> str:
-        table = self.pairs.in_table
+        table = self.source.is_file()
         lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if table else 'files'}."]
         if self.lone_images:
             example = self.lone_images[0]
@@ -60,7 +73,7 @@ class Scan:
             lines.append(f"  Images without a caption: {len(self.lone_images):,}, for instance {example} ({wanted}).")
         if self.lone_captions:
             example = self.lone_captions[0]
-            wanted = f" (no {Path(self.pairs.root) / example})" if table else ""
+            wanted = f" (no {self.source.parent / example})" if table else ""
             lines.append(f"  Captions without an image: {len(self.lone_captions):,}, for instance {example}{wanted}.")
         if self.folder_links:
             lines.append(
