@@ -202,3 +202,19 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_written(tmp_path: Path) ->
         AtomicCheckpointIO().save_checkpoint({"callbacks": {"Mine": {"folder": tmp_path}}}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
     assert names(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    """A folder, a pipe, a link to a device: refused by name before anything is written, and there as before."""
+    target = tmp_path / "target"
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(target)
+    else:
+        target.symlink_to("/dev/null")
+    with pytest.raises(FileExistsError, match="is no regular file"):
+        write_text(target, "text")
+    assert not target.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -43,6 +43,7 @@ ALIASES = {
 OF_FILES = (
     errno.ENOENT,
     errno.EACCES,
+    errno.EEXIST,
     errno.EPERM,
     errno.EISDIR,
     errno.ENOTDIR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Yields:
         A path in the same folder, so that the rename stays within one file system.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    require_place(target)
     beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
     try:
         yield beside
@@ -30,6 +31,17 @@ def replacing(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def require_place(target: Path) -> None:
+    """See to it that a file can stand there, and make its folder.
+
+    Raises:
+        FileExistsError: a folder or a device stands there, which would be replaced.
+    """
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "is no regular file", str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:

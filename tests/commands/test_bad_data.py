@@ -18,6 +18,7 @@ from tests.data.everything import Everything, write_everything
 from train_clip import CLIPWrapper, TextImageDataModule, cli
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.config import config_from_dict
+from train_clip.training.checkpoint_io import read_checkpoint
 
 PAIRS = 43
 
@@ -138,6 +139,40 @@ def test_more_bad_pairs_than_may_be_stop_the_run(
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10
     assert "Done after 10 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("accumulate", "batches"), [(1, 10), (3, 30)])
+def test_a_run_stops_within_an_epoch_where_no_gradient_is_pending(
+    model_file: Path,  # noqa: F811
+    tmp_path: Path,
+    accumulate: int,
+    batches: int,
+) -> None:
+    """Half of 160 pairs bad, epochs of 40 batches: at the first count, or the first that no gradient waits at."""
+    folder = broken(tmp_path / "pairs", 160, 80)
+    words = ["--val_share", "0", "--num_workers", "0", "--accumulate_grad_batches", str(accumulate)]
+    with pytest.raises(SystemExit, match=r"of 160 pairs .* could not be used so far"):
+        run_train(folder, model_file, tmp_path / "run", *words)
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert state["callbacks"]["EndOfStep"]["consumed_batches"] == batches
+    assert state["global_step"] == batches // accumulate
+
+
+@pytest.mark.parametrize(("max_bad", "stops"), [("0.25", False), ("0.24", True)])
+def test_held_out_pairs_count_too(
+    model_file: Path,  # noqa: F811
+    tmp_path: Path,
+    max_bad: str,
+    stops: bool,
+) -> None:
+    """Five bad pairs of twenty, five of which are held out: a quarter of all of them, wherever the bad ones are."""
+    folder = broken(tmp_path / "pairs", 20, 5)
+    words = ["--val_share", "0.25", "--epochs", "2", "--num_workers", "0", "--batch_size", "5", "--max_bad", max_bad]
+    if stops:
+        with pytest.raises(SystemExit, match=r"5 of 20 pairs \(25\.0%\)"):
+            run_train(folder, model_file, tmp_path / "run", *words)
+    else:
+        assert run_train(folder, model_file, tmp_path / "run", *words)
 
 
 @pytest.mark.parametrize(("bad", "stops"), [(4, False), (5, True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from train_clip import cli
 from train_clip.commands import data_check as command
 from train_clip.commands.data_check import CheckOptions, data_check
 from train_clip.data.audit import Audit, perceptual_hash
+from train_clip.data.audit_store import AuditStore
 from train_clip.data.report import Report
 from train_clip.errors import UserError
 
@@ -289,7 +291,106 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert check(folder).pairs == 4
-    assert "what is found cannot be kept there" in capsys.readouterr().out
+    assert "What is found cannot be kept in the cache folder" in capsys.readouterr().out
+
+
+def test_a_store_that_another_check_has(tmp_path: Path, cache: Path, capsys) -> None:
+    """One check at a time has the store: a second one says so, reports the same, and leaves the first one's alone."""
+    folder = write_pairs(tmp_path / "pairs", 6)
+    with contextlib.closing(AuditStore([folder], cache)) as store:
+        report = check(folder)
+        assert "cannot be kept in the cache folder (database is locked)" in capsys.readouterr().out
+        assert store.one("SELECT COUNT(*) FROM pairs") == (0,)
+    assert check(folder) == report
+    assert "cannot be kept" not in capsys.readouterr().out
+
+
+def test_a_store_of_another_format_is_made_anew(tmp_path: Path, cache: Path, monkeypatch) -> None:
+    """Kept by a Pillow of another version: every pair is looked at again."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    first = check(folder)
+    looked_at = counted(monkeypatch)
+    (kept,) = (cache / "scans").iterdir()
+    with contextlib.closing(sqlite3.connect(kept)) as database, database:
+        database.execute("UPDATE about SET format = REPLACE(format, '.', '!')")
+    assert check(folder) == first
+    assert looked_at == [0, 1, 2, 3]
+
+
+def test_what_passes_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that could not be read for a while, and one changed with its size and time kept: both are found."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    first = check(folder)
+    before = (folder / "001.png").stat()
+    with monkeypatch.context() as patch:
+        patch.setattr("train_clip.data.images._decode", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        (folder / "000.png").touch()
+        assert check(folder).bad == {"image cannot be read (OSError)": [f"{folder}/000.png"]}
+    assert check(folder) == first
+    (folder / "001.png").write_bytes(bytes(before.st_size))
+    os.utime(folder / "001.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert check(folder).bad_pairs == 1
+
+
+def test_several_processes_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers, by their numbers: neither is this process."""
+    folder = write_pairs(tmp_path / "pairs", 64)
+    look = Audit.__getitem__
+
+    def noted(self: Audit, index: int) -> object:
+        with (tmp_path / "processes").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return look(self, index)
+
+    monkeypatch.setattr(Audit, "__getitem__", noted)
+    check(folder, num_workers=2)
+    processes = set((tmp_path / "processes").read_text().split())
+    assert len(processes) == 2
+    assert str(os.getpid()) not in processes
+
+
+def test_similar_images_on_both_sides(tmp_path: Path) -> None:
+    """Eight pictures to train on, recompressed or in another format to validate on, and one that is like none."""
+    if perceptual_hash() is None:
+        pytest.skip("needs ImageHash")
+    for side in "ab":
+        (tmp_path / side).mkdir()
+    for index in range(8):
+        picture = drawing(index, 200, 150)
+        contents = [
+            encoded(picture, "PNG"),
+            encoded(picture, "BMP") if index < 2 else encoded(picture, "JPEG", quality=40),
+        ]
+        for side, content in zip("ab" if index % 2 else "ba", contents, strict=True):
+            (tmp_path / side / f"{index}.png").write_bytes(content)
+    drawing(50, 200, 150).save(tmp_path / "b" / "8.png")
+    for side, number in (("a", 8), ("b", 9)):
+        rows = [f"{side}/{index}.png,{side} {index}\n" for index in range(number)]
+        (tmp_path / f"{side}.csv").write_text("image,caption\n" + "".join(rows))
+    options = CheckOptions(pairs=tmp_path / "a.csv", val_pairs=tmp_path / "b.csv", num_workers=0)
+    report = data_check(options=options)
+    assert (report.repeats.equal, report.repeats.near) == (0, 16)
+    assert (report.leaks.images, report.leaks.images_nearly) == (0, 8)
+
+
+def test_a_pair_that_is_bad_twice_is_one_bad_pair(tmp_path: Path) -> None:
+    """Image and captions of one pair: two files, one pair."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    (folder / "000.png").write_bytes(b"")
+    (folder / "000.txt").write_bytes(b"")
+    report = check(folder)
+    assert report.bad_pairs == 1
+    assert report.bad == {"caption is empty": [f"{folder}/000.txt"], "empty file": [f"{folder}/000.png"]}
+
+
+def test_nothing_left_to_train_or_validate_on(tmp_path: Path) -> None:
+    """Three pairs of four held out, and a table to validate on without rows: training would not begin."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    with pytest.raises(UserError, match="fewer than 2 pairs to train on"):
+        check(folder, val_share=0.75)
+    (tmp_path / "val.csv").write_text("image,caption\n")
+    with pytest.raises(UserError, match="no pair to validate on"):
+        check(folder, val_pairs=tmp_path / "val.csv")
 
 
 def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +448,9 @@ def test_the_report_in_words_and_for_machines(everything: Everything, tmp_path: 
         ("--image_size 0", "--image_size 0: expected 1 or above"),
         ("--context_length 1", "--context_length 1: expected 2 or above"),
         ("--val_share 1", "val_share is 1.0; expected a share from 0"),
+        ("--num_workers -1", "--num_workers -1: expected 0 or above"),
+        ("--json /dev/null", "/dev/null: is no regular file"),
+        ("--json .", ".: is no regular file"),
         ("--max_bad 2", "--max_bad 2.0: expected a share from 0 to 1"),
         ("--pairs other.csv", "expected one of them"),
     ],

@@ -15,7 +15,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from train_clip.data import images
-from train_clip.data.images import BACKGROUND, FORMATS, MAX_ASPECT, MAX_PIXELS, image_suffixes, open_rgb
+from train_clip.data.images import BACKGROUND, FORMATS, MAX_ASPECT, MAX_PIXELS, image_suffixes, open_rgb, read_image
 from train_clip.errors import BadSample
 
 ORIENTATION = 0x0112  # the tag's number in Exif 2.32, section 4.6.4
@@ -414,7 +414,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Gone, a folder, no permission, not enough memory: a bad sample each."""
     assert reason(tmp_path / "gone.jpg") == "file is gone"
     (tmp_path / "folder.jpg").mkdir()
-    assert reason(tmp_path / "folder.jpg") == "damaged image (IsADirectoryError)"
+    assert reason(tmp_path / "folder.jpg") == "image cannot be read (IsADirectoryError)"
     (tmp_path / "a.png").write_bytes(png(2, 2))
     for error, expected in (
         (PermissionError(13, "Permission denied"), "no permission to read the file"),
@@ -489,3 +489,165 @@ def test_decoding_says_nothing_on_the_screen(tmp_path: Path, recwarn: pytest.War
     palette.save(tmp_path / "b.png", transparency=bytes([0, 255]))
     pixels(tmp_path / "b.png")
     assert not recwarn.list
+
+
+# What is mended
+
+
+def picture_of(mode: str) -> Image.Image:
+    """Twelve by ten of one mode."""
+    return Image.new(mode, (12, 10), {"RGBA": (9, 9, 9, 128), "LA": (9, 128)}.get(mode, 0))
+
+
+def turned(orientation: int) -> Image.Exif:
+    """An EXIF block of one tag."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def two_frames(kind: str) -> bytes:
+    """A red and a blue frame."""
+    return encoded(Image.new("RGB", (12, 10), "red"), kind, save_all=True, append_images=[Image.new("RGB", (12, 10))])
+
+
+def with_exif(content: bytes) -> bytes:
+    """A JPEG whose EXIF block holds some bytes."""
+    block = b"Exif\0\0" + content
+    plain = encoded(picture_of("RGB"), "JPEG")
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
+
+
+def ycck() -> bytes:
+    """A CMYK JPEG whose Adobe marker says YCCK (T.872, 6.5.3)."""
+    content = bytearray(encoded(picture_of("CMYK"), "JPEG"))
+    content[content.index(b"Adobe") + 11] = 2
+    return bytes(content)
+
+
+FOREIGN, FRAMES, UPRIGHT_BY_EXIF = "suffix of another format", "first of several frames", "turned upright by EXIF"
+ON_WHITE, SCALED, PALETTE = "transparency laid on white", "16-bit grey scaled to 8 bits", "palette to RGB"
+INKS = "inks (CMYK, YCCK) to RGB"
+PALETTE_OF_TWO = Image.new("RGB", (12, 10)).quantize(2)
+
+MENDED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
+    "plain JPEG": ("a.jpg", encoded(picture_of("RGB"), "JPEG"), ()),
+    "plain JPEG by its other suffixes": ("a.JFIF", encoded(picture_of("RGB"), "JPEG"), ()),
+    "progressive JPEG": ("a.jpeg", encoded(picture_of("RGB"), "JPEG", progressive=True), ()),
+    "grey JPEG": ("a.jpe", encoded(picture_of("L"), "JPEG"), ()),
+    "plain PNG": ("a.PNG", encoded(picture_of("RGB"), "PNG"), ()),
+    "grey PNG": ("a.png", encoded(picture_of("L"), "PNG"), ()),
+    "black and white PNG": ("a.png", encoded(picture_of("1"), "PNG"), ()),
+    "MPO of one picture": ("a.mpo", encoded(picture_of("RGB"), "MPO"), ()),
+    "plain BMP": ("a.bmp", encoded(picture_of("RGB"), "BMP"), ()),
+    "DIB called BMP": ("a.bmp", encoded(picture_of("RGB"), "DIB"), ()),
+    "plain WebP": ("a.webp", encoded(picture_of("RGB"), "WEBP"), ()),
+    "plain TIFF": ("a.tif", encoded(picture_of("RGB"), "TIFF"), ()),
+    "plain PPM": ("a.ppm", encoded(picture_of("RGB"), "PPM"), ()),
+    "grey PPM called PGM": ("a.pgm", encoded(picture_of("L"), "PPM"), ()),
+    "PNG called JPEG": ("a.jpg", encoded(picture_of("RGB"), "PNG"), (FOREIGN,)),
+    "JPEG called PNG": ("a.PNG", encoded(picture_of("RGB"), "JPEG"), (FOREIGN,)),
+    "WebP called JPEG": ("a.b.JPEG", encoded(picture_of("RGB"), "WEBP"), (FOREIGN,)),
+    "JPEG called HEIC": ("a.heic", encoded(picture_of("RGB"), "JPEG"), (FOREIGN,)),
+    "MPO called JPEG": ("a.jpg", two_frames("MPO"), (FRAMES,)),
+    "MPO": ("a.mpo", two_frames("MPO"), (FRAMES,)),
+    "MPO called PNG": ("a.png", two_frames("MPO"), (FOREIGN, FRAMES)),
+    "animated WebP": ("a.webp", two_frames("WEBP"), (FRAMES,)),
+    "animated PNG": ("a.png", two_frames("PNG"), (FRAMES,)),
+    "TIFF of two pages": ("a.tiff", two_frames("TIFF"), (FRAMES,)),
+    "animated GIF": ("a.gif", two_frames("GIF"), (FRAMES, PALETTE)),
+    "EXIF that turns nothing": ("a.jpg", encoded(picture_of("RGB"), "JPEG", exif=turned(1)), ()),
+    "EXIF of no orientation": ("a.jpg", encoded(picture_of("RGB"), "JPEG", exif=turned(9)), ()),
+    "EXIF of one tag, a width": ("a.jpg", encoded(picture_of("RGB"), "JPEG", exif=Image.Exif()), ()),
+    "EXIF that is none": ("a.jpg", with_exif(b"no TIFF header at all"), ("illegible EXIF passed over",)),
+    "16-bit grey PNG": ("a.png", encoded(picture_of("I;16"), "PNG"), (SCALED,)),
+    "16-bit grey TIFF": ("a.tif", encoded(picture_of("I;16"), "TIFF"), (SCALED,)),
+    "32-bit grey TIFF": ("a.tif", encoded(picture_of("I"), "TIFF"), (SCALED,)),
+    "16-bit grey PGM": ("a.pgm", b"P5 12 10 65535\n" + bytes(240), (SCALED,)),
+    "RGBA PNG": ("a.png", encoded(picture_of("RGBA"), "PNG"), (ON_WHITE,)),
+    "RGBA WebP": ("a.webp", encoded(picture_of("RGBA"), "WEBP"), (ON_WHITE,)),
+    "grey PNG with alpha": ("a.png", encoded(picture_of("LA"), "PNG"), (ON_WHITE,)),
+    "grey PNG with a hidden level": ("a.png", encoded(picture_of("L"), "PNG", transparency=3), (ON_WHITE,)),
+    "RGB PNG with a hidden colour": ("a.png", encoded(picture_of("RGB"), "PNG", transparency=(1, 2, 3)), (ON_WHITE,)),
+    "palette PNG with a hidden entry": ("a.png", encoded(PALETTE_OF_TWO, "PNG", transparency=0), (ON_WHITE,)),
+    "GIF with a hidden entry": ("a.gif", encoded(PALETTE_OF_TWO, "GIF", transparency=0), (ON_WHITE,)),
+    "palette PNG": ("a.png", encoded(PALETTE_OF_TWO, "PNG"), (PALETTE,)),
+    "palette GIF": ("a.gif", encoded(PALETTE_OF_TWO, "GIF"), (PALETTE,)),
+    "palette BMP": ("a.bmp", encoded(PALETTE_OF_TWO, "BMP"), (PALETTE,)),
+    "CMYK JPEG": ("a.jpg", encoded(picture_of("CMYK"), "JPEG"), (INKS,)),
+    "YCCK JPEG": ("a.jpg", ycck(), (INKS,)),
+    "CMYK TIFF": ("a.tif", encoded(picture_of("CMYK"), "TIFF"), (INKS,)),
+    "LAB TIFF": ("a.tif", encoded(picture_of("LAB"), "TIFF"), ("LAB to RGB",)),
+    "all at once": ("a.jpg", encoded(picture_of("RGBA"), "PNG", exif=turned(6)), (FOREIGN, UPRIGHT_BY_EXIF, ON_WHITE)),
+    **{
+        f"EXIF that turns by {number}": (
+            "a.jpg",
+            encoded(picture_of("RGB"), "JPEG", exif=turned(number)),
+            (UPRIGHT_BY_EXIF,),
+        )
+        for number in range(2, 9)
+    },
+}
+
+
+@pytest.mark.parametrize("what", MENDED)
+def test_what_is_mended(tmp_path: Path, what: str) -> None:
+    """Files of each kind, plain ones too, against what a person would say of them; ``open_rgb`` has the same pixels."""
+    name, content, expected = MENDED[what]
+    (tmp_path / name).write_bytes(content)
+    decoded = read_image(str(tmp_path / name))
+    assert decoded.mended == expected
+    assert (np.asarray(decoded.picture) == pixels(tmp_path / name)).all()
+
+
+def test_a_file_without_a_suffix_has_none_of_another_format(tmp_path: Path) -> None:
+    """Names as content-addressed stores give them, which tables list: nothing was mended."""
+    for name in ("a", "0f3c", "u.jpg/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(picture_of("RGB"), "JPEG"))
+        assert read_image(str(tmp_path / name)).mended == ()
+
+
+def test_broken_frames_are_no_fault_of_the_first(tmp_path: Path, noise: Callable[..., Image.Image]) -> None:
+    """A TIFF whose second page is of another mode and size, with each pointer to a next page broken: the first page."""
+    first, second = noise(16, 12), Image.new("L", (5, 30), 77)
+    content = encoded(first, "TIFF", save_all=True, append_images=[second, noise(9, 9)])
+    pointers, place = [], struct.unpack_from("<I", content, 4)[0]
+    while place:
+        pointers.append(place + 2 + 12 * struct.unpack_from("<H", content, place)[0])
+        place = struct.unpack_from("<I", content, pointers[-1])[0]
+    assert len(pointers) == 3
+    for pointer in pointers:
+        for wrong in (len(content) - 3, len(content) + 100, 9, 2**32 - 1):
+            broken = bytearray(content)
+            struct.pack_into("<I", broken, pointer, wrong)
+            (tmp_path / "a.tif").write_bytes(broken)
+            decoded = read_image(str(tmp_path / "a.tif"))
+            assert decoded.mended == (FRAMES,)
+            assert (np.asarray(decoded.picture) == np.asarray(first)).all()
+
+
+NO_IMAGES = {
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF picture, which Pillow does not read"),
+    "HEIF of an unknown camera": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1", "HEIF picture, which Pillow does not read"),
+    "a film": (b"\0\0\0\x18ftypisom\0\0\0\0isommp41", "not an image that Pillow can read"),
+    "HTML behind blanks and a mark": (b"\xef\xbb\xbf \r\n<HTML lang='en'>", "not an image but an HTML page"),
+    "HTML without its first tag": (b"<head><title>404</title>", "not an image but an HTML page"),
+    "SVG behind a declaration": (
+        b'<?xml version="1.0"?>\n<!-- a --><svg width="9">',
+        "not an image but an SVG drawing",
+    ),
+    "XML that is no drawing": (
+        b'<?xml version="1.0"?>\n<Error>AccessDenied</Error>',
+        "not an image that Pillow can read",
+    ),
+    "SVG far within text": (b"a drawing is a <svg>", "not an image that Pillow can read"),
+}
+
+
+@pytest.mark.parametrize("what", NO_IMAGES)
+def test_why_it_is_no_image(tmp_path: Path, what: str) -> None:
+    """First bytes by hand (ISO 14496-12, 4.3; WHATWG's sniffing of HTML), against the words for each."""
+    content, expected = NO_IMAGES[what]
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert reason(tmp_path / "a.jpg") == expected

@@ -111,7 +111,7 @@ def test_the_three_kinds_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", KINDS)
 def test_several_rows_an_image(tmp_path: Path, suffix: str) -> None:
-    """Rows of one image anywhere in the table, also as "./a.jpg" and by a detour: its captions, in the rows' order."""
+    """Rows of one image anywhere in the table, also as "./a.jpg" and by a detour: its captions, detours last."""
     touch(tmp_path, "a.jpg", "u/b.jpg")
     rows = [
         ("a.jpg", ["1"]),
@@ -122,7 +122,7 @@ def test_several_rows_an_image(tmp_path: Path, suffix: str) -> None:
         ("a.jpg", ["1"]),
     ]
     scan = scan_table(WRITERS[suffix](tmp_path / f"t{suffix}", rows), COLUMNS)
-    assert texts(scan) == {"a.jpg": ["1", "3", "4", "1"], "u/b.jpg": ["2", "5"]}
+    assert texts(scan) == {"a.jpg": ["1", "3", "1", "4"], "u/b.jpg": ["2", "5"]}
     assert scan.num_entries == 6
 
 
@@ -781,3 +781,30 @@ def test_the_source(tmp_path: Path) -> None:
     assert str(table) in str(both.value)
     with pytest.raises(UserError, match=r"^No data was given\. .*--pairs"):
         scan_source(None, None, COLUMNS)
+
+
+def test_two_spellings_of_an_image_are_one(tmp_path: Path) -> None:
+    """Blanks around a cell, "./", doubled separators: one image with the captions of all its rows, in order."""
+    touch(tmp_path, "u/a.jpg")
+    rows = [("u/a.jpg", ["one"]), (" u/a.jpg", ["two"]), ("./u//a.jpg", ["three"])]
+    scan = scan_table(write_csv(tmp_path / "t.csv", rows), COLUMNS)
+    assert [sorted(pair.captions()) for pair in scan.pairs] == [["one", "three", "two"]]
+
+
+def test_a_folder_above_a_link_is_the_one_above_what_it_leads_to(tmp_path: Path) -> None:
+    """A table that names its images through "link/..", and one written into a folder that is reached by a link."""
+    touch(tmp_path, "far/away/data/x", "far/away/a.jpg", "pairs/b.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away" / "data", target_is_directory=True)
+    scan = scan_table(write_csv(tmp_path / "t.csv", [("link/../a.jpg", ["one"])]), COLUMNS)
+    assert [Path(pair.image).resolve() for pair in scan.pairs] == [tmp_path / "far" / "away" / "a.jpg"]
+    write_table(tmp_path / "link" / "t.csv", [(str(tmp_path / "pairs" / "b.jpg"), ["two"])])
+    scan = scan_table(tmp_path / "link" / "t.csv", COLUMNS)
+    assert [Path(pair.image).resolve() for pair in scan.pairs] == [tmp_path / "pairs" / "b.jpg"]
+
+
+def test_captions_that_are_blank_to_a_model(tmp_path: Path) -> None:
+    """Entities of blanks alone are no caption; beside words they are part of one."""
+    touch(tmp_path, "a.jpg", "b.jpg")
+    rows = [("a.jpg", ["&nbsp; &#32;"]), ("b.jpg", ["a&nbsp;cat"])]
+    scan = scan_table(write_csv(tmp_path / "t.csv", rows), COLUMNS)
+    assert (texts(scan), scan.lone_images) == ({"b.jpg": ["a&nbsp;cat"]}, ["a.jpg"])

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from tests.conftest import write_pairs
 from train_clip.data.cores import available_cores
 from train_clip.data.folder import scan_folder
 from train_clip.data.split import split_pairs
@@ -579,8 +580,8 @@ def test_a_bad_file_with_a_name_that_is_not_utf8(tmp_path: Path, capsys: pytest.
     for suffix, content in ((b".jpg", b""), (b".txt", b"a bear")):
         Path(os.fsdecode(os.fsencode(folder) + b"/b\xe4r" + suffix)).write_bytes(content)
     assert len(fit(tmp_path, data(folder, 5, max_bad=1.0), max_epochs=1).trained) == 1
-    assert (tmp_path / "skipped.tsv").read_bytes() == os.fsencode(folder) + rf"/b\udce4r.jpg	{WHY}".encode() + b"\n"
-    assert rf"Skipped {folder}/b\udce4r.jpg: {WHY}." in capsys.readouterr().out
+    assert (tmp_path / "skipped.tsv").read_bytes() == os.fsencode(folder) + rf"/b\xe4r.jpg	{WHY}".encode() + b"\n"
+    assert rf"Skipped {folder}/b\xe4r.jpg: {WHY}." in capsys.readouterr().out
 
 
 def test_replaced_samples_are_counted_once_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -607,3 +608,17 @@ def test_bad_files_of_both_splits_are_counted_but_not_in_the_trial_run(
         f"Epoch 2: 2 samples replaced by others or left out. Bad files so far: 2 (1 × caption is empty, 1 × {WHY}); "
         f"their names are in {tmp_path / 'skipped.tsv'}."
     )
+
+
+def test_a_table_to_validate_on(tmp_path: Path) -> None:
+    """Twelve pairs in a folder, three in a table with columns of its own: none of the twelve is held out."""
+    folder = write_pairs(tmp_path / "pairs", 12)
+    write_pairs(tmp_path / "others", 3)
+    rows = "".join(f"others/{index:03}.png\tother {index}\n" for index in range(3))
+    (tmp_path / "val.tsv").write_text("file\ttitle\n" + rows)
+    columns = {"image_column": "file", "caption_column": "title"}
+    module = data(folder, 4, val_share=0.25, val_pairs=tmp_path / "val.tsv", **columns)
+    module.setup()
+    assert (len(module.training_pairs), len(module.validation_pairs)) == (12, 3)
+    assert [pair.captions() for pair in module.validation_pairs] == [[f"other {index}"] for index in range(3)]
+    assert module.state_dict()["val_share"] == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
@@ -17,11 +18,12 @@ from train_clip.data.cores import available_cores
 from train_clip.data.pairs import PairList
 from train_clip.data.repeats import Leaks, Repeats
 from train_clip.data.report import Captions, Expectations, Listed, Report, Sizes, build_report
+from train_clip.data.scan import Scan
 from train_clip.data.source import scan_source
 from train_clip.data.split import require_share
 from train_clip.data.table import Columns, scan_table
 from train_clip.errors import UserError
-from train_clip.files import write_text
+from train_clip.files import require_place, write_text
 
 NAMED = 1000  # files of one reason on the screen; --json names all
 KEPT_EVERY = 64  # batches of a scan that an interruption may lose
@@ -65,18 +67,13 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     Raises:
         UserError: training would not begin, or would stop.
     """
-    require_share("val_share", options.val_share)
-    if not 0 <= options.max_bad <= 1:
-        raise UserError(f"--max_bad {options.max_bad}: expected a share from 0 to 1.")
-    for name, value, least in (("image_size", options.image_size, 1), ("context_length", options.context_length, 2)):
-        if value < least:
-            raise UserError(f"--{name} {value}: expected {least} or above.")
+    _require_sense(options)
     columns = Columns(options.image_column, options.caption_column)
     scan = scan_source(folder, options.pairs, columns)
     held_out = None if options.val_pairs is None else scan_table(options.val_pairs, columns)
+    sources = [scan.source] if held_out is None else [scan.source, held_out.source]
     if held_out is not None:
         scan = scan.followed_by(held_out)
-    workers = available_cores() if options.num_workers is None else options.num_workers
     expected = Expectations(
         options.image_size,
         options.context_length,
@@ -84,17 +81,7 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         options.max_bad,
         None if held_out is None else len(held_out.pairs),
     )
-    store = open_store([scan.source] if held_out is None else [scan.source, held_out.source], options.cache)
-    try:
-        look_at(scan.pairs, store, workers)
-        report = build_report(scan, store, expected)
-    except sqlite3.Error as error:
-        raise UserError(
-            f"{store.file}: {error}. Expected a store that no other check is writing, on a disk with room. Wait, "
-            "remove the file, or do without (--cache false)."
-        ) from error
-    finally:
-        store.close()
+    report = look_and_report(scan, sources, expected, options)
     print("\n".join(lines(report, expected)))
     if options.json is not None:
         write_text(options.json, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -103,15 +90,35 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     return report
 
 
-def open_store(sources: list[Path], keep: bool) -> AuditStore:
-    """The store of what is looked at; one in memory where none is to be kept, or none can be."""
-    if not keep:
-        return AuditStore(sources, None)
-    try:
-        return AuditStore(sources, cache_folder())
-    except (OSError, sqlite3.Error) as error:
-        print(f"{cache_folder()}: what is found cannot be kept there ({error}); going on without.")
-        return AuditStore(sources, None)
+def look_and_report(scan: Scan, sources: list[Path], expected: Expectations, options: CheckOptions) -> Report:
+    """Look at all pairs and put the figures together, in memory where nothing is to be kept or nothing can be."""
+    workers = available_cores() if options.num_workers is None else options.num_workers
+    if options.cache:
+        try:
+            with contextlib.closing(AuditStore(sources, cache_folder())) as store:
+                look_at(scan.pairs, store, workers)
+                return build_report(scan, store, expected)
+        except (OSError, sqlite3.Error) as error:
+            print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
+    with contextlib.closing(AuditStore(sources, None)) as store:
+        look_at(scan.pairs, store, workers)
+        return build_report(scan, store, expected)
+
+
+def _require_sense(options: CheckOptions) -> None:
+    """Refuse numbers that cannot be, and a report that has no place."""
+    require_share("val_share", options.val_share)
+    if not 0 <= options.max_bad <= 1:
+        raise UserError(f"--max_bad {options.max_bad}: expected a share from 0 to 1.")
+    for name, value, least in (
+        ("image_size", options.image_size, 1),
+        ("context_length", options.context_length, 2),
+        ("num_workers", options.num_workers or 0, 0),
+    ):
+        if value < least:
+            raise UserError(f"--{name} {value}: expected {least} or above.")
+    if options.json is not None:
+        require_place(options.json)
 
 
 def look_at(pairs: PairList, store: AuditStore, num_workers: int) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from train_clip.commands.options import TableOptions
-from train_clip.data.audit_store import shown
 from train_clip.data.contact_sheet import SheetEntry, contact_sheet
-from train_clip.data.pairs import PairList
+from train_clip.data.pairs import PairList, shown
 from train_clip.data.samples import Augmentation, draw
 from train_clip.data.source import scan_source
 from train_clip.data.table import Columns

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train_clip.commands.options import TableOptions
+from train_clip.commands.progress import with_progress
 from train_clip.data.cores import available_cores
-from train_clip.data.pairs import PairList
+from train_clip.data.pairs import PairList, shown
 from train_clip.data.source import scan_source
 from train_clip.data.split import Shares, divide, require_share
 from train_clip.data.table import Columns, write_table
@@ -17,6 +18,7 @@ from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.labels import class_name
 
 NAMED = 5  # files on the screen
+AT_ONCE = 1024  # images
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,25 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     left_out = len(pairs) - sum(map(len, parts.values()))
     if left_out:
         print(f"{left_out:,} pairs left out by --max_per_class {options.max_per_class}.")
-    print(f"Next: train-clip train --pairs {tables['train']} --val_pairs {tables['val']}")
+    if len(parts["val"]) < 2:
+        print(f"Too few pairs for {tables['val']} to be validated on: it takes 2 to tell one from another.")
+    validated = f" --val_pairs {tables['val']}" if len(parts["val"]) > 1 else ""
+    print(f"Next: train-clip train --pairs {tables['train']}{validated}")
     return {part: len(places) for part, places in parts.items()}
 
 
 def readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
     """The pairs whose image file and captions can be read, and a digest of each image; the others are named."""
+    digests: list[bytes | None] = []
     with ThreadPoolExecutor(available_cores()) as pool:
         # Reading and hashing let other threads run.
-        digests = list(pool.map(_digest, (pair.image for pair in pairs)))
+        for start in with_progress(range(0, len(pairs), AT_ONCE), f"times {AT_ONCE:,} images"):
+            images = [pairs[place].image for place in range(start, min(start + AT_ONCE, len(pairs)))]
+            digests += pool.map(_digest, images)
     kept, bad = [], []
     for place, pair in enumerate(pairs):
+        if not _is_utf8(pair.image):
+            raise UserError(f"{shown(pair.image)}: its name is not UTF-8, so no table can hold it. Rename it.")
         try:
             if digests[place] is None:
                 raise BadSample(pair.image, "cannot be read")
@@ -100,6 +110,14 @@ def readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
     if len(bad) > NAMED:
         print(f"… and {len(bad) - NAMED:,} more.")
     return pairs.take(kept), [digests[place] or b"" for place in kept]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _digest(path: str) -> bytes | None:

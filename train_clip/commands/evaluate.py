@@ -104,6 +104,8 @@ def evaluate(checkpoint: Path, /, options: EvaluateOptions) -> Scores:
     """
     if options.batch_size < 1:
         raise UserError(f"--batch_size {options.batch_size}: expected 1 or above.")
+    if options.num_workers < 0:
+        raise UserError(f"--num_workers {options.num_workers}: expected 0 or above.")
     classes, templates = read_classes(options)
     model = load_checkpoint(checkpoint, options.device)
     collection = collect(model, options, classes)

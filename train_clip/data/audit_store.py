@@ -5,7 +5,6 @@ One SQLite file a source. A pair's facts are taken again when the size or the ti
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +19,9 @@ from train_clip.data.audit import PairFacts, perceptual_hash
 from train_clip.data.pairs import Pair, PairList
 
 FORMAT = 1  # to be raised when what is stored, or what is found bad, changes
-LOCKED_SECONDS = 60.0  # to wait for another check of the same source
+
+# What may be otherwise the next time though the files have not changed.
+PASSING = ("cannot be read", "file is gone", "no permission", "too large for memory")
 
 TABLES = """
 CREATE TABLE about (format TEXT);
@@ -37,12 +38,19 @@ CREATE INDEX captions_of ON captions (pair);
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-clip"
+    """Where this user's programs keep what they can make again.
+
+    Raises:
+        OSError: this user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-clip"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 class AuditStore:
-    """What is known of a source's pairs.
+    """What is known of a source's pairs. One process has it at a time.
 
     ``place`` is a pair's place in the present list; facts of pairs that are no longer there are dropped.
 
@@ -60,18 +68,34 @@ class AuditStore:
         self.database = self._open()
 
     def _open(self) -> sqlite3.Connection:
-        """Open the store; begin anew where it is damaged or of another format."""
-        about = json.dumps([FORMAT, PIL.__version__, perceptual_hash() is not None])
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(sqlite3.DatabaseError):
-                database = sqlite3.connect(self.file, timeout=LOCKED_SECONDS)
-                if database.execute("SELECT format FROM about").fetchall() == [(about,)]:
-                    return database
-                database.close()
+        """Open the store for this process alone, and begin anew where it is damaged or of another format.
+
+        Raises:
+            OSError, sqlite3.Error: another process has it, or it cannot be written.
+        """
+        if self.file is None:
+            return self._ready(sqlite3.connect(":memory:"))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._ready(sqlite3.connect(self.file, timeout=0.0))
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+                raise
             self.file.unlink(missing_ok=True)
-        database = sqlite3.connect(self.file or ":memory:", timeout=LOCKED_SECONDS)
-        database.executescript(TABLES)
+            return self._ready(sqlite3.connect(self.file, timeout=0.0))
+
+    def _ready(self, database: sqlite3.Connection) -> sqlite3.Connection:
+        """Take the store, for as long as it is open, and see to it that its tables are there."""
+        about = json.dumps([FORMAT, PIL.__version__, perceptual_hash() is not None])
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("BEGIN EXCLUSIVE")
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        if "about" not in tables or database.execute("SELECT format FROM about").fetchall() != [(about,)]:
+            for table in tables:
+                database.execute(f"DROP TABLE {table}")
+            for statement in TABLES.split(";"):
+                database.execute(statement)
+        database.execute("DELETE FROM about")
         database.execute("INSERT INTO about VALUES (?)", (about,))
         database.commit()
         return database
@@ -103,9 +127,10 @@ class AuditStore:
         """Keep the facts of pairs that were unknown."""
         with self.database as database:
             for one in facts:
+                passing = any(part in reason for _, reason in one.bad for part in PASSING)
                 row = (
                     _key(pairs.names[one.place]),
-                    _stamp(pairs[one.place]),
+                    "" if passing else _stamp(pairs[one.place]),
                     one.place,
                     one.width,
                     one.height,
@@ -134,13 +159,6 @@ class AuditStore:
         return row
 
 
-def shown(name: str | bytes) -> str:
-    """A name that can be printed: bytes that are not UTF-8 and what would break a line are escaped."""
-    key = _key(name) if isinstance(name, str) else name
-    escaped = key.decode("utf-8", "backslashreplace")
-    return escaped.translate({ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
-
-
 def _key(name: str) -> bytes:
     """A name as bytes: SQLite takes no text that is not UTF-8."""
     return name.encode("utf-8", "surrogateescape")
@@ -157,4 +175,4 @@ def _file_stamp(path: str) -> str:
         found = os.stat(path)  # noqa: PTH116, a quarter of the time
     except (OSError, ValueError):
         return "gone"
-    return f"{found.st_size}:{found.st_mtime_ns}"
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import html
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +54,7 @@ def read_caption_lines(path: str) -> CaptionLines:
         raise BadSample(path, "caption is UTF-16, not UTF-8" if wide else "caption is not UTF-8") from None
     if "\0" in text:
         raise BadSample(path, "caption holds NUL")
-    captions = [line for line in (line.strip() for line in text.split("\n")) if line]
+    captions = [line for line in (line.strip() for line in text.split("\n")) if not is_blank(line)]
     if not captions:
         raise BadSample(path, "caption is empty")
     mended = []
@@ -61,3 +63,12 @@ def read_caption_lines(path: str) -> CaptionLines:
     if b"\r\n" in content:
         mended.append("line ends CR LF")
     return CaptionLines(captions, tuple(mended))
+
+
+def is_blank(caption: str) -> bool:
+    """Whether nothing is left of a caption once its entities are read: ``&nbsp;`` is a blank."""
+    if "&" in caption:
+        # An entity of over 4,300 digits, at which int() stops, is text.
+        with contextlib.suppress(ValueError):
+            caption = html.unescape(caption)
+    return not caption.strip()

@@ -6,21 +6,21 @@ with the nearest common ancestor belong together.
 
 from __future__ import annotations
 
+import heapq
 import os
 import posixpath
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from train_clip.data.images import image_suffixes
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.scan import CAPTION_SUFFIX, Scan
+from train_clip.data.scan import CAPTION_SUFFIX, Scan, may_read
 from train_clip.errors import UserError
 
 NAMED = 6  # files in the message on a stem
-EFFECTIVE = os.access in os.supports_effective_ids
 
 
 def scan_folder(folder: Path) -> Scan:
@@ -42,7 +42,8 @@ def scan_folder(folder: Path) -> Scan:
     except PermissionError:
         raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
     if not exists:
-        raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).")
+        table = " A table of pairs is given by --pairs." if folder.is_file() else ""
+        raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).{table}")
     found = _Found(folder)
     by_stem: dict[str, list[str]] = defaultdict(list)
     for path in found.images_and_captions():
@@ -142,7 +143,7 @@ def _fault(entry: os.DirEntry[str]) -> str | None:
     """What is wrong with an entry that has the name of an image or caption; a pipe would block its reader for ever."""
     try:
         if entry.is_file():
-            if os.access(entry.path, os.R_OK, effective_ids=EFFECTIVE):
+            if may_read(entry.path):
                 return None
             return "no permission to read this file. Give it (chmod +r), or move the file away."
         kind = _kind(entry.stat().st_mode)
@@ -165,7 +166,7 @@ def _kind(mode: int) -> str:
 class _AmbiguousError(Exception):
     """Two images or two captions of one stem at one place."""
 
-    def __init__(self, place: PurePosixPath, images: list[str], captions: list[str]) -> None:
+    def __init__(self, place: str, images: list[str], captions: list[str]) -> None:
         super().__init__(place, images, captions)
         self.place, self.images, self.captions = place, images, captions
 
@@ -187,21 +188,30 @@ def _pair_stem(files: list[str], pairs: list[tuple[str, str]], lone: list[str]) 
         image, caption = sorted(files, key=_is_caption)
         pairs.append((image, caption))
         return
-    waiting: dict[PurePosixPath, list[str]] = defaultdict(list)
+    waiting: dict[str, list[str]] = defaultdict(list)
     for path in files:
-        waiting[PurePosixPath(path).parent].append(path)
-    while waiting:
-        place = max(waiting, key=lambda parent: (len(parent.parts), parent))
+        waiting[posixpath.dirname(path)].append(path)
+    deepest_first = [(-_depth(place), place) for place in waiting]
+    heapq.heapify(deepest_first)
+    while deepest_first:
+        _, place = heapq.heappop(deepest_first)
         here = waiting.pop(place)
         images, captions = [p for p in here if not _is_caption(p)], [p for p in here if _is_caption(p)]
         if images and captions:
             if len(here) > 2:
                 raise _AmbiguousError(place, images, captions)
             pairs.append((images[0], captions[0]))
-        elif place == place.parent:
+        elif not place:
             lone += here
         else:
-            waiting[place.parent] += here
+            above = posixpath.dirname(place)
+            if above not in waiting:
+                heapq.heappush(deepest_first, (-_depth(above), above))
+            waiting[above] += here
+
+
+def _depth(place: str) -> int:
+    return place.count("/") + 1 if place else 0
 
 
 def _number(count: int, noun: str) -> str:

@@ -22,7 +22,7 @@ MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS, from which on it war
 MAX_BYTES = 2**30  # of a file: some decoders read it whole; the largest picture takes 8 bytes a pixel and its metadata
 MIN_SIDE = 2  # pixels; a picture of one row or column holds nothing to learn
 MAX_ASPECT = 100  # longer side over shorter side
-MAX_SCANS = 100  # of a progressive JPEG, as in libtiff; 10 are usual, and one of 100 bytes costs a pass of the picture
+MAX_SCANS = 100  # of a JPEG, as in libtiff; 10 are usual in a progressive one, and each costs a pass over the picture
 
 MAX_COMMENTS = 1000  # of a PPM in plain text, whose reader takes seconds for a megabyte of them
 
@@ -109,6 +109,8 @@ def read_image(path: str) -> Decoded:
     except MemoryError:
         raise BadSample(path, "too large for memory") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise BadSample(path, f"image cannot be read ({type(error).__name__})") from error
         # Pillow's decoders raise whatever their format's parser does (OSError, SyntaxError, struct.error, …).
         raise BadSample(path, f"damaged image ({type(error).__name__})") from error
 
@@ -156,8 +158,8 @@ def _decode(path: str, file: BinaryIO) -> Decoded:
 
 def _costs_too_much(picture: Image.Image, file: BinaryIO) -> str | None:
     """Why a picture of few pixels would take very long or very much; only what can is looked into."""
-    if picture.info.get("progressive") and len(SCAN.findall(_content(file))) > MAX_SCANS:
-        return f"progressive JPEG of over {MAX_SCANS} scans"
+    if picture.format in ("JPEG", "MPO") and len(SCAN.findall(_content(file))) > MAX_SCANS:
+        return f"JPEG of over {MAX_SCANS} scans"
     if _reader(picture) == "ppm_plain" and _content(file).count(b"#") > MAX_COMMENTS:
         return f"PPM of over {MAX_COMMENTS:,} comments"
     if picture.format == "TIFF":

@@ -7,6 +7,7 @@ import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from train_clip.data.captions import read_captions
 from train_clip.errors import BadSample
@@ -88,12 +89,11 @@ class PairList(Sequence[Pair]):
 
     def followed_by(self, other: PairList) -> PairList:
         """These pairs and then the others, whatever their roots; names are whole paths then."""
-        both = [*self, *other]
         return PairList(
             "",
-            (pair.image for pair in both),
-            ("\n".join(pair.texts) or pair.caption for pair in both),
-            (bool(pair.texts) for pair in both),
+            (pair.image for pair in chain(self, other)),
+            ("\n".join(pair.texts) or pair.caption for pair in chain(self, other)),
+            (bool(pair.texts) for pair in chain(self, other)),
         )
 
 
@@ -123,6 +123,15 @@ class FlatStrings:
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
+
+
+def shown(name: str | bytes) -> str:
+    """A name that can be printed on one line: bytes that are not UTF-8 and control characters are escaped."""
+    key = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+    return key.decode("utf-8", "backslashreplace").translate(_CONTROL)
+
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {9: r"\t", 10: r"\n", 13: r"\r"}
 
 
 def plain_name(name: str) -> str:

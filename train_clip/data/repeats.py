@@ -12,8 +12,9 @@ from itertools import islice
 import numpy as np
 
 from train_clip.data.audit import perceptual_hash
-from train_clip.data.audit_store import AuditStore, shown
+from train_clip.data.audit_store import AuditStore
 from train_clip.data.near import near_pairs
+from train_clip.data.pairs import shown
 
 EXAMPLES = 5
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from train_clip.data.audit import caption_digest
-from train_clip.data.audit_store import AuditStore, shown
-from train_clip.data.pairs import PairList
+from train_clip.data.audit_store import AuditStore
+from train_clip.data.pairs import PairList, shown
 from train_clip.data.repeats import EXAMPLES, Leaks, Repeats, find_repeats
 from train_clip.data.scan import Scan
 from train_clip.data.split import held_out_indices
+from train_clip.errors import BadSample
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -225,6 +227,8 @@ def _problems(scan: Scan, bad_pairs: int, held_out: int, expected: Expectations)
         problems.append(f"{len(scan.faults):,} faults, listed above.")
     if not scan.pairs:
         problems.append("There is no pair.")
+    elif expected.val_pairs == 0:
+        problems.append("There is no pair to validate on (--val_pairs).")
     elif len(scan.pairs) - held_out < 2:
         problems.append("There are fewer than 2 pairs to train on.")
     if bad_pairs > expected.max_bad * len(scan.pairs):
@@ -237,4 +241,6 @@ def _problems(scan: Scan, bad_pairs: int, held_out: int, expected: Expectations)
 
 def _text(pairs: PairList, place: int, digest: bytes) -> str:
     """The caption of a digest, out of its pair."""
-    return next((text for text in pairs[place].captions() if caption_digest(text) == digest), "")
+    with contextlib.suppress(BadSample):
+        return next((text for text in pairs[place].captions() if caption_digest(text) == digest), "")
+    return ""

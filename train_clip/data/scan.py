@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ from train_clip.errors import UserError
 
 CAPTION_SUFFIX = ".txt"
 NAMED = 5  # faults in a message
+EFFECTIVE = os.access in os.supports_effective_ids
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,8 @@ class Scan:
             "or list them in a table (--pairs)."
         )
         return "\n".join(lines)
+
+
+def may_read(path: str) -> bool:
+    """Whether this process's user may read a file."""
+    return os.access(path, os.R_OK, effective_ids=EFFECTIVE)

@@ -6,6 +6,7 @@ spreadsheets and pandas do it; a line of JSON is an object, whose caption may be
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from train_clip.data.captions import is_blank
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.scan import Scan
+from train_clip.data.scan import Scan, may_read
 from train_clip.errors import UserError
 from train_clip.files import replacing
-
-EFFECTIVE = os.access in os.supports_effective_ids
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def scan_table(table: Path, columns: Columns) -> Scan:
     """
     captions, num_rows, faults = _read(table, columns)
     root = os.path.join(table.parent, "")  # noqa: PTH118, with its separator at the end
-    there: list[tuple[str, str]] = []
+    there: dict[str, str] = {}
     gone: list[str] = []
     for name in sorted(captions, key=plain_name):
-        spelling = next((one for one in _spellings(name) if os.path.lexists(posixpath.join(root, one))), name)
+        spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
         try:
             fault = _fault(posixpath.join(root, spelling))
         except (FileNotFoundError, NotADirectoryError):
@@ -65,10 +65,10 @@ def scan_table(table: Path, columns: Columns) -> Scan:
         if fault:
             faults.append(f"{posixpath.join(root, spelling)}: {fault}")
         else:
-            there.append((spelling, captions[name]))
-    paired = [(name, texts) for name, texts in there if texts]
-    pairs = PairList(root, (name for name, _ in paired), (texts for _, texts in paired), in_table=True)
-    return Scan(table, num_rows, pairs, [name for name, texts in there if not texts], gone, faults)
+            there[spelling] = "\n".join(filter(None, (there.get(spelling), captions[name])))
+    paired = [name for name, texts in there.items() if texts]
+    pairs = PairList(root, paired, (there[name] for name in paired), in_table=True)
+    return Scan(table, num_rows, pairs, [name for name, texts in there.items() if not texts], gone, faults)
 
 
 def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -81,12 +81,15 @@ def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
     Raises:
         UserError: a name that is not UTF-8.
     """
+    here = os.path.realpath(table.parent)
     with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         # Lines end in CR LF, as RFC 4180 has it: only then is a name or caption that holds either put in quotes.
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
         for image, texts in rows:
-            name = Path(os.path.relpath(image, table.parent)).as_posix()
+            # Through links: ".." leads to the folder above the one that is linked to.
+            place, name = os.path.split(image)
+            name = Path(os.path.relpath(os.path.join(os.path.realpath(place), name), here)).as_posix()  # noqa: PTH118
             try:
                 writer.writerows([name, text] for text in texts)
             except UnicodeEncodeError:
@@ -111,8 +114,8 @@ def _read(table: Path, columns: Columns) -> tuple[dict[str, str], int, list[str]
         if not image.strip():
             faults.append(f"{table}, line {line}: {_WRONG_ROW.format(columns)}")
             continue
-        name = posixpath.normpath(image)
-        lines = [text for text in map(_one_line, texts) if text]
+        name = "/".join(part for at, part in enumerate(image.split("/")) if (part or not at) and part != ".") or "."
+        lines = [text for text in map(_one_line, texts) if not is_blank(text)]
         captions[name] = "\n".join([captions[name], *lines] if captions.get(name) else lines)
     return captions, num_rows, faults
 
@@ -191,8 +194,14 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _spellings(name: str) -> Iterator[str]:
-    """How a file may be called that a table calls so: blanks around a cell, accents apart or together."""
+def _spellings(root: str, name: str) -> Iterator[str]:
+    """How a file may be called that a table calls so: by way of another folder, blanks around, accents apart."""
+    if ".." in name.split("/"):
+        direct = posixpath.normpath(name)
+        with contextlib.suppress(OSError):
+            # Not so where a link is on the way: "link/.." is not this folder.
+            if os.path.samefile(posixpath.join(root, direct), posixpath.join(root, name)):  # noqa: PTH121
+                yield direct
     yield name
     yield name.strip()
     if not name.isascii():
@@ -226,6 +235,6 @@ def _fault(path: str) -> str | None:
         return f"cannot be looked up ({error}). Mend or remove its rows."
     if not stat.S_ISREG(mode):
         return "is no regular file; expected an image. Mend or remove its rows."
-    if not os.access(path, os.R_OK, effective_ids=EFFECTIVE):
+    if not may_read(path):
         return "no permission to read this file. Give it (chmod +r), or remove its rows."
     return None

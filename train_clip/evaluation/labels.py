@@ -31,7 +31,12 @@ def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
 def class_name(path: Path) -> str:
     """What the ``.cls`` file beside an image says, or else the name of its folder."""
     label_file = path.with_suffix(".cls")
-    return label_file.read_text(encoding="utf-8").strip() if label_file.is_file() else path.parent.name
+    if not label_file.is_file():
+        return path.parent.name
+    try:
+        return label_file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{label_file}: is not UTF-8. Expected the name of a class. Save it as UTF-8.") from None
 
 
 def _label(path: Path, places: dict[str, int]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from train_clip.data.pairs import shown
 from train_clip.errors import UserError
 from train_clip.gather import gather_objects, host_group, total, world
 from train_clip.training.data_module import TextImageDataModule
@@ -38,7 +39,7 @@ class SkipReport(L.Callback):
 
     def __init__(self) -> None:
         self.counts = Counts()
-        self.met: dict[str, str] = {}  # by this process, since it began
+        self.met: dict[str, str] = {}  # by this process in this fit: an earlier one's files may have been mended
         self.known: dict[str, str] = {}
         self.log_file: Path | None = None
         self._hosts: Any = None
@@ -55,8 +56,7 @@ class SkipReport(L.Callback):
             self.known = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from here on: files that a run met before it was stopped may have been mended since."""
-        self.met = {}
+        """Make the group that counts, on every process."""
         self._hosts = host_group()
 
     def on_train_batch_end(
@@ -139,7 +139,7 @@ class SkipReport(L.Callback):
 
     def _log(self, reasons: dict[str, str]) -> None:
         """Name the files that are not known yet, the first few on the screen and each in the log."""
-        new = {_printable(path): reason for path, reason in reasons.items() if _printable(path) not in self.known}
+        new = {shown(path): reason for path, reason in reasons.items() if shown(path) not in self.known}
         for path, reason in new.items():
             self.known[path] = reason
             if len(self.known) <= NAMED_AT_ONCE:
@@ -149,9 +149,3 @@ class SkipReport(L.Callback):
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             with self.log_file.open("a", encoding="utf-8") as log:
                 log.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
-
-
-def _printable(path: str) -> str:
-    """A path on one line: bytes that are not UTF-8, tabs and line breaks escaped."""
-    escaped = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return escaped.translate({ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
