@@ -47,6 +47,7 @@ OF_FILES = (
     errno.EPERM,
     errno.EISDIR,
     errno.ENOTDIR,
+    errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_clip.data.captions import read_captions
+from train_clip.data.captions import MAX_BYTES, read_caption_lines, read_captions
 from train_clip.errors import BadSample
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, apart from \r and \n
@@ -36,9 +36,49 @@ BAD = {
     "Latin-1": (b"ein B\xe4r", "caption is not UTF-8"),
     "cut within a letter": ("a 猫".encode()[:-1], "caption is not UTF-8"),
     "UTF-16 with its mark": ("a cat".encode("utf-16"), "caption is UTF-16, not UTF-8"),
+    "UTF-16 of the other order": (codecs.BOM_UTF16_BE + "a cat".encode("utf-16-be"), "caption is UTF-16, not UTF-8"),
+    "nothing but the mark of UTF-16": (codecs.BOM_UTF16_LE, "caption is UTF-16, not UTF-8"),
     "UTF-16 without": ("a cat".encode("utf-16-le"), "caption holds NUL"),
     "a JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "caption is not UTF-8"),
 }
+
+
+MENDED = {
+    "nothing": (b"a cat\na dog\n", ()),
+    "a CR within a line": (b"a\rcat\n", ()),
+    "blanks and empty lines": (b"  a cat \n\n", ()),
+    "a mark within the text": ("a \ufeffcat".encode(), ()),
+    "byte order mark": (codecs.BOM_UTF8 + b"a cat\n", ("byte order mark dropped",)),
+    "one line end of many": (b"a cat\r\na dog\n", ("line ends CR LF",)),
+    "the last line's end": (b"a cat\r\n", ("line ends CR LF",)),
+    "both": (codecs.BOM_UTF8 + b"a cat\r\na dog", ("byte order mark dropped", "line ends CR LF")),
+}
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_what_is_mended(tmp_path: Path, name: str) -> None:
+    """What a text editor would show of the bytes, in the same words for every file; the captions are without it."""
+    content, expected = MENDED[name]
+    (tmp_path / "a.txt").write_bytes(content)
+    lines = read_caption_lines(str(tmp_path / "a.txt"))
+    assert lines.mended == expected
+    assert lines.captions == read_captions(str(tmp_path / "a.txt"))
+    assert not any("\r\n" in caption or caption.startswith("\ufeff") for caption in lines.captions)
+
+
+@pytest.mark.parametrize("letter", [b"a", b" ", b"a cat\n", "猫".encode(), b"\0", b"\xff"])
+def test_a_file_of_a_mebibyte(tmp_path: Path, letter: bytes) -> None:
+    """One byte over 2 to the 20th is refused for its size alone; as many bytes as that are looked into."""
+    assert MAX_BYTES == 1_048_576
+    path = tmp_path / "a.txt"
+    path.write_bytes((letter * MAX_BYTES)[: MAX_BYTES + 1])
+    with path.open("ab") as file:
+        file.write(b"a" * (MAX_BYTES + 1 - path.stat().st_size))
+    with pytest.raises(BadSample) as caught:
+        read_captions(str(path))
+    assert caught.value.reason == "caption file over 1,048,576 bytes"
+    path.write_bytes(b"a" * MAX_BYTES)
+    assert read_captions(str(path)) == ["a" * MAX_BYTES]
 
 
 @pytest.mark.parametrize("name", READABLE)

@@ -528,7 +528,7 @@ def ycck() -> bytes:
 FOREIGN, FRAMES, UPRIGHT_BY_EXIF = "suffix of another format", "first of several frames", "turned upright by EXIF"
 ON_WHITE, SCALED, PALETTE = "transparency laid on white", "16-bit grey scaled to 8 bits", "palette to RGB"
 INKS = "inks (CMYK, YCCK) to RGB"
-PALETTE_OF_TWO = Image.new("RGB", (12, 10)).quantize(2)
+PALETTE_OF_TWO = Image.new("RGB", (12, 10), "teal").quantize(2)
 
 MENDED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "plain JPEG": ("a.jpg", encoded(picture_of("RGB"), "JPEG"), ()),
@@ -558,8 +558,12 @@ MENDED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "animated GIF": ("a.gif", two_frames("GIF"), (FRAMES, PALETTE)),
     "EXIF that turns nothing": ("a.jpg", encoded(picture_of("RGB"), "JPEG", exif=turned(1)), ()),
     "EXIF of no orientation": ("a.jpg", encoded(picture_of("RGB"), "JPEG", exif=turned(9)), ()),
-    "EXIF of one tag, a width": ("a.jpg", encoded(picture_of("RGB"), "JPEG", exif=Image.Exif()), ()),
-    "EXIF that is none": ("a.jpg", with_exif(b"no TIFF header at all"), ("illegible EXIF passed over",)),
+    "EXIF that is none, in a PNG": (
+        "a.png",
+        encoded(picture_of("RGB"), "PNG", exif=b"Exif\0\0no TIFF header at all"),
+        ("illegible EXIF passed over",),
+    ),
+    "EXIF that is none, in a JPEG": ("a.jpg", with_exif(b"no TIFF header at all"), ("illegible EXIF passed over",)),
     "16-bit grey PNG": ("a.png", encoded(picture_of("I;16"), "PNG"), (SCALED,)),
     "16-bit grey TIFF": ("a.tif", encoded(picture_of("I;16"), "TIFF"), (SCALED,)),
     "32-bit grey TIFF": ("a.tif", encoded(picture_of("I"), "TIFF"), (SCALED,)),

@@ -111,7 +111,7 @@ def test_the_three_kinds_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", KINDS)
 def test_several_rows_an_image(tmp_path: Path, suffix: str) -> None:
-    """Rows of one image anywhere in the table, also as "./a.jpg" and by a detour: its captions, detours last."""
+    """Rows of one image anywhere in the table, also as "./a.jpg" and by a detour: its captions, a detour.s last."""
     touch(tmp_path, "a.jpg", "u/b.jpg")
     rows = [
         ("a.jpg", ["1"]),
@@ -468,7 +468,7 @@ def test_the_message_for_no_pairs(tmp_path: Path) -> None:
 
 INCOMPLETE = "an incomplete row; expected 'image' to name an image and 'caption' to be text. Mend or remove it."
 BROKEN_ROWS = {
-    ".csv": ["a.jpg", "a.jpg,a cat,sits", ",a cat", "  ,a cat", ",", '""', "b.jpg,,"],
+    ".csv": ["a.jpg", "a.jpg,a cat,sits", ",a cat", "  ,a cat", "b.jpg,,"],
     ".jsonl": [
         '{"image": "a.jpg"}',
         '{"caption": "a cat"}',
@@ -808,3 +808,27 @@ def test_captions_that_are_blank_to_a_model(tmp_path: Path) -> None:
     rows = [("a.jpg", ["&nbsp; &#32;"]), ("b.jpg", ["a&nbsp;cat"])]
     scan = scan_table(write_csv(tmp_path / "t.csv", rows), COLUMNS)
     assert (texts(scan), scan.lone_images) == ({"b.jpg": ["a&nbsp;cat"]}, ["a.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(["u/../z.jpg", "a.jpg", " b.jpg", "./c.jpg"], "abcz"), ([" z.jpg", "a.jpg"], "az")]
+)
+def test_the_order_is_that_of_the_names_however_they_are_spelled(
+    tmp_path: Path, rows: list[str], expected: str
+) -> None:
+    """A table that takes detours, against one that names its images plainly: the same pairs in the same order."""
+    plain = [f"{letter}.jpg" for letter in expected]
+    touch(tmp_path, "u/x", *plain)
+    scans = [
+        scan_table(write_csv(tmp_path / f"{at}.csv", [(name, ["a"]) for name in names]), COLUMNS)
+        for at, names in enumerate((plain, rows))
+    ]
+    assert list(scans[0].pairs.names) == list(scans[1].pairs.names) == plain
+
+
+def test_rows_of_separators_alone_are_blank_lines(tmp_path: Path) -> None:
+    """What spreadsheets leave behind a table: no row, no fault."""
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "t.csv").write_text('image,caption\n,\na.jpg,a cat\n,,\n""\n\n', encoding="utf-8")
+    scan = scan_table(tmp_path / "t.csv", COLUMNS)
+    assert (texts(scan), scan.num_entries, scan.faults) == ({"a.jpg": ["a cat"]}, 1, [])

@@ -182,9 +182,10 @@ def _content(file: BinaryIO) -> bytes:
 
 def _foreign_suffix(path: str, kind: str) -> bool:
     """Whether a file's suffix is that of another format than its content's. MPO is JPEG with more pictures behind."""
-    named = Image.registered_extensions().get(os.path.splitext(path)[1].lower())  # noqa: PTH122, a third of the time
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122, a third of the time
+    named = Image.registered_extensions().get(suffix)
     alike = {"MPO": "JPEG", "DIB": "BMP"}
-    return alike.get(named or "", named) != alike.get(kind, kind)
+    return bool(suffix) and alike.get(named or "", named) != alike.get(kind, kind)
 
 
 def _has_frames(picture: Image.Image) -> bool:
@@ -197,6 +198,9 @@ def _has_frames(picture: Image.Image) -> bool:
 
 def _upright(picture: Image.Image, mended: list[str]) -> Image.Image:
     try:
+        if "exif" in picture.info:
+            # Opening a JPEG has tried it and kept the error to itself; getexif() is empty from then on.
+            Image.Exif().load(picture.info["exif"])
         turn = UPRIGHT.get(picture.getexif().get(ORIENTATION_TAG, 1))
     except Exception:
         # Broken EXIF says nothing about the pixels.

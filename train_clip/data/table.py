@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from train_clip.data.captions import is_blank
+from train_clip.data.captions import MAX_BYTES, is_blank
 from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.scan import Scan, may_read
 from train_clip.errors import UserError
@@ -55,7 +55,7 @@ def scan_table(table: Path, columns: Columns) -> Scan:
     root = os.path.join(table.parent, "")  # noqa: PTH118, with its separator at the end
     there: dict[str, str] = {}
     gone: list[str] = []
-    for name in sorted(captions, key=plain_name):
+    for name in captions:
         spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
         try:
             fault = _fault(posixpath.join(root, spelling))
@@ -66,9 +66,10 @@ def scan_table(table: Path, columns: Columns) -> Scan:
             faults.append(f"{posixpath.join(root, spelling)}: {fault}")
         else:
             there[spelling] = "\n".join(filter(None, (there.get(spelling), captions[name])))
+    there = dict(sorted(there.items(), key=lambda item: plain_name(item[0])))
     paired = [name for name, texts in there.items() if texts]
     pairs = PairList(root, paired, (there[name] for name in paired), in_table=True)
-    return Scan(table, num_rows, pairs, [name for name, texts in there.items() if not texts], gone, faults)
+    return Scan(table, num_rows, pairs, [name for name, texts in there.items() if not texts], sorted(gone), faults)
 
 
 def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -120,6 +121,8 @@ def _read(table: Path, columns: Columns) -> tuple[dict[str, str], int, list[str]
     return captions, num_rows, faults
 
 
+csv.field_size_limit(MAX_BYTES)  # as much as a caption file may hold; for the process, which is csv's only way
+
 _WRONG_ROW = "an incomplete row; expected {0.image!r} to name an image and {0.caption!r} to be text. Mend or remove it."
 
 
@@ -141,7 +144,7 @@ def _separated(delimiter: str) -> Callable[[Path, TextIO, Columns], Iterator[tup
             header = next(reader, [])
             image, caption = (_place(table, header, column) for column in (columns.image, columns.caption))
             for row in reader:
-                if row:
+                if any(row):
                     whole = len(row) == len(header)
                     yield reader.line_num, row[image] if whole else "", [row[caption]] if whole else []
         except csv.Error as error:
@@ -196,8 +199,8 @@ def _is_text(value: Any) -> bool:
 
 def _spellings(root: str, name: str) -> Iterator[str]:
     """How a file may be called that a table calls so: by way of another folder, blanks around, accents apart."""
-    if ".." in name.split("/"):
-        direct = posixpath.normpath(name)
+    direct = posixpath.normpath(name)
+    if direct != name:
         with contextlib.suppress(OSError):
             # Not so where a link is on the way: "link/.." is not this folder.
             if os.path.samefile(posixpath.join(root, direct), posixpath.join(root, name)):  # noqa: PTH121
