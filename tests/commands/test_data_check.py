@@ -17,9 +17,9 @@ from tests.data.everything import LONG, Everything, drawing, encoded, write_ever
 from train_clip import cli
 from train_clip.commands import data_check as command
 from train_clip.commands.data_check import CheckOptions, data_check
-from train_clip.data.audit import Audit, perceptual_hash
-from train_clip.data.audit_store import AuditStore
-from train_clip.data.report import Report
+from train_clip.data.audit.facts import Audit, perceptual_hash
+from train_clip.data.audit.report import Report
+from train_clip.data.audit.store import AuditStore
 from train_clip.errors import UserError
 
 
@@ -294,6 +294,19 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert "What is found cannot be kept in the cache folder" in capsys.readouterr().out
 
 
+def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, capsys) -> None:
+    """Zeros behind its first two pages: the same report without it, and a new one the next time."""
+    folder = write_pairs(tmp_path / "pairs", 40)
+    first = check(folder)
+    (kept,) = (cache / "scans").iterdir()
+    kept.write_bytes(kept.read_bytes()[:8192] + bytes(kept.stat().st_size - 8192))
+    capsys.readouterr()
+    assert check(folder) == first
+    assert "What is found cannot be kept" in capsys.readouterr().out
+    assert check(folder) == check(folder) == first
+    assert "40 of 40 pairs have not changed" in capsys.readouterr().out
+
+
 def test_a_store_that_another_check_has(tmp_path: Path, cache: Path, capsys) -> None:
     """One check at a time has the store: a second one says so, reports the same, and leaves the first one's alone."""
     folder = write_pairs(tmp_path / "pairs", 6)
@@ -421,8 +434,8 @@ def test_without_the_library_for_perceptual_hashes(
     folder = write_pairs(tmp_path / "pairs", 4)
     whole = check(folder)
     with monkeypatch.context() as patch:
-        for module in ("audit", "audit_store", "repeats"):
-            patch.setattr(f"train_clip.data.{module}.perceptual_hash", lambda: None)
+        for module in ("facts", "store", "repeats"):
+            patch.setattr(f"train_clip.data.audit.{module}.perceptual_hash", lambda: None)
         report = check(folder)
     assert "Similar images were not looked for: pip install ImageHash" in capsys.readouterr().out
     assert report.repeats.near is None

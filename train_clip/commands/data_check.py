@@ -12,12 +12,12 @@ from pathlib import Path
 
 from train_clip.commands.options import TableOptions
 from train_clip.commands.progress import with_progress
-from train_clip.data.audit import BATCH, audit_loader
-from train_clip.data.audit_store import AuditStore, cache_folder
+from train_clip.data.audit.facts import BATCH, audit_loader
+from train_clip.data.audit.repeats import Leaks, Repeats
+from train_clip.data.audit.report import Captions, Expectations, Listed, Report, Sizes, build_report
+from train_clip.data.audit.store import AuditStore, cache_folder, is_damage
 from train_clip.data.cores import available_cores
 from train_clip.data.pairs import PairList
-from train_clip.data.repeats import Leaks, Repeats
-from train_clip.data.report import Captions, Expectations, Listed, Report, Sizes, build_report
 from train_clip.data.scan import Scan
 from train_clip.data.source import scan_source
 from train_clip.data.split import require_share
@@ -94,11 +94,14 @@ def look_and_report(scan: Scan, sources: list[Path], expected: Expectations, opt
     """Look at all pairs and put the figures together, in memory where nothing is to be kept or nothing can be."""
     workers = available_cores() if options.num_workers is None else options.num_workers
     if options.cache:
+        store = None
         try:
             with contextlib.closing(AuditStore(sources, cache_folder())) as store:
                 look_at(scan.pairs, store, workers)
                 return build_report(scan, store, expected)
         except (OSError, sqlite3.Error) as error:
+            if store is not None and store.file is not None and is_damage(error):
+                store.file.unlink(missing_ok=True)
             print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
     with contextlib.closing(AuditStore(sources, None)) as store:
         look_at(scan.pairs, store, workers)

@@ -15,7 +15,7 @@ from typing import Any
 
 import PIL
 
-from train_clip.data.audit import PairFacts, perceptual_hash
+from train_clip.data.audit.facts import PairFacts, perceptual_hash
 from train_clip.data.pairs import Pair, PairList
 
 FORMAT = 1  # to be raised when what is stored, or what is found bad, changes
@@ -49,6 +49,13 @@ def cache_folder() -> Path:
         raise OSError(str(error)) from None
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error says that a store's file is no longer whole."""
+    code = getattr(error, "sqlite_errorcode", None)
+    # The last byte, without what SQLite adds on where it was found.
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
 class AuditStore:
     """What is known of a source's pairs. One process has it at a time.
 
@@ -79,7 +86,7 @@ class AuditStore:
         try:
             return self._ready(sqlite3.connect(self.file, timeout=0.0))
         except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            if not is_damage(error):
                 raise
             self.file.unlink(missing_ok=True)
             return self._ready(sqlite3.connect(self.file, timeout=0.0))

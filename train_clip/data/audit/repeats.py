@@ -11,9 +11,9 @@ from itertools import islice
 
 import numpy as np
 
-from train_clip.data.audit import perceptual_hash
-from train_clip.data.audit_store import AuditStore
-from train_clip.data.near import near_pairs
+from train_clip.data.audit.facts import perceptual_hash
+from train_clip.data.audit.near import near_pairs
+from train_clip.data.audit.store import AuditStore
 from train_clip.data.pairs import shown
 
 EXAMPLES = 5

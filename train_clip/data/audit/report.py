@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train_clip.data.audit import caption_digest
-from train_clip.data.audit_store import AuditStore
+from train_clip.data.audit.facts import caption_digest
+from train_clip.data.audit.repeats import EXAMPLES, Leaks, Repeats, find_repeats
+from train_clip.data.audit.store import AuditStore
 from train_clip.data.pairs import PairList, shown
-from train_clip.data.repeats import EXAMPLES, Leaks, Repeats, find_repeats
 from train_clip.data.scan import Scan
 from train_clip.data.split import held_out_indices
 from train_clip.errors import BadSample
