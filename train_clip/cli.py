@@ -190,7 +190,7 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
     parser = ArgumentParser(
         prog=f"train-clip {verb}",
         # The list of all options, which would bury an error below it, is what --help prints.
-        usage=" ".join(["%(prog)s", *(_placeholder(parameters[name]) for name in positional), "[options]"]),
+        usage=" ".join(["%(prog)s", *(_in_usage(parameters[name]) for name in positional), "[options]"]),
         description=docstring.short_description,
         allow_abbrev=False,
         default_env=False,
@@ -215,7 +215,7 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
     return parser, groups
 
 
-def _placeholder(parameter: inspect.Parameter) -> str:
+def _in_usage(parameter: inspect.Parameter) -> str:
     """A positional argument in the line on usage."""
     name = parameter.name.upper()
     return name if parameter.default is inspect.Parameter.empty else f"[{name}]"

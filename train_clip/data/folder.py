@@ -171,6 +171,7 @@ class _AmbiguousError(Exception):
         self.place, self.images, self.captions = place, images, captions
 
     def message(self, folder: Path) -> str:
+        """Name the place and the files."""
         shown = sorted(self.images + self.captions)[:NAMED]
         listed = "\n".join(f"  {path}" for path in shown)
         more = len(self.images) + len(self.captions) - len(shown)
