@@ -800,6 +800,9 @@ def test_a_folder_above_a_link_is_the_one_above_what_it_leads_to(tmp_path: Path)
     write_table(tmp_path / "link" / "t.csv", [(str(tmp_path / "pairs" / "b.jpg"), ["two"])])
     scan = scan_table(tmp_path / "link" / "t.csv", COLUMNS)
     assert [Path(pair.image).resolve() for pair in scan.pairs] == [tmp_path / "pairs" / "b.jpg"]
+    write_table(tmp_path / "u.csv", [(f"{tmp_path}/link/../a.jpg", ["three"])])
+    scan = scan_table(tmp_path / "u.csv", COLUMNS)
+    assert [Path(pair.image).resolve() for pair in scan.pairs] == [tmp_path / "far" / "away" / "a.jpg"]
 
 
 def test_captions_that_are_blank_to_a_model(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -114,8 +113,13 @@ def _near(store: AuditStore) -> tuple[int, int, list[list[str]]]:
         # Several places of one hash may be among them, so that |= on an index would keep the last alone.
         leaking[one[images[other] > held[other]]] = True
         leaking[other[images[one] > held[one]]] = True
-        for two in islice(zip(place[one], place[other], strict=True), EXAMPLES - len(examples)):
-            examples.append([next(_names(store, "SELECT name FROM pairs WHERE place = ?", int(at))) for at in two])
+        for two in zip(place[one], place[other], strict=True):
+            if len(examples) == EXAMPLES:
+                break
+            named = [next(_names(store, "SELECT name FROM pairs WHERE place = ?", int(at))) for at in two]
+            # The same two come once for each piece that they share.
+            if named not in examples:
+                examples.append(named)
     return int(images[similar].sum()), int(held[leaking].sum()), examples
 
 

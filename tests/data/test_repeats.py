@@ -1,0 +1,31 @@
+"""What repeats and what leaks, of facts made by hand: counted by hand."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from train_clip.data.audit.facts import PairFacts, perceptual_hash
+from train_clip.data.audit.repeats import find_repeats
+from train_clip.data.audit.store import AuditStore
+from train_clip.data.pairs import PairList
+
+FAR = 0xFFFF << 16  # sixteen bits from the hashes around 0
+
+
+@pytest.mark.parametrize("held_out", [[1, 2, 5], [0, 3, 5]])
+def test_similar_images_leak_whichever_hash_is_the_smaller(held_out: list[int]) -> None:
+    """Two neighbours twice, one of each held out, once the one of the smaller hash and once the other; and a loner."""
+    if perceptual_hash() is None:
+        pytest.skip("needs ImageHash")
+    looks = [0, 1, FAR, FAR + 2, -1, 0xFF << 48]
+    pairs = PairList("/", [f"{place}.png" for place in range(6)], ["x"] * 6, in_table=True)
+    facts = [PairFacts(place, (), (), 9, 9, bytes([place]), look, ()) for place, look in enumerate(looks)]
+    with contextlib.closing(AuditStore([Path("any")], None)) as store:
+        store.add(pairs, facts)
+        repeats, leaks = find_repeats(store, held_out)
+    assert (repeats.equal, repeats.near, leaks.held_out) == (0, 4, 3)
+    assert (leaks.images, leaks.images_nearly, leaks.captions) == (0, 2, 0)
+    assert sorted(sorted(two) for two in repeats.near_examples) == [["0.png", "1.png"], ["2.png", "3.png"]]
