@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -78,11 +79,14 @@ def test_verbs_of_two_words():
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
-    """``| head -1`` of a report: no message, and the exit code that shells give to SIGPIPE."""
+    """A report into a pipe that nobody reads: no message, and the exit code that shells give to SIGPIPE."""
     write_pairs(tmp_path / "pairs", 3)
-    command = f"set -o pipefail; {sys.executable} -m train_clip.cli data check pairs --cache false | true"
-    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) in ((141, ""), (0, ""))
+    command = [sys.executable, "-m", "train_clip.cli", "data", "check", "pairs", "--cache", "false"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 def test_abbreviations_are_refused(capsys):

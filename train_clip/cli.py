@@ -71,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
+        # What is left to print goes out here: at the interpreter's end a closed pipe would be a traceback.
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"train-clip: {_message(error)}")
     except BrokenPipeError:
-        # `| head` has read enough. What is left to print must not fail at the interpreter's end.
+        # `| head` has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as shells report it
     except OSError as error:

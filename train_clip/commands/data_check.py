@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_clip.commands.options import TableOptions
+from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.audit.facts import BATCH, audit_loader
 from train_clip.data.audit.repeats import Leaks, Repeats
@@ -21,7 +21,7 @@ from train_clip.data.pairs import PairList
 from train_clip.data.scan import Scan
 from train_clip.data.source import scan_source
 from train_clip.data.split import require_share
-from train_clip.data.table import Columns, scan_table
+from train_clip.data.table import scan_table
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
 
@@ -68,9 +68,8 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         UserError: training would not begin, or would stop.
     """
     _require_sense(options)
-    columns = Columns(options.image_column, options.caption_column)
-    scan = scan_source(folder, options.pairs, columns)
-    held_out = None if options.val_pairs is None else scan_table(options.val_pairs, columns)
+    scan = scan_source(folder, options.pairs, options.columns)
+    held_out = None if options.val_pairs is None else scan_table(options.val_pairs, options.columns)
     sources = [scan.source] if held_out is None else [scan.source, held_out.source]
     if held_out is not None:
         scan = scan.followed_by(held_out)
@@ -113,13 +112,11 @@ def _require_sense(options: CheckOptions) -> None:
     require_share("val_share", options.val_share)
     if not 0 <= options.max_bad <= 1:
         raise UserError(f"--max_bad {options.max_bad}: expected a share from 0 to 1.")
-    for name, value, least in (
-        ("image_size", options.image_size, 1),
-        ("context_length", options.context_length, 2),
-        ("num_workers", options.num_workers or 0, 0),
-    ):
-        if value < least:
-            raise UserError(f"--{name} {value}: expected {least} or above.")
+    require_least(
+        image_size=(options.image_size, 1),
+        context_length=(options.context_length, 2),
+        num_workers=(options.num_workers or 0, 0),
+    )
     if options.json is not None:
         require_place(options.json)
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from train_clip.commands.options import TableOptions
+from train_clip.commands.options import TableOptions, require_least
 from train_clip.data.contact_sheet import SheetEntry, contact_sheet
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.samples import Augmentation, draw
 from train_clip.data.source import scan_source
-from train_clip.data.table import Columns
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample, UserError
 from train_clip.files import write_text
@@ -54,19 +53,16 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     Raises:
         UserError: nothing to show, or numbers that cannot be.
     """
-    for name, value, least in (
-        ("number", options.number, 1),
-        ("crops", options.crops, 1),
-        ("image_size", options.image_size, 1),
-        ("context_length", options.context_length, 2),
-        ("seed", options.seed, 0),
-    ):
-        if value < least:
-            raise UserError(f"--{name} {value}: expected {least} or above.")
+    require_least(
+        number=(options.number, 1),
+        crops=(options.crops, 1),
+        image_size=(options.image_size, 1),
+        context_length=(options.context_length, 2),
+        seed=(options.seed, 0),
+    )
     if options.resize_ratio is not None and not 0 < options.resize_ratio <= 1:
         raise UserError(f"--resize_ratio {options.resize_ratio}: expected above 0, up to 1.")
-    columns = Columns(options.image_column, options.caption_column)
-    scan = scan_source(folder, options.pairs, columns).require_pairs()
+    scan = scan_source(folder, options.pairs, options.columns).require_pairs()
     number = min(options.number, len(scan.pairs))
     chosen = sorted(np.random.default_rng(options.seed).permutation(len(scan.pairs))[:number].tolist())
     entries = [entry(scan.pairs, place, options) for place in chosen]

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_clip.commands.options import TableOptions
+from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.cores import available_cores
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.source import scan_source
 from train_clip.data.split import Shares, divide, require_share
-from train_clip.data.table import Columns, write_table
+from train_clip.data.table import write_table
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.labels import class_name
 
@@ -62,13 +62,11 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
             f"--val_share {options.val_share} and --test_share {options.test_share} leave nothing; expected their sum "
             "below 1."
         )
-    if options.max_per_class is not None and options.max_per_class < 1:
-        raise UserError(f"--max_per_class {options.max_per_class}: expected 1 or above.")
+    require_least(max_per_class=(1 if options.max_per_class is None else options.max_per_class, 1))
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     if there := [str(table) for table in tables.values() if table.exists()]:
         raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
-    columns = Columns(options.image_column, options.caption_column)
-    pairs = scan_source(folder, options.pairs, columns).require_pairs().pairs
+    pairs = scan_source(folder, options.pairs, options.columns).require_pairs().pairs
     pairs, digests = readable(pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     shares = Shares(options.val_share, options.test_share, options.seed, options.max_per_class)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.commands.options import TableOptions
+from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.captions import read_captions
 from train_clip.data.image_list import image_loader
@@ -25,7 +25,6 @@ from train_clip.data.images import open_rgb
 from train_clip.data.pairs import Pair
 from train_clip.data.source import scan_source
 from train_clip.data.split import split_pairs
-from train_clip.data.table import Columns
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.labels import image_labels
 from train_clip.evaluation.pictures import draw_best_captions
@@ -102,10 +101,7 @@ def evaluate(checkpoint: Path, /, options: EvaluateOptions) -> Scores:
     Raises:
         UserError: a file that is missing or does not hold what it should.
     """
-    if options.batch_size < 1:
-        raise UserError(f"--batch_size {options.batch_size}: expected 1 or above.")
-    if options.num_workers < 0:
-        raise UserError(f"--num_workers {options.num_workers}: expected 0 or above.")
+    require_least(batch_size=(options.batch_size, 1), num_workers=(options.num_workers, 0))
     classes, templates = read_classes(options)
     model = load_checkpoint(checkpoint, options.device)
     collection = collect(model, options, classes)
@@ -191,7 +187,7 @@ def collect(model: CLIPWrapper, options: EvaluateOptions, classes: list[str]) ->
     Raises:
         UserError: nothing to score, or an image whose class is none of the classes.
     """
-    scan = scan_source(options.folder, options.pairs, Columns(options.image_column, options.caption_column))
+    scan = scan_source(options.folder, options.pairs, options.columns)
     if options.classes is None or scan.faults:
         scan.require_pairs()
     pairs = scan.pairs

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from train_clip.data.table import Columns
+from train_clip.errors import UserError
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -37,6 +40,11 @@ class TableOptions:
     pairs: Path | None = None
     image_column: str = "image"
     caption_column: str = "caption"
+
+    @property
+    def columns(self) -> Columns:
+        """The table's columns."""
+        return Columns(self.image_column, self.caption_column)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,20 @@ class TrainerOptions(dict[str, Any]):
 OWN_TRAINER_OPTIONS = ("max_epochs", "default_root_dir")
 
 T = TypeVar("T")
+
+
+def require_least(**numbers: tuple[int, int]) -> None:
+    """Refuse numbers that are too small.
+
+    Args:
+        numbers: by the option's name, its value and the least that it may be.
+
+    Raises:
+        UserError: one is below.
+    """
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise UserError(f"--{name} {value}: expected {least} or above.")
 
 
 def select(kind: type[T], values: dict[str, Any], **rest: Any) -> T:

@@ -16,7 +16,14 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions
+from train_clip.commands.options import (
+    DataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    TrainerOptions,
+    require_least,
+)
 from train_clip.commands.quiet import quiet
 from train_clip.commands.resume import Resumption, find_checkpoint
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
@@ -59,9 +66,7 @@ def train(
     """
     quiet()
     end_with_starter()
-    for name, value, least in (("seed", run.seed, 0), ("keep", run.keep, 1)):
-        if value < least:
-            raise UserError(f"--{name} {value}: expected {least} or above.")
+    require_least(seed=(run.seed, 0), keep=(run.keep, 1))
     L.seed_everything(run.seed, verbose=False)
     config = choose_config(model)
     module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **dataclasses.asdict(optimizer))

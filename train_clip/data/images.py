@@ -22,13 +22,14 @@ MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS, from which on it war
 MAX_BYTES = 2**30  # of a file: some decoders read it whole; the largest picture takes 8 bytes a pixel and its metadata
 MIN_SIDE = 2  # pixels; a picture of one row or column holds nothing to learn
 MAX_ASPECT = 100  # longer side over shorter side
-MAX_SCANS = 100  # of a JPEG, as in libtiff; 10 are usual in a progressive one, and each costs a pass over the picture
+# Of a JPEG, as in libtiff (LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER); 10 are usual, and each costs a pass over the picture.
+MAX_SCANS = 100
 
 MAX_COMMENTS = 1000  # of a PPM in plain text, whose reader takes seconds for a megabyte of them
 
 # What picture collections are made of, by Pillow's names. Its other readers are for formats that nobody collects, hand
 # the file to another program (EPS), take nearly anything for a picture, or, as OpenJPEG for JPEG 2000, take as much
-# memory as a header of 200 bytes asks for (7 GiB and more within the cap on pixels).
+# memory as a header asks for, also within the cap on pixels (test_hostile.py, precincts).
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip

@@ -139,6 +139,7 @@ def _rows(table: Path, columns: Columns) -> Iterator[tuple[int, str, list[str]]]
 
 def _separated(delimiter: str) -> Callable[[Path, TextIO, Columns], Iterator[tuple[int, str, list[str]]]]:
     def rows(table: Path, file: TextIO, columns: Columns) -> Iterator[tuple[int, str, list[str]]]:
+        """Rows as ``_rows`` gives them."""
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
