@@ -84,7 +84,9 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     command = [sys.executable, "-m", "train_clip.cli", "data", "check", "pairs", "--cache", "false"]
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    # As a shell has it: the report waits in a buffer until it is flushed.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")
 

@@ -45,6 +45,7 @@ def encode_in_chunks(
     devices = [batch.device] if batch.is_cuda else []
 
     def seeded(chunk: Tensor, number: int) -> Tensor:
+        """Encode a chunk in the random state of its own."""
         with torch.random.fork_rng(devices):
             torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1, np.uint64)[0] >> 1))
             return encode(chunk)
@@ -107,6 +108,8 @@ class PooledNorms:
         counts = [0] * len(self.norms)
 
         def count_elements(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            """Make the hook that notes how many elements a channel of the norm at a place sees."""
+
             def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 counts[place] = inputs[0].numel() // inputs[0].shape[1] * _processes(norm)
 

@@ -62,6 +62,7 @@ def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], flo
     """
 
     def share(step: int) -> float:
+        """What the rate is of its peak."""
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
