@@ -16,7 +16,9 @@ from torch.utils.data.distributed import DistributedSampler
 from two_processes import run
 
 from train_clip.gather import world
-from train_clip.training.validation import ValidationSplit, caption_ids, interleave, loss_in_batches
+from train_clip.models.caption_ids import caption_ids
+from train_clip.models.clip import up_to_end
+from train_clip.training.validation import ValidationSplit, interleave, loss_in_batches
 
 W = 2
 START, END = 90, 91
@@ -37,6 +39,11 @@ def pairs(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return F.normalize(images, dim=-1), F.normalize(texts, dim=-1), tokens
 
 
+def ids_of(tokens: Tensor) -> Tensor:
+    """Of CLIP's tokens."""
+    return caption_ids(tokens, up_to_end(tokens))
+
+
 def score(count: int, batch: int, places: list[int], dataset: Any) -> dict[str, float]:
     """Hand the pairs at these places to a split, batch by batch, the captions cut after each batch's longest."""
     split = ValidationSplit(4)
@@ -44,7 +51,7 @@ def score(count: int, batch: int, places: list[int], dataset: Any) -> dict[str, 
     for start in range(0, len(places), batch):
         chosen = places[start : start + batch]
         longest = int(tokens[chosen].argmax(dim=1).max()) + 1
-        split.add(images[chosen], texts[chosen], tokens[chosen, :longest])
+        split.add(images[chosen], texts[chosen], ids_of(tokens[chosen, :longest]))
     return split.score(SCALE, dataset)
 
 
@@ -119,8 +126,9 @@ def test_split_starts_afresh():
     """A score forgets what it scored: the second of two equal rounds gives the same figures."""
     split = ValidationSplit(4)
     figures = []
+    images, texts, tokens = pairs(11)
     for _ in range(2):
-        split.add(*pairs(11))
+        split.add(images, texts, ids_of(tokens))
         figures.append(split.score(SCALE, range(11)))
     assert figures[0] == figures[1]
     assert split.score(SCALE) == {}
@@ -152,10 +160,10 @@ def test_caption_ids():
         rows = torch.full((len(captions), length), padding)
         for row, words in zip(rows, captions, strict=True):
             row[: len(words) + 2] = torch.tensor([START, *words, END])
-        by_length.append(caption_ids(rows).tolist())
+        by_length.append(ids_of(rows).tolist())
     assert all(ids == by_length[0] for ids in by_length)
     assert len(set(by_length[0])) == len(captions)
-    short = [caption_ids(torch.tensor([[START, *words, END]])).item() for words in captions]
+    short = [ids_of(torch.tensor([[START, *words, END]])).item() for words in captions]
     assert short == by_length[0]
 
 
@@ -164,4 +172,4 @@ def test_caption_ids_of_many():
     tokens = torch.zeros(10_000, 20, dtype=torch.long)
     tokens[:, 7] = 1 + torch.arange(10_000)
     tokens[:, 9] = 49_407
-    assert len(set(caption_ids(tokens).tolist())) == 10_000
+    assert len(set(ids_of(tokens).tolist())) == 10_000

@@ -279,7 +279,7 @@ def _embed_images(
     model: CLIPWrapper, paths: Sequence[str], options: EvaluateOptions, skips: list[Skip]
 ) -> tuple[list[int], Tensor]:
     """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
-    loader = image_loader(paths, model.model.config.image.size, options.batch_size, options.num_workers)
+    loader = image_loader(paths, model.model.image_size, options.batch_size, options.num_workers)
     kept: list[int] = []
     parts: list[Tensor] = []
     for indices, pixels, bad in with_progress(loader, "batches of images"):

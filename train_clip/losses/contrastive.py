@@ -23,6 +23,7 @@ class Pairs(NamedTuple):
         all_images: (N, D) float, unit norm: everyone's, this rank's at ``offset`` and after.
         all_texts: (N, D) float, unit norm: likewise.
         offset: row of this rank's first pair.
+        captions: (N,) int64, equal for equal captions; None where it is not known which are.
     """
 
     images: Tensor
@@ -30,9 +31,10 @@ class Pairs(NamedTuple):
     all_images: Tensor
     all_texts: Tensor
     offset: int = 0
+    captions: Tensor | None = None
 
 
-def clip_loss(pairs: Pairs, scale: Tensor) -> Tensor:
+def clip_loss(pairs: Pairs, scale: Tensor, mask_equal: bool = False) -> Tensor:
     """The mean of both directions, over this rank's rows. Its mean over equal ranks is the global batch's loss.
 
         L = ½ (InfoNCE(images → texts) + InfoNCE(texts → images))
@@ -40,16 +42,18 @@ def clip_loss(pairs: Pairs, scale: Tensor) -> Tensor:
     Args:
         pairs: see ``Pairs``.
         scale: () float, exp of the learned temperature.
+        mask_equal: leave the other pairs of an equal caption out of the denominators.
 
     Returns:
         () float32, or wider where the inputs are.
     """
-    image_to_text = info_nce(pairs.images, pairs.all_texts, scale, pairs.offset)
-    text_to_image = info_nce(pairs.texts, pairs.all_images, scale, pairs.offset)
+    groups = pairs.captions if mask_equal else None
+    image_to_text = info_nce(pairs.images, pairs.all_texts, scale, pairs.offset, groups)
+    text_to_image = info_nce(pairs.texts, pairs.all_images, scale, pairs.offset, groups)
     return (image_to_text + text_to_image) / 2
 
 
-def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0) -> Tensor:
+def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
     """Cross-entropy of each row against all columns, its own pair being the right one.
 
         S = scale · rows columnsᵀ            L = mean over i of CE(S_i, i + offset)
@@ -59,26 +63,50 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0) -> T
         columns: (N, D) float, unit norm: everyone's embeddings of the other side.
         scale: () float, exp of the learned temperature, at most 100.
         offset: column of this rank's first pair.
+        groups: (N,) int64: columns equal to a row's own leave its denominator, the own one stays. None for all to stay.
 
     Returns:
         () float32, or wider where the inputs are.
     """
     similarity = scale * rows @ columns.T
-    target = offset + torch.arange(len(rows), device=rows.device)
-    return F.cross_entropy(similarity.to(torch.promote_types(similarity.dtype, torch.float32)), target)
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+    own = offset + torch.arange(len(rows), device=rows.device)
+    if groups is not None:
+        others = (groups[own, None] == groups).scatter_(1, own[:, None], False)
+        similarity = similarity.masked_fill(others, -torch.inf)
+    return F.cross_entropy(similarity, own)
 
 
 @torch.no_grad()
-def accuracy(rows: Tensor, columns: Tensor, offset: int = 0) -> Tensor:
-    """Share of rows whose most similar column is their own pair.
+def loss_floor(groups: Tensor) -> Tensor:
+    """The least that ``info_nce`` can be where captions are equal: a row cannot tell its own from those equal to it.
+
+        floor = mean over i of ln n_i            n_i  entries equal to entry i, itself included
+
+    Args:
+        groups: (N,) int64, equal for equal captions.
+
+    Returns:
+        () float32; 0 where all are different.
+    """
+    _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    return counts[inverse].float().log().mean()
+
+
+@torch.no_grad()
+def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
+    """Share of rows whose most similar column is their own pair, or equal to it.
 
     Args:
         rows: (B, D) float, unit norm.
         columns: (N, D) float, unit norm.
         offset: column of this rank's first pair.
+        groups: (N,) int64, equal for equal captions; None where all count as different.
 
     Returns:
         () float32 in [0, 1].
     """
-    target = offset + torch.arange(len(rows), device=rows.device)
-    return ((rows @ columns.T).argmax(dim=1) == target).float().mean()
+    own = offset + torch.arange(len(rows), device=rows.device)
+    found = (rows @ columns.T).argmax(dim=1)
+    right = found == own if groups is None else groups[found] == groups[own]
+    return right.float().mean()

@@ -1,4 +1,4 @@
-"""CLIP: an image tower, a text tower, and one temperature (CLIP paper, section 2 and figure 3).
+"""CLIP: a ViT or ResNet for images, a causal transformer for captions (CLIP paper, section 2).
 
 B  pairs      L  tokens, at most the context      S  side of the image in pixels      D  embedding width
 
@@ -7,31 +7,36 @@ The text tower's tensors sit at the top level, as in OpenAI's and open_clip's st
 
 from __future__ import annotations
 
-import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from train_clip.models.blocks import LayerNorm, Transformer
 from train_clip.models.config import ModelConfig, ResNetConfig
+from train_clip.models.dual_encoder import DualEncoder, Texts
 from train_clip.models.pixels import PixelNorm
 from train_clip.models.resnet import ModifiedResNet
 from train_clip.models.vit import VisionTransformer
 
 INITIAL_TEMPERATURE = 0.07  # CLIP paper, section 2.5
-MAX_LOGIT_SCALE = 100.0  # CLIP paper, section 2.5
 
 
-class CLIP(nn.Module):
+class CLIP(DualEncoder):
     """Two towers that map images and captions into one space.
 
     Args:
         config: sizes of both towers, for instance ``read_config("ViT-B/32")``.
     """
 
+    config: ModelConfig
+    transformer: Transformer
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
         text = config.text
+        super().__init__(
+            config.name, config.embed_dim, config.image.size, text.context, text.vocab, 1 / INITIAL_TEMPERATURE
+        )
         self.config = config
         self.pixel_norm = PixelNorm()
         self.visual: nn.Module
@@ -44,7 +49,6 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(text.context, text.width))
         self.ln_final = LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
         self._initialize_text()
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -58,41 +62,32 @@ class CLIP(nn.Module):
         """
         return self.visual(self.pixel_norm(images))
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, texts: Texts) -> Tensor:
         """Embed captions. The feature is the output at the end token, the largest id of each row.
 
         What follows the end token is never looked at (the tower is causal), so rows may be cut after the longest.
 
         Args:
-            tokens: (B, L) int64, start and end token included.
+            texts: (B, L) int64, start and end token included.
 
         Returns:
             (B, D) float, not normalised.
         """
+        tokens = cast(Tensor, texts)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.transformer(x)
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
         return self.ln_final(ends) @ self.text_projection
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Score every image against every caption.
+    def caption_mask(self, texts: Texts) -> Tensor:
+        """Up to the end token, the largest id: (B, L) bool."""
+        return up_to_end(cast(Tensor, texts))
 
-        Args:
-            images: (B, 3, S, S), see ``encode_image``.
-            tokens: (B, L) int64.
-
-        Returns:
-            Two (B, B) float matrices, scaled cosines: images by captions, and its transpose.
-        """
-        image_embeddings = nn.functional.normalize(self.encode_image(images), dim=-1)
-        text_embeddings = nn.functional.normalize(self.encode_text(tokens), dim=-1)
-        similarity = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
-        return similarity, similarity.T
-
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Keep the scale at or below 100 (CLIP paper, section 2.5). Called after each optimizer step."""
-        self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+    def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """All of ``visual``, and all the rest but the temperature."""
+        image = list(self.visual.parameters())
+        other = {id(parameter) for parameter in (*image, self.logit_scale)}
+        return image, [parameter for parameter in self.parameters() if id(parameter) not in other]
 
     def _initialize_text(self) -> None:
         """As openai/CLIP, ``initialize_parameters``; attention biases stay 0, the other biases PyTorch's default."""
@@ -105,3 +100,8 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
+
+
+def up_to_end(tokens: Tensor) -> Tensor:
+    """(B, L) bool: a caption of CLIP's tokens ends at its end token, the largest id."""
+    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)

@@ -9,9 +9,9 @@ B  rows of the batch      D  embedding width      C  channels      n_k  elements
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from train_clip.gather import world
 
 
 def encode_in_chunks(
-    encode: Callable[[Tensor], Tensor],
-    batch: Tensor,
+    encode: Callable[[Any], Tensor],
+    batch: Tensor | Mapping[str, Tensor],
     size: int,
     seed: Sequence[int],
     encoder: nn.Module,
@@ -33,42 +33,55 @@ def encode_in_chunks(
 
     Args:
         encode: maps (b, …) rows to (b, D) embeddings.
-        batch: (B, …).
+        batch: (B, …), or several tensors of B rows by their names.
         size: rows of a chunk at most; 0, or B and more, encodes the batch in one piece and recomputes nothing.
         seed: with the chunk's number it decides the random state (dropout) that ``encode`` sees, in the forward pass
             and again in the recomputation.
-        encoder: the module that ``encode`` runs; its BatchNorms are looked after.
+        encoder: the module that ``encode`` runs; its BatchNorms are looked after. Where nothing of it is trained there
+            is nothing to hold, so that nothing is recomputed.
 
     Returns:
         (B, D).
     """
-    devices = [batch.device] if batch.is_cuda else []
+    first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+    devices = [first.device] if first.is_cuda else []
 
-    def seeded(chunk: Tensor, number: int) -> Tensor:
+    def seeded(chunk: Tensor | dict[str, Tensor], number: int) -> Tensor:
         """Encode a chunk in the random state of its own."""
         with torch.random.fork_rng(devices):
             torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1, np.uint64)[0] >> 1))
             return encode(chunk)
 
-    if size <= 0 or size >= len(batch):
-        return seeded(batch, 0)
-    # Chunks of nearly equal length: a last one of a single row is more than some BatchNorms can bear.
-    chunks = batch.tensor_split(-(-len(batch) // size))
+    if size <= 0 or size >= len(first):
+        return seeded(batch if isinstance(batch, Tensor) else dict(batch), 0)
+    recomputes = any(parameter.requires_grad for parameter in encoder.parameters())
     with PooledNorms(encoder) as norms:
         embeddings = []
-        for number, chunk in enumerate(chunks):
+        for number, chunk in enumerate(_split(batch, -(-len(first) // size))):
             with norms.recording():
                 # ``seeded`` sets the random state itself: checkpoint saves CUDA's only when an argument lies there.
-                embedding = checkpoint(
-                    seeded,
-                    chunk,
-                    number,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), norms.still()),
+                embedding = (
+                    checkpoint(
+                        seeded,
+                        chunk,
+                        number,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                        context_fn=lambda: (nullcontext(), norms.still()),
+                    )
+                    if recomputes
+                    else seeded(chunk, number)
                 )
             embeddings.append(cast(Tensor, embedding))
     return torch.cat(embeddings)
+
+
+def _split(batch: Tensor | Mapping[str, Tensor], number: int) -> list[Any]:
+    """Chunks of nearly equal length: a last one of a single row is more than some BatchNorms can bear."""
+    if isinstance(batch, Tensor):
+        return list(batch.tensor_split(number))
+    parts = {name: rows.tensor_split(number) for name, rows in batch.items()}
+    return [{name: chunks[place] for name, chunks in parts.items()} for place in range(number)]
 
 
 class PooledNorms:

@@ -6,66 +6,85 @@ B  pairs on this process      W  processes      N  pairs of the global batch (W 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
+from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts, unit_norm
 from train_clip.gather import gather_with_gradient, world
-from train_clip.losses.contrastive import Pairs, accuracy, clip_loss
-from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig, OptimizerConfig
+from train_clip.losses.contrastive import Pairs, accuracy, clip_loss, loss_floor
+from train_clip.models.caption_ids import caption_ids
+from train_clip.models.config import OptimizerConfig
+from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
+from train_clip.training.batch import BatchReader
 from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
-from train_clip.training.optimizer import build_adamw, build_schedule, warmup_for
+from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
 from train_clip.training.skips import SkipReport
+from train_clip.training.teacher import Distillation, require_room
 from train_clip.training.trainer_state import gradient_scaler, resuming
+from train_clip.training.tuning import Tuning
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
 IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
-LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
-
 
 class ContrastiveModule(L.LightningModule):
-    """Trains a CLIP on batches that start with images and texts.
+    """Trains a model of two towers on batches that start with images and texts.
 
     Works under any ``Trainer`` and with any loader. Images are uint8, or float that is already normalised; texts are
     token tensors (B, L), lists of strings, or a tokenizer's mapping with ``input_ids``.
 
     Args:
         model: both towers and the temperature.
-        optimizer: AdamW's numbers.
+        optimizer: its numbers.
+        tuning: what is trained, and towards what.
         warmup_steps: optimizer steps until the peak; None for the optimizer's own, or a tenth of a run that is short.
         minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
         seed: with the count of batches it decides the random state of each step.
     """
 
+    # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
+    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size",)
+
     def __init__(
         self,
-        model: CLIP,
+        model: DualEncoder,
         optimizer: OptimizerConfig,
+        tuning: Tuning,
         warmup_steps: int | None = None,
         minibatch_size: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for name, value in (("minibatch_size", minibatch_size), ("warmup_steps", warmup_steps or 0), ("seed", seed)):
+            if value < 0:
+                raise UserError(f"{name} is {value}; expected 0 or above.")
         self.model = model
-        self.tokenizer = Tokenizer(model.config.text.context)
+        self.model.lock(tuning.lock_image, tuning.lock_text)
+        self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
+        self._reader = BatchReader(model, None)
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
+        self._tuning = tuning
         self._warmup_steps = warmup_steps
         self._minibatch_size = minibatch_size
         self._seed = seed
-        self._validation_split = ValidationSplit(model.config.embed_dim)
-        self._checked_pixels = False
+        self._validation_split = ValidationSplit(model.embed_dim)
+
+    @property
+    def tokenizer(self) -> Any:
+        """For captions that are strings: its ``batch`` gives tokens, and the number of captions that were cut."""
+        return self._reader.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._reader.tokenizer = tokenizer
 
     @property
     def consumed_batches(self) -> int:
@@ -77,7 +96,7 @@ class ContrastiveModule(L.LightningModule):
         return [self._end_of_step, SkipReport()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and the cosine over the real number of optimizer steps."""
+        """The optimizer, and the cosine over the real number of optimizer steps."""
         num_steps = self.trainer.estimated_stepping_batches
         if not 0 < num_steps < float("inf"):
             raise UserError(
@@ -86,23 +105,29 @@ class ContrastiveModule(L.LightningModule):
             )
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        optimizer = build_adamw(self.model, config, fused=self._fuses())
+        groups = parameter_groups(self, config, tower_rates(self.model, self._tuning))
+        optimizer = build_optimizer(groups, config, self._tuning, fused=self._fuses())
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Score every image against every caption, as ``CLIP.forward``."""
-        return self.model(images, tokens)
+    def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Score every image against every caption, as ``DualEncoder.forward``."""
+        return self.model(images, texts)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
-        images, tokens = self._read(batch)
+        images, texts = self._reader.read(batch, self.device)
         self._end_of_step.require_equal_shares(len(images))
-        pairs = share(*self._embed(images, tokens))
+        pairs = share(*self._embed(self.model, images, texts), self._caption_ids(texts))
+        taught = self._embed_by_teacher(images, texts, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
-            loss = clip_loss(pairs, self.model.logit_scale.exp())
-        self._log_step(loss.detach(), pairs)
+            mask = self._tuning.equal_captions == "mask"
+            parts = {"contrastive_loss": clip_loss(pairs, self.model.logit_scale.exp(), mask)}
+            if self.distillation is not None:
+                parts["distillation_loss"] = self._tuning.kl_coeff * self.distillation(pairs, *taught)
+            loss = torch.stack(list(parts.values())).sum()
+        self._log_step(loss.detach(), parts, pairs)
         return self._end_of_step.finite.note_loss(loss)
 
     def configure_gradient_clipping(
@@ -119,16 +144,38 @@ class ContrastiveModule(L.LightningModule):
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._end_of_step.finite.gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update, then clamp the temperature."""
+        """Update, clamp the temperature, let the teacher follow."""
         super().optimizer_step(*args, **kwargs)
         self.model.clamp_temperature()
+        if self.distillation is not None:
+            self.distillation.after_update(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Where a run is resumed, keep its update fused or not as its precision now wants it."""
+        """Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants."""
         if resuming(self._trainer):
+            self.require_same_model(checkpoint.get("hyper_parameters", {}))
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
                     group |= {"fused": self._fuses()} if "fused" in group else {}
+
+    def require_same_model(self, kept: Mapping[str, Any]) -> None:
+        """Hold this module's arguments against those that a run began with.
+
+        Args:
+            kept: another module's ``hparams``.
+
+        Raises:
+            UserError: the model is another, or so is how it is trained.
+        """
+        differ = [
+            name for name in self.hparams if name not in self.free_to_change and kept.get(name) != self.hparams[name]
+        ]
+        if differ:
+            found = "; ".join(f"{name} {_brief(self.hparams[name])}, was {_brief(kept.get(name))}" for name in differ)
+            raise UserError(
+                f"The run began with another model or optimizer (found {found}), and its checkpoint holds their state. "
+                "Give the earlier values, or leave them out; to train with others begin a new run."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let no state be saved after a step that was not finite."""
@@ -138,9 +185,9 @@ class ContrastiveModule(L.LightningModule):
         """Embed; the split is scored as a whole at its end."""
         if dataloader_idx:
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
-        images, tokens = self._read(batch)
+        images, texts = self._reader.read(batch, self.device)
         missing = batch.missing if isinstance(batch, Batch) else ()
-        self._validation_split.add(*self._embed(images, tokens), tokens, missing)
+        self._validation_split.add(*self._embed(self.model, images, texts), self._caption_ids(texts), missing)
 
     def on_validation_epoch_end(self) -> None:
         """Loss over global batches of fixed size, and retrieval, over the whole split."""
@@ -149,99 +196,92 @@ class ContrastiveModule(L.LightningModule):
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
 
+    def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
+        """Embed images for search and comparison, with the model in eval mode.
+
+        Args:
+            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
+                uint8 or already normalised.
+            batch_size: images at a time.
+
+        Returns:
+            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
+            of their embeddings.
+
+        Raises:
+            BadSample: a file that cannot be read as an image.
+        """
+        return embed_images(self.model, images, batch_size)
+
+    def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
+        """Embed captions, with the model in eval mode.
+
+        Args:
+            texts: one caption or several; what is over the context length is cut.
+            batch_size: captions at a time.
+
+        Returns:
+            (N, D) float32, unit norm, on this module's device.
+        """
+        return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+
     def _fuses(self) -> bool:
         """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""
         return self.trainer.strategy.root_device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
 
-    def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images, and (B, L) int64 tokens, of a batch of any accepted kind, on this module's device."""
-        if not isinstance(batch, Sequence) or len(batch) < 2:
-            raise UserError(
-                f"A batch is a {type(batch).__name__}; expected a tuple or list that starts with images and texts. "
-                "Give the loader a collate_fn that returns (images, texts)."
-            )
-        images, texts = batch[0], batch[1]
-        if isinstance(texts, Mapping):
-            if "input_ids" not in texts:
-                raise UserError(
-                    f"The texts of a batch have the keys {', '.join(texts)}; expected input_ids among them."
-                )
-            texts = texts["input_ids"]
-        elif not isinstance(texts, Tensor):
-            texts, _ = self.tokenizer.batch(list(texts))
-        _check_shapes(images, texts, self.model.config)
-        if not self._checked_pixels:
-            self._checked_pixels = True
-            _check_values(images, texts, self.model.config)
-        return images.to(self.device), texts.to(self.device)
-
-    def _embed(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, model: DualEncoder, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Unit-norm (B, D) embeddings of both sides, float32 or wider."""
-        model, size = self.model, self._minibatch_size
-        seed = (self._seed, self.consumed_batches, world()[0])
+        size, seed = self._minibatch_size, (self._seed, self.consumed_batches, world()[0])
         image_embeddings = encode_in_chunks(model.encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
-        text_embeddings = encode_in_chunks(model.encode_text, tokens, size, (*seed, TEXT_TOWER), model.transformer)
+        text_embeddings = encode_in_chunks(model.encode_text, texts, size, (*seed, TEXT_TOWER), model.transformer)
         return unit_norm(image_embeddings), unit_norm(text_embeddings)
 
-    def _log_step(self, loss: Tensor, pairs: Pairs) -> None:
+    @torch.no_grad()
+    def _embed_by_teacher(self, images: Tensor, texts: Texts, num_pairs: int) -> tuple[Tensor, ...]:
+        """The same of the teacher; nothing without one."""
+        if self.distillation is None:
+            return ()
+        require_room(num_pairs)
+        return self._embed(self.distillation.teacher.model, images, texts)
+
+    def _caption_ids(self, texts: Texts) -> Tensor:
+        return caption_ids(token_ids(texts), self.model.caption_mask(texts))
+
+    def _log_step(self, loss: Tensor, parts: dict[str, Tensor], pairs: Pairs) -> None:
         """Log the global batch's figures, on the steps that reach a logger: reading them waits for the device."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = every and (self.trainer.global_step + 1) % every == 0
         if not due and self.device.type != "cpu":
             return
+        assert pairs.captions is not None
+        floor = 0.0 if self._tuning.equal_captions == "mask" else loss_floor(pairs.captions)
         figures = {
             "train/loss": loss,
-            "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset),
-            "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset),
+            "train/loss_above_floor": parts["contrastive_loss"].detach() - floor,
+            "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
+            "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
             "train/logit_scale": self.model.logit_scale.detach().exp(),
             "train/learning_rate": torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], device=self.device),
         }
+        if self.distillation is not None:
+            figures |= {f"train/{name}": part.detach() for name, part in parts.items()}
+            figures["train/distillation_scale"] = self.distillation.log_scale.detach().exp()
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
 
 
-def share(images: Tensor, texts: Tensor) -> Pairs:
+def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pairs:
     """Gather everyone's embeddings, with gradient, around this process's.
 
     Args:
         images: (B, D) float, unit norm.
         texts: (B, D) float, unit norm.
+        captions: (B,) int64, equal for equal captions.
     """
-    return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), world()[0] * len(images))
+    all_captions = None if captions is None else gather_with_gradient(captions)
+    offset = world()[0] * len(images)
+    return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)
 
 
-def unit_norm(embeddings: Tensor) -> Tensor:
-    """Scale (B, D) rows to length 1, in float32 or wider."""
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
-
-
-def _check_shapes(images: Tensor, tokens: Tensor, config: ModelConfig) -> None:
-    size, context = config.image.size, config.text.context
-    if images.ndim != 4 or images.shape[1:] != (3, size, size):
-        raise UserError(
-            f"A batch's images have shape {tuple(images.shape)}; {config.name} expects (B, 3, {size}, {size}). "
-            "Resize them, or build the model for their size (--image_size, or config.with_image_size)."
-        )
-    if tokens.ndim != 2 or len(tokens) != len(images) or tokens.shape[1] > context:
-        raise UserError(
-            f"A batch's tokens have shape {tuple(tokens.shape)} beside {len(images)} images; {config.name} expects one "
-            f"row an image, of {context} tokens at most. Cut longer captions, keeping their end token."
-        )
-
-
-def _check_values(images: Tensor, tokens: Tensor, config: ModelConfig) -> None:
-    """Look at the first batch's values, once: it waits for the device."""
-    if int(tokens.max()) >= config.text.vocab or int(tokens.min()) < 0:
-        raise UserError(
-            f"Token ids run from {int(tokens.min())} to {int(tokens.max())}; {config.name} has a vocabulary of "
-            f"{config.text.vocab:,}. Use CLIP's tokenizer, or batches of plain strings."
-        )
-    if len(tokens.amax(dim=1).unique()) > 1:
-        raise UserError(
-            f"The largest token of a caption is not the same in all of them, but {config.name} reads its text feature "
-            "at the end token, the largest of CLIP's tokens. Use CLIP's tokenizer, or batches of plain strings."
-        )
-    if images.is_floating_point() and (images.min() >= 0 or images.abs().max() > LARGEST_NORMALISED):
-        rank_zero_warn(
-            f"The first batch's images are floating point from {images.min():.3g} to {images.max():.3g}. Floats are "
-            "taken as already normalised by mean and deviation, and these do not look it. Pass uint8 to have it done."
-        )
+def _brief(value: Any) -> str:
+    """A value in a message: of a mapping, what it is called."""
+    return str(value.get("name", "another")) if isinstance(value, Mapping) else str(value)

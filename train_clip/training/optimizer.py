@@ -1,47 +1,69 @@
-"""AdamW with decay on matrices only, and a cosine over the whole run (CLIP paper, section 2.5 and table 18)."""
+"""The optimizer, its groups, and a cosine over the whole run (CLIP paper, section 2.5 and table 18)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from train_clip.models.config import OptimizerConfig
+from train_clip.models.dual_encoder import DualEncoder
+from train_clip.training.tuning import Tuning
 
 WARMUP_SHARE = 0.1  # of a run that is too short for the model's own warm-up
 
 
-def build_adamw(module: nn.Module, config: OptimizerConfig, fused: bool = False) -> AdamW:
-    """Make the optimizer of a module's trainable parameters.
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, tuning: Tuning, fused: bool = False
+) -> Optimizer:
+    """Make the optimizer of groups of parameters.
 
     Args:
-        module: on its device.
-        config: the numbers.
+        groups: of ``parameter_groups``, on their device.
+        config: the numbers; betas and eps are AdamW's. SGD's decay is a part of the gradient, AdamW's is not.
+        tuning: which optimizer, and SGD's momentum.
         fused: one kernel for the whole update, which can be held back by a flag on the device (``found_inf``).
     """
-    groups = parameter_groups(module, config.weight_decay)
+    if tuning.optimizer == "sgd":
+        return SGD(groups, lr=config.lr, momentum=tuning.momentum, fused=fused)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into those that decay and those that do not.
+def parameter_groups(
+    module: nn.Module, config: OptimizerConfig, rates: Mapping[nn.Parameter, float] | None = None
+) -> list[dict[str, Any]]:
+    """Sort trainable parameters by whether they decay and by their learning rate; those that decay come first.
 
     Weight decay falls on "all weights that are not gains or biases" (CLIP paper, section 2.5): in practice on those of
     two dimensions and more, which leaves out the temperature and the class embedding too.
+
+    Args:
+        module: whose parameters.
+        config: the decay, and the rate of parameters that have none of their own.
+        rates: peaks of some of the parameters.
     """
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            rate = (rates or {}).get(parameter, config.lr)
+            groups.setdefault((parameter.ndim >= 2, rate), []).append(parameter)
+    return [
+        {"params": groups[decays, rate], "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+        for decays, rate in sorted(groups, reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
-def build_schedule(optimizer: AdamW, warmup_steps: int, num_steps: int) -> LambdaLR:
+def tower_rates(model: DualEncoder, tuning: Tuning) -> dict[nn.Parameter, float]:
+    """The rates of towers that have one of their own."""
+    of_towers = zip(model.towers(), (tuning.image_learning_rate, tuning.text_learning_rate), strict=True)
+    return {parameter: rate for tower, rate in of_towers if rate is not None for parameter in tower}
+
+
+def build_schedule(optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
     """Make the learning-rate schedule, advanced once an optimizer step."""
     return LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
 

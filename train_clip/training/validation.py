@@ -1,6 +1,6 @@
 """The validation split, scored as a whole: the figures are one process's whatever the number of processes.
 
-n  rows of one process's batch      N  pairs of the split      D  embedding width      L  tokens
+n  rows of one process's batch      N  pairs of the split      D  embedding width
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train_clip.evaluation.retrieval import retrieval
 from train_clip.gather import gather_all, world
-from train_clip.losses.contrastive import Pairs, clip_loss
+from train_clip.losses.contrastive import Pairs, clip_loss, loss_floor
 
 
 class ValidationSplit:
@@ -27,18 +27,18 @@ class ValidationSplit:
         self._embed_dim = embed_dim
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def add(self, images: Tensor, texts: Tensor, tokens: Tensor, missing: Sequence[int] = ()) -> None:
+    def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: Sequence[int] = ()) -> None:
         """Add one process's batch.
 
         Args:
             images: (n, D) float, unit norm.
             texts: (n, D) float, unit norm.
-            tokens: (n, L) int64: captions with equal tokens are equal captions.
+            captions: (n,) int64, equal for equal captions.
             missing: rows that only hold a place, for pairs that could not be read; they are not scored.
         """
         present = torch.ones(len(images), dtype=torch.bool, device=images.device)
         present[list(missing)] = False
-        self._batches.append((images, texts, caption_ids(tokens), present))
+        self._batches.append((images, texts, captions, present))
 
     def score(self, scale: Tensor, dataset: Any = None) -> dict[str, float]:
         """Compute the loss and recalls of everything that was added on all processes, and forget it.
@@ -50,6 +50,7 @@ class ValidationSplit:
 
         Returns:
             ``val/loss``, over global batches as large as the first, the remainder weighted by its size;
+            ``val/loss_above_floor``, what it is above the least that equal captions leave possible;
             ``val/R@k_…`` both ways for k = 1, 5, 10; and ``val/mean_recall``, the mean of those six.
         """
         first = torch.tensor([len(self._batches[0][0]) if self._batches else 0], device=scale.device)
@@ -65,7 +66,9 @@ class ValidationSplit:
         if not len(images):
             return {}
         found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
-        figures = {"val/loss": loss_in_batches(images, texts, scale, batch)}
+        loss = loss_in_batches(images, texts, scale, batch)
+        floor = sum(loss_floor(part).item() * len(part) for part in captions.split(batch)) / len(captions)
+        figures = {"val/loss": loss, "val/loss_above_floor": loss - floor}
         for k in found.image_to_text:
             figures[f"val/R@{k}_image_to_text"] = found.image_to_text[k]
             figures[f"val/R@{k}_text_to_image"] = found.text_to_image[k]
@@ -105,13 +108,3 @@ def interleave(parts: list[Tensor], total: int | None) -> Tensor:
     # A sampler pads by less than one row a process; more are left where the loader was not shared out at all.
     padded = total is not None and 0 < len(joined) - total < len(parts)
     return joined[:total] if padded else joined
-
-
-def caption_ids(tokens: Tensor) -> Tensor:
-    """(n,) int64, equal for equal captions: a random linear hash of (n, L) tokens up to the end token."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    used = positions <= tokens.argmax(dim=1, keepdim=True)
-    generator = torch.Generator().manual_seed(0)
-    # Integer products wrap around: two captions collide once in about 2⁶³ pairs.
-    weights = torch.randint(-(2**62), 2**62, (tokens.shape[1],), generator=generator).to(tokens.device)
-    return (tokens * used * weights).sum(dim=1)

@@ -1,0 +1,92 @@
+"""Any two encoders as one model (data-efficient fine-tuning, arXiv 2104.08945 and 2112.09445).
+
+B  pairs      L  tokens      S  side of the image in pixels      D  width of the text encoder, where both meet
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from train_clip.errors import UserError
+from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
+from train_clip.models.encoders.encoder import ImageEncoder, TextEncoder
+from train_clip.models.encoders.outputs import image_features, text_features
+from train_clip.models.pixels import PixelNorm
+
+INITIAL_LOG_SCALE = 3.9  # OTTER's code; clamped to [0, ln 100] there too
+
+
+class CustomCLIP(DualEncoder):
+    """An image encoder and a text encoder, joined by a linear projection of the images where their widths differ.
+
+    The encoders are called ``visual`` and ``transformer``, as in train-CLIP's files.
+
+    Args:
+        image: maps normalised images to (B, W).
+        text: maps tokens to what ``text_features`` reads.
+        average: whether a caption is the mean over its tokens, or what the text encoder itself makes of them.
+        project: whether to add the projection; without it encoders of different widths are refused.
+
+    Raises:
+        UserError: the widths differ.
+    """
+
+    least_log_scale = 0.0
+
+    def __init__(self, image: ImageEncoder, text: TextEncoder, average: bool, project: bool) -> None:
+        if image.width != text.width and not project:
+            raise UserError(
+                f"The image encoder gives {image.width:,} numbers, the text encoder {text.width:,}; expected as many. "
+                f"Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, {text.width})), "
+                "or pass project=True, which adds such a layer."
+            )
+        name = f"{_called(image.module, image.description)} + {_called(text.module, text.description)}"
+        super().__init__(name, text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
+        self.average = average
+        self.pixel_norm = PixelNorm(image.mean, image.std)
+        self.visual = image.module
+        self.transformer = text.module
+        same = image.width == text.width
+        self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: (B, 3, S, S) uint8 in [0, 255], or float that is already normalised.
+
+        Returns:
+            (B, D) float, not normalised.
+        """
+        return self.image_projection(image_features(self.visual(self.pixel_norm(images))))
+
+    def encode_text(self, texts: Texts) -> Tensor:
+        """Embed captions.
+
+        Args:
+            texts: what the tokenizer of the text encoder gives, ``input_ids`` (B, L) int64 and ``attention_mask``
+                among it; or the ids alone, which are then all looked at.
+
+        Returns:
+            (B, D) float, not normalised.
+        """
+        if isinstance(texts, Mapping):
+            return text_features(self.transformer(**texts), texts.get("attention_mask"), self.average)
+        return text_features(self.transformer(texts), None, self.average)
+
+    def caption_mask(self, texts: Texts) -> Tensor:
+        """What the attention mask says; all tokens without one: (B, L) bool."""
+        mask = texts.get("attention_mask") if isinstance(texts, Mapping) else None
+        return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
+
+    def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Each encoder's; the projection is in neither."""
+        return list(self.visual.parameters()), list(self.transformer.parameters())
+
+
+def _called(module: nn.Module, description: Mapping[str, object] | None) -> str:
+    return str((description or {}).get("name") or type(module).__name__)

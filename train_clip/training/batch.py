@@ -1,0 +1,117 @@
+"""What a loader brings → images and tokens that the model takes, or a message that says what is wrong with them.
+
+B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from train_clip.errors import UserError
+from train_clip.models.clip import CLIP
+from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
+
+LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
+
+
+class BatchReader:
+    """Reads batches of any accepted kind.
+
+    Args:
+        model: that takes them.
+        tokenizer: for texts that are strings; None where there is none.
+    """
+
+    def __init__(self, model: DualEncoder, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._checked_values = False
+
+    def read(self, batch: Any, device: torch.device) -> tuple[Tensor, Texts]:
+        """Images, and tokens, on a device.
+
+        Args:
+            batch: starts with images and with tokens, a tokenizer's mapping, or strings.
+            device: the module's.
+
+        Raises:
+            UserError: it is no such batch, or not one for this model.
+        """
+        if not isinstance(batch, Sequence) or len(batch) < 2:
+            raise UserError(
+                f"A batch is a {type(batch).__name__}; expected a tuple or list that starts with images and texts. "
+                "Give the loader a collate_fn that returns (images, texts)."
+            )
+        images, texts = batch[0], self.tokens(batch[1], device)
+        ids = token_ids(texts)
+        _check_shapes(images, ids, self.model)
+        if not self._checked_values:
+            self._checked_values = True
+            _check_values(images, ids, self.model)
+        return images.to(device), texts
+
+    def tokens(self, texts: Any, device: torch.device) -> Texts:
+        """Tokens in the form that the model takes, on a device.
+
+        Args:
+            texts: tokens, a tokenizer's mapping, or strings.
+            device: the module's.
+
+        Raises:
+            UserError: a mapping without ids, or strings where there is no tokenizer.
+        """
+        if not isinstance(texts, Mapping | Tensor):
+            if self.tokenizer is None:
+                raise UserError(
+                    "The texts are strings, and the module has no tokenizer. Give it one (tokenizer=…), or give the "
+                    "data module one (custom_tokenizer=…)."
+                )
+            texts = self.tokenizer.batch(list(texts))[0]
+        if isinstance(texts, Tensor):
+            return texts.to(device)
+        if "input_ids" not in texts:
+            raise UserError(f"The texts of a batch have the keys {', '.join(texts)}; expected input_ids among them.")
+        if isinstance(self.model, CLIP):
+            return texts["input_ids"].to(device)
+        return {name: tensor.to(device) for name, tensor in texts.items()}
+
+
+def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
+    size, context = model.image_size, model.context_length
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise UserError(
+            f"A batch's images have shape {tuple(images.shape)}; {model.name} expects (B, 3, {size}, {size}). "
+            "Resize them, or build the model for their size (--image_size, or config.with_image_size)."
+        )
+    if ids.ndim != 2 or len(ids) != len(images) or (context is not None and ids.shape[1] > context):
+        at_most = "" if context is None else f", of {context} tokens at most"
+        raise UserError(
+            f"A batch's tokens have shape {tuple(ids.shape)} beside {len(images)} images; {model.name} expects one "
+            f"row an image{at_most}. Cut longer captions, keeping their end token."
+        )
+
+
+def _check_values(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
+    """Look at the first batch's values, once: it waits for the device."""
+    vocab = model.vocab_size
+    if int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab):
+        known = "any" if vocab is None else f"{vocab:,}"
+        raise UserError(
+            f"Token ids run from {int(ids.min())} to {int(ids.max())}; {model.name} has a vocabulary of {known}. Use "
+            "the tokenizer that belongs to it, or batches of plain strings."
+        )
+    if isinstance(model, CLIP) and len(ids.amax(dim=1).unique()) > 1:
+        raise UserError(
+            f"The largest token of a caption is not the same in all of them, but {model.name} reads its text feature "
+            "at the end token, the largest of CLIP's tokens. Use CLIP's tokenizer, or batches of plain strings."
+        )
+    if images.is_floating_point() and (images.min() >= 0 or images.abs().max() > LARGEST_NORMALISED):
+        rank_zero_warn(
+            f"The first batch's images are floating point from {images.min():.3g} to {images.max():.3g}. Floats are "
+            "taken as already normalised by mean and deviation, and these do not look it. Pass uint8 to have it done."
+        )
