@@ -24,6 +24,7 @@ from train_clip.errors import UserError
 VERBS = {
     "demo": ("train_clip.commands.demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
     "train": ("train_clip.commands.train", "train a CLIP from scratch on a folder of images and captions"),
+    "finetune": ("train_clip.commands.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
     "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
     "data check": ("train_clip.commands.data_check", "look at every pair before training: what is bad, cut, repeated"),
     "data show": ("train_clip.commands.data_show", "write a contact sheet: pairs as the model will see them"),

@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
-from train_clip.training.checkpoint_io import read_checkpoint
+from train_clip.checkpoints.reading import read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +164,8 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--betas [0.5,0.5]", r"betas \[0.5, 0.5\], was \[0.9, 0.98\]"),
         ("--warmup_steps 1", r"warmup_steps 1, was None"),
         ("--seed 3", r"seed 3, was 0"),
-        ("--image_size 32", r"the model tiny, was tiny"),
-        ("--model_name demo-8-48px", r"the model demo-8-48px, was tiny"),
+        ("--image_size 32", r"config\.image\.size 32, was 16"),
+        ("--model_name demo-8-48px", r"config\.name demo-8-48px, was tiny"),
         ("--batch_size 2", r"batch_size 2, was 4.*--minibatch_size is free"),
         ("--val_share 0", r"val_share 0.0, was 0.2"),
         ("--shuffle false", r"shuffle False, was True"),

@@ -11,6 +11,7 @@ import torch
 
 from train_clip.data.captions import read_captions
 from train_clip.data.collate import Collate
+from train_clip.data.pretrained_tokenizer import PretrainedTokenizer
 from train_clip.data.samples import Sample
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.types import Batch, Skip
@@ -67,7 +68,7 @@ class OwnTokenizer:
 def test_a_tokenizer_of_ones_own() -> None:
     """It gets the captions as a list, is asked for padded and cut tensors, and its mapping is passed on whole."""
     own = OwnTokenizer()
-    batch = Collate(own)(samples("a", "bcd"))
+    batch = Collate(PretrainedTokenizer(own, 512))(samples("a", "bcd"))
     assert own.asked == [(["a", "bcd"], {"padding": True, "truncation": True, "return_tensors": "pt"})]
     assert set(batch.texts) == {"input_ids", "attention_mask"}
     assert batch.texts["input_ids"].tolist() == [[1], [3]]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
+from train_clip.checkpoints.reading import read_checkpoint
 from train_clip.errors import UserError
-from train_clip.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.metrics_log import MetricsLog

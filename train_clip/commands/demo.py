@@ -9,7 +9,15 @@ from pathlib import Path
 import yaml
 
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
-from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainerOptions, select
+from train_clip.commands.options import (
+    DataOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    RunOptions,
+    TrainerOptions,
+    select,
+)
 from train_clip.commands.train import train
 from train_clip.data.synthetic import scenes, things, write_synthetic, zero_shot_templates
 from train_clip.errors import UserError
@@ -38,6 +46,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         select(ModelOptions, recipe),
         select(DataOptions, recipe, folder=training),
         select(OptimizerOptions, recipe),
+        select(ObjectiveOptions, recipe),
         select(RunOptions, recipe, seed=seed, output=output / "run"),
         # One device: more would run this verb once for each.
         TrainerOptions(devices=1),

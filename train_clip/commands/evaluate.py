@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import posixpath
 import random
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ from train_clip.evaluation.pictures import draw_best_captions
 from train_clip.evaluation.retrieval import Retrieval, retrieval
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot, class_embeddings, zero_shot
 from train_clip.files import write_text
-from train_clip.training.checkpoint_io import require_whole
-from train_clip.training.clip_wrapper import CLIPWrapper
+from train_clip.training.load import load_module
+from train_clip.training.module import ContrastiveModule
 from train_clip.types import Skip
 
 IMAGES_IN_PICTURE = 18
@@ -143,8 +142,8 @@ class Collection:
     skips: list[Skip]
 
 
-def load_checkpoint(path: Path, device: str) -> CLIPWrapper:
-    """Load a checkpoint of ``train`` for scoring.
+def load_checkpoint(path: Path, device: str) -> ContrastiveModule:
+    """Load a checkpoint for scoring.
 
     Args:
         path: the file.
@@ -153,35 +152,16 @@ def load_checkpoint(path: Path, device: str) -> CLIPWrapper:
     Raises:
         UserError: there is no such file, or it is no such checkpoint.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a checkpoint in it, such as {path}/checkpoints/last.ckpt.")
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file. Expected a checkpoint, such as RUN/checkpoints/last.ckpt.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
-    try:
-        require_whole(path)
-        return CLIPWrapper.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds more than plain data, or is damaged; nothing of it was run. Expected a checkpoint that "
-            "`train-clip train` wrote, whole."
-        ) from error
-    except Exception as error:
-        # A foreign or damaged file raises anything from KeyError to RuntimeError.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
-            f"{path}: cannot be loaded ({reason}). Expected a checkpoint that `train-clip train` wrote, whole."
-        ) from error
+    return load_module(path, device)
 
 
-def collect(model: CLIPWrapper, options: EvaluateOptions, classes: list[str]) -> Collection:
+def collect(model: ContrastiveModule, options: EvaluateOptions, classes: list[str]) -> Collection:
     """Read and embed what the options name.
 
     Raises:
@@ -276,7 +256,7 @@ def report(scores: Scores) -> None:
 
 @torch.no_grad()
 def _embed_images(
-    model: CLIPWrapper, paths: Sequence[str], options: EvaluateOptions, skips: list[Skip]
+    model: ContrastiveModule, paths: Sequence[str], options: EvaluateOptions, skips: list[Skip]
 ) -> tuple[list[int], Tensor]:
     """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
     loader = image_loader(paths, model.model.image_size, options.batch_size, options.num_workers)
@@ -311,7 +291,7 @@ def _retrieval(collection: Collection) -> Retrieval:
 
 
 def _zero_shot(
-    model: CLIPWrapper, collection: Collection, classes: Sequence[str], templates: Sequence[str]
+    model: ContrastiveModule, collection: Collection, classes: Sequence[str], templates: Sequence[str]
 ) -> ZeroShot:
     labels = torch.tensor(collection.labels, device=collection.images.device)
     return zero_shot(collection.images, labels, class_embeddings(classes, templates, model.embed_texts))

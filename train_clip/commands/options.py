@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from train_clip.data.table import Columns
 from train_clip.errors import UserError
@@ -90,6 +90,18 @@ class OptimizerOptions:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     warmup_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What is minimised.
+
+    Args:
+        equal_captions: whether the other pairs of an equal caption keep their place in a row's denominator, or leave it
+            (mask)
+    """
+
+    equal_captions: Literal["keep", "mask"] = "keep"
 
 
 @dataclass(frozen=True)

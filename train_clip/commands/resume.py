@@ -105,7 +105,7 @@ def _written(file: Path) -> int:
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
-    from train_clip.training.checkpoint_io import read_checkpoint
+    from train_clip.checkpoints.reading import read_checkpoint
 
     state = read_checkpoint(file)
     if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:

@@ -3,52 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import shlex
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import instantiate_class
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.commands.options import (
     DataOptions,
     ModelOptions,
+    ObjectiveOptions,
     OptimizerOptions,
     RunOptions,
     TrainerOptions,
-    require_least,
 )
-from train_clip.commands.quiet import quiet
-from train_clip.commands.resume import Resumption, find_checkpoint
-from train_clip.commands.run_folder import choose_run_folder, write_run_files
+from train_clip.commands.training_run import Job, begin, train_job
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.models.config import ModelConfig, read_config
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.curves import Curves
 from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.metrics_log import MetricsLog
-from train_clip.training.progress import RunProgress
-from train_clip.training.signals import Stopped, end_with_starter
-from train_clip.training.throughput import Throughput
-
-LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
-MIN_POINTS = 50  # logged points
 
 
 def train(
     model: ModelOptions,
     data: DataOptions,
     optimizer: OptimizerOptions,
+    objective: ObjectiveOptions,
     run: RunOptions,
     trainer: TrainerOptions,
 ) -> Path:
@@ -58,48 +39,29 @@ def train(
         model: the model.
         data: the data.
         optimizer: AdamW's numbers; the preset's where None.
+        objective: what is minimised.
         run: length, seed and folder of the run.
         trainer: arguments of Lightning's Trainer.
 
     Returns:
         The run's folder.
     """
-    quiet()
-    end_with_starter()
-    require_least(seed=(run.seed, 0), keep=(run.keep, 1))
-    L.seed_everything(run.seed, verbose=False)
+    resumed = begin(run)
     config = choose_config(model)
-    module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **dataclasses.asdict(optimizer))
-    data_module = TextImageDataModule(
+    numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective)
+    module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **numbers)
+    pairs = TextImageDataModule(
         image_size=config.image.size, context_length=config.text.context, seed=run.seed, **dataclasses.asdict(data)
     )
-    resumed = None if run.resume is None else find_checkpoint(run.resume, run.output)
-    folder = choose_run_folder(run.output, model.model_name, resumed)
-    options = resolve_trainer(trainer)
-    saving = Checkpoints(
-        folder / "checkpoints", None if run.save_every is None else Interval.parse(str(run.save_every)), run.keep
-    )
-    epochs = _epochs(run, trainer, config)
-    lightning_trainer = build_trainer(options, folder, epochs, saving, first_step=resumed.step if resumed else 0)
-    # Before anything is written: a mistake leaves no half-made run behind.
-    data_module.trainer = lightning_trainer
-    data_module.setup()
-    num_steps = _num_steps(data_module, lightning_trainer)
-    if resumed is not None:
-        _require_same_run(module, data_module, resumed, num_steps)
-    if trainer.get("log_every_n_steps") is None:
-        lightning_trainer.log_every_n_steps = _log_every(num_steps)  # type: ignore[attr-defined]
-    resolved = dataclasses.replace(run, epochs=epochs, output=None, resume=None)
-    write_run_files(
-        folder,
-        _config(_keep_model(model, config, folder), data, _resolve(optimizer, module), resolved, options),
-        {"parameters": _count(module), "pairs": len(data_module.training_pairs)},
-        resumed,
-    )
-    _say_start(config, module, lightning_trainer, folder, resumed)
-    _fit(lightning_trainer, module, data_module, resumed, folder)
-    _say_end(lightning_trainer, folder, data_module)
-    return folder
+
+    def options(folder: Path) -> tuple[object, ...]:
+        """What the run's ``config.yaml`` keeps."""
+        resolved = OptimizerOptions(
+            **{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)}
+        )
+        return _keep_model(model, config, folder), data, resolved, objective
+
+    return train_job(Job("train", module, pairs, config.optimizer.epochs, options), run, trainer, resumed)
 
 
 def choose_config(model: ModelOptions) -> ModelConfig:
@@ -117,135 +79,6 @@ def choose_config(model: ModelOptions) -> ModelConfig:
     return config if model.image_size is None else config.with_image_size(model.image_size)
 
 
-def resolve_trainer(options: TrainerOptions) -> dict[str, Any]:
-    """Fill in the default that differs from Lightning's: precision by device."""
-    resolved = dict(options)
-    if resolved.get("precision") is None:
-        resolved["precision"] = default_precision(resolved.get("accelerator", "auto"))
-    return resolved
-
-
-def default_precision(accelerator: Any) -> str:
-    """bf16-mixed where the GPU has it, otherwise 16-mixed; float32 without a CUDA device."""
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
-def build_trainer(
-    options: dict[str, Any], folder: Path, epochs: int, saving: Checkpoints, first_step: int = 0
-) -> L.Trainer:
-    """Make Lightning's Trainer with this package's callbacks beside the user's.
-
-    Args:
-        options: the Trainer's arguments as plain values, resolved.
-        folder: the run's.
-        epochs: passes over the data.
-        saving: when to save, and what to keep.
-        first_step: optimizer steps that a run which is resumed has done.
-
-    Raises:
-        UserError: options that do not go together, or that need what is not there.
-    """
-    made = {name: _instantiate(value) for name, value in options.items()}
-    callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
-    if made.get("enable_progress_bar") is not False:
-        callbacks.append(RunProgress())
-    if made.get("enable_checkpointing") is not False:
-        callbacks.append(saving)
-    own = made.get("callbacks") or []
-    made["callbacks"] = callbacks + (own if isinstance(own, list) else [own])
-    plugins = made.get("plugins") or []
-    made["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-    made["logger"] = _loggers(made.get("logger"), folder, first_step)
-    if made.get("enable_model_summary") is None:
-        made["enable_model_summary"] = False
-    try:
-        return L.Trainer(**made, max_epochs=epochs, default_root_dir=folder)
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
-
-
-def _loggers(asked: Any, folder: Path, first_step: int) -> list[Logger] | bool:
-    """CSV always, for the curves; TensorBoard where the user names no other logger; none for ``--logger false``."""
-    if asked is False:
-        return False
-    csv = MetricsLog(folder, first_step)
-    if asked in (None, True):
-        return [csv, TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)]
-    return [csv, *(asked if isinstance(asked, list) else [asked])]
-
-
-def _instantiate(value: Any) -> Any:
-    """Turn ``{class_path, init_args}`` into an object, also within a list; leave the rest as it is."""
-    if isinstance(value, list):
-        return [_instantiate(item) for item in value]
-    if not isinstance(value, dict) or "class_path" not in value:
-        return value
-    try:
-        return instantiate_class((), value)
-    except ImportError as error:
-        raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
-
-
-def _epochs(run: RunOptions, trainer: TrainerOptions, config: ModelConfig) -> int:
-    """The epochs that were asked for; without a word on them, as many as ``--max_steps`` takes, or the model's own."""
-    if run.epochs is not None:
-        return run.epochs
-    return -1 if (trainer.get("max_steps") or -1) > 0 else config.optimizer.epochs
-
-
-def _require_same_run(module: CLIPWrapper, data: TextImageDataModule, resumed: Resumption, num_steps: float) -> None:
-    """Refuse a checkpoint of another model, optimizer or order of the data, or of a run that is over."""
-    module.require_same_model(resumed.state.get("hyper_parameters", {}))
-    data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
-    if num_steps <= resumed.step:
-        raise UserError(
-            f"{resumed.checkpoint}: the run has done {resumed.step:,} steps, and is to take {num_steps:,} in all. To "
-            "train on give more --epochs or --max_steps."
-        )
-
-
-def _fit(
-    trainer: L.Trainer,
-    module: CLIPWrapper,
-    data: TextImageDataModule,
-    resumed: Resumption | None,
-    folder: Path,
-) -> None:
-    """Train, and say how to go on where the run is stopped."""
-    try:
-        trainer.fit(module, data, ckpt_path=None if resumed is None else resumed.checkpoint, weights_only=True)
-    except Stopped:
-        if trainer.is_global_zero and trainer.checkpoint_callbacks:
-            print(f"To go on: {shlex.join(['train-clip', 'train', '--resume', str(folder)])}")
-        raise
-    except MisconfigurationException as error:
-        raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
-    if resumed is not None and trainer.global_step == resumed.step:
-        raise UserError(
-            f"{resumed.checkpoint}: not one step was trained after its {resumed.step:,}. Expected the Trainer's other "
-            "limits, such as --max_time, to leave something to do."
-        )
-    if trainer.global_step == 0:
-        raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
-
-
-def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:
-    """Optimizer steps of the whole run, as the Trainer's limits have it; infinity where they have none."""
-    batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
-    # -1 is no limit, as in the Trainer.
-    return min((limit for limit in (by_epochs, trainer.max_steps) if limit >= 0), default=math.inf)
-
-
-def _log_every(num_steps: float) -> int:
-    """Every tenth step, or oftener where the run would have too few points for a curve."""
-    return int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))
-
-
 def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> ModelOptions:
     """Copy a model file of the user's own into the run, so that the run can be repeated when the file has changed."""
     if not model.model_name.endswith((".yaml", ".yml")):
@@ -254,67 +87,3 @@ def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> Model
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         write_text(kept, yaml.safe_dump(config.to_dict(), sort_keys=False))
     return dataclasses.replace(model, model_name=str(kept))
-
-
-def _resolve(optimizer: OptimizerOptions, module: CLIPWrapper) -> OptimizerOptions:
-    """The numbers that the module really has, the preset's filled in."""
-    return OptimizerOptions(**{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)})
-
-
-def _config(*groups: Any) -> dict[str, Any]:
-    """Every option of the run, flat, in plain values."""
-    flat: dict[str, Any] = {}
-    for group in groups:
-        flat |= group if isinstance(group, dict) else dataclasses.asdict(group)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _say_start(
-    config: ModelConfig, module: CLIPWrapper, trainer: L.Trainer, folder: Path, resumed: Resumption | None
-) -> None:
-    if trainer.is_global_zero:
-        if resumed is not None:
-            for reason in resumed.passed_over:
-                print(f"Passed over {reason}")
-            batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
-            print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
-        device = trainer.strategy.root_device.type
-        print(
-            f"{config.name}: {_count(module):,} parameters, {config.image.size}×{config.image.size} pixels; "
-            f"{trainer.world_size} × {device}, {trainer.precision}. Everything goes to {folder}/."
-        )
-
-
-def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None:
-    if not trainer.is_global_zero:
-        return
-    print(f"Done after {trainer.global_step:,} steps. What the run left is in {folder}/.")
-    checkpoints = {file.stem: file for file in (folder / "checkpoints").glob("*.ckpt")}
-    if not checkpoints:
-        return
-    command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
-    table = data.val_table or data.table
-    command += ["--folder", str(data.folder)] if table is None else ["--pairs", str(table)]
-    if table is not None:
-        command += _changed_columns(data)
-    if data.validation_pairs:
-        if data.val_table is None:
-            command += ["--split", "held_out", "--val_share", str(data.val_share)]
-        if "val/loss" not in trainer.callback_metrics:
-            print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
-    print(f"Next: {shlex.join(command)}")
-
-
-def _changed_columns(data: TextImageDataModule) -> list[str]:
-    """The options that name a table's columns, where they are not called what they are called by default."""
-    named = (("--image_column", "image"), ("--caption_column", "caption"))
-    return [
-        word
-        for option, column in named
-        if getattr(data.columns, column) != column
-        for word in (option, getattr(data.columns, column))
-    ]

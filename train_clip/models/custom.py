@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from train_clip.errors import UserError
+from train_clip.models.clip import up_to_end
 from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
 from train_clip.models.encoders.encoder import ImageEncoder, TextEncoder
 from train_clip.models.encoders.outputs import image_features, text_features
 from train_clip.models.pixels import PixelNorm
+from train_clip.models.text_tower import TextTower
 
 INITIAL_LOG_SCALE = 3.9  # OTTER's code; clamped to [0, ln 100] there too
 
@@ -79,7 +81,9 @@ class CustomCLIP(DualEncoder):
         return text_features(self.transformer(texts), None, self.average)
 
     def caption_mask(self, texts: Texts) -> Tensor:
-        """What the attention mask says; all tokens without one: (B, L) bool."""
+        """What the attention mask says; without one up to CLIP's end token, or all tokens: (B, L) bool."""
+        if isinstance(texts, Tensor) and isinstance(self.transformer, TextTower):
+            return up_to_end(texts)
         mask = texts.get("attention_mask") if isinstance(texts, Mapping) else None
         return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
 

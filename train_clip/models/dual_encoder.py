@@ -30,8 +30,8 @@ class DualEncoder(nn.Module):
         name: how it is called in messages.
         embed_dim: D.
         image_size: S.
-        context_length: tokens of a caption at most.
-        vocab_size: token ids are below it.
+        context_length: tokens of a caption at most; None where it is not known.
+        vocab_size: token ids are below it; None likewise.
         initial_scale: what similarities are multiplied by before training, at most 100.
     """
 
@@ -40,7 +40,13 @@ class DualEncoder(nn.Module):
     least_log_scale: float | None = None
 
     def __init__(
-        self, name: str, embed_dim: int, image_size: int, context_length: int, vocab_size: int, initial_scale: float
+        self,
+        name: str,
+        embed_dim: int,
+        image_size: int,
+        context_length: int | None,
+        vocab_size: int | None,
+        initial_scale: float,
     ) -> None:
         super().__init__()
         self.name = name

@@ -37,6 +37,7 @@ class CLIPWrapper(ContrastiveModule):
         UserError: an unknown preset, or a configuration that does not fit together.
     """
 
+    names_of_model: ClassVar[tuple[str, ...]] = ("model_name", "config")
     free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "model_name")
 
     def __init__(  # noqa: PLR0913, people know these arguments

@@ -11,9 +11,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from train_clip.data.collate import Collate
+from train_clip.data.collate import BatchTokenizer, Collate
 from train_clip.data.cores import available_cores
 from train_clip.data.pairs import PairList, plain_name
+from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.data.sampler import GlobalBatchSampler
 from train_clip.data.samples import Augmentation, TrainingPairs, ValidationPairs
 from train_clip.data.scan import Scan
@@ -43,10 +44,10 @@ class TextImageDataModule(L.LightningDataModule):
         resize_ratio: least share of the largest square that the training crop keeps (train-CLIP's crop, for instance
             0.75); None for the paper's, a random square of the whole shorter side.
         shuffle: permute the pairs each epoch.
-        custom_tokenizer: a Hugging Face tokenizer in place of CLIP's.
+        custom_tokenizer: a Hugging Face tokenizer in place of CLIP's, or a ``PretrainedTokenizer``.
         val_share: share of the pairs held out for validation, chosen by file name.
         seed: decides order, crops and captions.
-        context_length: tokens of a caption at most, with CLIP's tokenizer.
+        context_length: tokens of a caption at most; the tokenizer's own where None (CLIP's: 77).
         pairs: a table of pairs in place of the folder, as ``scan_table`` reads it.
         val_pairs: a table of pairs to validate on, in place of ``val_share``.
         image_column: the tables' column of image paths.
@@ -68,7 +69,7 @@ class TextImageDataModule(L.LightningDataModule):
         custom_tokenizer: Callable[..., Any] | None = None,
         val_share: float = 0.0,
         seed: int = 0,
-        context_length: int = 77,
+        context_length: int | None = None,
         *,
         pairs: str | Path | None = None,
         val_pairs: str | Path | None = None,
@@ -92,7 +93,10 @@ class TextImageDataModule(L.LightningDataModule):
             ((num_workers or 0) >= 0, f"num_workers is {num_workers}; expected 0 or above."),
             (image_size > 0, f"image_size is {image_size}; expected a number of pixels above 0."),
             (seed >= 0, f"seed is {seed}; expected 0 or above."),
-            (context_length >= 2, f"context_length is {context_length}; expected 2 or above, for start and end."),
+            (
+                context_length is None or context_length >= 2,
+                f"context_length is {context_length}; expected 2 or above, for start and end.",
+            ),
         ):
             if not right:
                 raise UserError(message)
@@ -106,7 +110,7 @@ class TextImageDataModule(L.LightningDataModule):
         self.augmentation = Augmentation(image_size, resize_ratio, seed)
         self.shuffle = shuffle
         self.val_share = 0.0 if val_pairs is not None else val_share
-        self.collate = Collate(custom_tokenizer or Tokenizer(context_length))
+        self.collate = Collate(_tokenizer(custom_tokenizer, context_length))
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
@@ -235,6 +239,13 @@ class TextImageDataModule(L.LightningDataModule):
                 f"  {len(scan.folder_links):,} links to folders are not followed, for instance {scan.folder_links[0]}."
             )
         return "\n".join(lines)
+
+
+def _tokenizer(custom: Any, context_length: int | None) -> BatchTokenizer:
+    """CLIP's where there is no other; one of Hugging Face's form is wrapped."""
+    if custom is None:
+        return Tokenizer() if context_length is None else Tokenizer(context_length)
+    return custom if isinstance(custom, Tokenizer | PretrainedTokenizer) else wrap_tokenizer(custom, context_length)
 
 
 def pair_names(pairs: PairList) -> str:

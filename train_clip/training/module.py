@@ -32,7 +32,9 @@ from train_clip.training.tuning import Tuning
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
+MOST_NAMED = 4  # arguments in a message
 IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
+
 
 class ContrastiveModule(L.LightningModule):
     """Trains a model of two towers on batches that start with images and texts.
@@ -49,6 +51,8 @@ class ContrastiveModule(L.LightningModule):
         seed: with the count of batches it decides the random state of each step.
     """
 
+    # Arguments that say what model it is; the others say how it is trained.
+    names_of_model: ClassVar[tuple[str, ...]] = ()
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
     free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size",)
 
@@ -76,6 +80,28 @@ class ContrastiveModule(L.LightningModule):
         self._minibatch_size = minibatch_size
         self._seed = seed
         self._validation_split = ValidationSplit(model.embed_dim)
+
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with weights of the model, the teacher with them too.
+
+        Args:
+            weights: a state dict of the model, which has to fit it strictly.
+        """
+        self.model.load_state_dict(weights)
+        if self.distillation is not None:
+            self.distillation.teacher.model.load_state_dict(weights)
+
+    def require_batch_size(self, num_pairs: int) -> None:
+        """Refuse a global batch that is too large for what is minimised.
+
+        Args:
+            num_pairs: N.
+
+        Raises:
+            UserError: distillation would need matrices that are too large.
+        """
+        if self.distillation is not None:
+            require_room(num_pairs)
 
     @property
     def tokenizer(self) -> Any:
@@ -167,11 +193,13 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             UserError: the model is another, or so is how it is trained.
         """
-        differ = [
-            name for name in self.hparams if name not in self.free_to_change and kept.get(name) != self.hparams[name]
-        ]
+        own, theirs = (
+            flat({name: value for name, value in arguments.items() if name not in self.free_to_change})
+            for arguments in (self.hparams, kept)
+        )
+        differ = [name for name in own | theirs if own.get(name) != theirs.get(name)]
         if differ:
-            found = "; ".join(f"{name} {_brief(self.hparams[name])}, was {_brief(kept.get(name))}" for name in differ)
+            found = "; ".join(f"{name} {own.get(name)}, was {theirs.get(name)}" for name in differ[:MOST_NAMED])
             raise UserError(
                 f"The run began with another model or optimizer (found {found}), and its checkpoint holds their state. "
                 "Give the earlier values, or leave them out; to train with others begin a new run."
@@ -282,6 +310,9 @@ def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pair
     return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)
 
 
-def _brief(value: Any) -> str:
-    """A value in a message: of a mapping, what it is called."""
-    return str(value.get("name", "another")) if isinstance(value, Mapping) else str(value)
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, its names joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

@@ -1,0 +1,42 @@
+"""Runs the commands that people type, each in a process of its own, and brings back what they found."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def command(*words: Any) -> None:
+    """Run ``train-clip`` with these words.
+
+    Raises:
+        SystemExit: it failed; what it said is printed.
+    """
+    call = [sys.executable, "-m", "train_clip.cli", *map(str, words)]
+    ended = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ended.returncode:
+        sys.exit(f"{' '.join(call)}\n{ended.stdout[-3000:]}")
+
+
+def evaluate(checkpoint: Path, *words: Any) -> dict[str, Any]:
+    """The figures of ``train-clip evaluate``, as its ``--json`` has them."""
+    found = checkpoint.with_suffix(".json")
+    command("evaluate", checkpoint, *words, "--json", found)
+    return json.loads(found.read_text(encoding="utf-8"))
+
+
+def recalls(scores: dict[str, Any]) -> list[float]:
+    """R@1, R@5, R@10 image to text, then text to image."""
+    both = (scores["retrieval"]["image_to_text"], scores["retrieval"]["text_to_image"])
+    return [direction[k] for direction in both for k in ("1", "5", "10")]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Percentages over seeds: mean ± standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):5.1f} ± {100 * spread:3.1f}"

@@ -1,0 +1,167 @@
+"""Fine-tune: two pretrained encoders, or a trained CLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from train_clip.checkpoints.encoders import load_image_encoder, load_text_encoder
+from train_clip.checkpoints.own_encoders import SOURCE
+from train_clip.commands.options import (
+    DataOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    RunOptions,
+    TrainerOptions,
+)
+from train_clip.commands.resume import Resumption
+from train_clip.commands.training_run import Job, begin, train_job
+from train_clip.data.pretrained_tokenizer import load_tokenizer
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.errors import UserError
+from train_clip.training.custom_wrapper import EPOCHS, CustomCLIPWrapper
+from train_clip.training.data_module import TextImageDataModule
+from train_clip.training.load import rebuilt, retrained
+from train_clip.training.module import ContrastiveModule
+
+# What differs for a trained CLIP: rate and epochs are those of github.com/mlfoundations/wise-ft (README), for ViT-B/32
+# and batches of 512; the rest is that of training it from scratch.
+OF_CLIP = {"optimizer": "adamw", "distillation": "none", "learning_rate": 3e-5, "weight_decay": 0.0}
+OF_ENCODERS = {"optimizer": "sgd", "distillation": "transport"}
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """What training starts from.
+
+    Args:
+        image_encoder: hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT
+        text_encoder: hf:NAME or hf:FOLDER, train-clip:CHECKPOINT
+        avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself
+        context_length: tokens of a caption at most, if fewer than the text encoder takes
+        pretrained: a checkpoint of train or finetune, to train its model on, in place of two encoders
+        minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
+            (BatchNorm normalises chunk by chunk)
+    """
+
+    image_encoder: str = "hf:microsoft/resnet-50"
+    text_encoder: str = "hf:johngiorgi/declutr-sci-base"
+    avg_word_embs: bool = True
+    context_length: int | None = None
+    pretrained: Path | None = None
+    minibatch_size: int = 0
+
+
+@dataclass(frozen=True)
+class TuningOptions(ObjectiveOptions):
+    """What is trained, and towards what.
+
+    Args:
+        optimizer: sgd for two encoders and adamw for a trained CLIP, if not told
+        momentum: of SGD
+        image_learning_rate: of the image tower, if not that of the rest
+        text_learning_rate: of the text tower, if not that of the rest
+        lock_image: keep the image tower as it is
+        lock_text: keep the text tower as it is
+        distillation: a term towards what a running mean of the model makes of the batch, by optimal transport or by
+            softmax; transport for two encoders and none for a trained CLIP, if not told
+        kl_coeff: weight of that term
+    """
+
+    optimizer: Literal["adamw", "sgd"] | None = None
+    momentum: float = 0.9
+    image_learning_rate: float | None = None
+    text_learning_rate: float | None = None
+    lock_image: bool = False
+    lock_text: bool = False
+    distillation: Literal["transport", "softmax", "none"] | None = None
+    kl_coeff: float = 1.0
+
+
+def finetune(
+    start: StartOptions,
+    data: DataOptions,
+    optimizer: OptimizerOptions,
+    tuning: TuningOptions,
+    run: RunOptions,
+    trainer: TrainerOptions,
+) -> Path:
+    """Fine-tune two pretrained encoders, self-distilled, or a trained CLIP on pairs of your own.
+
+    Args:
+        start: the encoders, or the trained model.
+        data: the data.
+        optimizer: its numbers.
+        tuning: what is trained, and towards what.
+        run: length, seed and folder of the run.
+        trainer: arguments of Lightning's Trainer.
+
+    Returns:
+        The run's folder.
+    """
+    resumed = begin(run)
+    usual = OF_ENCODERS if start.pretrained is None else OF_CLIP
+    given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning)
+    how = usual | {name: value for name, value in given.items() if value is not None}
+    how |= {"minibatch_size": start.minibatch_size, "seed": run.seed}
+    if resumed is not None:
+        _require_same_start(start, resumed)
+        module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
+    elif start.pretrained is not None:
+        module = retrained(start.pretrained, **how)
+    else:
+        module = _join(start, how)
+    pairs = TextImageDataModule(
+        image_size=module.model.image_size, custom_tokenizer=module.tokenizer, seed=run.seed, **dataclasses.asdict(data)
+    )
+
+    def options(_: Path) -> tuple[object, ...]:
+        """What the run's ``config.yaml`` keeps."""
+        resolved = [
+            type(group)(**{field.name: module.hparams[field.name] for field in dataclasses.fields(group)})
+            for group in (optimizer, tuning)
+        ]
+        return start, data, *resolved
+
+    return train_job(Job("finetune", module, pairs, EPOCHS, options), run, trainer, resumed)
+
+
+def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
+    """The two encoders, with the tokenizer of the text encoder and a projection where their widths differ."""
+    image, text = load_image_encoder(start.image_encoder), load_text_encoder(start.text_encoder)
+    context = text.context if start.context_length is None else start.context_length
+    if text.context is not None and context is not None and context > text.context:
+        raise UserError(f"--context_length {context}: the text encoder takes {text.context} tokens at most.")
+    return CustomCLIPWrapper(
+        image,
+        text,
+        avg_word_embs=start.avg_word_embs,
+        project=True,
+        tokenizer=_tokenizer(start.text_encoder, context),
+        **how,
+    )
+
+
+def _tokenizer(source: str, context: int | None) -> Any:
+    """The tokenizer that belongs to a text encoder."""
+    prefix, _, name = source.partition(":")
+    assert context is not None  # every source knows it
+    return Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+
+
+def _require_same_start(start: StartOptions, resumed: Resumption) -> None:
+    """A run that goes on has its encoders in its checkpoint: another would go unheard."""
+    arguments = resumed.state.get("hyper_parameters", {})
+    if start.pretrained is not None:
+        return
+    for name in ("image_encoder", "text_encoder"):
+        kept, asked = arguments.get(name), getattr(start, name)
+        was = f"{kept['source']}:{kept['name']}" if isinstance(kept, Mapping) else "none"
+        if was != asked:
+            raise UserError(
+                f"{resumed.checkpoint}: the run began with --{name} {was}, and is to go on with {asked}. Leave the "
+                "option out, or begin a new run."
+            )

@@ -1,0 +1,227 @@
+"""Encoders of the transformers library: by a hub's name or a folder, and from a description.
+
+The class is noted by its name in the library, so that a rebuilt module is of the class that was saved. Code that lies
+beside weights is never run.
+
+B  captions      L  tokens      D  width
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from train_clip.errors import UserError
+from train_clip.models.encoders.encoder import (
+    ImageEncoder,
+    Pixels,
+    TextEncoder,
+    evaluating,
+    first_line,
+    measured,
+    rebuilt,
+)
+from train_clip.models.encoders.hub import check_folder, find_transformers, from_cache_first, in_float32, quiet, reading
+from train_clip.models.encoders.outputs import text_features
+from train_clip.models.encoders.preprocessing import read_pixels
+
+# Of a text encoder that does not say how many tokens it takes: BERT's (arXiv 1810.04805, section A.2) and T5's
+# (arXiv 1910.10683, section 3.1.2), neither of which the relative positions of the latter force.
+DEFAULT_CONTEXT = 512
+
+INPUTS = {"image": "pixel_values", "text": "input_ids"}
+TOWERS = {"image": "vision_config", "text": "text_config"}
+
+
+def load_image(name: str) -> ImageEncoder:
+    """Load a pretrained image encoder, in float32; of a model with two towers, its image tower.
+
+    Args:
+        name: a hub name, such as facebook/dinov2-small, or a local folder.
+
+    Raises:
+        UserError: not reachable, not readable, not an image encoder, or weights that do not fit it.
+    """
+    module = _load(name, "image")
+    with reading(name, "image"), quiet():
+        pixels = read_pixels(name, module.config)
+    return measured(module, pixels, _description(module, name))
+
+
+def load_text(name: str) -> TextEncoder:
+    """Load a pretrained text encoder, in float32; of a model with two towers, its text tower; of T5, its encoder.
+
+    Args:
+        name: a hub name, such as sentence-transformers/all-mpnet-base-v2, or a local folder.
+
+    Raises:
+        UserError: as ``load_image``.
+    """
+    return _text_encoder(_load(name, "text"), name)
+
+
+def build_image(description: dict[str, Any]) -> ImageEncoder:
+    """Build an image encoder from its description, with random weights."""
+    return rebuilt(_build(description), description)
+
+
+def build_text(description: dict[str, Any]) -> TextEncoder:
+    """Build a text encoder from its description, with random weights."""
+    width, context, vocab = (description[key] for key in ("width", "context", "vocab"))
+    return TextEncoder(_build(description), width, context, vocab, description)
+
+
+def describe_image(module: nn.Module, pixels: Pixels) -> dict[str, Any] | None:
+    """Describe a live image encoder, such as a user's own ``AutoModel.from_pretrained(...)``.
+
+    Returns:
+        What ``build_image`` takes, or None where the module is of no class of transformers.
+    """
+    if not _is_of_the_library(module):
+        return None
+    return measured(module, pixels, _description(module, _origin(module))).description
+
+
+def describe_text(module: nn.Module) -> dict[str, Any] | None:
+    """Describe a live text encoder.
+
+    Returns:
+        What ``build_text`` takes, or None where the module is of no class of transformers.
+    """
+    return _text_encoder(module, _origin(module)).description if _is_of_the_library(module) else None
+
+
+def _text_encoder(module: nn.Module, name: str) -> TextEncoder:
+    """Complete a text encoder by its width, its context and its vocabulary, and describe it."""
+    device = next(module.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with evaluating(module):
+        try:
+            output = module(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        except Exception as error:
+            raise UserError(
+                f"hf:{name}: fails on two tokens ({first_line(error)}). Expected an encoder of captions. Take another."
+            ) from error
+        width = text_features(output, None, average=True).shape[1]
+    context = _context(module)
+    vocab = module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    described = {**_description(module, name), "width": width, "context": context, "vocab": vocab}
+    return TextEncoder(module, width, context, vocab, described)
+
+
+def _context(module: Any) -> int:
+    """Give the most tokens that a text encoder takes.
+
+    Where positions are counted from the padding's on (RoBERTa: 514 rows, the first two without a token), the table of
+    positions has a padding row, and it and the rows before it do not count.
+    """
+    rows = getattr(module.config, "max_position_embeddings", None)
+    if not isinstance(rows, int) or rows < 1:
+        return DEFAULT_CONTEXT
+    for path, table in module.named_modules():
+        if path.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    return rows
+
+
+def _load(name: str, kind: str) -> Any:
+    """Read configuration and weights; strictly, but for a pooler that the file does not hold, which is taken off."""
+    transformers = find_transformers()
+    check_folder(name)
+    with reading(name, kind), quiet():
+        config = from_cache_first(transformers.AutoConfig.from_pretrained, name)
+        config = getattr(config, TOWERS[kind], config)
+        module, found = from_cache_first(
+            _auto_model(transformers, config, name, kind).from_pretrained,
+            name,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; _refuse stops at the first
+            **in_float32(transformers),
+        )
+    if module.main_input_name != INPUTS[kind]:
+        raise UserError(
+            f"hf:{name}: {type(module).__name__} takes {module.main_input_name}; expected {INPUTS[kind]}. "
+            f"Give --{kind}_encoder an encoder of {kind}s."
+        )
+    missing = set(found["missing_keys"])
+    if missing and all(key.startswith("pooler.") for key in missing):
+        module.pooler = None
+        missing = set()
+    _refuse(name, type(module).__name__, missing, {mismatch[0] for mismatch in found["mismatched_keys"]})
+    return module
+
+
+def _auto_model(transformers: Any, config: Any, name: str, kind: str) -> Any:
+    """Choose what reads the weights: for T5 and its like the encoder alone, for others what the configuration says."""
+    if kind == "text" and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"hf:{name}: {config.model_type} is an encoder with a decoder; expected an encoder. "
+            "Take one such as hf:sentence-transformers/all-mpnet-base-v2 or hf:google-t5/t5-base."
+        )
+    return transformers.AutoModel
+
+
+def _refuse(name: str, kind: str, missing: set[str], mismatched: set[str]) -> None:
+    """Stop at weights that are not there, or of another shape: they would stay random."""
+    found = [
+        f"{len(keys)} of {kind}'s tensors {what}: {', '.join(sorted(keys)[:5])}{' …' if len(keys) > 5 else ''}."
+        for keys, what in ((missing, "are not in the file"), (mismatched, "have another shape there"))
+        if keys
+    ]
+    if found:
+        raise UserError(
+            f"hf:{name}: the weights do not fit. {' '.join(found)} Expected all of them. "
+            "Take a model whose config.json and weights belong together."
+        )
+
+
+def _description(module: Any, name: str) -> dict[str, Any]:
+    """Describe a module: its class, its configuration as plain data, and whether its pooler was taken off."""
+    config = json.loads(module.config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "architectures", "id2label", "label2id"):  # about the file and its classifier
+        config.pop(key, None)
+    without_pooler = getattr(module, "pooler", module) is None
+    return {
+        "source": "hf",
+        "name": name,
+        "class": type(module).__name__,
+        "config": config,
+        "without_pooler": without_pooler,
+    }
+
+
+def _build(description: dict[str, Any]) -> nn.Module:
+    """Build the module that ``_description`` described."""
+    transformers = find_transformers()
+    kind: Any = getattr(transformers, description["class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise UserError(
+            f"hf:{description['name']}: transformers {transformers.__version__} has no model {description['class']}. "
+            f"Install transformers {description['config'].get('transformers_version', 'of the time of training')}."
+        )
+    with quiet():
+        module: Any = kind(kind.config_class.from_dict(copy.deepcopy(description["config"])))
+    if description["without_pooler"]:
+        module.pooler = None
+    return module.eval()
+
+
+def _is_of_the_library(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")  # not imported, no module can be of it
+    return (
+        transformers is not None
+        and isinstance(module, transformers.PreTrainedModel)
+        and getattr(transformers, type(module).__name__, None) is type(module)
+    )
+
+
+def _origin(module: Any) -> str:
+    return module.config._name_or_path or type(module).__name__

@@ -1,0 +1,189 @@
+"""Any image encoder with any Hugging Face text encoder, and the module that trains them together.
+
+Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers are the
+defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from train_clip.checkpoints.encoders import build_image_encoder, build_text_encoder
+from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, tokenizer_from, wrap_tokenizer
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.errors import UserError
+from train_clip.models.config import OptimizerConfig
+from train_clip.models.custom import CustomCLIP
+from train_clip.models.encoders.encoder import ImageEncoder, Pixels, TextEncoder
+from train_clip.models.encoders.live import live_image_encoder, live_text_encoder
+from train_clip.models.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from train_clip.models.reach import freeze_unreached
+from train_clip.training.module import ContrastiveModule
+from train_clip.training.tuning import make_tuning
+
+EPOCHS = 10  # OTTER, section 4.1
+
+
+class CustomCLIPWrapper(ContrastiveModule):
+    """Two pretrained encoders that train under any ``Trainer``, and embed images and captions afterwards.
+
+    ``CustomCLIPWrapper.load_from_checkpoint(path)`` needs no further arguments where both encoders and the tokenizer
+    are of a library that makes them again (``train-clip finetune``, or Hugging Face's models); a module of the user's
+    own is given there as it was given here.
+
+    Args:
+        image_encoder: maps images to (B, D); or what ``load_image_encoder`` gives.
+        text_encoder: a Hugging Face text model; or what ``load_text_encoder`` gives.
+        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
+        learning_rate: at the peak.
+        kl_coeff: weight of the distillation; 1 is OTTER's.
+        avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself.
+        project: where the encoders' widths differ, add a linear projection of the images.
+        tokenizer: the text encoder's, for captions that are strings; the data module's where None.
+        image_size: side of the images of an image encoder of the user's own, in pixels.
+        pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
+        pixel_std: likewise.
+        weight_decay: on matrices and convolutions.
+        betas: AdamW's.
+        eps: AdamW's.
+        warmup_steps: optimizer steps until the peak.
+        seed: decides the random state of each step.
+        tuning: what is trained and towards what, see ``Tuning``; SGD and optimal transport where it does not say.
+
+    Raises:
+        UserError: encoders that do not go together, or of which one is missing.
+    """
+
+    model: CustomCLIP
+    names_of_model: ClassVar[tuple[str, ...]] = (
+        *("image_encoder", "text_encoder", "avg_word_embs", "project", "tokenizer"),
+        *("image_size", "pixel_mean", "pixel_std"),
+    )
+    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "tokenizer")
+
+    def __init__(  # noqa: PLR0913, people know these arguments
+        self,
+        image_encoder: nn.Module | ImageEncoder | Mapping[str, Any] | None,
+        text_encoder: nn.Module | TextEncoder | Mapping[str, Any] | None,
+        minibatch_size: int = 0,
+        learning_rate: float = 3e-3,
+        kl_coeff: float = 1.0,
+        avg_word_embs: bool = False,
+        project: bool = False,
+        tokenizer: Any = None,
+        image_size: int = 224,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+        weight_decay: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        warmup_steps: int | None = 0,
+        seed: int = 0,
+        **tuning: Any,
+    ) -> None:
+        image = _image_encoder(image_encoder, Pixels(image_size, _triple(pixel_mean), _triple(pixel_std)))
+        text = _text_encoder(text_encoder, avg_word_embs)
+        optimizer = OptimizerConfig(learning_rate, _pair(betas), eps, weight_decay, warmup_steps=0, epochs=EPOCHS)
+        choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
+        model = CustomCLIP(image, text, avg_word_embs, project)
+        super().__init__(model, optimizer, choices, warmup_steps, minibatch_size, seed)
+        self.tokenizer = _tokenizer(tokenizer, text.context)
+        self.save_hyperparameters(
+            {
+                "image_encoder": image.description or None,
+                "text_encoder": text.description or None,
+                "minibatch_size": minibatch_size,
+                "learning_rate": learning_rate,
+                "avg_word_embs": avg_word_embs,
+                "project": project,
+                "tokenizer": self._described_tokenizer(),
+                "image_size": image.size,
+                "pixel_mean": list(image.mean),
+                "pixel_std": list(image.std),
+                "weight_decay": weight_decay,
+                "betas": list(betas),
+                "eps": eps,
+                "warmup_steps": warmup_steps,
+                "seed": seed,
+            }
+            | dataclasses.asdict(choices)
+        )
+
+    def setup(self, stage: str) -> None:
+        """Before training: take the data module's tokenizer, freeze what the loss never reaches, and say so."""
+        collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
+        if self.tokenizer is None and collate is not None:
+            self.tokenizer = collate.tokenizer
+            self.hparams["tokenizer"] = self._described_tokenizer()
+        if stage != "fit":
+            return
+        frozen = freeze_unreached(self.model)
+        if frozen:
+            numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
+            rank_zero_info(
+                f"{len(frozen)} tensors of {numbers:,} numbers are never reached by the loss and stay as they are: "
+                f"{', '.join(frozen)}."
+            )
+        for name, what in (("image_encoder", self.model.visual), ("text_encoder", self.model.transformer)):
+            if self.hparams[name] is None:
+                rank_zero_info(
+                    f"A checkpoint holds the weights of your {type(what).__name__}, not how to make one: load it by "
+                    f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
+                )
+
+    def _described_tokenizer(self) -> dict[str, Any] | None:
+        """What makes the tokenizer again."""
+        if isinstance(self.tokenizer, Tokenizer):
+            return {"source": "clip", "context_length": self.tokenizer.context_length}
+        return None if self.tokenizer is None else self.tokenizer.describe()
+
+
+def _image_encoder(given: nn.Module | ImageEncoder | Mapping[str, Any] | None, pixels: Pixels) -> ImageEncoder:
+    if isinstance(given, ImageEncoder):
+        return given
+    if isinstance(given, Mapping):
+        return build_image_encoder(dict(given))
+    if given is None:
+        raise UserError(_missing("image_encoder"))
+    return live_image_encoder(given, pixels)
+
+
+def _text_encoder(given: nn.Module | TextEncoder | Mapping[str, Any] | None, average: bool) -> TextEncoder:
+    if isinstance(given, TextEncoder):
+        return given
+    if isinstance(given, Mapping):
+        return build_text_encoder(dict(given))
+    if given is None:
+        raise UserError(_missing("text_encoder"))
+    return live_text_encoder(given, average)
+
+
+def _missing(name: str) -> str:
+    return (
+        f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. Give "
+        f"such a module: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+    )
+
+
+def _tokenizer(given: Any, context: int | None) -> Any:
+    """A tokenizer whose ``batch`` gives tokens: what is that already, a description's, or one around another's."""
+    if isinstance(given, Mapping):
+        return Tokenizer(given["context_length"]) if given["source"] == "clip" else tokenizer_from(dict(given))
+    if given is None or isinstance(given, Tokenizer | PretrainedTokenizer):
+        return given
+    return wrap_tokenizer(given, context)
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    first, second, third = values
+    return first, second, third
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    first, second = values
+    return first, second
