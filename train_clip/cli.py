@@ -13,7 +13,7 @@ import os
 import sys
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ VERBS = {
     "demo": ("train_clip.commands.demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
     "train": ("train_clip.commands.train", "train a CLIP from scratch on a folder of images and captions"),
     "finetune": ("train_clip.commands.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
+    "merge": ("train_clip.commands.merge", "mix a fine-tuned model with the one it began as, and score the mixtures"),
     "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
     "data check": ("train_clip.commands.data_check", "look at every pair before training: what is bad, cut, repeated"),
     "data show": ("train_clip.commands.data_show", "write a contact sheet: pairs as the model will see them"),
@@ -123,18 +124,24 @@ def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.
     """
     function = getattr(importlib.import_module(VERBS[verb][0]), verb.replace(" ", "_"))
     parser, groups = _parser(verb, function)
-    parsed = parser.parse_args(normalise(words)).as_dict()
+    kinds = [kind for kind, _ in groups.values() if dataclasses.is_dataclass(kind)]
+    flags = {f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.default is False}
+    parsed = parser.parse_args(_bare_flags(normalise(words, verb), flags)).as_dict()
     values = OrderedDict()
     for name, (kind, fields) in groups.items():
         values[name] = kind(**{field: parsed[field] for field in fields}) if kind else parsed[name]
     return function, inspect.BoundArguments(inspect.signature(function), values)
 
 
-def normalise(words: Sequence[str]) -> list[str]:
+def normalise(words: Sequence[str], verb: str = "") -> list[str]:
     """Give every option its one name, and move ``--config`` to the front, so that the command line wins over it.
 
     ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``; a recipe's name becomes its
     path. A run that is resumed (``--resume``) brings the options that it began with.
+
+    Args:
+        words: what follows the verb.
+        verb: a run that was begun by another is refused.
     """
     rest: list[str] = []
     configs: list[str] = []
@@ -152,17 +159,27 @@ def normalise(words: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     if "--resume" in values:
-        configs = _options_of_run(values["--resume"], values.get("--output")) + configs
+        configs = _options_of_run(verb, values["--resume"], values.get("--output")) + configs
     return configs + rest
 
 
-def _options_of_run(resume: str, output: str | None) -> list[str]:
+def _bare_flags(words: list[str], flags: Set[str]) -> list[str]:
+    """Let ``--lock_image`` stand for ``--lock_image true``."""
+    following = [*words[1:], "--"]
+    return [
+        word + "=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(words, following, strict=True)
+    ]
+
+
+def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
     """A run that is resumed brings its own options, before all others."""
-    from train_clip.commands.resume import run_to_resume
+    from train_clip.commands.resume import require_verb, run_to_resume
 
     run = run_to_resume(resume, None if output is None else Path(output))
     if run is None or not (run / "config.yaml").is_file():
         return []
+    require_verb(run, verb)
     # The run's own copy of its model, wherever the run lies by now.
     model = ["--model_name", str(run / "model.yaml")] if (run / "model.yaml").is_file() else []
     return ["--config", str(run / "config.yaml"), *model]

@@ -28,6 +28,8 @@ WARNINGS_BY_DESIGN = (
     r".*requested to overfit but enabled train dataloader shuffling.*",
     # The metrics of a run that is resumed go on in their file (MetricsLog).
     r".*Experiment logs directory .* exists and is not empty.*",
+    # A teacher and locked towers stay in eval mode.
+    r"Found \d+ module\(s\) in eval mode at the start of training.*",
     # This package's own loaders go on by the count of batches.
     r".*your dataloader is not resumable.*",
 )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from train_clip.errors import UserError
 
 AUTO = "auto"
@@ -56,6 +58,25 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
     if not path.is_file():
         raise UserError(f"--resume {resume}: there is no such file or folder. Expected a run, a checkpoint, or auto.")
     return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
+def require_verb(run: Path, verb: str) -> None:
+    """Refuse to go on with a run by another verb than the one that began it.
+
+    Args:
+        run: its folder.
+        verb: on the command line.
+
+    Raises:
+        UserError: another began it.
+    """
+    about = run / "run.yaml"
+    starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
+    began = starts[-1].get("verb", verb) if starts and isinstance(starts[-1], dict) else verb
+    if began != verb:
+        raise UserError(
+            f"{run}: a run of `train-clip {began}`, not of {verb}. Go on with it by `train-clip {began} --resume {run}`."
+        )
 
 
 def find_checkpoint(resume: str, output: Path | None) -> Resumption:

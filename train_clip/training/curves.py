@@ -14,7 +14,14 @@ from train_clip.files import replacing
 
 # One panel each: its title, and the logged names with their labels.
 PANELS = (
-    ("loss", (("train/loss", "training batch"), ("val/loss", "held out"))),
+    (
+        "loss",
+        (
+            ("train/loss", "training batch"),
+            ("train/distillation_loss", "of it, distillation"),
+            ("val/loss", "held out, contrastive"),
+        ),
+    ),
     (
         "accuracy within the batch",
         (("train/accuracy_image_to_text", "image → text"), ("train/accuracy_text_to_image", "text → image")),

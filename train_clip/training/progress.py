@@ -16,6 +16,7 @@ LINE_SECONDS = 15.0  # between lines where there is no terminal
 # What is shown, in this order: label, logged name, format.
 FIGURES = (
     ("loss", "train/loss", ".3f"),
+    ("distillation", "train/distillation_loss", ".3f"),
     ("i→t", "train/accuracy_image_to_text", ".1%"),
     ("t→i", "train/accuracy_text_to_image", ".1%"),
     ("scale", "train/logit_scale", ".1f"),

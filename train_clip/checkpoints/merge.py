@@ -1,0 +1,51 @@
+"""Weights between two models: what fine-tuning has gained, with less of what it has lost.
+
+Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, Wortsman et al., arXiv 2109.01903).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from train_clip.errors import UserError
+
+
+def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """The line between two state dicts.
+
+        θ = (1 - w) θ_start + w θ_tuned
+
+    Running statistics of BatchNorm lie on the line too; whole numbers, such as their counts of batches, are the tuned
+    model's.
+
+    Args:
+        start: any tensors.
+        tuned: of the same names and shapes.
+        weight: w, in [0, 1].
+
+    Returns:
+        Tensors of the tuned model's dtypes. At 0 and at 1 they are the one's and the other's, bit for bit.
+
+    Raises:
+        UserError: names or shapes that differ, or a weight beyond the ends.
+    """
+    if not 0 <= weight <= 1:
+        raise UserError(f"--weight {weight}: expected from 0, the first checkpoint, to 1, the second.")
+    if lone := sorted(start.keys() ^ tuned.keys()):
+        raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
+    merged = {}
+    for name, end in tuned.items():
+        begin = start[name]
+        if begin.shape != end.shape:
+            raise UserError(f"{name} has the shapes {tuple(begin.shape)} and {tuple(end.shape)}; expected one model.")
+        merged[name] = _between(begin, end, weight) if end.is_floating_point() else end.clone()
+    return merged
+
+
+def _between(begin: Tensor, end: Tensor, weight: float) -> Tensor:
+    wide = torch.promote_types(end.dtype, torch.float32)
+    # lerp is exact at both ends.
+    return begin.to(wide).lerp(end.to(wide), weight).to(end.dtype)

@@ -1,0 +1,137 @@
+"""Merge a fine-tuned model with the one that it began as."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from train_clip.checkpoints.merge import interpolate
+from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.commands.scoring import ScoreOptions, Scores, load_checkpoint, score
+from train_clip.errors import UserError
+from train_clip.files import write_text
+from train_clip.training.checkpoint_io import AtomicCheckpointIO
+
+# What a merged checkpoint takes over from the tuned one besides its weights.
+KEPT = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters")
+
+
+@dataclass(frozen=True)
+class MergeOptions(ScoreOptions):
+    """How much of each, and what to score them on.
+
+    Args:
+        weight: share of the second checkpoint, from 0 to 1; several as "[0.25, 0.5, 0.75]"
+        output: the folder for merged-WEIGHT.ckpt
+        other_folder: a second folder to score on, of what the model knew before
+        other_classes: as --classes, for --other_folder
+        other_templates: as --templates, for --other_folder
+    """
+
+    weight: float | list[float] = 0.5
+    output: Path = Path()
+    other_folder: Path | None = None
+    other_classes: Path | None = None
+    other_templates: Path | None = None
+
+    @property
+    def weights(self) -> list[float]:
+        """One or several."""
+        return self.weight if isinstance(self.weight, list) else [self.weight]
+
+    def sets(self) -> dict[str, ScoreOptions]:
+        """What to score on, by its name; empty where nothing is given."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(ScoreOptions)}
+        found = {}
+        if self.folder is not None or self.pairs is not None:
+            found[str(self.folder or self.pairs)] = ScoreOptions(**fields)
+        if self.other_folder is not None:
+            other = {"folder": self.other_folder, "classes": self.other_classes, "templates": self.other_templates}
+            found[str(self.other_folder)] = ScoreOptions(**(fields | other | {"pairs": None, "split": "all"}))
+        return found
+
+
+def merge(start: Path, tuned: Path, /, options: MergeOptions) -> list[Path]:
+    """Write models between a checkpoint and what fine-tuning made of it, and score them side by side.
+
+    Args:
+        start: the checkpoint that fine-tuning began with
+        tuned: the one that it ended with
+        options: how much of each, and what to score on.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: two models that are not one, or a file that is there already.
+    """
+    options.require_sense()
+    targets = [options.output / f"merged-{weight:g}.ckpt" for weight in options.weights]
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
+    begin, end = read_checkpoint(start), read_checkpoint(tuned)
+    first, second = _model_of(begin, start), _model_of(end, tuned)
+    for weight, target in zip(options.weights, targets, strict=True):
+        merged = {f"model.{name}": value for name, value in interpolate(first, second, weight).items()}
+        about = {name: end[name] for name in KEPT if name in end}
+        # A teacher is a part of a run, not of the model.
+        about["hyper_parameters"] = {**about["hyper_parameters"], "distillation": "none"}
+        AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
+        print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
+    if sets := options.sets():
+        files = {0.0: start} | dict(zip(options.weights, targets, strict=True)) | {1.0: tuned}
+        _report({weight: _scores(file, sets, options.device) for weight, file in sorted(files.items())}, options.json)
+    return targets
+
+
+def _model_of(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's model."""
+    weights = state.get("state_dict", {})
+    found = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    if not found or "hyper_parameters" not in state:
+        raise UserError(f"{path}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
+    return found
+
+
+def _scores(file: Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
+    model = load_checkpoint(file, device)
+    return {name: score(model, options)[0] for name, options in sets.items()}
+
+
+def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None) -> None:
+    """Print a table for each set, a row a weight."""
+    console = Console()
+    for name in next(iter(by_weight.values())):
+        table = Table("weight", box=None, header_style="bold", pad_edge=False)
+        rows = {weight: _figures(scores[name]) for weight, scores in by_weight.items()}
+        for heading in next(iter(rows.values())):
+            table.add_column(heading, justify="right")
+        for weight, figures in rows.items():
+            table.add_row(f"{weight:g}", *(f"{figure:.1%}" for figure in figures.values()))
+        console.print(f"\n{name}", highlight=False)
+        console.print(table)
+    if target is not None:
+        found = {
+            f"{weight:g}": {name: dataclasses.asdict(scores) for name, scores in sets.items()}
+            for weight, sets in by_weight.items()
+        }
+        write_text(target, json.dumps(found, indent=2) + "\n")
+
+
+def _figures(scores: Scores) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    if scores.retrieval is not None:
+        figures |= {f"R@{k} i→t": found for k, found in scores.retrieval.image_to_text.items()}
+        figures |= {f"R@{k} t→i": found for k, found in scores.retrieval.text_to_image.items()}
+    if scores.zero_shot is not None:
+        figures["zero-shot top-1"] = scores.zero_shot.top1
+    return figures
