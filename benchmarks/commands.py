@@ -23,6 +23,26 @@ def command(*words: Any) -> None:
         sys.exit(f"{' '.join(call)}\n{ended.stdout[-3000:]}")
 
 
+def show(*words: Any) -> None:
+    """Run ``train-clip`` with these words and let it print."""
+    subprocess.run([sys.executable, "-m", "train_clip.cli", *map(str, words)], check=True)
+
+
+def captions_as_classes(folder: Path, target: Path) -> tuple[Path, Path]:
+    """Write the different captions of a folder as class names, and a template that is the name alone.
+
+    Args:
+        folder: images whose caption's place in the list, counted from 0, stands in ``STEM.cls``.
+        target: where to write.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    classes, templates = target / "classes.txt", target / "templates.txt"
+    captions = {int(file.read_text()): file.with_suffix(".txt").read_text() for file in folder.rglob("*.cls")}
+    classes.write_text("".join(captions[place].strip() + "\n" for place in sorted(captions)), encoding="utf-8")
+    templates.write_text("{}\n", encoding="utf-8")
+    return classes, templates
+
+
 def evaluate(checkpoint: Path, *words: Any) -> dict[str, Any]:
     """The figures of ``train-clip evaluate``, as its ``--json`` has them."""
     found = checkpoint.with_suffix(".json")

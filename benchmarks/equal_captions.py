@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from commands import command, evaluate, mean_and_spread
+from commands import captions_as_classes, command, evaluate, mean_and_spread
 
 HELD_OUT = 0.2
 
@@ -27,11 +27,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--precision", default="bf16-mixed")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    classes, templates = options.output / "classes.txt", options.output / "templates.txt"
-    captions = {int(file.read_text()): file.with_suffix(".txt").read_text() for file in options.folder.rglob("*.cls")}
-    classes.write_text("".join(captions[place].strip() + "\n" for place in sorted(captions)), encoding="utf-8")
-    templates.write_text("{}\n", encoding="utf-8")
+    classes, templates = captions_as_classes(options.folder, options.output)
     share = ("--folder", options.folder, "--val_share", HELD_OUT)
     found: dict[str, list[float]] = {"keep": [], "mask": []}
     for seed in range(options.seeds):

@@ -13,10 +13,11 @@ import pytest
 
 from tests.conftest import write_pairs
 from train_clip import cli
-from train_clip.commands.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions
+from train_clip.commands.finetune import StartOptions, TuningOptions
+from train_clip.commands.options import DataOptions, ModelOptions, ObjectiveOptions, OptimizerOptions, RunOptions
 from train_clip.errors import UserError
 
-GROUPS = (ModelOptions, DataOptions, OptimizerOptions, RunOptions)
+GROUPS = (ModelOptions, DataOptions, OptimizerOptions, ObjectiveOptions, RunOptions)
 OWN_OPTIONS = {field.name for group in GROUPS for field in dataclasses.fields(group)}
 
 
@@ -30,7 +31,7 @@ def test_every_option_reaches_its_dataclass():
         *"--model_name RN50 --image_size 64 --minibatch_size 8 --batch_size 32 --num_workers 3".split(),
         *"--resize_ratio 0.75 --shuffle false --val_share 0.2 --learning_rate 1e-3 --weight_decay 0.1".split(),
         *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out --max_bad 0.1 --val_pairs val.csv".split(),
-        *"--pairs train.csv --image_column file --caption_column title".split(),
+        *"--pairs train.csv --image_column file --caption_column title --equal_captions mask".split(),
         *("--betas", "[0.8, 0.9]"),
     )
     assert values["model"] == ModelOptions("RN50", 64, 8)
@@ -39,6 +40,7 @@ def test_every_option_reaches_its_dataclass():
         Path("data_dir"), 32, 3, 0.75, False, 0.2, max_bad=0.1, val_pairs=Path("val.csv"), **table
     )
     assert values["optimizer"] == OptimizerOptions(1e-3, 0.1, (0.8, 0.9), 1e-7, 5)
+    assert values["objective"] == ObjectiveOptions("mask")
     assert values["run"] == RunOptions(7, 3, Path("out"))
 
 
@@ -46,6 +48,23 @@ def test_the_list_of_options_is_the_documented_one():
     """No option comes or goes unnoticed: the fields of the four groups, against the table in docs/training.md."""
     table = Path(__file__).parents[1].joinpath("docs/training.md").read_text(encoding="utf-8")
     assert OWN_OPTIONS | {"config"} == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
+
+
+def test_the_options_of_finetune_are_the_documented_ones():
+    """Those beside the options of train, against the table in docs/finetuning.md."""
+    document = Path(__file__).parents[1].joinpath("docs/finetuning.md").read_text(encoding="utf-8")
+    table = document.split("## Options")[1].split("\n## ")[0]
+    own = {field.name for group in (StartOptions, TuningOptions) for field in dataclasses.fields(group)}
+    assert own - {"minibatch_size"} == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
+
+
+@pytest.mark.parametrize("words", [["--lock_image"], ["--lock_image", "--lock_text", "false"], ["--lock_image=true"]])
+def test_a_bare_flag_is_true(words):
+    """A yes or no whose default is no needs no value, wherever it stands; others do."""
+    tuning = cli.parse("finetune", ["--folder", "data_dir", *words])[1].arguments["tuning"]
+    assert (tuning.lock_image, tuning.lock_text) == (True, False)
+    with pytest.raises(SystemExit):
+        cli.parse("finetune", ["--folder", "--lock_image"])
 
 
 def test_every_option_has_help():
@@ -125,7 +144,7 @@ def test_trainer_options_pass_through():
 
 def test_an_unknown_recipe_lists_the_known_ones():
     """A recipe that is neither shipped nor a file."""
-    with pytest.raises(UserError, match=r"--config nothing: .*cpu, demo, scratch"):
+    with pytest.raises(UserError, match=r"--config nothing: .*cpu, demo, finetune, finetune-clip, scratch"):
         parsed("--config", "nothing")
 
 

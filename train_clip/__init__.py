@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from train_clip.models.clip import CLIP
     from train_clip.models.config import ModelConfig, read_config
     from train_clip.training.clip_wrapper import CLIPWrapper
+    from train_clip.training.custom_wrapper import CustomCLIPWrapper
     from train_clip.training.data_module import TextImageDataModule
 
-__all__ = ["CLIP", "CLIPWrapper", "ModelConfig", "TextImageDataModule", "Tokenizer", "read_config"]
+__all__ = ["CLIP", "CLIPWrapper", "CustomCLIPWrapper", "ModelConfig", "TextImageDataModule", "Tokenizer", "read_config"]
 
 _HOMES = {
     "CLIP": "train_clip.models.clip",
     "CLIPWrapper": "train_clip.training.clip_wrapper",
+    "CustomCLIPWrapper": "train_clip.training.custom_wrapper",
     "ModelConfig": "train_clip.models.config",
     "TextImageDataModule": "train_clip.training.data_module",
     "Tokenizer": "train_clip.data.tokenizer",

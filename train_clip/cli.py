@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import itertools
 import os
 import sys
 import typing
@@ -165,11 +166,8 @@ def normalise(words: Sequence[str], verb: str = "") -> list[str]:
 
 def _bare_flags(words: list[str], flags: Set[str]) -> list[str]:
     """Let ``--lock_image`` stand for ``--lock_image true``."""
-    following = [*words[1:], "--"]
-    return [
-        word + "=true" if word in flags and after.startswith("--") else word
-        for word, after in zip(words, following, strict=True)
-    ]
+    pairs = itertools.pairwise([*words, "--"])
+    return [word + "=true" if word in flags and after.startswith("--") else word for word, after in pairs]
 
 
 def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:

@@ -10,13 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.conftest import write_pairs
+from tests.conftest import TINY, write_pairs
+from tests.encoders import save_bert, save_resnet
 from train_clip import cli
 from train_clip.commands import demo as demo_module
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = {"train.py": "train", "train_finetune.py": "finetune"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+LOCAL_ENCODERS = ["--image_encoder", "hf:resnet", "--text_encoder", "hf:bert"]
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -34,8 +40,8 @@ def commands(document: Path) -> list[list[str]]:
         if words[:1] == ["train-clip"]:
             verb, rest = cli.split_verb(words[1:])
             found.append([str(verb), *rest])
-        elif words[:2] == ["python", "train.py"]:
-            found.append(["train", *words[2:]])
+        elif words[:1] == ["python"] and words[1] in SCRIPTS:
+            found.append([SCRIPTS[words[1]], *words[2:]])
         elif words[:1] == ["torchrun"]:
             found.append(words[words.index("train_clip.cli") + 1 :])
     return found
@@ -71,9 +77,10 @@ def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo_module, "COPIES", 1)
-        patch.setattr(demo_module, "train", lambda m, d, o, run, t: train(m, d, o, replace(run, epochs=2), t))
+        patch.setattr(demo_module, "train", lambda *groups: train(*groups[:4], replace(groups[4], epochs=2), groups[5]))
         cli.main(["demo"])
     write_pairs(folder / "data_dir", 12)
+    save_resnet(folder / "resnet"), save_bert(folder / "bert")
     return folder
 
 
@@ -89,10 +96,15 @@ def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
         if "--resume" in words:
             cli.main([*verb.split(), *(word.replace("runs/NAME", "run2") for word in words), "--max_steps", "2"])
         elif verb != "demo":
-            short = ["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb == "train" else []
-            cli.main([*verb.split(), *words, *short])
+            short = ["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb in ("train", "finetune") else []
+            # In place of the hub's encoders, which this machine may not reach.
+            cli.main([*verb.split(), *words, *short, *(LOCAL_ENCODERS if verb == "finetune" else [])])
         verbs.append(verb)
-    assert verbs == ["demo", "train", "train", "train", "data check", "data show", "evaluate", "evaluate"]
+    assert verbs == [
+        *"demo train train train finetune finetune".split(),
+        *"data check,data show".split(","),
+        *2 * ["evaluate"],
+    ]
     assert "zero-shot over 48 classes" in capsys.readouterr().out
 
 
@@ -135,8 +147,17 @@ def test_the_printed_tree_is_the_real_one():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "train_clip" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
-    """A shipped recipe parses and trains, on twelve pairs."""
+    """A shipped recipe parses and trains, on twelve pairs: as the verb of its name, or from scratch."""
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path / "data_dir", 12)
-    cli.main(["train", "--config", recipe.stem, "--folder", "data_dir", "--max_steps", "1", "--output", "run"])
+    start: list[str] = []
+    if recipe.stem == "finetune":
+        save_resnet(tmp_path / "resnet"), save_bert(tmp_path / "bert")
+        start = LOCAL_ENCODERS
+    elif recipe.stem == "finetune-clip":
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+        cli.main("train --model_name tiny.yaml --folder data_dir --max_steps 1 --output clip".split())
+        start = ["--pretrained", "clip/checkpoints/last.ckpt"]
+    short = "--folder data_dir --max_steps 1 --output run".split()
+    cli.main(["finetune" if start else "train", "--config", recipe.stem, *start, *short])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

@@ -75,7 +75,7 @@ def require_verb(run: Path, verb: str) -> None:
     began = starts[-1].get("verb", verb) if starts and isinstance(starts[-1], dict) else verb
     if began != verb:
         raise UserError(
-            f"{run}: a run of `train-clip {began}`, not of {verb}. Go on with it by `train-clip {began} --resume {run}`."
+            f"{run}: a run of `train-clip {began}`, not of `{verb}`. To go on: train-clip {began} --resume {run}"
         )
 
 

@@ -101,7 +101,6 @@ class CustomCLIPWrapper(ContrastiveModule):
                 "learning_rate": learning_rate,
                 "avg_word_embs": avg_word_embs,
                 "project": project,
-                "tokenizer": self._described_tokenizer(),
                 "image_size": image.size,
                 "pixel_mean": list(image.mean),
                 "pixel_std": list(image.std),
@@ -119,7 +118,6 @@ class CustomCLIPWrapper(ContrastiveModule):
         collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
         if self.tokenizer is None and collate is not None:
             self.tokenizer = collate.tokenizer
-            self.hparams["tokenizer"] = self._described_tokenizer()
         if stage != "fit":
             return
         frozen = freeze_unreached(self.model)
@@ -135,6 +133,11 @@ class CustomCLIPWrapper(ContrastiveModule):
                     f"A checkpoint holds the weights of your {type(what).__name__}, not how to make one: load it by "
                     f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
                 )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the tokenizer, whose vocabulary is nothing for the loggers that show a run's arguments."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = checkpoint["hyper_parameters"] | {"tokenizer": self._described_tokenizer()}
 
     def _described_tokenizer(self) -> dict[str, Any] | None:
         """What makes the tokenizer again."""

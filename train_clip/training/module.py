@@ -71,6 +71,12 @@ class ContrastiveModule(L.LightningModule):
                 raise UserError(f"{name} is {value}; expected 0 or above.")
         self.model = model
         self.model.lock(tuning.lock_image, tuning.lock_text)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if all(parameter is model.logit_scale for parameter in trained):
+            raise UserError(
+                "Both towers are locked and nothing joins them: only the temperature would be trained. Leave out "
+                "lock_image or lock_text."
+            )
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
         self._reader = BatchReader(model, None)
         self._end_of_step = EndOfStep()

@@ -1,0 +1,102 @@
+"""``train-clip merge``: weights between two checkpoints, and their figures side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import TINY, write_pairs
+from train_clip import CLIPWrapper, cli
+from train_clip.checkpoints.merge import interpolate
+from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.errors import UserError
+
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP, what fine-tuning made of it, and another model."""
+    folder = tmp_path_factory.mktemp("merge")
+    write_pairs(folder / "data", 12)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "other.yaml").write_text(yaml.safe_dump(TINY | {"embed_dim": 8}))
+    (folder / "names.txt").write_text("picture 0\npicture 1\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cli.main(["train", "--model_name", "tiny.yaml", *SHORT, "--output", "start"])
+        cli.main(["train", "--model_name", "other.yaml", *SHORT, "--output", "other"])
+        start = "start/checkpoints/last.ckpt"
+        cli.main(["finetune", "--pretrained", start, *SHORT, "--learning_rate", "1e-2", "--output", "tuned"])
+    return folder
+
+
+def last(run: str) -> str:
+    return f"{run}/checkpoints/last.ckpt"
+
+
+def test_weights_lie_on_the_line(made, tmp_path, monkeypatch):
+    """Three files in one go, each tensor against the formula in float64; Lightning loads them too."""
+    monkeypatch.chdir(made)
+    cli.main(["merge", last("start"), last("tuned"), "--weight", "[0, 0.25, 1]", "--output", str(tmp_path)])
+    start, tuned = (read_checkpoint(Path(last(run)))["state_dict"] for run in ("start", "tuned"))
+    for weight in (0.0, 0.25, 1.0):
+        merged = CLIPWrapper.load_from_checkpoint(tmp_path / f"merged-{weight:g}.ckpt").state_dict()
+        for name, value in merged.items():
+            expected = (1 - weight) * start[name].double() + weight * tuned[name].double()
+            torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-7)
+    assert all(torch.equal(merged[name], tuned[name]) for name in tuned)
+
+
+def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
+    """Both ends and what lies between, on one's own pairs and on others, as ``evaluate`` scores each."""
+    monkeypatch.chdir(made)
+    words = ["--folder", "data", "--other_folder", "data", "--json", str(tmp_path / "scores.json")]
+    cli.main(["merge", last("start"), last("tuned"), "--output", str(tmp_path), *words])
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert list(found) == ["0", "0.5", "1"]
+    for weight, file in (("0", last("start")), ("0.5", str(tmp_path / "merged-0.5.ckpt")), ("1", last("tuned"))):
+        cli.main(["evaluate", file, "--folder", "data", "--json", str(tmp_path / "one.json")])
+        assert found[weight]["data"] == json.loads((tmp_path / "one.json").read_text())
+    assert "R@1 i→t" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "expected"),
+    [
+        (("start", "other"), "", "expected one model"),
+        (("start", "tuned"), "--weight 1.5", "expected from 0, the first checkpoint, to 1"),
+        (("start", "nothing"), "", "there is no such file"),
+    ],
+)
+def test_what_cannot_be_merged(made, tmp_path, monkeypatch, files, words, expected):
+    """Another model, a weight beyond the ends, a file that is not there; nothing is written."""
+    monkeypatch.chdir(made)
+    with pytest.raises(SystemExit, match=expected):
+        cli.main(["merge", *map(last, files), *words.split(), "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_there_stays(made, tmp_path, monkeypatch):
+    """Its name is said."""
+    monkeypatch.chdir(made)
+    (tmp_path / "merged-0.5.ckpt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"merged-0\.5\.ckpt: exists already"):
+        cli.main(["merge", last("start"), last("tuned"), "--output", str(tmp_path)])
+    assert (tmp_path / "merged-0.5.ckpt").read_text() == "mine"
+
+
+def test_whole_numbers_are_the_tuned_models():
+    """Counts of batches lie on no line; half precision is mixed in float32."""
+    start = {"count": torch.tensor(3), "half": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)}
+    tuned = {"count": torch.tensor(8), "half": torch.tensor([2.0, 4.0], dtype=torch.bfloat16)}
+    merged = interpolate(start, tuned, 0.5)
+    assert merged["count"] == 8
+    assert merged["half"].dtype == torch.bfloat16
+    assert merged["half"].tolist() == [1.5, 3.0]
+    with pytest.raises(UserError, match="in one of the checkpoints only"):
+        interpolate({"a": torch.zeros(1)}, {"b": torch.zeros(1)}, 0.5)
