@@ -109,8 +109,9 @@ def _split(source: str, kind: str) -> tuple[str, str]:
     prefix, colon, name = source.partition(":")
     if colon and name and prefix in SOURCES:
         return prefix, name
-    if Path(source).exists():
-        raise UserError(f"--{kind}_encoder {source}: a path without its library. Write hf:{source}.")
+    if source and Path(source).exists():
+        library = "hf" if Path(source).is_dir() else own_encoders.SOURCE
+        raise UserError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
     what = f"unknown prefix {prefix!r}" if colon and prefix not in SOURCES else "no library and name"
     raise UserError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
 

@@ -73,7 +73,8 @@ def _read(name: str) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
             f"{SOURCE}:{name}: holds no CLIP of ours. Expected a checkpoint of `train-clip train`; encoders of other "
             "libraries come from there (hf:NAME)."
         )
-    return {"source": SOURCE, "name": name, "config": arguments["config"]}, state["state_dict"]
+    config = arguments["config"]
+    return {"source": SOURCE, "name": name, "label": config["name"], "config": config}, state["state_dict"]
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, name: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ class CustomCLIP(DualEncoder):
                 f"Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, {text.width})), "
                 "or pass project=True, which adds such a layer."
             )
-        name = f"{_called(image.module, image.description)} + {_called(text.module, text.description)}"
+        name = "+".join(_called(encoder.module, encoder.description) for encoder in (image, text))
         super().__init__(name, text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
         self.average = average
         self.pixel_norm = PixelNorm(image.mean, image.std)
@@ -92,5 +94,6 @@ class CustomCLIP(DualEncoder):
         return list(self.visual.parameters()), list(self.transformer.parameters())
 
 
-def _called(module: nn.Module, description: Mapping[str, object] | None) -> str:
-    return str((description or {}).get("name") or type(module).__name__)
+def _called(module: nn.Module, description: Mapping[str, Any]) -> str:
+    """What an encoder is called in messages and in the names of folders."""
+    return description.get("label") or Path(description.get("name", type(module).__name__)).name

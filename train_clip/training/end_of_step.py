@@ -1,6 +1,6 @@
 """What happens around a step, in this order.
 
-update and clamp (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks, which
+update, clamp, teacher (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks, which
 Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
 """
 

@@ -281,6 +281,11 @@ class ContrastiveModule(L.LightningModule):
     def _caption_ids(self, texts: Texts) -> Tensor:
         return caption_ids(token_ids(texts), self.model.caption_mask(texts))
 
+    def _learning_rate(self) -> float:
+        """That of what has no rate of its own, the temperature among it."""
+        groups, peak = self.trainer.optimizers[0].param_groups, self._optimizer_config.lr
+        return next((group["lr"] for group in groups if group["initial_lr"] == peak), groups[0]["lr"])
+
     def _log_step(self, loss: Tensor, parts: dict[str, Tensor], pairs: Pairs) -> None:
         """Log the global batch's figures, on the steps that reach a logger: reading them waits for the device."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -295,7 +300,7 @@ class ContrastiveModule(L.LightningModule):
             "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
             "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
             "train/logit_scale": self.model.logit_scale.detach().exp(),
-            "train/learning_rate": torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], device=self.device),
+            "train/learning_rate": torch.tensor(self._learning_rate(), device=self.device),
         }
         if self.distillation is not None:
             figures |= {f"train/{name}": part.detach() for name, part in parts.items()}

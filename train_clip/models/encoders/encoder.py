@@ -76,18 +76,26 @@ def measured(module: nn.Module, pixels: Pixels, description: dict[str, Any]) -> 
         description: "source", "name" and what the library needs to build the module.
 
     Raises:
-        UserError: the module does not take such an image, or does not give features.
+        UserError: the module does not take such an image, gives no features, or other ones each time.
     """
+    name = f"{description['source']}:{description['name']}"
     like = next(module.parameters(), torch.zeros(()))
+    images = like.new_zeros(1, 3, pixels.size, pixels.size)
     with evaluating(module):
         try:
-            output = module(like.new_zeros(1, 3, pixels.size, pixels.size))
+            outputs = module(images), module(images)
         except Exception as error:
             raise UserError(
-                f"{description['source']}:{description['name']}: fails on an image of {pixels.size} × {pixels.size} "
-                f"pixels ({first_line(error)}). Expected an encoder of single images. Take another."
+                f"{name}: fails on an image of {pixels.size} × {pixels.size} pixels ({first_line(error)}). "
+                "Expected an encoder of single images. Take another."
             ) from error
-        width = image_features(output).shape[1]
+        features, again = map(image_features, outputs)
+    if not torch.allclose(features, again, equal_nan=True):
+        raise UserError(
+            f"{name}: gives other features for the same image each time; expected the same. A masked autoencoder, for "
+            "one, hides parts of its input at random. Take another encoder."
+        )
+    width = features.shape[1]
     described = {**description, "width": width, "size": pixels.size, "mean": [*pixels.mean], "std": [*pixels.std]}
     return ImageEncoder(module, width, *pixels, described)
 

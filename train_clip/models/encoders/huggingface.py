@@ -30,12 +30,21 @@ from train_clip.models.encoders.hub import check_folder, find_transformers, from
 from train_clip.models.encoders.outputs import text_features
 from train_clip.models.encoders.preprocessing import read_pixels
 
-# Of a text encoder that does not say how many tokens it takes: BERT's (arXiv 1810.04805, section A.2) and T5's
-# (arXiv 1910.10683, section 3.1.2), neither of which the relative positions of the latter force.
+# Of a text encoder that does not say how many tokens it takes, as T5, whose positions are relative: what it was trained
+# with (arXiv 1910.10683, section 3.1.2).
 DEFAULT_CONTEXT = 512
 
 INPUTS = {"image": "pixel_values", "text": "input_ids"}
 TOWERS = {"image": "vision_config", "text": "text_config"}
+
+# Towers of two-tower models that the library's own choice by configuration, AutoModel, does not know.
+OTHER_TOWERS = {
+    "align_text_model": "AlignTextModel",
+    "align_vision_model": "AlignVisionModel",
+    "chinese_clip_text_model": "ChineseCLIPTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+}
 
 
 def load_image(name: str) -> ImageEncoder:
@@ -161,6 +170,8 @@ def _auto_model(transformers: Any, config: Any, name: str, kind: str) -> Any:
     """Choose what reads the weights: for T5 and its like the encoder alone, for others what the configuration says."""
     if kind == "text" and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
         return transformers.AutoModelForTextEncoding
+    if config.model_type in OTHER_TOWERS:
+        return getattr(transformers, OTHER_TOWERS[config.model_type])
     if config.is_encoder_decoder:
         raise UserError(
             f"hf:{name}: {config.model_type} is an encoder with a decoder; expected an encoder. "
@@ -186,8 +197,9 @@ def _refuse(name: str, kind: str, missing: set[str], mismatched: set[str]) -> No
 def _description(module: Any, name: str) -> dict[str, Any]:
     """Describe a module: its class, its configuration as plain data, and whether its pooler was taken off."""
     config = json.loads(module.config.to_json_string(use_diff=False))
-    for key in ("_name_or_path", "architectures", "id2label", "label2id"):  # about the file and its classifier
-        config.pop(key, None)
+    # About the file, its classifier, and the library's own state, which begins with "_".
+    left_out = ("architectures", "id2label", "label2id")
+    config = {key: value for key, value in config.items() if key not in left_out and not key.startswith("_")}
     without_pooler = getattr(module, "pooler", module) is None
     return {
         "source": "hf",
@@ -208,7 +220,9 @@ def _build(description: dict[str, Any]) -> nn.Module:
             f"Install transformers {description['config'].get('transformers_version', 'of the time of training')}."
         )
     with quiet():
-        module: Any = kind(kind.config_class.from_dict(copy.deepcopy(description["config"])))
+        config = kind.config_class.from_dict(copy.deepcopy(description["config"]))  # type: ignore[attr-defined]
+        # As from_pretrained does it, which is with the same attention.
+        module: Any = kind._from_config(config, **in_float32(transformers))  # type: ignore[attr-defined]
     if description["without_pooler"]:
         module.pooler = None
     return module.eval()

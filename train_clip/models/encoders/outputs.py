@@ -69,8 +69,8 @@ def text_features(output: Any, attention_mask: Tensor | None, average: bool) -> 
         hidden = _tensor(output, "last_hidden_state")
         if hidden is None or hidden.ndim != 3:
             raise UserError(
-                f"The text encoder gives {_named(output)} without last_hidden_state (B, L, D), whose mean avg_word_embs=True "
-                "asks for. Take another encoder, or pass avg_word_embs=False (--avg_word_embs false)."
+                f"The text encoder gives {_named(output)} without last_hidden_state (B, L, D), whose mean "
+                "avg_word_embs=True asks for. Take another encoder, or avg_word_embs=False (--avg_word_embs false)."
             )
         return _masked_mean(hidden, attention_mask)
     for name in ("text_embeds", "pooler_output"):

@@ -25,11 +25,7 @@ def load_image(name: str) -> ImageEncoder:
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
-        raise UserError(
-            f"timm:{name}: its weights are not in this machine's cache and not reachable ({first_line(error)}). "
-            f"Download them where there is a network (`hf download timm/{name} --local-dir FOLDER`, the name with its "
-            "tag) and give the folder: --image_encoder timm:local-dir:FOLDER."
-        ) from error
+        raise UserError(f"timm:{name}: {_advice(name, first_line(error))}") from error
     trained_on = timm.data.resolve_model_data_config(module)
     channels, height, width = trained_on["input_size"]
     if channels != 3 or height != width:
@@ -67,6 +63,17 @@ def _description(module: Any, name: str) -> dict[str, Any]:
     }
 
 
+def _advice(name: str, reason: str) -> str:
+    """Say what to do about weights that could not be read."""
+    if name.startswith("local-dir:"):
+        return f"cannot be loaded ({reason}). Give the folder that `hf download` or timm's save_for_hf wrote."
+    return (
+        f"its weights are not in this machine's cache and not reachable ({reason}). Download them where there is a "
+        f"network (`hf download timm/{name} --local-dir FOLDER`, the name with its tag) and give the folder: "
+        "--image_encoder timm:local-dir:FOLDER."
+    )
+
+
 def _is_plain(value: Any) -> bool:
     try:
         json.dumps(value)
@@ -82,14 +89,7 @@ def _check_name(timm: Any, name: str) -> None:
         return
     close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
     hint = f"Similar: {', '.join(close)}." if close else "timm.list_models() gives its names."
-    raise UserError(
-        f"timm:{name}: timm {timm.__version__} has no such model. "
-        + (
-            f"Similar: {', '.join(close)}."
-            if close
-            else "Its names: python -c 'import timm; print(timm.list_models())'."
-        )
-    )
+    raise UserError(f"timm:{name}: timm {timm.__version__} has no such model. {hint}")
 
 
 def _timm() -> Any:
