@@ -653,3 +653,65 @@ def test_the_same_with_torchvision(tmp_path, monkeypatch, declutr):
     monkeypatch.setattr(models, "resnet50", lambda pretrained: original(weights=None))
     model = readme(numbered_pairs(tmp_path / "pairs", 6), Namespace(minibatch_size=2), 4)
     assert model.embed_images(tmp_path / "pairs" / "000.png").shape == (1, 768)
+
+
+def test_clips_tokens_do_not_go_into_another_encoder(tmp_path):
+    """A data module with CLIP's tokenizer is refused, whether the vocabulary would hold its ids or not."""
+    text = transformers.RobertaModel(
+        transformers.RobertaConfig(
+            hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50_265
+        )
+    )
+    module = CustomCLIPWrapper(image_tower(), text, avg_word_embs=True, image_size=SIDE)
+    data = TextImageDataModule(write_pairs(tmp_path / "pairs", 8), 4, image_size=SIDE)
+    with pytest.raises(UserError, match=r"has CLIP's tokenizer; expected the text encoder's own: .*custom_tokenizer"):
+        bare_trainer(max_steps=1).fit(module, data)
+
+
+@pytest.mark.parametrize("change", ["activation", "layers", "none"])
+def test_an_encoder_that_was_changed_is_the_users_own(change):
+    """A Hugging Face module is described only where the description makes this very module."""
+    encoder = vit()
+    if change == "activation":
+        encoder.pooler.activation = nn.Identity()
+    elif change == "layers":
+        encoder.layernorm = nn.Sequential(encoder.layernorm, nn.Linear(WIDTH, WIDTH))
+    module = CustomCLIPWrapper(encoder, bert(), avg_word_embs=True, image_size=SIDE)
+    assert (module.hparams["image_encoder"] is None) == (change != "none")
+
+
+def test_half_precision_modules_train_in_float32():
+    """As files of half precision do; in true half precision the teacher would stand still, which is refused."""
+    module = CustomCLIPWrapper(image_tower(), bert().to(torch.bfloat16), avg_word_embs=True, image_size=SIDE)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match="a running mean stands still"):
+        bare_trainer(max_steps=1, precision="bf16-true").fit(module, loader(B, B))
+
+
+def test_a_mixture_of_experts_is_reached():
+    """The trial's captions differ, so that experts that would see other tokens are not taken for unused."""
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=VOCAB, num_experts=4
+    )
+    text = transformers.SwitchTransformersEncoderModel(config)
+    module = CustomCLIPWrapper(image_tower(), text, avg_word_embs=True, image_size=SIDE)
+    module.trainer = bare_trainer(max_steps=1)
+    module.setup("fit")
+    frozen = [name for name, parameter in module.model.named_parameters() if not parameter.requires_grad]
+    assert not [name for name in frozen if "expert" in name]
+
+
+@pytest.mark.parametrize(
+    ("encoders", "how", "expected"),
+    [
+        (("hf:name", None), {}, r"image_encoder is a str; expected a torch\.nn\.Module, or what .*load_image_encoder"),
+        ((None, None), {}, "image_encoder is missing"),
+        ((image_tower(), bert()), {"pixel_mean": [0.5]}, "expected a number for each of red, green and blue"),
+        ((image_tower(), bert()), {"betas": [0.9]}, "expected two numbers"),
+    ],
+)
+def test_arguments_that_cannot_be(encoders, how, expected):
+    """Each with a message that says what to give."""
+    with pytest.raises(UserError, match=expected):
+        CustomCLIPWrapper(*encoders, avg_word_embs=True, image_size=SIDE, **how)

@@ -5,6 +5,7 @@ B  pairs      L  tokens      S  side of the image in pixels      D  width of the
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,7 @@ class CustomCLIP(DualEncoder):
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module
         self.transformer = text.module
+        self._takes = _arguments(text.module)
         same = image.width == text.width
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
 
@@ -79,7 +81,9 @@ class CustomCLIP(DualEncoder):
             (B, D) float, not normalised.
         """
         if isinstance(texts, Mapping):
-            return text_features(self.transformer(**texts), texts.get("attention_mask"), self.average)
+            # Some tokenizers give more than their encoder takes, such as token_type_ids.
+            taken = {name: tensor for name, tensor in texts.items() if self._takes is None or name in self._takes}
+            return text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
         return text_features(self.transformer(texts), None, self.average)
 
     def caption_mask(self, texts: Texts) -> Tensor:
@@ -92,6 +96,14 @@ class CustomCLIP(DualEncoder):
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Each encoder's; the projection is in neither."""
         return list(self.visual.parameters()), list(self.transformer.parameters())
+
+
+def _arguments(module: nn.Module) -> frozenset[str] | None:
+    """The names that a module's ``forward`` takes; None for any."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
 
 
 def _called(module: nn.Module, description: Mapping[str, Any]) -> str:

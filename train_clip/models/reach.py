@@ -1,6 +1,6 @@
 """Which parameters the loss reaches, found by one backward pass.
 
-B  images and captions of the trial      L  tokens of each
+B  images of the trial
 """
 
 from __future__ import annotations
@@ -8,17 +8,19 @@ from __future__ import annotations
 import torch
 
 from train_clip.models.custom import CustomCLIP
+from train_clip.models.dual_encoder import Texts
 
-B, L = 2, 4
+B = 2
 
 
-def freeze_unreached(model: CustomCLIP) -> list[str]:
+def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
     """Freeze what no gradient comes to, such as a text model's pooler or a mask token.
 
     DDP waits for the gradient of every parameter that asks for one, and fails on its second step where one never comes.
 
     Args:
         model: in any mode, on any device; it is left as it was found, but for what is frozen.
+        texts: tokens of some captions, as training will bring them, on the model's device.
 
     Returns:
         The names of what was frozen.
@@ -26,13 +28,14 @@ def freeze_unreached(model: CustomCLIP) -> list[str]:
     device = model.logit_scale.device
     training = [module for module in model.modules() if module.training]
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    images = torch.zeros(B, 3, model.image_size, model.image_size, device=device)
-    ids = torch.ones(B, L, dtype=torch.int64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(B, 3, model.image_size, model.image_size, generator=generator).to(device)
+    if not trainable:
+        return []
     # Layers that are dropped at random in training are all there in eval mode.
     model.eval()
     try:
         with torch.enable_grad():
-            texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             embeddings = model.encode_image(images).float().sum() + model.encode_text(texts).float().sum()
             loss = embeddings + model.logit_scale
             gradients = torch.autograd.grad(loss, [parameter for _, parameter in trainable], allow_unused=True)

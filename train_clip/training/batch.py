@@ -76,6 +76,11 @@ class BatchReader:
             return texts.to(device)
         if "input_ids" not in texts:
             raise UserError(f"The texts of a batch have the keys {', '.join(texts)}; expected input_ids among them.")
+        if odd := [name for name, value in texts.items() if not isinstance(value, Tensor)]:
+            raise UserError(
+                f"The texts of a batch hold a {type(texts[odd[0]]).__name__} under {odd[0]}; expected tensors. Ask the "
+                'tokenizer for them: return_tensors="pt", padding=True.'
+            )
         if isinstance(self.model, CLIP):
             return texts["input_ids"].to(device)
         return {name: tensor.to(device) for name, tensor in texts.items()}
@@ -92,7 +97,8 @@ def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
         at_most = "" if context is None else f", of {context} tokens at most"
         raise UserError(
             f"A batch's tokens have shape {tuple(ids.shape)} beside {len(images)} images; {model.name} expects one "
-            f"row an image{at_most}. Cut longer captions, keeping their end token."
+            f"row an image{at_most}. Cut longer captions, keeping their end token: TextImageDataModule(…, "
+            "context_length=…), or in your loader."
         )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -19,14 +20,23 @@ from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.custom import CustomCLIP
+from train_clip.models.dual_encoder import Texts
 from train_clip.models.encoders.encoder import ImageEncoder, Pixels, TextEncoder
 from train_clip.models.encoders.live import live_image_encoder, live_text_encoder
 from train_clip.models.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from train_clip.models.reach import freeze_unreached
+from train_clip.models.text_tower import TextTower
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning
 
 EPOCHS = 10  # OTTER, section 4.1
+HALF = ("bf16-true", "16-true")
+TRIAL_CAPTIONS = (
+    "a small brown dog runs across a green field",
+    "Two people in yellow coats, seen from behind, wait for the 17:45 train.",
+    "chart",
+    "snow-covered mountains at dawn; no clouds!",
+)
 
 
 class CustomCLIPWrapper(ContrastiveModule):
@@ -86,7 +96,9 @@ class CustomCLIPWrapper(ContrastiveModule):
         seed: int = 0,
         **tuning: Any,
     ) -> None:
-        image = _image_encoder(image_encoder, Pixels(image_size, _triple(pixel_mean), _triple(pixel_std)))
+        image = _image_encoder(
+            image_encoder, Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
+        )
         text = _text_encoder(text_encoder, avg_word_embs)
         optimizer = OptimizerConfig(learning_rate, _pair(betas), eps, weight_decay, warmup_steps=0, epochs=EPOCHS)
         choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
@@ -114,25 +126,50 @@ class CustomCLIPWrapper(ContrastiveModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Before training: take the data module's tokenizer, freeze what the loss never reaches, and say so."""
+        """Before training: agree on the tokenizer, freeze what the loss never reaches, and say what to know."""
         collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
-        if self.tokenizer is None and collate is not None:
-            self.tokenizer = collate.tokenizer
+        if collate is not None:
+            self._require_tokenizer(collate.tokenizer)
+            self.tokenizer = self.tokenizer or collate.tokenizer
         if stage != "fit":
             return
-        frozen = freeze_unreached(self.model)
+        if self.distillation is not None and self.trainer.precision in HALF:
+            raise UserError(
+                f"--precision {self.trainer.precision}: in half precision a running mean stands still, and with it the "
+                "teacher. Use bf16-mixed or 16-mixed, or --distillation none."
+            )
+        frozen = freeze_unreached(self.model, self._some_tokens())
         if frozen:
             numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
             rank_zero_info(
                 f"{len(frozen)} tensors of {numbers:,} numbers are never reached by the loss and stay as they are: "
                 f"{', '.join(frozen)}."
             )
-        for name, what in (("image_encoder", self.model.visual), ("text_encoder", self.model.transformer)):
-            if self.hparams[name] is None:
-                rank_zero_info(
-                    f"A checkpoint holds the weights of your {type(what).__name__}, not how to make one: load it by "
-                    f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
-                )
+        kept = {name: self.hparams[name] for name in ("image_encoder", "text_encoder")}
+        kept |= {} if self.tokenizer is None else {"tokenizer": self._described_tokenizer()}
+        for name in (name for name, description in kept.items() if description is None):
+            rank_zero_info(
+                f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
+                f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
+            )
+
+    def _require_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse captions that are tokenized for another text encoder."""
+        of_clip = isinstance(self.model.transformer, TextTower)
+        if isinstance(tokenizer, Tokenizer) != of_clip:
+            found, expected = ("CLIP's", "the text encoder's own") if not of_clip else ("another", "CLIP's")
+            raise UserError(
+                f"The data module has {found} tokenizer; expected {expected}: "
+                "TextImageDataModule(…, custom_tokenizer=…)."
+            )
+
+    def _some_tokens(self) -> Texts:
+        """Tokens of a few captions; of made-up ones where there is no tokenizer."""
+        if self.tokenizer is not None:
+            return self._reader.tokens(TRIAL_CAPTIONS, self.device)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=generator).to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the tokenizer, whose vocabulary is nothing for the loggers that show a run's arguments."""
@@ -151,9 +188,7 @@ def _image_encoder(given: nn.Module | ImageEncoder | Mapping[str, Any] | None, p
         return given
     if isinstance(given, Mapping):
         return build_image_encoder(dict(given))
-    if given is None:
-        raise UserError(_missing("image_encoder"))
-    return live_image_encoder(given, pixels)
+    return live_image_encoder(_require_module(given, "image_encoder"), pixels)
 
 
 def _text_encoder(given: nn.Module | TextEncoder | Mapping[str, Any] | None, average: bool) -> TextEncoder:
@@ -161,16 +196,21 @@ def _text_encoder(given: nn.Module | TextEncoder | Mapping[str, Any] | None, ave
         return given
     if isinstance(given, Mapping):
         return build_text_encoder(dict(given))
+    return live_text_encoder(_require_module(given, "text_encoder"), average)
+
+
+def _require_module(given: Any, name: str) -> nn.Module:
     if given is None:
-        raise UserError(_missing("text_encoder"))
-    return live_text_encoder(given, average)
-
-
-def _missing(name: str) -> str:
-    return (
-        f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. Give "
-        f"such a module: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
-    )
+        raise UserError(
+            f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. "
+            f"Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+        )
+    if not isinstance(given, nn.Module):
+        raise UserError(
+            f"The {name} is a {type(given).__name__}; expected a torch.nn.Module, or what "
+            f"train_clip.checkpoints.encoders.load_{name}('hf:NAME') gives."
+        )
+    return given
 
 
 def _tokenizer(given: Any, context: int | None) -> Any:
@@ -182,11 +222,13 @@ def _tokenizer(given: Any, context: int | None) -> Any:
     return wrap_tokenizer(given, context)
 
 
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    first, second, third = values
-    return first, second, third
+def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UserError(f"{name} is {values}; expected a number for each of red, green and blue.")
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 def _pair(values: Sequence[float]) -> tuple[float, float]:
-    first, second = values
-    return first, second
+    if len(values) != 2:
+        raise UserError(f"betas are {values}; expected two numbers, such as (0.9, 0.999).")
+    return float(values[0]), float(values[1])

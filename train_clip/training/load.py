@@ -15,7 +15,7 @@ from train_clip.training.module import ContrastiveModule
 
 
 def load_module(path: Path, device: str = "cpu") -> ContrastiveModule:
-    """Load a checkpoint to embed or to train on from, in eval mode.
+    """Load a checkpoint to embed with.
 
     Args:
         path: of ``train`` or ``finetune``.
@@ -24,7 +24,7 @@ def load_module(path: Path, device: str = "cpu") -> ContrastiveModule:
     Raises:
         UserError: there is no such file, or it is damaged, holds code, or is no such checkpoint.
     """
-    return module_of(read_checkpoint(path), path).to(device).eval()
+    return module_of(read_checkpoint(path), path).to(device)
 
 
 def module_of(state: Mapping[str, Any], path: Path) -> ContrastiveModule:

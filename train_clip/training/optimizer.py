@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,7 +30,11 @@ def build_optimizer(
         fused: one kernel for the whole update, which can be held back by a flag on the device (``found_inf``).
     """
     if tuning.optimizer == "sgd":
-        return SGD(groups, lr=config.lr, momentum=tuning.momentum, fused=fused)
+        sgd = SGD(groups, lr=config.lr, momentum=tuning.momentum, fused=fused)
+        for parameter in (p for group in sgd.param_groups for p in group["params"] if tuning.momentum):
+            # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 

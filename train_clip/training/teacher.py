@@ -30,7 +30,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Targets]] = {
 }
 
 MOST_PAIRS = 16_384  # of a global batch
-MATRICES = 10  # of N² float32 that one process holds at its peak (tests/training/test_teacher.py counts them)
+MATRICES = 12  # of N² float32 that one process holds at its peak (tests/training/test_teacher.py counts them)
 
 
 class Teacher(nn.Module):

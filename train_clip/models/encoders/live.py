@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from train_clip.errors import UserError
 from train_clip.models.encoders.encoder import ImageEncoder, Pixels, TextEncoder, evaluating, first_line
-from train_clip.models.encoders.huggingface import describe_image, describe_text
+from train_clip.models.encoders.huggingface import build_image, build_text, describe_image, describe_text
 from train_clip.models.encoders.outputs import image_features, text_features
 
 B, L = 2, 4
 
 
 def live_image_encoder(module: nn.Module, pixels: Pixels) -> ImageEncoder:
-    """An image encoder of the user's own. Only one of Hugging Face's has a description, to be built again from.
+    """An image encoder of the user's own, in float32. Only one of Hugging Face's can be described, and built again.
 
     Args:
         module: maps (B, 3, S, S) normalised images to (B, D), or to a Hugging Face output.
@@ -28,14 +28,22 @@ def live_image_encoder(module: nn.Module, pixels: Pixels) -> ImageEncoder:
     Raises:
         UserError: it cannot take such images, or gives something else.
     """
-    images = torch.zeros(B, 3, pixels.size, pixels.size, device=_device(module))
-    what = f"images of {pixels.size}×{pixels.size} pixels"
-    width = _width(module, lambda: image_features(module(images)), what)
-    return ImageEncoder(module, width, *pixels, describe_image(module, pixels) or {})
+    module.float()
+    images = torch.randn(B, 3, pixels.size, pixels.size, generator=torch.Generator().manual_seed(0))
+    images = images.to(_device(module))
+
+    def features(encoder: nn.Module) -> Tensor:
+        """Of the trial."""
+        return image_features(encoder(images))
+
+    found = _trial(module, features, f"images of {pixels.size}×{pixels.size} pixels")
+    description = describe_image(module, pixels) or {}
+    told = description and _is_told(module, build_image(description).module, features)
+    return ImageEncoder(module, found.shape[1], *pixels, description if told else {})
 
 
 def live_text_encoder(module: nn.Module, average: bool) -> TextEncoder:
-    """A text encoder of the user's own.
+    """A text encoder of the user's own, in float32.
 
     Args:
         module: a Hugging Face text model; or any that takes ``input_ids`` and ``attention_mask`` and gives (B, D).
@@ -44,22 +52,40 @@ def live_text_encoder(module: nn.Module, average: bool) -> TextEncoder:
     Raises:
         UserError: it cannot take tokens, or gives something else.
     """
+    module.float()
     ids = torch.ones(B, L, dtype=torch.int64, device=_device(module))
     mask = torch.ones_like(ids)
-    what = "input_ids and attention_mask"
-    width = _width(module, lambda: text_features(module(input_ids=ids, attention_mask=mask), mask, average), what)
+
+    def features(encoder: nn.Module) -> Tensor:
+        """Of the trial."""
+        return text_features(encoder(input_ids=ids, attention_mask=mask), mask, average)
+
+    width = _trial(module, features, "input_ids and attention_mask").shape[1]
     description = describe_text(module)
     if description is None:
         return TextEncoder(module, width, None, None, {})
     description["width"] = width
-    return TextEncoder(module, width, description["context"], description["vocab"], description)
+    context, vocab = description["context"], description["vocab"]
+    told = _is_told(module, build_text(description).module, features)
+    return TextEncoder(module, width, context, vocab, description if told else {})
 
 
-def _width(module: nn.Module, run: Callable[[], Tensor], what: str) -> int:
+def _is_told(module: nn.Module, built: nn.Module, features: Callable[[nn.Module], Tensor]) -> bool:
+    """Whether a description makes this very module: a layer may have been changed, taken out or added since."""
+    built = built.to(_device(module))
+    try:
+        built.load_state_dict(module.state_dict())
+    except RuntimeError:
+        return False
+    with evaluating(module), evaluating(built):
+        return torch.equal(features(built), features(module))
+
+
+def _trial(module: nn.Module, features: Callable[[nn.Module], Tensor], what: str) -> Tensor:
     """Run an encoder once."""
     with evaluating(module):
         try:
-            return run().shape[1]
+            return features(module)
         except UserError:
             raise
         except Exception as error:
