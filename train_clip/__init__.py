@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train_clip.checkpoints.load import load
     from train_clip.data.tokenizer import Tokenizer
     from train_clip.models.clip import CLIP
     from train_clip.models.config import ModelConfig, read_config
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
     from train_clip.training.custom_wrapper import CustomCLIPWrapper
     from train_clip.training.data_module import TextImageDataModule
 
-__all__ = ["CLIP", "CLIPWrapper", "CustomCLIPWrapper", "ModelConfig", "TextImageDataModule", "Tokenizer", "read_config"]
+__all__ = [
+    "CLIP",
+    "CLIPWrapper",
+    "CustomCLIPWrapper",
+    "ModelConfig",
+    "TextImageDataModule",
+    "Tokenizer",
+    "load",
+    "read_config",
+]
 
 _HOMES = {
     "CLIP": "train_clip.models.clip",
@@ -25,6 +35,7 @@ _HOMES = {
     "ModelConfig": "train_clip.models.config",
     "TextImageDataModule": "train_clip.training.data_module",
     "Tokenizer": "train_clip.data.tokenizer",
+    "load": "train_clip.checkpoints.load",
     "read_config": "train_clip.models.config",
 }
 

@@ -13,7 +13,6 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.models.encoders.encoder import ImageEncoder, TextEncoder
-from train_clip.models.pixels import MEAN, STD
 from train_clip.models.text_tower import TextTower
 
 SOURCE = "train-clip"
@@ -55,7 +54,7 @@ def load_text(name: str) -> TextEncoder:
 def build_image(description: dict[str, Any]) -> ImageEncoder:
     """An image tower with random weights."""
     clip = CLIP(config_from_dict(description["config"], description["name"]))
-    return ImageEncoder(clip.visual, clip.embed_dim, clip.image_size, MEAN, STD, description)
+    return ImageEncoder(clip.visual, clip.embed_dim, clip.image_size, clip.config.mean, clip.config.std, description)
 
 
 def build_text(description: dict[str, Any]) -> TextEncoder:

@@ -39,6 +39,10 @@ class PretrainedTokenizer:
         if self.context_length < least:
             raise ValueError(f"context_length: found {self.context_length}, expected at least {least}.")
 
+    def __call__(self, texts: str | list[str]) -> dict[str, Tensor]:
+        """Tokens of one caption or several, as ``batch`` gives them."""
+        return self.batch([texts] if isinstance(texts, str) else texts)[0]
+
     def batch(self, texts: list[str]) -> tuple[dict[str, Tensor], int]:
         """Tokenize, cut what is longer than the context but for its special tokens, and pad on the right.
 

@@ -190,18 +190,10 @@ _remembered = functools.lru_cache(NUM_REMEMBERED)(_word_tokens)
 
 @functools.cache
 def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
-    """Read the merges and build the two steps: a word into pieces of byte letters, a piece into tokens.
-
-    The vocabulary is the bytes, the bytes that end a piece, the merges in order, start and end.
-    """
-    packed = importlib.resources.files("train_clip.data").joinpath("clip_bpe_merges.txt.gz").read_bytes()
-    lines = gzip.decompress(packed).decode("utf-8").splitlines()
-    merges = [(first, second) for first, second in (line.split(" ") for line in lines)]
-    letters = list(_byte_letters().values())
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *SPECIAL]
+    """Build the two steps: a word into pieces of byte letters, a piece into tokens."""
     bpe = models.BPE(
-        vocab={token: place for place, token in enumerate(vocabulary)},
-        merges=merges,
+        vocab={token: place for place, token in enumerate(vocabulary())},
+        merges=list(merges()),
         continuing_subword_prefix="",
         end_of_word_suffix="</w>",
     )
@@ -212,6 +204,23 @@ def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
         ]
     )
     return split, bpe
+
+
+def vocabulary() -> list[str]:
+    """Every token as it is written in a vocabulary file, a byte by a letter, in the order of their ids.
+
+    The bytes, the bytes that end a piece, the merges in order, start and end.
+    """
+    letters = list(_byte_letters().values())
+    return [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges()), *SPECIAL]
+
+
+@functools.cache
+def merges() -> tuple[tuple[str, str], ...]:
+    """The pairs of tokens that are merged, in the order in which they were learned."""
+    packed = importlib.resources.files("train_clip.data").joinpath("clip_bpe_merges.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    return tuple((first, second) for first, second in (line.split(" ") for line in lines))
 
 
 @functools.cache

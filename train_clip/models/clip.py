@@ -38,7 +38,7 @@ class CLIP(DualEncoder):
             config.name, config.embed_dim, config.image.size, text.context, text.vocab, 1 / INITIAL_TEMPERATURE
         )
         self.config = config
-        self.pixel_norm = PixelNorm()
+        self.pixel_norm = PixelNorm(config.mean, config.std)
         self.visual: nn.Module
         if isinstance(config.image, ResNetConfig):
             self.visual = ModifiedResNet(config.image, config.embed_dim)

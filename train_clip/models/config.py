@@ -19,6 +19,10 @@ import yaml
 
 from train_clip.errors import UserError
 
+# Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -128,6 +132,8 @@ class ModelConfig:
         text: the text tower's sizes.
         optimizer: defaults for training it.
         activation: ``quick_gelu`` (OpenAI's models) or ``gelu``.
+        mean: of each channel: the image tower takes (x / 255 - mean) / std.
+        std: of each channel.
     """
 
     name: str
@@ -136,13 +142,20 @@ class ModelConfig:
     text: TextConfig
     optimizer: OptimizerConfig
     activation: str = "quick_gelu"
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim {self.embed_dim}, expected above 0")
+        _require(min(self.std) > 0, f"std {self.std}, expected above 0")
 
     def with_image_size(self, size: int) -> ModelConfig:
         """The same model for another input size, in pixels."""
         return dataclasses.replace(self, image=dataclasses.replace(self.image, size=size))
+
+    def with_context(self, context: int) -> ModelConfig:
+        """The same model for captions of another length, in tokens."""
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, context=context))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from train_clip.models.pixels import PixelNorm
+
 MAX_LOGIT_SCALE = 100.0  # CLIP paper, section 2.5
 
 Texts = Tensor | Mapping[str, Tensor]
@@ -37,6 +39,7 @@ class DualEncoder(nn.Module):
 
     visual: nn.Module  # the image tower
     transformer: nn.Module  # of the text tower
+    pixel_norm: PixelNorm
     least_log_scale: float | None = None
 
     def __init__(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from train_clip.models.config import MEAN, STD
 
 
 class PixelNorm(nn.Module):

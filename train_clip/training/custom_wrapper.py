@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from train_clip.checkpoints.custom import described_tokenizer
 from train_clip.checkpoints.encoders import build_image_encoder, build_text_encoder
-from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, tokenizer_from, wrap_tokenizer
+from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import OptimizerConfig
@@ -216,7 +217,7 @@ def _require_module(given: Any, name: str) -> nn.Module:
 def _tokenizer(given: Any, context: int | None) -> Any:
     """A tokenizer whose ``batch`` gives tokens: what is that already, a description's, or one around another's."""
     if isinstance(given, Mapping):
-        return Tokenizer(given["context_length"]) if given["source"] == "clip" else tokenizer_from(dict(given))
+        return described_tokenizer(given)
     if given is None or isinstance(given, Tokenizer | PretrainedTokenizer):
         return given
     return wrap_tokenizer(given, context)

@@ -1,0 +1,80 @@
+"""The shapes of a CLIP's weights → its configuration (as openai/CLIP, model.py, build_model)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from train_clip.checkpoints.archive import TensorRecord
+from train_clip.errors import UserError
+from train_clip.models.config import ModelConfig, config_from_dict, presets
+
+HEAD = 64  # channels of an attention head in OpenAI's models, which no tensor tells
+STRIDE = 32  # pixels of the image to a place of a ResNet's last map
+
+
+def config_from_shapes(tensors: Mapping[str, TensorRecord], name: str) -> ModelConfig:
+    """Tell a model's sizes, with heads of 64 channels as in OpenAI's models.
+
+    Args:
+        tensors: under OpenAI's names.
+        name: for a model that is none of the presets.
+
+    Raises:
+        UserError: no CLIP of this form.
+    """
+    shapes = {key: record.shape for key, record in tensors.items()}
+    try:
+        image = _vit(shapes) if "visual.class_embedding" in shapes else _resnet(shapes)
+        width = shapes["ln_final.weight"][0]
+        text = {
+            "context": shapes["positional_embedding"][0],
+            "vocab": shapes["token_embedding.weight"][0],
+            "layers": _count(shapes, "transformer.resblocks."),
+            "width": width,
+            "heads": max(1, width // HEAD),
+        }
+        embed_dim = shapes["text_projection"][1]
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{name}: no CLIP of OpenAI's form, it lacks {error}. It has {_some(shapes)}.") from error
+    return named_as_preset(config_from_dict({"name": name, "embed_dim": embed_dim, "image": image, "text": text}, name))
+
+
+def named_as_preset(config: ModelConfig) -> ModelConfig:
+    """A model of a preset's sizes gets its name and its optimizer's numbers."""
+    preset = preset_of(config)
+    if preset is None:
+        return config
+    return dataclasses.replace(config, name=preset.name, optimizer=preset.optimizer)
+
+
+def preset_of(config: ModelConfig) -> ModelConfig | None:
+    """The preset of these sizes, whatever its activation; None where there is none."""
+
+    def sizes(one: ModelConfig) -> tuple[Any, ...]:
+        return one.embed_dim, one.image, one.text
+
+    return next((preset for preset in presets() if sizes(preset) == sizes(config)), None)
+
+
+def _vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    width, _, patch, _ = shapes["visual.conv1.weight"]
+    side = math.isqrt(shapes["visual.positional_embedding"][0] - 1)
+    layers = _count(shapes, "visual.transformer.resblocks.")
+    return {"size": side * patch, "patch": patch, "layers": layers, "width": width, "heads": max(1, width // HEAD)}
+
+
+def _resnet(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    side = math.isqrt(shapes["visual.attnpool.positional_embedding"][0] - 1)
+    blocks = [_count(shapes, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+    return {"size": side * STRIDE, "blocks": blocks, "width": shapes["visual.layer1.0.conv1.weight"][0]}
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:5])

@@ -1,0 +1,317 @@
+"""A zip archive that PyTorch wrote → plain data and where its tensors lie. Nothing in it is run, PyTorch is not imported.
+
+``torch.save`` and TorchScript write the same thing: a pickle, ``data.pkl``, and an uncompressed entry for each storage. A
+pickle is a program for a stack machine. Here is a machine that knows the instructions which data needs and no others,
+and whose only functions are those below: a name in a file is a word, never a thing that is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pickletools
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Bounds of what a file may ask for. The pickle of ViT-L/14 with its optimizer takes 120,000 instructions.
+MAX_PICKLE = 2**28  # bytes
+MAX_INSTRUCTIONS = 4_000_000
+MAX_COMPRESSED = 2**26  # bytes that a compressed entry unpacks to: TorchScript compresses its code
+
+ITEM_SIZES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "bool": 1,
+}  # fmt: skip
+# The classes that stand for a storage's type (torch.FloatStorage), by the beginning of their names.
+STORAGES = {
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
+    "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+}  # fmt: skip
+
+# Names that checkpoints hold beside their weights, in older ones of Lightning a run's arguments and its callbacks'
+# classes. They come out as a ``StandIn``; any other name is refused.
+HARMLESS = (
+    "__torch__.", "argparse.Namespace", "builtins.set", "builtins.dict", "builtins.complex", "collections.", "_codecs.",
+    "lightning.", "lightning_fabric.", "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "torch.device",
+)  # fmt: skip
+
+
+class BadArchive(Exception):
+    """Says what of an archive is not as it should be."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor that has not been read.
+
+    Args:
+        file: the archive, or a ``.safetensors`` file.
+        entry: the storage's name in the archive, or the tensor's in the file.
+        dtype: as PyTorch calls it, such as "float32".
+        shape: its sizes.
+        stride: in elements; None in a ``.safetensors`` file, whose tensors are contiguous.
+        offset: of its first element in the storage, in elements.
+    """
+
+    file: Path
+    entry: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    offset: int = 0
+
+
+class StandIn(NamedTuple):
+    """What a file names and nobody here makes.
+
+    Args:
+        name: of the class.
+        state: the attributes that it was to have.
+    """
+
+    name: str
+    state: dict[str, Any]
+
+
+class Outline(NamedTuple):
+    """What an archive holds.
+
+    Args:
+        data: plain data, tensors as ``TensorRecord``.
+        is_script: whether TorchScript wrote it.
+    """
+
+    data: Any
+    is_script: bool
+
+
+def read_outline(path: Path) -> Outline:
+    """Read an archive's data, tensors not included.
+
+    Raises:
+        BadArchive: it asks for what data does not need, or for more than there is.
+        zipfile.BadZipFile: it is no archive, or cut short.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        found = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(found) != 1:
+            raise BadArchive(f"has {len(found)} entries data.pkl, expected one")
+        for entry in entries.values():
+            if entry.compress_type != zipfile.ZIP_STORED and entry.file_size > MAX_COMPRESSED:
+                raise BadArchive(f"its entry {entry.filename} unpacks to {entry.file_size:,} bytes")
+        if entries[found[0]].file_size > MAX_PICKLE:
+            raise BadArchive(f"its data.pkl has {entries[found[0]].file_size:,} bytes, expected {MAX_PICKLE:,} at most")
+        prefix = found[0].removesuffix("data.pkl")
+        if f"{prefix}byteorder" in entries and archive.read(f"{prefix}byteorder") != b"little":
+            raise BadArchive("was written on a machine of the other byte order")
+        machine = _Machine(path, prefix, {name: entry.file_size for name, entry in entries.items()})
+        return Outline(machine.run(archive.read(found[0])), f"{prefix}constants.pkl" in entries)
+
+
+class _Storage(NamedTuple):
+    entry: str
+    dtype: str
+    numel: int
+
+
+class _Name(NamedTuple):
+    """What a file calls a function or a class, and what is made when it asks to call it."""
+
+    name: str
+    make: Callable[..., Any]
+
+
+class _Machine:
+    """Runs the pickle's program over a stack of plain data.
+
+    Args:
+        file: the archive, for the records.
+        prefix: of the archive's entries.
+        sizes: of each entry, in bytes.
+    """
+
+    def __init__(self, file: Path, prefix: str, sizes: dict[str, int]) -> None:
+        self.file, self.prefix, self.sizes = file, prefix, sizes
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, program: bytes) -> Any:
+        """The data that is on the stack at the end."""
+        for number, (instruction, argument, _) in enumerate(pickletools.genops(program)):
+            if number > MAX_INSTRUCTIONS:
+                raise BadArchive(f"its data.pkl has more than {MAX_INSTRUCTIONS:,} instructions")
+            if instruction.name == "STOP":
+                break
+            if instruction.name not in INSTRUCTIONS:
+                raise BadArchive(f"its data.pkl has the instruction {instruction.name}, which weights do not need")
+            INSTRUCTIONS[instruction.name](self, argument)
+        return self.stack.pop()
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def remember(self, place: int) -> None:
+        self.memo[place] = self.stack[-1]
+
+    def mark(self) -> None:
+        """Begin a new stack on top of the one at hand."""
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def since_mark(self) -> list[Any]:
+        """The items since the mark, which are taken off."""
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def take(self, number: int) -> list[Any]:
+        """The last items, which are taken off."""
+        if len(self.stack) < number:
+            raise BadArchive("its data.pkl takes more off its stack than is there")
+        items, self.stack[-number:] = self.stack[-number:], []
+        return items
+
+    def append(self, items: list[Any]) -> None:
+        _require(self.stack[-1], list).extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = _require(self.stack[-1], dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # A tuple within a tuple, a million deep, would end Python when it is hashed.
+            target[_require(key, str | int | float | None | _Name)] = value
+
+    def call(self) -> None:
+        """Put what a name makes of its arguments in its place: one of the functions below, or a stand-in."""
+        name, arguments = self.take(2)
+        self.push(_require(name, _Name).make(*_require(arguments, tuple)))
+
+    def build(self) -> None:
+        """Give a stand-in its attributes; a state dict's own (the versions of its modules) are passed over."""
+        (state,) = self.take(1)
+        if isinstance(self.stack[-1], StandIn):
+            attributes = {name: value for name, value in state.items() if isinstance(name, str)}
+            self.stack[-1].state.update(attributes)
+        else:
+            _require(self.stack[-1], dict)
+
+    def storage(self) -> None:
+        """Look up the storage that a tensor lies in: ("storage", type, key, device, number of elements)."""
+        (words,) = self.take(1)
+        _, kind, key, _, numel = _require(words, tuple)
+        dtype = STORAGES.get(_require(kind, _Name).name.removeprefix("torch.").removesuffix("Storage"), "")
+        entry = f"{self.prefix}data/{key}"
+        if self.sizes.get(entry, -1) != numel * ITEM_SIZES[dtype]:
+            raise BadArchive(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
+        self.push(_Storage(entry, dtype, numel))
+
+    def name(self, argument: str) -> None:
+        """Look up what a name makes; the pickle has module and name with a blank between."""
+        self.push(_Name(name := argument.replace(" ", "."), self._maker(name)))
+
+    def _maker(self, name: str) -> Callable[..., Any]:
+        if name in MAKERS:
+            return functools.partial(MAKERS[name], self.file)
+        if name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in ITEM_SIZES):
+            return functools.partial(_stand_in, name)
+        if name.startswith(HARMLESS):
+            return functools.partial(_stand_in, name)
+        if name.startswith("torch.nn."):
+            raise BadArchive(
+                "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        raise BadArchive(f"asks for {name}, which weights do not need; nothing of it was run")
+
+
+def _tensor(file: Path, *arguments: Any) -> TensorRecord:
+    """A tensor in its storage, within its bounds. A stride of 0 would claim any number of elements for a few bytes."""
+    storage, offset, shape, stride = arguments[:4]
+    _require(storage, _Storage)
+    numbers = (offset, *_require(shape, tuple), *_require(stride, tuple))
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
+        raise BadArchive(f"has a tensor of shape {shape} and strides {stride}")
+    numel = math.prod(shape)
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if numel > storage.numel or (numel and last >= storage.numel):
+        raise BadArchive(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
+    return TensorRecord(file, storage.entry, storage.dtype, shape, stride, offset)
+
+
+def _parameter(file: Path, *arguments: Any) -> TensorRecord:
+    return _require(arguments[0], TensorRecord)
+
+
+def _empty(file: Path, *arguments: Any) -> dict[Any, Any]:
+    """A dict, whose items come after. The argument of a defaultdict is its function, which nobody calls."""
+    return {}
+
+
+def _sizes(file: Path, *arguments: Any) -> tuple[int, ...]:
+    return tuple(_require(arguments[0], tuple | list))
+
+
+def _list(file: Path, *arguments: Any) -> list[Any]:
+    return _require(arguments[0], list)
+
+
+def _stand_in(name: str, *arguments: Any) -> StandIn:
+    return StandIn(name, {})
+
+
+def _require(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise BadArchive(f"its data.pkl has a {type(value).__name__} where another thing belongs")
+    return value
+
+
+# By the name in the file, what is made in place of what it names.
+MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _sizes,
+    "collections.OrderedDict": _empty,
+    "collections.defaultdict": _empty,
+    **{f"torch.jit._pickle.build_{kind}list": _list for kind in ("int", "double", "bool", "tensor")},
+}
+
+Step = Callable[[_Machine, Any], None]
+
+
+def _puts(value: Callable[[Any], Any]) -> Step:
+    return lambda machine, argument: machine.push(value(argument))
+
+
+def _tuple_of(number: int) -> Step:
+    return lambda machine, _: machine.push(tuple(machine.take(number)))
+
+
+# By the name that pickletools has for it.
+INSTRUCTIONS: dict[str, Step] = {
+    "PROTO": lambda machine, _: None,
+    "NONE": _puts(lambda _: None),
+    "NEWTRUE": _puts(lambda _: True),
+    "NEWFALSE": _puts(lambda _: False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), _puts(lambda value: value)),
+    "EMPTY_DICT": _puts(lambda _: {}),
+    "EMPTY_LIST": _puts(lambda _: []),
+    "EMPTY_TUPLE": _puts(lambda _: ()),
+    "MARK": lambda machine, _: machine.mark(),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "TUPLE1": _tuple_of(1),
+    "TUPLE2": _tuple_of(2),
+    "TUPLE3": _tuple_of(3),
+    "APPEND": lambda machine, _: machine.append(machine.take(1)),
+    "APPENDS": lambda machine, _: machine.append(machine.since_mark()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.take(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda machine, place: machine.remember(place)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda machine, place: machine.push(machine.memo[place])),
+    "GLOBAL": lambda machine, name: machine.name(name),
+    "BINPERSID": lambda machine, _: machine.storage(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.call()),
+    "BUILD": lambda machine, _: machine.build(),
+}

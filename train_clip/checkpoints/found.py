@@ -1,0 +1,48 @@
+"""What a file turned out to be: which model, which of its tensors, and what the file says of its making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from train_clip.checkpoints.archive import TensorRecord
+from train_clip.models.config import ModelConfig
+
+if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
+    from torch import Tensor
+
+Tensors = Mapping[str, "Tensor"]
+
+
+def as_they_are(tensors: Tensors) -> Tensors:
+    """The names of a format that are ours already, once its prefixes are off."""
+    return tensors
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in a file.
+
+    Args:
+        format: as ``train-clip inspect`` prints it.
+        config: of a CLIP; None for two encoders of ``finetune``, which ``arguments`` tell of.
+        records: its tensors, prefixes taken off.
+        rename: maps them, read, to the names and shapes that the model has here.
+        unsaid: what of the configuration the file does not say: "activation", "heads".
+        arguments: what the module that was trained was made with.
+        about: what else the file says, for who reads it.
+    """
+
+    format: str
+    config: ModelConfig | None
+    records: Mapping[str, TensorRecord]
+    rename: Callable[[Tensors], Tensors] = as_they_are
+    unsaid: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def without_prefix(records: Mapping[str, TensorRecord], prefix: str) -> dict[str, TensorRecord]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix): record for name, record in records.items() if name.startswith(prefix)}

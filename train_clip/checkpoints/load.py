@@ -1,0 +1,191 @@
+"""A checkpoint of any known kind → the model, its preprocessing and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from train_clip.checkpoints.architecture import STRIDE
+from train_clip.checkpoints.custom import build_custom
+from train_clip.checkpoints.formats import identify
+from train_clip.checkpoints.found import Found, Tensors
+from train_clip.checkpoints.resize import resize_image_positions, resize_text_positions
+from train_clip.checkpoints.sources import find_contents
+from train_clip.checkpoints.tensors import read_tensors
+from train_clip.data.preprocess import Preprocess
+from train_clip.data.pretrained_tokenizer import PretrainedTokenizer
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.errors import UserError
+from train_clip.models.blocks import ACTIVATIONS
+from train_clip.models.clip import CLIP
+from train_clip.models.config import ModelConfig, ResNetConfig, read_config
+from train_clip.models.dual_encoder import DualEncoder
+
+NAMED = 3  # tensors in a message
+
+
+class Pretrained(NamedTuple):
+    """What ``load`` gives.
+
+    Args:
+        model: in eval mode, in float32: ``encode_image``, ``encode_text``, ``logit_scale``.
+        preprocess: a picture or its path → (3, S, S) float32, as the model takes it.
+        tokenizer: a caption or several → what ``encode_text`` takes.
+    """
+
+    model: DualEncoder
+    preprocess: Preprocess
+    tokenizer: Tokenizer | PretrainedTokenizer
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a file may leave open, or is to be changed.
+
+    Args:
+        model_name: a preset or a YAML file that has the sizes, where weights do not tell how many heads they have.
+        activation: ``quick_gelu`` or ``gelu``, where a file does not say.
+        image_size: side of the images in pixels, if not the model's; its positional embeddings are interpolated.
+        context_length: tokens of a caption at most, likewise.
+    """
+
+    model_name: str | None = None
+    activation: str | None = None
+    image_size: int | None = None
+    context_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model in a file, all that is needed to build it settled.
+
+    Args:
+        found: what the file is.
+        config: of a CLIP; None for two encoders, which ``found.arguments`` tell of.
+    """
+
+    found: Found
+    config: ModelConfig | None
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors by the names that they have here, float32, sized as asked."""
+        tensors: Tensors = self.found.rename(read_tensors(self.found.records))
+        if self.config is not None:
+            image, text = self.config.image, self.config.text
+            tensors = resize_image_positions(tensors, image.size // _pixels_of_place(self.config))
+            tensors = resize_text_positions(tensors, text.context)
+        return dict(tensors)
+
+
+def load(source: str | Path, **choices: Any) -> Pretrained:
+    """Load a CLIP, or two encoders that this package has joined, from whatever holds it; no code of a file is run.
+
+    Args:
+        source: a file by OpenAI, open_clip, Hugging Face, train-CLIP or this package; a folder with ``config.json`` or
+            ``open_clip_config.json``; a name of OpenAI's (``ViT-B/32``); or ``hf-hub:NAME``.
+        choices: see ``Choices``; mostly none is needed.
+
+    Raises:
+        UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
+    """
+    weights = find_weights(source, Choices(**choices))
+    model, tokenizer = build(weights)
+    fill(model, weights.read(), str(source))
+    return Pretrained(model.eval(), Preprocess(model.image_size, model.pixel_norm.mean, model.pixel_norm.std), tokenizer)
+
+
+def find_weights(source: str | Path, choices: Choices) -> Weights:
+    """Find a model, and settle with the user's choices what its file leaves open.
+
+    Args:
+        source: as for ``load``.
+        choices: the user's.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    found = identify(find_contents(source))
+    if found.config is None:
+        if any(value is not None for value in dataclasses.astuple(choices)):
+            raise UserError(f"{source}: two encoders, whose sizes and activations are their own. Leave the choices out.")
+        return Weights(found, None)
+    return Weights(found, _sized(_settled(found, found.config, choices, source), choices, source))
+
+
+def build(weights: Weights) -> tuple[DualEncoder, Tokenizer | PretrainedTokenizer]:
+    """Build the model, with random weights, and its tokenizer."""
+    if weights.config is None:
+        return build_custom(weights.found.arguments)
+    return CLIP(weights.config), Tokenizer(weights.config.text.context)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load weights strictly.
+
+    Raises:
+        UserError: tensors that are missing, too many, or of other shapes; both are named.
+    """
+    own = model.state_dict()
+    missing, foreign = [sorted(one - other) for one, other in ((own.keys(), tensors.keys()), (tensors.keys(), own.keys()))]
+    shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    found = [f"lacks {_some(missing)}"] if missing else []
+    found += [f"has {_some(foreign)} besides"] if foreign else []
+    found += [f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in shapes[:NAMED]]
+    if found:
+        raise UserError(
+            f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the sizes "
+            "are another's, name it (--model_name)."
+        )
+    model.load_state_dict(tensors)
+
+
+def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
+    """The configuration with what the file leaves open as the user has chosen."""
+    if choices.model_name is not None:
+        named = read_config(choices.model_name)
+        config = dataclasses.replace(named, activation=config.activation, mean=config.mean, std=config.std)
+    elif "heads" in found.unsaid:
+        raise UserError(
+            f"{source}: weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
+            "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
+            "`train-clip models --show ViT-B/32` prints one to start from."
+        )
+    if "activation" not in found.unsaid:
+        if choices.activation not in (None, config.activation):
+            raise UserError(
+                f"{source}: its activation is {config.activation}, found {choices.activation} asked for. Leave "
+                "--activation out."
+            )
+        return config
+    if choices.activation not in ACTIVATIONS:
+        raise UserError(
+            f"{source}: does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
+            "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name ends in "
+            "-quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)."
+        )
+    return dataclasses.replace(config, activation=choices.activation)
+
+
+def _sized(config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
+    """The configuration for another size of images or length of captions."""
+    try:
+        if choices.image_size is not None:
+            config = config.with_image_size(choices.image_size)
+        return config if choices.context_length is None else config.with_context(choices.context_length)
+    except UserError as error:
+        raise UserError(f"{source}: {error}.") from error
+
+
+def _pixels_of_place(config: ModelConfig) -> int:
+    """Pixels to a place of the grid that positions are embedded in."""
+    return STRIDE if isinstance(config.image, ResNetConfig) else config.image.patch
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

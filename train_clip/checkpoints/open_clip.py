@@ -1,0 +1,174 @@
+"""open_clip's files: weights with a configuration beside them, and the checkpoints of its training.
+
+Its CLIP has OpenAI's names; its CustomTextCLIP, where the text tower is a plain one, has ``text.`` before that tower's.
+Which settings there are, and their defaults: github.com/mlfoundations/open_clip, model.py, CLIPVisionCfg and CLIPTextCfg.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train_clip.checkpoints.archive import TensorRecord
+from train_clip.checkpoints.architecture import config_from_shapes, named_as_preset
+from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, Contents
+from train_clip.checkpoints.found import Found, Tensors
+from train_clip.checkpoints.openai import unsaid_of
+from train_clip.errors import UserError
+from train_clip.models.config import ModelConfig, ResNetConfig, config_from_dict
+
+TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training wrote
+TEXT = "text."
+HEAD_WIDTH = 64
+
+# What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything else
+# that is set is refused.
+HARMLESS: dict[str, dict[str, Any]] = {
+    "vision_cfg": {
+        **{"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
+        **dict.fromkeys(("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens")),
+    },
+    "text_cfg": {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", **dict.fromkeys(("pad_id", "eos_id"))},
+    "model_cfg": dict.fromkeys(("custom_text", "init_logit_scale", "nonscalar_logit_scale")),
+}
+SIZES = {
+    "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
+    "text_cfg": {"context_length", "vocab_size", "layers", "width", "heads"},
+    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
+}
+RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
+
+
+def find_with_config(contents: Contents) -> Found | None:
+    """Weights with ``open_clip_config.json`` beside them."""
+    records = _plain_text_tower(contents.tensors)
+    if OPEN_CLIP_CONFIG not in contents.configs or not any(name.startswith("visual.") for name in records):
+        return None
+    config = _read_config(contents.configs[OPEN_CLIP_CONFIG], str(contents.path))
+    return Found("open_clip", config, records, scalar_temperature)
+
+
+def find_training(contents: Contents) -> Found | None:
+    """A checkpoint of open_clip's training, which does not say what its model is."""
+    records = _plain_text_tower(contents.tensors)
+    if not set(TRAINING) <= set(contents.data) or not any(name.startswith("visual.") for name in records):
+        return None
+    config = config_from_shapes(records, contents.path.stem)
+    about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
+    return Found(
+        "open_clip training checkpoint", config, records, scalar_temperature, unsaid=unsaid_of(config), about=about
+    )
+
+
+def find_custom_text(contents: Contents) -> Found | None:
+    """Weights of its CustomTextCLIP and nothing else."""
+    records = _plain_text_tower(contents.tensors)
+    if records is contents.tensors:
+        return None
+    config = config_from_shapes(records, contents.path.stem)
+    return Found("open_clip state dict", config, records, scalar_temperature, unsaid=unsaid_of(config))
+
+
+def scalar_temperature(tensors: Tensors) -> Tensors:
+    """The temperature of some of its models has one dimension, of size 1."""
+    return {**tensors, "logit_scale": tensors["logit_scale"].reshape(())} if "logit_scale" in tensors else tensors
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """What ``open_clip_config.json`` says of a model."""
+    image, text = config.image, config.text
+    vision: dict[str, Any] = {"image_size": image.size, "width": image.width}
+    if isinstance(image, ResNetConfig):
+        vision |= {"layers": list(image.blocks), "patch_size": None}
+    else:
+        vision |= {"layers": image.layers, "patch_size": image.patch, "head_width": image.width // image.heads}
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": vision,
+            "text_cfg": {
+                "context_length": text.context,
+                "vocab_size": text.vocab,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def _plain_text_tower(records: Mapping[str, TensorRecord]) -> Mapping[str, TensorRecord]:
+    """Take ``text.`` off the names of a plain text tower; the records as they are where there is none."""
+    if f"{TEXT}token_embedding.weight" not in records:
+        return records
+    return {name.removeprefix(TEXT): record for name, record in records.items()}
+
+
+def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
+    model, pixels = values.get("model_cfg", values), values.get("preprocess_cfg", {})
+    try:
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        for part, found in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
+            _require_plain(part, found, source)
+        _require_resizing(pixels, source)
+        config = config_from_dict(_sizes(model, vision, text, Path(source).stem), source)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: {OPEN_CLIP_CONFIG} is not as open_clip writes it ({error}).") from error
+    colours = {name: tuple(map(float, pixels[name])) for name in ("mean", "std") if pixels.get(name)}
+    return named_as_preset(dataclasses.replace(config, **colours))  # type: ignore[arg-type]
+
+
+def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A preset's form, with open_clip's defaults for what is left out."""
+    size, width, layers = vision.get("image_size", 224), vision.get("width", 768), vision.get("layers", 12)
+    image: dict[str, Any] = {"size": size, "width": width}
+    if isinstance(layers, list):
+        image |= {"blocks": layers}
+    else:
+        heads = width // vision.get("head_width", HEAD_WIDTH)
+        image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": heads}
+    return {
+        "name": name,
+        "embed_dim": model["embed_dim"],
+        "image": image,
+        "text": {
+            "context": text.get("context_length", 77),
+            "vocab": text.get("vocab_size", 49408),
+            "layers": text.get("layers", 12),
+            "width": text.get("width", 512),
+            "heads": text.get("heads", 8),
+        },
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+    }
+
+
+def _require_plain(part: str, found: Mapping[str, Any], source: str) -> None:
+    """Refuse settings by which the model would be another than CLIP's."""
+    for name, value in found.items():
+        if name in SIZES[part] or not value:
+            continue
+        usual = HARMLESS[part].get(name, ...)
+        if usual is not None and value != usual:
+            what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
+            raise UserError(
+                f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders can be "
+                "joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie there."
+            )
+
+
+def _require_resizing(pixels: Mapping[str, Any], source: str) -> None:
+    for name, known in RESIZING.items():
+        if (value := pixels.get(name, known[0])) not in known:
+            raise UserError(
+                f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's are, "
+                f"{name} {known[0]!r}. To go on with that, change the file."
+            )

@@ -1,0 +1,66 @@
+"""What this package writes, and what train-CLIP wrote before it: checkpoints of Lightning, and ``.safetensors`` files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from train_clip.checkpoints.architecture import config_from_shapes
+from train_clip.checkpoints.contents import Contents
+from train_clip.checkpoints.found import Found, without_prefix
+from train_clip.errors import UserError
+from train_clip.models.config import config_from_dict
+
+METADATA = "train_clip"  # under it a .safetensors file holds the model's configuration
+LIGHTNING = "pytorch-lightning_version"
+MODEL = "model."  # before the names of a module's model
+OF_CUSTOM_WRAPPER = "sink_temp"  # a parameter of train-CLIP's CustomCLIPWrapper
+
+
+def find_checkpoint(contents: Contents) -> Found | None:
+    """A checkpoint of ``train`` or ``finetune``."""
+    arguments = contents.data.get("hyper_parameters")
+    if not isinstance(arguments, Mapping) or not {"config", "text_encoder"} & set(arguments):
+        return None
+    config = None
+    if "text_encoder" not in arguments:
+        config = config_from_dict(arguments["config"], str(contents.path))
+    return Found(
+        "train-clip checkpoint",
+        config,
+        without_prefix(contents.tensors, MODEL),
+        arguments=arguments,
+        about=_progress(contents.data),
+    )
+
+
+def find_safetensors(contents: Contents) -> Found | None:
+    """A file of ``train-clip convert --to safetensors``."""
+    if METADATA not in contents.metadata:
+        return None
+    try:
+        values = json.loads(contents.metadata[METADATA])
+    except ValueError as error:
+        raise UserError(f"{contents.path}: its metadata is not JSON ({error}). Write the file again.") from error
+    return Found("train-clip safetensors", config_from_dict(values, str(contents.path)), contents.tensors)
+
+
+def find_train_clip(contents: Contents) -> Found | None:
+    """A checkpoint of train-CLIP's CLIPWrapper, whose model is OpenAI's, QuickGELU included (its models/model.py)."""
+    if LIGHTNING not in contents.data or not any(name.startswith(MODEL) for name in contents.tensors):
+        return None
+    if OF_CUSTOM_WRAPPER in contents.tensors:
+        raise UserError(
+            f"{contents.path}: two encoders of train-CLIP's CustomCLIPWrapper, and the file does not say which. Make "
+            "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
+            "train_clip.CustomCLIPWrapper."
+        )
+    records = without_prefix(contents.tensors, MODEL)
+    config = config_from_shapes(records, contents.path.stem)
+    return Found("train-CLIP checkpoint (CLIPWrapper)", config, records, about=_progress(contents.data))
+
+
+def _progress(data: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
+    return {shown: data[name] for name, shown in names.items() if name in data}

@@ -1,0 +1,59 @@
+"""Where tensors lie in their files → the tensors, each byte of them held against its checksum where there is one."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from train_clip.checkpoints.archive import TensorRecord
+from train_clip.errors import UserError
+
+
+def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+    """Read tensors into memory; floating point of any width becomes float32.
+
+    Args:
+        records: as ``read_contents`` found them.
+
+    Raises:
+        UserError: a file that has changed since, or is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(record.file for record in records.values()):
+        own = {name: record for name, record in records.items() if record.file == file}
+        read = _from_safetensors if next(iter(own.values())).stride is None else _from_archive
+        try:
+            tensors |= read(file, own)
+        except (zipfile.BadZipFile, SafetensorError, KeyError, OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file}: damaged ({reason}). Get the file again, or use another checkpoint.") from error
+    return {name: tensors[name] for name in records}
+
+
+def _from_archive(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+    """Tensors of a zip archive, whose reader checks each entry; those of one storage share its memory."""
+    storages: dict[str, Tensor] = {}
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        for name, record in records.items():
+            if record.entry not in storages:
+                # A bytearray, since PyTorch wants memory that it may write to.
+                content = bytearray(archive.read(record.entry))
+                dtype = getattr(torch, record.dtype)
+                storages[record.entry] = _wide(torch.frombuffer(content, dtype=dtype) if content else torch.empty(0))
+            found[name] = storages[record.entry].as_strided(record.shape, record.stride or (), record.offset)
+    return found
+
+
+def _from_safetensors(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: _wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
