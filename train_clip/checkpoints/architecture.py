@@ -9,7 +9,7 @@ from typing import Any
 
 from train_clip.checkpoints.archive import TensorRecord
 from train_clip.errors import UserError
-from train_clip.models.config import ModelConfig, config_from_dict, presets
+from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict, presets
 
 HEAD = 64  # channels of an attention head in OpenAI's models, which no tensor tells
 STRIDE = 32  # pixels of the image to a place of a ResNet's last map
@@ -57,6 +57,23 @@ def preset_of(config: ModelConfig) -> ModelConfig | None:
         return one.embed_dim, one.image, one.text
 
     return next((preset for preset in presets() if sizes(preset) == sizes(config)), None)
+
+
+def describe(config: ModelConfig) -> dict[str, str]:
+    """A model's sizes in words, by their heading."""
+    image, text = config.image, config.text
+    kind = "ViT" if isinstance(image, ViTConfig) else "ResNet"
+    of_image = (
+        f"{image.layers} layers of {image.width}, {image.heads} heads, patches of {image.patch} pixels"
+        if isinstance(image, ViTConfig)
+        else f"blocks {'-'.join(map(str, image.blocks))}, width {image.width}"
+    )
+    of_text = f"{text.layers} layers of {text.width}, {text.heads} heads"
+    return {
+        "image tower": f"{kind} of {of_image}, {image.size}×{image.size} pixels",
+        "text tower": f"{of_text}, {text.context} tokens of {text.vocab:,}",
+        "embedding": f"{config.embed_dim} numbers",
+    }
 
 
 def _vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -1,17 +1,16 @@
-"""A zip archive that PyTorch wrote → plain data and where its tensors lie. Nothing in it is run, PyTorch is not imported.
+"""A zip archive of PyTorch's → plain data, and where its tensors lie. Nothing in it is run, PyTorch is not imported.
 
-``torch.save`` and TorchScript write the same thing: a pickle, ``data.pkl``, and an uncompressed entry for each storage. A
-pickle is a program for a stack machine. Here is a machine that knows the instructions which data needs and no others,
+``torch.save`` and TorchScript write the same thing: a pickle, ``data.pkl``, and an uncompressed entry for each storage.
+A pickle is a program for a stack machine. Here is a machine that knows the instructions which data needs and no others,
 and whose only functions are those below: a name in a file is a word, never a thing that is imported.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,12 +212,13 @@ class _Machine:
         self.push(_Name(name := argument.replace(" ", "."), self._maker(name)))
 
     def _maker(self, name: str) -> Callable[..., Any]:
+        if name == "torch._utils._rebuild_tensor_v2":
+            return self.tensor
         if name in MAKERS:
-            return functools.partial(MAKERS[name], self.file)
-        if name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in ITEM_SIZES):
-            return functools.partial(_stand_in, name)
-        if name.startswith(HARMLESS):
-            return functools.partial(_stand_in, name)
+            return MAKERS[name]
+        is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in ITEM_SIZES)
+        if is_type or name.startswith(HARMLESS):
+            return lambda *_: StandIn(name, {})
         if name.startswith("torch.nn."):
             raise BadArchive(
                 "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
@@ -226,40 +226,17 @@ class _Machine:
             )
         raise BadArchive(f"asks for {name}, which weights do not need; nothing of it was run")
 
-
-def _tensor(file: Path, *arguments: Any) -> TensorRecord:
-    """A tensor in its storage, within its bounds. A stride of 0 would claim any number of elements for a few bytes."""
-    storage, offset, shape, stride = arguments[:4]
-    _require(storage, _Storage)
-    numbers = (offset, *_require(shape, tuple), *_require(stride, tuple))
-    if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
-        raise BadArchive(f"has a tensor of shape {shape} and strides {stride}")
-    numel = math.prod(shape)
-    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if numel > storage.numel or (numel and last >= storage.numel):
-        raise BadArchive(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
-    return TensorRecord(file, storage.entry, storage.dtype, shape, stride, offset)
-
-
-def _parameter(file: Path, *arguments: Any) -> TensorRecord:
-    return _require(arguments[0], TensorRecord)
-
-
-def _empty(file: Path, *arguments: Any) -> dict[Any, Any]:
-    """A dict, whose items come after. The argument of a defaultdict is its function, which nobody calls."""
-    return {}
-
-
-def _sizes(file: Path, *arguments: Any) -> tuple[int, ...]:
-    return tuple(_require(arguments[0], tuple | list))
-
-
-def _list(file: Path, *arguments: Any) -> list[Any]:
-    return _require(arguments[0], list)
-
-
-def _stand_in(name: str, *arguments: Any) -> StandIn:
-    return StandIn(name, {})
+    def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRecord:
+        """A tensor within its storage. A stride of 0 would claim any number of elements for a few bytes."""
+        _require(storage, _Storage)
+        numbers = (offset, *_require(shape, tuple), *_require(stride, tuple))
+        if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
+            raise BadArchive(f"has a tensor of shape {shape} and strides {stride}")
+        numel = math.prod(shape)
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if numel > storage.numel or (numel and last >= storage.numel):
+            raise BadArchive(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
+        return TensorRecord(self.file, storage.entry, storage.dtype, shape, stride, offset)
 
 
 def _require(value: Any, kind: Any) -> Any:
@@ -268,14 +245,16 @@ def _require(value: Any, kind: Any) -> Any:
     return value
 
 
-# By the name in the file, what is made in place of what it names.
+# By the name in the file, what is made in place of what it names, besides tensors. Dicts get their items afterwards.
 MAKERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": _sizes,
-    "collections.OrderedDict": _empty,
-    "collections.defaultdict": _empty,
-    **{f"torch.jit._pickle.build_{kind}list": _list for kind in ("int", "double", "bool", "tensor")},
+    "torch._utils._rebuild_parameter": lambda tensor, *_: _require(tensor, TensorRecord),
+    "torch.Size": lambda sizes: tuple(_require(sizes, tuple | list)),
+    "collections.OrderedDict": lambda *_: {},
+    "collections.defaultdict": lambda *_: {},
+    **{
+        f"torch.jit._pickle.build_{kind}list": lambda items: _require(items, list)
+        for kind in ("int", "double", "bool", "tensor")
+    },
 }
 
 Step = Callable[[_Machine, Any], None]
@@ -291,7 +270,7 @@ def _tuple_of(number: int) -> Step:
 
 # By the name that pickletools has for it.
 INSTRUCTIONS: dict[str, Step] = {
-    "PROTO": lambda machine, _: None,
+    "PROTO": lambda *_: None,
     "NONE": _puts(lambda _: None),
     "NEWTRUE": _puts(lambda _: True),
     "NEWFALSE": _puts(lambda _: False),

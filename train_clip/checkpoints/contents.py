@@ -40,8 +40,8 @@ class Contents:
     Args:
         path: what messages name.
         kind: the container: "PyTorch archive", "TorchScript archive" or "safetensors".
-        data: what a PyTorch archive holds, tensors as ``TensorRecord``; of a TorchScript archive the class of each module
-            by its name; empty for safetensors.
+        data: what a PyTorch archive holds, tensors as ``TensorRecord``; of a TorchScript archive the class of each
+            module by its name; empty for safetensors.
         tensors: the weights by the names that they have there.
         metadata: of a ``.safetensors`` file.
         configs: the JSON files beside the weights, by name.
@@ -154,7 +154,9 @@ def _read_archive(path: Path, configs: Mapping[str, Mapping[str, Any]], named: P
         tensors, classes = _walk(outline.data)
         return Contents(named, "TorchScript archive", classes, tensors, {}, configs)
     if not isinstance(outline.data, dict):
-        raise UserError(f"{path}: holds a {type(outline.data).__name__}; expected a state dict, or a checkpoint of one.")
+        raise UserError(
+            f"{path}: holds a {type(outline.data).__name__}; expected a state dict, or a checkpoint of one."
+        )
     state = outline.data.get("state_dict", outline.data)
     tensors = {name: value for name, value in _mapping(state).items() if isinstance(value, TensorRecord)}
     if not tensors:

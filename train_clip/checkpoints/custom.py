@@ -24,10 +24,13 @@ def build_custom(arguments: Mapping[str, Any]) -> tuple[CustomCLIP, Tokenizer | 
     for name in ("image_encoder", "text_encoder", "tokenizer"):
         if not isinstance(arguments.get(name), Mapping):
             raise UserError(
-                f"The checkpoint does not say how to make its {name}, which was one of your own. Make it, and load with "
-                f"CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
+                f"The checkpoint does not say how to make its {name}, which was one of your own. Make it, and load "
+                f"with CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
             )
-    image, text = build_image_encoder(dict(arguments["image_encoder"])), build_text_encoder(dict(arguments["text_encoder"]))
+    image, text = (
+        build_image_encoder(dict(arguments["image_encoder"])),
+        build_text_encoder(dict(arguments["text_encoder"])),
+    )
     model = CustomCLIP(image, text, arguments["avg_word_embs"], arguments["project"])
     return model, described_tokenizer(arguments["tokenizer"])
 

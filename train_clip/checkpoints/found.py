@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,27 @@ class Found:
     unsaid: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a file may leave open, or is to be changed.
+
+    Args:
+        model_name: a preset or a YAML file that has the sizes, where weights do not tell how many heads they have.
+        activation: ``quick_gelu`` or ``gelu``, where a file does not say.
+        image_size: side of the images in pixels, if not the model's; its positional embeddings are interpolated.
+        context_length: tokens of a caption at most, likewise.
+    """
+
+    model_name: str | None = None
+    activation: str | None = None
+    image_size: int | None = None
+    context_length: int | None = None
+
+    def named(self) -> dict[str, Any]:
+        """As arguments of ``load``."""
+        return dataclasses.asdict(self)
 
 
 def without_prefix(records: Mapping[str, TensorRecord], prefix: str) -> dict[str, TensorRecord]:

@@ -1,7 +1,7 @@
 """Hugging Face's CLIPModel: a folder of ``config.json``, weights, and what its processor reads.
 
-Names and settings: github.com/huggingface/transformers, models/clip. Its blocks keep queries, keys and values in matrices of
-their own, and its projections transposed.
+Names and settings: github.com/huggingface/transformers, models/clip. Its blocks keep queries, keys and values in
+matrices of their own, and its projections transposed.
 
 W  width of a tower      D  embedding width
 """
@@ -58,8 +58,8 @@ def find_huggingface(contents: Contents) -> Found | None:
         return None
     if HF_CONFIG not in contents.configs:
         raise UserError(
-            f"{contents.path}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what the "
-            "model is. Give the folder that save_pretrained or `hf download` wrote."
+            f"{contents.path}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what "
+            "the model is. Give the folder that save_pretrained or `hf download` wrote."
         )
     config = _read_config(contents.configs[HF_CONFIG], contents.configs.get(HF_PIXELS, {}), str(contents.path))
     records = {name: record for name, record in contents.tensors.items() if not name.endswith(POSITIONS)}
@@ -116,7 +116,8 @@ def _own_name(name: str) -> str:
             continue
         rest = name.removeprefix(theirs)
         if found := BLOCK.fullmatch(rest):
-            return f"{ours}transformer.resblocks.{found[1]}.{_replace_start(found[2], OF_BLOCK).replace('self_attn', 'attn')}"
+            in_block = _replace_start(found[2], OF_BLOCK).replace("self_attn", "attn")
+            return f"{ours}transformer.resblocks.{found[1]}.{in_block}"
         return ours + _replace_start(rest, OF_TOWER)
     return name
 
@@ -175,8 +176,8 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
 def _require(right: bool, part: Mapping[str, Any], name: str, source: str) -> None:
     if not right:
         raise UserError(
-            f"{source}: {HF_CONFIG} has {name} = {part.get(name)!r}, which CLIP's own towers do not have. Its towers can "
-            "be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
+            f"{source}: {HF_CONFIG} has {name} = {part.get(name)!r}, which CLIP's own towers do not have. Its towers "
+            "can be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
         )
 
 

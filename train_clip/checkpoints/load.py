@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from train_clip.checkpoints.architecture import STRIDE
 from train_clip.checkpoints.custom import build_custom
 from train_clip.checkpoints.formats import identify
-from train_clip.checkpoints.found import Found, Tensors
+from train_clip.checkpoints.found import Choices, Found, Tensors
 from train_clip.checkpoints.resize import resize_image_positions, resize_text_positions
 from train_clip.checkpoints.sources import find_contents
 from train_clip.checkpoints.tensors import read_tensors
@@ -44,41 +44,28 @@ class Pretrained(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What a file may leave open, or is to be changed.
-
-    Args:
-        model_name: a preset or a YAML file that has the sizes, where weights do not tell how many heads they have.
-        activation: ``quick_gelu`` or ``gelu``, where a file does not say.
-        image_size: side of the images in pixels, if not the model's; its positional embeddings are interpolated.
-        context_length: tokens of a caption at most, likewise.
-    """
-
-    model_name: str | None = None
-    activation: str | None = None
-    image_size: int | None = None
-    context_length: int | None = None
-
-
-@dataclass(frozen=True)
 class Weights:
     """A model in a file, all that is needed to build it settled.
 
     Args:
+        source: what messages name.
         found: what the file is.
+        choices: the user's.
         config: of a CLIP; None for two encoders, which ``found.arguments`` tell of.
     """
 
+    source: str
     found: Found
+    choices: Choices
     config: ModelConfig | None
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors by the names that they have here, float32, sized as asked."""
+        """The tensors by the names that they have here, float32, positions interpolated where that was asked for."""
         tensors: Tensors = self.found.rename(read_tensors(self.found.records))
-        if self.config is not None:
-            image, text = self.config.image, self.config.text
-            tensors = resize_image_positions(tensors, image.size // _pixels_of_place(self.config))
-            tensors = resize_text_positions(tensors, text.context)
+        if self.config is not None and self.choices.image_size is not None:
+            tensors = resize_image_positions(tensors, self.choices.image_size // _pixels_of_place(self.config))
+        if self.choices.context_length is not None:
+            tensors = resize_text_positions(tensors, self.choices.context_length)
         return dict(tensors)
 
 
@@ -95,8 +82,10 @@ def load(source: str | Path, **choices: Any) -> Pretrained:
     """
     weights = find_weights(source, Choices(**choices))
     model, tokenizer = build(weights)
-    fill(model, weights.read(), str(source))
-    return Pretrained(model.eval(), Preprocess(model.image_size, model.pixel_norm.mean, model.pixel_norm.std), tokenizer)
+    fill(model, weights.read(), weights.source)
+    return Pretrained(
+        model.eval(), Preprocess(model.image_size, model.pixel_norm.mean, model.pixel_norm.std), tokenizer
+    )
 
 
 def find_weights(source: str | Path, choices: Choices) -> Weights:
@@ -112,9 +101,12 @@ def find_weights(source: str | Path, choices: Choices) -> Weights:
     found = identify(find_contents(source))
     if found.config is None:
         if any(value is not None for value in dataclasses.astuple(choices)):
-            raise UserError(f"{source}: two encoders, whose sizes and activations are their own. Leave the choices out.")
-        return Weights(found, None)
-    return Weights(found, _sized(_settled(found, found.config, choices, source), choices, source))
+            raise UserError(
+                f"{source}: two encoders, whose sizes and activations are their own. Leave the choices out."
+            )
+        return Weights(str(source), found, choices, None)
+    config = _sized(_settled(found, found.config, choices, source), choices, source)
+    return Weights(str(source), found, choices, config)
 
 
 def build(weights: Weights) -> tuple[DualEncoder, Tokenizer | PretrainedTokenizer]:
@@ -131,15 +123,19 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         UserError: tensors that are missing, too many, or of other shapes; both are named.
     """
     own = model.state_dict()
-    missing, foreign = [sorted(one - other) for one, other in ((own.keys(), tensors.keys()), (tensors.keys(), own.keys()))]
+    missing, foreign = [
+        sorted(one - other) for one, other in ((own.keys(), tensors.keys()), (tensors.keys(), own.keys()))
+    ]
     shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
     found = [f"lacks {_some(missing)}"] if missing else []
     found += [f"has {_some(foreign)} besides"] if foreign else []
-    found += [f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in shapes[:NAMED]]
+    found += [
+        f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in shapes[:NAMED]
+    ]
     if found:
         raise UserError(
-            f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the sizes "
-            "are another's, name it (--model_name)."
+            f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
+            "sizes are another's, name it (--model_name)."
         )
     model.load_state_dict(tensors)
 
@@ -164,9 +160,9 @@ def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | 
         return config
     if choices.activation not in ACTIVATIONS:
         raise UserError(
-            f"{source}: does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
-            "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name ends in "
-            "-quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)."
+            f"{source}: does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "
+            "what was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
+            "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)."
         )
     return dataclasses.replace(config, activation=choices.activation)
 

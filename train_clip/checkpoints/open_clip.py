@@ -1,7 +1,7 @@
 """open_clip's files: weights with a configuration beside them, and the checkpoints of its training.
 
 Its CLIP has OpenAI's names; its CustomTextCLIP, where the text tower is a plain one, has ``text.`` before that tower's.
-Which settings there are, and their defaults: github.com/mlfoundations/open_clip, model.py, CLIPVisionCfg and CLIPTextCfg.
+Which settings there are, and their defaults: github.com/mlfoundations/open_clip, model.py, CLIPVisionCfg, CLIPTextCfg.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.archive import TensorRecord
 from train_clip.checkpoints.architecture import config_from_shapes, named_as_preset
+from train_clip.checkpoints.archive import TensorRecord
 from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, Contents
 from train_clip.checkpoints.found import Found, Tensors
 from train_clip.checkpoints.openai import unsaid_of
@@ -23,8 +23,8 @@ TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training 
 TEXT = "text."
 HEAD_WIDTH = 64
 
-# What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything else
-# that is set is refused.
+# What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything
+# else that is set is refused.
 HARMLESS: dict[str, dict[str, Any]] = {
     "vision_cfg": {
         **{"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
@@ -169,6 +169,6 @@ def _require_resizing(pixels: Mapping[str, Any], source: str) -> None:
     for name, known in RESIZING.items():
         if (value := pixels.get(name, known[0])) not in known:
             raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's are, "
-                f"{name} {known[0]!r}. To go on with that, change the file."
+                f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's "
+                f"are, {name} {known[0]!r}. To go on with that, change the file."
             )

@@ -1,4 +1,4 @@
-"""What this package writes, and what train-CLIP wrote before it: checkpoints of Lightning, and ``.safetensors`` files."""
+"""What this package writes, and what train-CLIP wrote before it: Lightning's checkpoints, ``.safetensors`` files."""
 
 from __future__ import annotations
 

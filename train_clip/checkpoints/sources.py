@@ -85,8 +85,8 @@ def _download(address: str, target: Path, name: str) -> None:
     except OSError as error:
         raise UserError(
             f"OpenAI's {name} is not in {target.parent}, and cannot be downloaded from here "
-            f"({getattr(error, 'reason', None) or error}). Where there is a network fetch {address} and put it at {target}; "
-            "or give a file of your own."
+            f"({getattr(error, 'reason', None) or error}). Where there is a network fetch {address} and put it at "
+            f"{target}; or give a file of your own."
         ) from error
 
 

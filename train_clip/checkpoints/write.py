@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG
-from train_clip.checkpoints.found import Tensors
 from train_clip.checkpoints.huggingface_folder import write_huggingface
 from train_clip.checkpoints.open_clip import write_config
 from train_clip.checkpoints.own import METADATA
@@ -38,13 +37,22 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
     """
     if not isinstance(model, CLIP):
         raise UserError(
-            f"{model.name}: two encoders joined by this package, which no format of others holds: each says which CLIP it is "
-            "by its sizes alone. Keep the .ckpt, which every verb reads; or save its encoders by themselves, in Python: "
-            "model.visual, model.transformer."
+            f"{model.name}: two encoders joined by this package, which no format of others holds: each says which CLIP "
+            "it is by its sizes alone. Keep the .ckpt, which every verb reads; or save its encoders by themselves, in "
+            "Python: model.visual, model.transformer."
         )
+    require_writable(target)
+    WRITERS[kind](model, target)
+
+
+def require_writable(target: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        UserError: there is.
+    """
     if target.exists():
         raise UserError(f"{target}: exists already and stays as it is. Give another name, or remove it.")
-    WRITERS[kind](model, target)
 
 
 def _write_safetensors(model: CLIP, target: Path) -> None:

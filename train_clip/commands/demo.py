@@ -16,6 +16,7 @@ from train_clip.commands.options import (
     OptimizerOptions,
     RunOptions,
     TrainerOptions,
+    WeightOptions,
     select,
 )
 from train_clip.commands.train import train
@@ -53,7 +54,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     )
     print("\nOn combinations of colour and shape that were never seen in training:")
     evaluate(
-        run / "checkpoints" / "last.ckpt",
+        str(run / "checkpoints" / "last.ckpt"),
         EvaluateOptions(
             folder=unseen,
             classes=output / "data" / "classes.txt",
@@ -61,6 +62,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
             json=output / "scores.json",
             picture=output / "best_captions.png",
         ),
+        WeightOptions(),
     )
     print(
         f"\nThat took {time.perf_counter() - started:.0f} s. With a folder of your own, images and captions that share "

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from train_clip.commands.scoring import Collection, ScoreOptions, Scores, load_checkpoint, score
+from train_clip.commands.options import WeightOptions
+from train_clip.commands.scoring import Collection, ScoreOptions, Scores, load_for_scoring, score
 from train_clip.data.images import open_rgb
 from train_clip.evaluation.pictures import draw_best_captions
 from train_clip.files import write_text
@@ -32,12 +33,14 @@ class EvaluateOptions(ScoreOptions):
     picture: Path | None = None
 
 
-def evaluate(checkpoint: Path, /, options: EvaluateOptions) -> Scores:
-    """Score a checkpoint: retrieval over captions, and zero-shot classification over class names.
+def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions) -> Scores:
+    """Score a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
-        checkpoint: a .ckpt file that `train` or `finetune` wrote
+        checkpoint: what `train` or `finetune` wrote, or weights by OpenAI (ViT-B/32), open_clip or Hugging Face: a
+            file, a folder, or hf-hub:NAME
         options: what to score.
+        weights: what they leave open.
 
     Returns:
         The figures, which are printed too.
@@ -46,7 +49,7 @@ def evaluate(checkpoint: Path, /, options: EvaluateOptions) -> Scores:
         UserError: a file that is missing or does not hold what it should.
     """
     options.require_sense()
-    scores, collection = score(load_checkpoint(checkpoint, options.device), options)
+    scores, collection = score(load_for_scoring(checkpoint, options.device, weights.choices), options)
     report(scores)
     if options.json is not None:
         write_text(options.json, json.dumps(dataclasses.asdict(scores), indent=2) + "\n")

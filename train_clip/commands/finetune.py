@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from train_clip.checkpoints.encoders import load_image_encoder, load_text_encoder
 from train_clip.checkpoints.own_encoders import SOURCE
+from train_clip.commands.beginning import pretrained_weights
 from train_clip.commands.options import (
     DataOptions,
+    ModelOptions,
     ObjectiveOptions,
     OptimizerOptions,
     RunOptions,
@@ -34,25 +36,18 @@ OF_ENCODERS = {"optimizer": "sgd", "distillation": "transport"}
 
 
 @dataclass(frozen=True)
-class StartOptions:
+class StartOptions(ModelOptions):
     """What training starts from.
 
     Args:
         image_encoder: hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT
         text_encoder: hf:NAME or hf:FOLDER, train-clip:CHECKPOINT
         avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself
-        context_length: tokens of a caption at most, if fewer than the text encoder takes
-        pretrained: a checkpoint of train or finetune, to train its model on, in place of two encoders
-        minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
-            (BatchNorm normalises chunk by chunk)
     """
 
     image_encoder: str = "hf:microsoft/resnet-50"
     text_encoder: str = "hf:johngiorgi/declutr-sci-base"
     avg_word_embs: bool = True
-    context_length: int | None = None
-    pretrained: Path | None = None
-    minibatch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,8 @@ def finetune(
     if resumed is not None:
         _require_same_start(start, resumed)
         module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
-    elif start.pretrained is not None:
-        module = retrained(start.pretrained, **how)
+    elif (weights := pretrained_weights(start)) is not None:
+        module, start = retrained(weights, **how), dataclasses.replace(start, pretrained=weights.source)
     else:
         module = _join(start, how)
     pairs = TextImageDataModule(
@@ -131,6 +126,9 @@ def finetune(
 
 def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     """The two encoders, with the tokenizer of the text encoder and a projection where their widths differ."""
+    for name in ("model_name", "activation", "image_size"):
+        if (value := getattr(start, name)) is not None:
+            raise UserError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
     image, text = load_image_encoder(start.image_encoder), load_text_encoder(start.text_encoder)
     context = text.context if start.context_length is None else start.context_length
     if text.context is not None and context is not None and context > text.context:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from train_clip.checkpoints.load import find_weights
 from train_clip.checkpoints.merge import interpolate
 from train_clip.checkpoints.reading import read_checkpoint
-from train_clip.commands.scoring import ScoreOptions, Scores, load_checkpoint, score
+from train_clip.commands.scoring import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
 from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
@@ -59,11 +60,11 @@ class MergeOptions(ScoreOptions):
         return found
 
 
-def merge(start: Path, tuned: Path, /, options: MergeOptions) -> list[Path]:
+def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     """Write models between a checkpoint and what fine-tuning made of it, and score them side by side.
 
     Args:
-        start: the checkpoint that fine-tuning began with
+        start: what fine-tuning began with: a checkpoint, or any weights that `evaluate` takes
         tuned: the one that it ended with
         options: how much of each, and what to score on.
 
@@ -78,8 +79,8 @@ def merge(start: Path, tuned: Path, /, options: MergeOptions) -> list[Path]:
     for target in targets:
         if target.exists():
             raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
-    begin, end = read_checkpoint(start), read_checkpoint(tuned)
-    first, second = _model_of(begin, start), _model_of(end, tuned)
+    end = read_checkpoint(tuned)
+    first, second = find_weights(start, UNCHANGED).read(), _model_of(end, tuned)
     for weight, target in zip(options.weights, targets, strict=True):
         merged = {f"model.{name}": value for name, value in interpolate(first, second, weight).items()}
         about = {name: end[name] for name in KEPT if name in end}
@@ -88,7 +89,7 @@ def merge(start: Path, tuned: Path, /, options: MergeOptions) -> list[Path]:
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
     if sets := options.sets():
-        files = {0.0: start} | dict(zip(options.weights, targets, strict=True)) | {1.0: tuned}
+        files = {0.0: Path(start)} | dict(zip(options.weights, targets, strict=True)) | {1.0: tuned}
         _report({weight: _scores(file, sets, options.device) for weight, file in sorted(files.items())}, options.json)
     return targets
 
@@ -103,7 +104,7 @@ def _model_of(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _scores(file: Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
-    model = load_checkpoint(file, device)
+    model = load_for_scoring(file, device)
     return {name: score(model, options)[0] for name, options in sets.items()}
 
 

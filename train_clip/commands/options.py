@@ -7,23 +7,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from train_clip.checkpoints.found import Choices
 from train_clip.data.table import Columns
 from train_clip.errors import UserError
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class WeightOptions:
+    """What a file of weights may leave open, or is to be changed.
+
+    Args:
+        model_name: a preset (`train-clip models` lists them) or a YAML file of your own, if not that of the weights
+        image_size: side of the square input in pixels, if not the model's own; positions of weights are interpolated
+        context_length: tokens of a caption at most, if not the model's own; likewise
+        activation: of a model whose weights do not say which they were trained with
+    """
+
+    model_name: str | None = None
+    image_size: int | None = None
+    context_length: int | None = None
+    activation: Literal["gelu", "quick_gelu"] | None = None
+
+    @property
+    def choices(self) -> Choices:
+        """What the user has chosen."""
+        return Choices(self.model_name, self.activation, self.image_size, self.context_length)
+
+
+@dataclass(frozen=True)
+class ModelOptions(WeightOptions):
     """The model.
 
     Args:
-        model_name: a preset (`train-clip models` lists them) or a YAML file of your own
-        image_size: side of the square input in pixels, if not the model's own
+        pretrained: weights to begin with, by OpenAI, open_clip, Hugging Face or this package: a file, a folder,
+            hf-hub:NAME, or openai for OpenAI's of --model_name
         minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
-            (ResNets normalise chunk by chunk)
+            (BatchNorm normalises chunk by chunk)
     """
 
-    model_name: str = "ViT-B/32"
-    image_size: int | None = None
+    pretrained: str | None = None
     minibatch_size: int = 0
 
 

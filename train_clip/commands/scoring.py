@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.load import Pretrained, load
 from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.captions import read_captions
@@ -19,12 +21,14 @@ from train_clip.data.pairs import Pair
 from train_clip.data.source import scan_source
 from train_clip.data.split import split_pairs
 from train_clip.errors import BadSample, UserError
+from train_clip.evaluation.embed import EMBED_AT_ONCE, embed_images, embed_texts
 from train_clip.evaluation.labels import image_labels
 from train_clip.evaluation.retrieval import Retrieval, retrieval
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot, class_embeddings, zero_shot
-from train_clip.training.load import load_module
-from train_clip.training.module import ContrastiveModule
+from train_clip.models.dual_encoder import texts_on
 from train_clip.types import Skip
+
+UNCHANGED = Choices()
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,11 @@ class Collection:
     skips: list[Skip]
 
 
-def score(model: ContrastiveModule, options: ScoreOptions) -> tuple[Scores, Collection]:
+def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, Collection]:
     """Score a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
-        model: in eval mode, on its device.
+        model: on its device.
         options: what to score.
 
     Returns:
@@ -130,15 +134,16 @@ def score(model: ContrastiveModule, options: ScoreOptions) -> tuple[Scores, Coll
     return scores, collection
 
 
-def load_checkpoint(path: Path, device: str) -> ContrastiveModule:
-    """Load a checkpoint for scoring.
+def load_for_scoring(source: str | Path, device: str, choices: Choices = UNCHANGED) -> Pretrained:
+    """Load a model for scoring.
 
     Args:
-        path: the file.
+        source: whatever ``load`` takes.
         device: ``auto``, or what PyTorch calls it.
+        choices: what the file leaves open.
 
     Raises:
-        UserError: there is no such file, or it is no such checkpoint.
+        UserError: as ``load``, or there is no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,10 +151,12 @@ def load_checkpoint(path: Path, device: str) -> ContrastiveModule:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
-    return load_module(path, device)
+    loaded = load(source, **choices.named())
+    loaded.model.to(device)
+    return loaded
 
 
-def collect(model: ContrastiveModule, options: ScoreOptions, classes: list[str]) -> Collection:
+def collect(model: Pretrained, options: ScoreOptions, classes: list[str]) -> Collection:
     """Read and embed what the options name.
 
     Raises:
@@ -176,7 +183,7 @@ def collect(model: ContrastiveModule, options: ScoreOptions, classes: list[str])
             lines = _read_captions(pairs[index], skips)
             captions += lines
             owners += [place] * len(lines)
-    texts = model.embed_texts(captions, options.batch_size)
+    texts = _embed_texts(model, captions, options.batch_size)
     kept_labels = [labels[index] for index in kept] if classes else []
     return Collection([paths[index] for index in kept], images, captions, texts, owners, kept_labels, skips)
 
@@ -217,7 +224,7 @@ def read_lines(path: Path, holding: str) -> list[str]:
 
 @torch.no_grad()
 def _embed_images(
-    model: ContrastiveModule, paths: Sequence[str], options: ScoreOptions, skips: list[Skip]
+    model: Pretrained, paths: Sequence[str], options: ScoreOptions, skips: list[Skip]
 ) -> tuple[list[int], Tensor]:
     """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
     loader = image_loader(paths, model.model.image_size, options.batch_size, options.num_workers)
@@ -227,10 +234,16 @@ def _embed_images(
         skips += bad
         kept += indices
         if indices:
-            parts.append(model.embed_images(pixels, options.batch_size))
+            parts.append(embed_images(model.model, pixels, options.batch_size))
     if not parts:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(paths):,} images can be read.")
     return kept, torch.cat(parts)
+
+
+def _embed_texts(model: Pretrained, captions: Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
+    """(N, D) unit-norm embeddings of captions."""
+    device = model.model.logit_scale.device
+    return embed_texts(model.model, captions, lambda some: texts_on(device, model.tokenizer.batch(some)[0]), batch_size)
 
 
 def _read_captions(pair: Pair, skips: list[Skip]) -> list[str]:
@@ -251,8 +264,8 @@ def _retrieval(collection: Collection) -> Retrieval:
     return retrieval(collection.images[described], collection.texts, owners, ids)
 
 
-def _zero_shot(
-    model: ContrastiveModule, collection: Collection, classes: Sequence[str], templates: Sequence[str]
-) -> ZeroShot:
+def _zero_shot(model: Pretrained, collection: Collection, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:
     labels = torch.tensor(collection.labels, device=collection.images.device)
-    return zero_shot(collection.images, labels, class_embeddings(classes, templates, model.embed_texts))
+    return zero_shot(
+        collection.images, labels, class_embeddings(classes, templates, lambda captions: _embed_texts(model, captions))
+    )

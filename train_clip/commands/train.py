@@ -1,4 +1,4 @@
-"""Train a CLIP from scratch."""
+"""Train a CLIP, from scratch or from weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from train_clip.checkpoints.load import Weights
+from train_clip.commands.beginning import DEFAULT_MODEL, pretrained_weights
 from train_clip.commands.options import (
     DataOptions,
     ModelOptions,
@@ -33,7 +35,7 @@ def train(
     run: RunOptions,
     trainer: TrainerOptions,
 ) -> Path:
-    """Train a CLIP from scratch on a folder of images and captions.
+    """Train a CLIP on a folder of images and captions, from scratch or from weights.
 
     Args:
         model: the model.
@@ -47,9 +49,13 @@ def train(
         The run's folder.
     """
     resumed = begin(run)
-    config = choose_config(model)
+    # A run that goes on has its weights in its checkpoint.
+    weights = pretrained_weights(model) if resumed is None else None
+    config = choose_config(model) if weights is None else _require_clip(weights)
     numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective)
     module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **numbers)
+    if weights is not None:
+        module.begin_with(weights.read(), weights.source)
     pairs = TextImageDataModule(
         image_size=config.image.size, context_length=config.text.context, seed=run.seed, **dataclasses.asdict(data)
     )
@@ -59,7 +65,8 @@ def train(
         resolved = OptimizerOptions(
             **{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)}
         )
-        return _keep_model(model, config, folder), data, resolved, objective
+        kept = model if weights is None else dataclasses.replace(model, pretrained=weights.source)
+        return _keep_model(kept, config, folder), data, resolved, objective
 
     return train_job(Job("train", module, pairs, config.optimizer.epochs, options), run, trainer, resumed)
 
@@ -70,19 +77,34 @@ def choose_config(model: ModelOptions) -> ModelConfig:
     Raises:
         UserError: there is none, it cannot be built, or CLIP's tokens are more than it has.
     """
-    config = read_config(model.model_name)
+    if model.activation is not None and model.pretrained is None:
+        raise UserError(
+            f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model of "
+            "your own into a YAML file: `train-clip models --show ViT-B/32` prints one to start from."
+        )
+    config = read_config(model.model_name or DEFAULT_MODEL)
     if config.text.vocab < Tokenizer.vocab_size:
         raise UserError(
             f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "
             "tokens. Set text.vocab to that."
         )
-    return config if model.image_size is None else config.with_image_size(model.image_size)
+    if model.image_size is not None:
+        config = config.with_image_size(model.image_size)
+    return config if model.context_length is None else config.with_context(model.context_length)
+
+
+def _require_clip(weights: Weights) -> ModelConfig:
+    if weights.config is None:
+        raise UserError(
+            f"--pretrained {weights.source}: two encoders, which `train-clip finetune --pretrained` trains on."
+        )
+    return weights.config
 
 
 def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> ModelOptions:
-    """Copy a model file of the user's own into the run, so that the run can be repeated when the file has changed."""
-    if not model.model_name.endswith((".yaml", ".yml")):
-        return model
+    """Write a model that is no preset into the run, so that the run can be repeated when its file has changed."""
+    if model.pretrained is None and not (model.model_name or "").endswith((".yaml", ".yml")):
+        return dataclasses.replace(model, model_name=model.model_name or DEFAULT_MODEL)
     kept = folder / "model.yaml"
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         write_text(kept, yaml.safe_dump(config.to_dict(), sort_keys=False))

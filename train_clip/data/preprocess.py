@@ -17,8 +17,8 @@ from train_clip.data.transforms import center_crop, to_tensor
 class Preprocess:
     """Shorter side to S by bicubic interpolation, the S×S in the middle, (x / 255 - mean) / std.
 
-    Bit for bit as OpenAI's (openai/CLIP, clip.py, _transform), but that pictures are turned upright by their EXIF, and are
-    made RGB, transparency laid on white, before they are resized.
+    Bit for bit as OpenAI's (openai/CLIP, clip.py, _transform), but that pictures are turned upright by their EXIF, and
+    are made RGB, transparency laid on white, before they are resized.
 
     Args:
         size: S.

@@ -25,6 +25,13 @@ def token_ids(texts: Texts) -> Tensor:
     return texts["input_ids"] if isinstance(texts, Mapping) else texts
 
 
+def texts_on(device: torch.device, texts: Texts) -> Texts:
+    """The tokens on a device."""
+    if isinstance(texts, Mapping):
+        return {name: tensor.to(device) for name, tensor in texts.items()}
+    return texts.to(device)
+
+
 class DualEncoder(nn.Module):
     """Two towers that map images and captions into one space.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
-from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
+from train_clip.models.dual_encoder import DualEncoder, Texts, texts_on, token_ids
 
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
 
@@ -83,7 +83,7 @@ class BatchReader:
             )
         if isinstance(self.model, CLIP):
             return texts["input_ids"].to(device)
-        return {name: tensor.to(device) for name, tensor in texts.items()}
+        return texts_on(device, texts)
 
 
 def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from train_clip.checkpoints.load import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts, unit_norm
 from train_clip.gather import gather_with_gradient, world
@@ -87,13 +88,17 @@ class ContrastiveModule(L.LightningModule):
         self._seed = seed
         self._validation_split = ValidationSplit(model.embed_dim)
 
-    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+    def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Begin with weights of the model, the teacher with them too.
 
         Args:
             weights: a state dict of the model, which has to fit it strictly.
+            source: named in messages.
+
+        Raises:
+            UserError: it does not fit.
         """
-        self.model.load_state_dict(weights)
+        fill(self.model, weights, source)
         if self.distillation is not None:
             self.distillation.teacher.model.load_state_dict(weights)
 

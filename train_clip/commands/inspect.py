@@ -1,0 +1,67 @@
+"""Tell what lies in a file of weights, in a moment: neither PyTorch nor the model is needed for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from train_clip.checkpoints.architecture import describe
+from train_clip.checkpoints.contents import Contents
+from train_clip.checkpoints.formats import identify
+from train_clip.checkpoints.found import Found
+from train_clip.checkpoints.sources import find_contents
+
+# A module's arguments that say which model it is, and not how it was trained.
+OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
+
+
+def inspect(file: str, /) -> dict[str, str]:
+    """Tell what a file of weights is: which model, which step, which numbers it was trained with.
+
+    Args:
+        file: a checkpoint, a file or a folder of weights, or hf-hub:NAME
+
+    Returns:
+        What is printed, by its heading.
+
+    Raises:
+        UserError: nothing there, nothing that is known, damaged or hostile.
+    """
+    contents = find_contents(file)
+    found = identify(contents)
+    report = {"file": str(contents.path), "format": f"{found.format} ({_container(contents)})"} | _model(found)
+    report |= {name: str(value) for name, value in found.about.items()}
+    trained = {name: value for name, value in found.arguments.items() if name not in OF_MODEL and value is not None}
+    if trained:
+        report["trained with"] = ", ".join(f"{name} {value}" for name, value in trained.items())
+    width = max(map(len, report))
+    for name, value in report.items():
+        print(f"{name:{width}}  {value}")
+    return report
+
+
+def _container(contents: Contents) -> str:
+    files = {record.file for record in contents.tensors.values()}
+    size = sum(file.stat().st_size for file in files)
+    return f"{contents.kind}, {size / 2**20:,.1f} MiB" + (f" in {len(files)} files" if len(files) > 1 else "")
+
+
+def _model(found: Found) -> dict[str, str]:
+    """The model in words: its sizes, or its two encoders by their names."""
+    kinds = sorted({record.dtype for record in found.records.values()})
+    parameters = sum(math.prod(record.shape) for name, record in found.records.items() if not name.endswith(BUFFERS))
+    weights = {"weights": f"{parameters:,} parameters in {len(found.records):,} tensors, {', '.join(kinds)}"}
+    if found.config is None:
+        return {name: _encoder(found.arguments.get(name)) for name in ("image_encoder", "text_encoder")} | weights
+    config = found.config
+    activation = "not said by the file" if "activation" in found.unsaid else config.activation
+    heads = "; how many heads is not said by the file" if "heads" in found.unsaid else ""
+    return {"model": config.name, **describe(config), "activation": activation + heads} | weights
+
+
+def _encoder(description: Any) -> str:
+    if not isinstance(description, Mapping):
+        return "a module of the user's own, which the file does not say how to make"
+    return f"{description['source']}:{description['name']}"
