@@ -32,9 +32,9 @@ def test_every_option_reaches_its_dataclass():
         *"--resize_ratio 0.75 --shuffle false --val_share 0.2 --learning_rate 1e-3 --weight_decay 0.1".split(),
         *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out --max_bad 0.1 --val_pairs val.csv".split(),
         *"--pairs train.csv --image_column file --caption_column title --equal_captions mask".split(),
-        *("--betas", "[0.8, 0.9]"),
+        *("--betas", "[0.8, 0.9]", "--context_length", "20", "--activation", "gelu", "--pretrained", "FILE"),
     )
-    assert values["model"] == ModelOptions("RN50", 64, 8)
+    assert values["model"] == ModelOptions("RN50", 64, 20, "gelu", "FILE", 8)
     table = {"pairs": Path("train.csv"), "image_column": "file", "caption_column": "title"}
     assert values["data"] == DataOptions(
         Path("data_dir"), 32, 3, 0.75, False, 0.2, max_bad=0.1, val_pairs=Path("val.csv"), **table
@@ -55,7 +55,7 @@ def test_the_options_of_finetune_are_the_documented_ones():
     document = Path(__file__).parents[1].joinpath("docs/finetuning.md").read_text(encoding="utf-8")
     table = document.split("## Options")[1].split("\n## ")[0]
     own = {field.name for group in (StartOptions, TuningOptions) for field in dataclasses.fields(group)}
-    assert own - {"minibatch_size"} == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
+    assert own - {field.name for field in dataclasses.fields(ModelOptions)} | {"pretrained"} == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
 
 
 @pytest.mark.parametrize("words", [["--lock_image"], ["--lock_image", "--lock_text", "false"], ["--lock_image=true"]])

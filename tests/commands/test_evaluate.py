@@ -112,7 +112,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(pair_folder, tmp_path, content)
     """Empty, text and truncated files: an error that names the file and what was expected."""
     path = tmp_path / "broken.ckpt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.ckpt: no checkpoint, or not all of one \(.*\)\. Use another"):
+    with pytest.raises(UserError, match=r"broken\.ckpt: (is empty|begins with b'text'|an archive that is cut short)"):
         evaluate(path, EvaluateOptions(pair_folder))
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_refused(pair_folder, checkpoint, tm
     path = tmp_path / "flipped.ckpt"
     path.write_bytes(content)
     torch.load(path, weights_only=True)
-    with pytest.raises(UserError, match=r"flipped\.ckpt: damaged \(its record .* is not what was written\)"):
+    with pytest.raises(UserError, match=r"flipped\.ckpt: damaged \(Bad CRC-32 for file .*\)\. Get the file again"):
         evaluate(path, EvaluateOptions(folder=pair_folder))
 
 

@@ -101,7 +101,7 @@ def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
             cli.main([*verb.split(), *words, *short, *(LOCAL_ENCODERS if verb == "finetune" else [])])
         verbs.append(verb)
     assert verbs == [
-        *"demo train train train finetune finetune".split(),
+        *"demo train train train finetune finetune inspect convert".split(),
         *"data check,data show".split(","),
         *2 * ["evaluate"],
     ]

@@ -27,6 +27,8 @@ SMALL: dict[str, Any] = {
         "epochs": 3,
     },
     "activation": "gelu",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.25, 0.3],
 }
 RESNET = {"size": 64, "blocks": [1, 2, 1, 1], "width": 8}
 
@@ -83,6 +85,7 @@ def test_own_file(tmp_path):
     config = read_config(str(path))
     assert config.to_dict() == SMALL
     assert config == config_from_dict(config.to_dict()) == config_from_dict(SMALL)
+    assert CLIP(config).pixel_norm.mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
     assert config.image.size == 32 and config.optimizer.betas == (0.9, 0.98)
     assert CLIP(config).visual.proj.shape == (24, 16)
 

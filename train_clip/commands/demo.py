@@ -16,7 +16,6 @@ from train_clip.commands.options import (
     OptimizerOptions,
     RunOptions,
     TrainerOptions,
-    WeightOptions,
     select,
 )
 from train_clip.commands.train import train
@@ -62,7 +61,6 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
             json=output / "scores.json",
             picture=output / "best_captions.png",
         ),
-        WeightOptions(),
     )
     print(
         f"\nThat took {time.perf_counter() - started:.0f} s. With a folder of your own, images and captions that share "

@@ -18,6 +18,7 @@ from train_clip.data.images import open_rgb
 from train_clip.evaluation.pictures import draw_best_captions
 from train_clip.files import write_text
 
+UNCHANGED = WeightOptions()
 IMAGES_IN_PICTURE = 18
 NAMED = 5  # files named on the screen; --json names all
 
@@ -33,7 +34,7 @@ class EvaluateOptions(ScoreOptions):
     picture: Path | None = None
 
 
-def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions) -> Scores:
+def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = UNCHANGED) -> Scores:
     """Score a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
