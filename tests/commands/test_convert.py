@@ -79,7 +79,7 @@ def test_training_begins_with_the_weights(here, tmp_path, verb, target):
 
 
 def test_another_size_is_trained_repeated_and_resumed(here, tmp_path, monkeypatch):
-    """``--image_size``, ``--context_length`` beside ``--pretrained``: again by the run's config, and by ``--resume``."""
+    """``--image_size``, ``--context_length`` beside ``--pretrained``: again by the run's config, and ``--resume``."""
     words = "--pretrained open_clip --image_size 32 --context_length 8".split()
     cli.main(["train", *words, *SHORT, "--output", str(tmp_path / "first")])
     cli.main(["train", "--config", str(tmp_path / "first" / "config.yaml"), "--output", str(tmp_path / "again")])

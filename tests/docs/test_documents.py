@@ -109,9 +109,10 @@ def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
 
 
 def test_documented_python_runs(as_a_newcomer):
-    """README's and exactness.md's Python, each block as a script of its own."""
-    found = blocks(ROOT / "README.md", "python") + blocks(ROOT / "docs" / "exactness.md", "python")
-    assert len(found) == 3
+    """README's, exactness.md's and checkpoints.md's Python, each block as a script of its own."""
+    documents = ("README.md", "docs/exactness.md", "docs/checkpoints.md")
+    found = [block for document in documents for block in blocks(ROOT / document, "python")]
+    assert len(found) == 4
     for block in found:
         ended = subprocess.run(
             [sys.executable, "-c", block], cwd=as_a_newcomer, capture_output=True, text=True, timeout=200

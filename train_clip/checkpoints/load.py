@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from train_clip.checkpoints.architecture import STRIDE
@@ -25,6 +26,7 @@ from train_clip.models.blocks import ACTIVATIONS
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, ResNetConfig, read_config
 from train_clip.models.dual_encoder import DualEncoder
+from train_clip.models.pixels import PixelNorm
 
 NAMED = 3  # tensors in a message
 
@@ -110,10 +112,15 @@ def find_weights(source: str | Path, choices: Choices) -> Weights:
 
 
 def build(weights: Weights) -> tuple[DualEncoder, Tokenizer | PretrainedTokenizer]:
-    """Build the model, with random weights, and its tokenizer."""
-    if weights.config is None:
+    """Build the model, its weights still to be filled in, and its tokenizer."""
+    config = weights.config
+    if config is None:
         return build_custom(weights.found.arguments)
-    return CLIP(weights.config), Tokenizer(weights.config.text.context)
+    # Without memory for weights that are replaced at once, and the seconds that it takes to draw them.
+    with torch.device("meta"):
+        model = CLIP(config)
+    model.pixel_norm = PixelNorm(config.mean, config.std)
+    return model, Tokenizer(config.text.context)
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -137,7 +144,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
             f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
             "sizes are another's, name it (--model_name)."
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
 
 
 def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:

@@ -28,12 +28,12 @@ def find_openai(contents: Contents) -> Found | None:
     }
     config = config_from_shapes(records, contents.path.stem)
     if is_openai:
-        return Found(f"OpenAI's ({contents.kind})", config, records)
+        return Found("OpenAI's", config, records)
     activation = ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2])
     if activation is None:
-        return Found(contents.kind, config, records, unsaid=unsaid_of(config))
+        return Found("TorchScript", config, records, unsaid=unsaid_of(config))
     unsaid = tuple(word for word in unsaid_of(config) if word != "activation")
-    return Found(contents.kind, dataclasses.replace(config, activation=activation), records, unsaid=unsaid)
+    return Found("TorchScript", dataclasses.replace(config, activation=activation), records, unsaid=unsaid)
 
 
 def find_state_dict(contents: Contents) -> Found | None:

@@ -36,17 +36,21 @@ def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
 
 
 def _from_archive(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
-    """Tensors of a zip archive, whose reader checks each entry; those of one storage share its memory."""
-    storages: dict[str, Tensor] = {}
+    """Tensors of a zip archive, whose reader checks each entry against its checksum."""
+    by_storage: dict[str, dict[str, TensorRecord]] = {}
+    for name, record in records.items():
+        by_storage.setdefault(record.entry, {})[name] = record
     found = {}
     with zipfile.ZipFile(file) as archive:
-        for name, record in records.items():
-            if record.entry not in storages:
-                # A bytearray, since PyTorch wants memory that it may write to.
-                content = bytearray(archive.read(record.entry))
-                dtype = getattr(torch, record.dtype)
-                storages[record.entry] = _wide(torch.frombuffer(content, dtype=dtype) if content else torch.empty(0))
-            found[name] = storages[record.entry].as_strided(record.shape, record.stride or (), record.offset)
+        for entry, sharing in by_storage.items():
+            # A bytearray, since PyTorch wants memory that it may write to.
+            content = bytearray(archive.read(entry))
+            dtype = getattr(torch, next(iter(sharing.values())).dtype)
+            storage = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            for name, record in sharing.items():
+                tensor = storage.as_strided(record.shape, record.stride or (), record.offset)
+                # What shared its storage in the file is no longer one when it is trained.
+                found[name] = _wide(tensor if len(sharing) == 1 else tensor.clone())
     return found
 
 
@@ -56,4 +60,4 @@ def _from_safetensors(file: Path, records: Mapping[str, TensorRecord]) -> dict[s
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
