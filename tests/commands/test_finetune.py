@@ -180,7 +180,7 @@ def test_a_locked_tower_beside_a_projection(here):
         ("--image_encoder bert", r"a path without its library"),
         ("--image_encoder hf:nowhere/nothing", r"hf download nowhere/nothing .*--image_encoder hf:FOLDER"),
         ("--text_encoder torchvision:resnet50", r"torchvision has no text encoders"),
-        ("--text_encoder train-clip:run/checkpoints/last.ckpt", r"holds no CLIP of ours"),
+        ("--text_encoder train-clip:run/checkpoints/last.ckpt", r"two encoders and no CLIP"),
         ("--pretrained data", r"data: a folder without weights; expected one of open_clip_model\.safetensors"),
         ("--pretrained data/000.png", r"data/000\.png: begins with b'\\x89PNG.*, which no file of weights does"),
         ("--pretrained openai --model_name ViT-L/16", r"OpenAI has published no such model"),

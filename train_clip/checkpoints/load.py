@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from train_clip.checkpoints.architecture import STRIDE
 from train_clip.checkpoints.custom import build_custom
-from train_clip.checkpoints.formats import identify
-from train_clip.checkpoints.found import Choices, Found, Tensors
-from train_clip.checkpoints.resize import resize_image_positions, resize_text_positions
-from train_clip.checkpoints.sources import find_contents
-from train_clip.checkpoints.tensors import read_tensors
+from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.weights import Weights, fill, find_weights
 from train_clip.data.preprocess import Preprocess
 from train_clip.data.pretrained_tokenizer import PretrainedTokenizer
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.errors import UserError
-from train_clip.models.blocks import ACTIVATIONS
 from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig, ResNetConfig, read_config
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.models.pixels import PixelNorm
-
-NAMED = 3  # tensors in a message
 
 
 class Pretrained(NamedTuple):
@@ -43,32 +30,6 @@ class Pretrained(NamedTuple):
     model: DualEncoder
     preprocess: Preprocess
     tokenizer: Tokenizer | PretrainedTokenizer
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model in a file, all that is needed to build it settled.
-
-    Args:
-        source: what messages name.
-        found: what the file is.
-        choices: the user's.
-        config: of a CLIP; None for two encoders, which ``found.arguments`` tell of.
-    """
-
-    source: str
-    found: Found
-    choices: Choices
-    config: ModelConfig | None
-
-    def read(self) -> dict[str, Tensor]:
-        """The tensors by the names that they have here, float32, positions interpolated where that was asked for."""
-        tensors: Tensors = self.found.rename(read_tensors(self.found.records))
-        if self.config is not None and self.choices.image_size is not None:
-            tensors = resize_image_positions(tensors, self.choices.image_size // _pixels_of_place(self.config))
-        if self.choices.context_length is not None:
-            tensors = resize_text_positions(tensors, self.choices.context_length)
-        return dict(tensors)
 
 
 def load(source: str | Path, **choices: Any) -> Pretrained:
@@ -90,27 +51,6 @@ def load(source: str | Path, **choices: Any) -> Pretrained:
     )
 
 
-def find_weights(source: str | Path, choices: Choices) -> Weights:
-    """Find a model, and settle with the user's choices what its file leaves open.
-
-    Args:
-        source: as for ``load``.
-        choices: the user's.
-
-    Raises:
-        UserError: as ``load``.
-    """
-    found = identify(find_contents(source))
-    if found.config is None:
-        if any(value is not None for value in dataclasses.astuple(choices)):
-            raise UserError(
-                f"{source}: two encoders, whose sizes and activations are their own. Leave the choices out."
-            )
-        return Weights(str(source), found, choices, None)
-    config = _sized(_settled(found, found.config, choices, source), choices, source)
-    return Weights(str(source), found, choices, config)
-
-
 def build(weights: Weights) -> tuple[DualEncoder, Tokenizer | PretrainedTokenizer]:
     """Build the model, its weights still to be filled in, and its tokenizer."""
     config = weights.config
@@ -121,74 +61,3 @@ def build(weights: Weights) -> tuple[DualEncoder, Tokenizer | PretrainedTokenize
         model = CLIP(config)
     model.pixel_norm = PixelNorm(config.mean, config.std)
     return model, Tokenizer(config.text.context)
-
-
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load weights strictly.
-
-    Raises:
-        UserError: tensors that are missing, too many, or of other shapes; both are named.
-    """
-    own = model.state_dict()
-    missing, foreign = [
-        sorted(one - other) for one, other in ((own.keys(), tensors.keys()), (tensors.keys(), own.keys()))
-    ]
-    shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-    found = [f"lacks {_some(missing)}"] if missing else []
-    found += [f"has {_some(foreign)} besides"] if foreign else []
-    found += [
-        f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in shapes[:NAMED]
-    ]
-    if found:
-        raise UserError(
-            f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
-            "sizes are another's, name it (--model_name)."
-        )
-    model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
-
-
-def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
-    """The configuration with what the file leaves open as the user has chosen."""
-    if choices.model_name is not None:
-        named = read_config(choices.model_name)
-        config = dataclasses.replace(named, activation=config.activation, mean=config.mean, std=config.std)
-    elif "heads" in found.unsaid:
-        raise UserError(
-            f"{source}: weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
-            "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
-            "`train-clip models --show ViT-B/32` prints one to start from."
-        )
-    if "activation" not in found.unsaid:
-        if choices.activation not in (None, config.activation):
-            raise UserError(
-                f"{source}: its activation is {config.activation}, found {choices.activation} asked for. Leave "
-                "--activation out."
-            )
-        return config
-    if choices.activation not in ACTIVATIONS:
-        raise UserError(
-            f"{source}: does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "
-            "what was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
-            "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)."
-        )
-    return dataclasses.replace(config, activation=choices.activation)
-
-
-def _sized(config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
-    """The configuration for another size of images or length of captions."""
-    try:
-        if choices.image_size is not None:
-            config = config.with_image_size(choices.image_size)
-        return config if choices.context_length is None else config.with_context(choices.context_length)
-    except UserError as error:
-        raise UserError(f"{source}: {error}.") from error
-
-
-def _pixels_of_place(config: ModelConfig) -> int:
-    """Pixels to a place of the grid that positions are embedded in."""
-    return STRIDE if isinstance(config.image, ResNetConfig) else config.image.patch
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -1,14 +1,13 @@
-"""The towers of this package's own checkpoints as encoders."""
+"""The towers of a CLIP as encoders to be joined with others: of this package's checkpoints, or of any file it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.weights import fill, find_weights
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
@@ -16,20 +15,23 @@ from train_clip.models.encoders.encoder import ImageEncoder, TextEncoder
 from train_clip.models.text_tower import TextTower
 
 SOURCE = "train-clip"
+IMAGE_TOWER = "visual."
+OF_BOTH = ("logit_scale",)
 
 
 def load_image(name: str) -> ImageEncoder:
     """The image tower of a CLIP, projection included.
 
     Args:
-        name: a checkpoint of ``train``, or of ``finetune --pretrained``.
+        name: whatever ``train_clip.load`` takes.
 
     Raises:
-        UserError: as ``read_checkpoint``, or the model is no CLIP.
+        UserError: as there, or the model is no CLIP.
     """
     description, weights = _read(name)
     encoder = build_image(description)
-    _load(encoder.module, weights, "model.visual.", name)
+    own = {key.removeprefix(IMAGE_TOWER): value for key, value in weights.items() if key.startswith(IMAGE_TOWER)}
+    fill(encoder.module, own, f"{SOURCE}:{name}")
     return encoder
 
 
@@ -44,10 +46,9 @@ def load_text(name: str) -> TextEncoder:
     """
     description, weights = _read(name)
     encoder = build_text(description)
-    others = ("model.visual.", "model.logit_scale")
-    weights = {key: value for key, value in weights.items() if not key.startswith(others)}
+    own = {key: value for key, value in weights.items() if not key.startswith((IMAGE_TOWER, *OF_BOTH))}
     assert isinstance(encoder.module, TextTower)
-    _load(encoder.module.clip, weights, "model.", name)
+    fill(encoder.module.clip, own, f"{SOURCE}:{name}")
     return encoder
 
 
@@ -63,24 +64,13 @@ def build_text(description: dict[str, Any]) -> TextEncoder:
     return TextEncoder(TextTower(clip), clip.embed_dim, clip.context_length, clip.vocab_size, description)
 
 
-def _read(name: str) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """A description, and the weights under the names that they have in the file."""
-    state = read_checkpoint(Path(name))
-    arguments = state.get("hyper_parameters", {})
-    if not isinstance(arguments, Mapping) or "config" not in arguments:
+def _read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A description, and the weights of both towers."""
+    weights = find_weights(name, Choices())
+    if weights.config is None:
         raise UserError(
-            f"{SOURCE}:{name}: holds no CLIP of ours. Expected a checkpoint of `train-clip train`; encoders of other "
-            "libraries come from there (hf:NAME)."
+            f"{SOURCE}:{name}: two encoders and no CLIP. Expected a checkpoint of `train-clip train`, or another CLIP; "
+            "encoders of other libraries come from there (hf:NAME)."
         )
-    config = arguments["config"]
-    return {"source": SOURCE, "name": name, "label": config["name"], "config": config}, state["state_dict"]
-
-
-def _load(module: nn.Module, weights: Mapping[str, Tensor], prefix: str, name: str) -> None:
-    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    try:
-        module.load_state_dict(own)
-    except RuntimeError as error:
-        raise UserError(
-            f"{SOURCE}:{name}: the weights do not fit its model ({str(error).splitlines()[-1].strip()})."
-        ) from error
+    config = weights.config
+    return {"source": SOURCE, "name": name, "label": config.name, "config": config.to_dict()}, weights.read()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from train_clip.checkpoints.load import Weights, find_weights
 from train_clip.checkpoints.sources import openai_name
+from train_clip.checkpoints.weights import Weights, find_weights
 from train_clip.commands.options import ModelOptions
 from train_clip.errors import UserError
 

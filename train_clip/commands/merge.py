@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.load import find_weights
 from train_clip.checkpoints.merge import interpolate
 from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.weights import find_weights
 from train_clip.commands.scoring import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
 from train_clip.errors import UserError
 from train_clip.files import write_text

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from train_clip.checkpoints.load import Weights
+from train_clip.checkpoints.weights import Weights
 from train_clip.commands.beginning import DEFAULT_MODEL, pretrained_weights
 from train_clip.commands.options import (
     DataOptions,

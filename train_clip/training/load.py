@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.load import Weights
+from train_clip.checkpoints.weights import Weights
 from train_clip.errors import UserError
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.custom_wrapper import CustomCLIPWrapper

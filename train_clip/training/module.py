@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from train_clip.checkpoints.load import fill
+from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts, unit_norm
 from train_clip.gather import gather_with_gradient, world
