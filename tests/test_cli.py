@@ -55,7 +55,8 @@ def test_the_options_of_finetune_are_the_documented_ones():
     document = Path(__file__).parents[1].joinpath("docs/finetuning.md").read_text(encoding="utf-8")
     table = document.split("## Options")[1].split("\n## ")[0]
     own = {field.name for group in (StartOptions, TuningOptions) for field in dataclasses.fields(group)}
-    assert own - {field.name for field in dataclasses.fields(ModelOptions)} | {"pretrained"} == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
+    shared = {field.name for field in dataclasses.fields(ModelOptions)} - {"pretrained"}
+    assert own - shared == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
 
 
 @pytest.mark.parametrize("words", [["--lock_image"], ["--lock_image", "--lock_text", "false"], ["--lock_image=true"]])

@@ -1,4 +1,4 @@
-"""Which model lies where a user says, settled with the user's choices; its tensors, and how they are loaded: strictly."""
+"""Which model lies where a user says, settled with the user's choices; its tensors, and how they load: strictly."""
 
 from __future__ import annotations
 
