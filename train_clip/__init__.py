@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from train_clip.training.clip_wrapper import CLIPWrapper
     from train_clip.training.custom_wrapper import CustomCLIPWrapper
     from train_clip.training.data_module import TextImageDataModule
+    from train_clip.training.prompt_wrapper import PromptCLIPWrapper
 
 __all__ = [
     "CLIP",
     "CLIPWrapper",
     "CustomCLIPWrapper",
     "ModelConfig",
+    "PromptCLIPWrapper",
     "TextImageDataModule",
     "Tokenizer",
     "load",
@@ -33,6 +35,7 @@ _HOMES = {
     "CLIPWrapper": "train_clip.training.clip_wrapper",
     "CustomCLIPWrapper": "train_clip.training.custom_wrapper",
     "ModelConfig": "train_clip.models.config",
+    "PromptCLIPWrapper": "train_clip.training.prompt_wrapper",
     "TextImageDataModule": "train_clip.training.data_module",
     "Tokenizer": "train_clip.data.tokenizer",
     "load": "train_clip.checkpoints.load",

@@ -29,6 +29,7 @@ VERBS = {
         "train a CLIP on a folder of images and captions, from scratch or from weights",
     ),
     "finetune": ("train_clip.commands.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
+    "prompt-tune": ("train_clip.commands.prompt_tune", "tune visual prompts beside a pretrained CLIP"),
     "merge": ("train_clip.commands.merge", "mix a fine-tuned model with the one it began as, and score the mixtures"),
     "inspect": ("train_clip.commands.inspect", "tell what lies in a file of weights, in a moment"),
     "convert": ("train_clip.commands.convert", "write a model for open_clip, Hugging Face or readers of .safetensors"),
@@ -128,7 +129,7 @@ def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.
     Returns:
         The verb's function, and what to call it with.
     """
-    function = getattr(importlib.import_module(VERBS[verb][0]), verb.replace(" ", "_"))
+    function = getattr(importlib.import_module(VERBS[verb][0]), verb.replace(" ", "_").replace("-", "_"))
     parser, groups = _parser(verb, function)
     kinds = [kind for kind, _ in groups.values() if dataclasses.is_dataclass(kind)]
     flags = {f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.default is False}

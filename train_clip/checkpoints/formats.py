@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from train_clip.checkpoints import huggingface, open_clip, openai, own
+from train_clip.checkpoints import huggingface, open_clip, openai, own, prompts
 from train_clip.checkpoints.contents import Contents
 from train_clip.checkpoints.found import Found
 from train_clip.errors import UserError
 
 # Those that say what they are come before those that are told by the names of their tensors.
 FORMATS: tuple[Callable[[Contents], Found | None], ...] = (
+    prompts.find_prompts,
     own.find_checkpoint,
     own.find_safetensors,
+    prompts.find_fork,
     own.find_train_clip,
     huggingface.find_huggingface,
     open_clip.find_with_config,

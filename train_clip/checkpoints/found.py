@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_clip.checkpoints.archive import TensorRecord
 from train_clip.models.config import ModelConfig
+from train_clip.models.prompt_config import PromptConfig
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from torch import Tensor
@@ -30,6 +32,7 @@ class Found:
         config: of a CLIP; None for two encoders of ``finetune``, which ``arguments`` tell of.
         records: its tensors, prefixes taken off.
         rename: maps them, read, to the names and shapes that the model has here.
+        prompts: of a CLIP with visual prompts.
         unsaid: what of the configuration the file does not say: "activation", "heads".
         arguments: what the module that was trained was made with.
         about: what else the file says, for who reads it.
@@ -39,6 +42,7 @@ class Found:
     config: ModelConfig | None
     records: Mapping[str, TensorRecord]
     rename: Callable[[Tensors], Tensors] = as_they_are
+    prompts: PromptConfig | None = None
     unsaid: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -53,12 +57,14 @@ class Choices:
         activation: ``quick_gelu`` or ``gelu``, where a file does not say.
         image_size: side of the images in pixels, if not the model's; its positional embeddings are interpolated.
         context_length: tokens of a caption at most, likewise.
+        backbone: of a file of visual prompts, where its backbone lies, if not where it lay.
     """
 
     model_name: str | None = None
     activation: str | None = None
     image_size: int | None = None
     context_length: int | None = None
+    backbone: str | Path | None = None
 
     def named(self) -> dict[str, Any]:
         """As arguments of ``load``."""

@@ -16,6 +16,7 @@ from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.models.pixels import PixelNorm
+from train_clip.models.prompts import add_prompts
 
 
 class Pretrained(NamedTuple):
@@ -59,5 +60,7 @@ def build(weights: Weights) -> tuple[DualEncoder, Tokenizer | PretrainedTokenize
     # Without memory for weights that are replaced at once, and the seconds that it takes to draw them.
     with torch.device("meta"):
         model = CLIP(config)
+        if weights.found.prompts is not None:
+            add_prompts(model, weights.found.prompts)
     model.pixel_norm = PixelNorm(config.mean, config.std)
     return model, Tokenizer(config.text.context)

@@ -31,7 +31,7 @@ def find_checkpoint(contents: Contents) -> Found | None:
         config,
         without_prefix(contents.tensors, MODEL),
         arguments=arguments,
-        about=_progress(contents.data),
+        about=progress(contents.data),
     )
 
 
@@ -58,9 +58,10 @@ def find_train_clip(contents: Contents) -> Found | None:
         )
     records = without_prefix(contents.tensors, MODEL)
     config = config_from_shapes(records, contents.path.stem)
-    return Found("train-CLIP checkpoint (CLIPWrapper)", config, records, about=_progress(contents.data))
+    return Found("train-CLIP checkpoint (CLIPWrapper)", config, records, about=progress(contents.data))
 
 
-def _progress(data: Mapping[str, Any]) -> dict[str, Any]:
+def progress(data: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a run of Lightning's had come."""
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
     return {shown: data[name] for name, shown in names.items() if name in data}

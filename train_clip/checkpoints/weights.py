@@ -10,8 +10,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from train_clip.checkpoints.architecture import STRIDE
+from train_clip.checkpoints.digest import digest_of
 from train_clip.checkpoints.formats import identify
 from train_clip.checkpoints.found import Choices, Found, Tensors
+from train_clip.checkpoints.prompts import join
 from train_clip.checkpoints.resize import resize_image_positions, resize_text_positions
 from train_clip.checkpoints.sources import find_contents
 from train_clip.checkpoints.tensors import read_tensors
@@ -31,21 +33,37 @@ class Weights:
         found: what the file is.
         choices: the user's.
         config: of a CLIP; None for two encoders, which ``found.arguments`` tell of.
+        backbone: of visual prompts in a file of their own.
     """
 
     source: str
     found: Found
     choices: Choices
     config: ModelConfig | None
+    backbone: Weights | None = None
 
     def read(self) -> dict[str, Tensor]:
         """The tensors by the names that they have here, float32, positions interpolated where that was asked for."""
         tensors: Tensors = self.found.rename(read_tensors(self.found.records))
+        if self.backbone is not None:
+            return join(tensors, self._read_backbone(self.backbone))
         if self.config is not None and self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // _pixels_of_place(self.config))
         if self.choices.context_length is not None:
             tensors = resize_text_positions(tensors, self.choices.context_length)
         return dict(tensors)
+
+    def _read_backbone(self, backbone: Weights) -> dict[str, Tensor]:
+        """The tensors of the backbone, if it is the one that the prompts were trained beside."""
+        tensors = backbone.read()
+        found, expected = digest_of(tensors), self.found.arguments["digest"]
+        if found != expected:
+            raise UserError(
+                f"{self.source}: its prompts belong to another backbone: SHA-256 of its weights {expected[:16]}…, of "
+                f"{backbone.source} {found[:16]}…. Give the one that they were trained beside: --backbone (in Python "
+                "backbone=…)."
+            )
+        return tensors
 
 
 def find_weights(source: str | Path, choices: Choices) -> Weights:
@@ -59,6 +77,12 @@ def find_weights(source: str | Path, choices: Choices) -> Weights:
         UserError: as ``load``.
     """
     found = identify(find_contents(source))
+    if found.prompts is not None:
+        _require_no_choice(choices, str(source))
+    if found.prompts is not None and found.config is None:
+        return _beside_backbone(found, choices, str(source))
+    if choices.backbone is not None:
+        raise UserError(f"{source}: {found.format}, a whole model. Leave the backbone out.")
     if found.config is None:
         if any(value is not None for value in dataclasses.astuple(choices)):
             raise UserError(
@@ -91,6 +115,24 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
             "sizes are another's, name it (--model_name)."
         )
     model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
+
+
+def _beside_backbone(found: Found, choices: Choices, source: str) -> Weights:
+    """Visual prompts, and the backbone where the user says that it lies, or where it lay when they were trained."""
+    kept = found.arguments["backbone"]
+    try:
+        backbone = find_weights(choices.backbone or kept, Choices(**found.arguments.get("backbone_choices", {})))
+    except UserError as error:
+        raise UserError(
+            f"{source}: visual prompts, whose backbone cannot be loaded ({error}) If it lies elsewhere by now: "
+            "--backbone (in Python backbone=…)."
+        ) from error
+    return Weights(source, found, choices, backbone.config, backbone)
+
+
+def _require_no_choice(choices: Choices, source: str) -> None:
+    if any(value is not None for value in dataclasses.astuple(dataclasses.replace(choices, backbone=None))):
+        raise UserError(f"{source}: visual prompts, whose backbone is of one size. Leave the other choices out.")
 
 
 def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:

@@ -20,6 +20,7 @@ from train_clip.errors import UserError
 from train_clip.files import BESIDE, replacing, write_text
 from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder
+from train_clip.models.prompts import PromptedTransformer
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
@@ -40,6 +41,11 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
             f"{model.name}: two encoders joined by this package, which no format of others holds: each says which CLIP "
             "it is by its sizes alone. Keep the .ckpt, which every verb reads; or save its encoders by themselves, in "
             "Python: model.visual, model.transformer."
+        )
+    if isinstance(model.visual, PromptedTransformer):
+        raise UserError(
+            f"{model.name}: a CLIP with visual prompts, which no format of others holds. Keep the .ckpt, which "
+            "`evaluate` and train_clip.load read."
         )
     require_writable(target)
     WRITERS[kind](model, target)

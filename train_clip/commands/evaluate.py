@@ -29,9 +29,11 @@ class EvaluateOptions(ScoreOptions):
 
     Args:
         picture: a PNG to draw, images beside the captions that the model finds most similar
+        backbone: of a checkpoint of visual prompts, where its backbone lies, if not where it lay
     """
 
     picture: Path | None = None
+    backbone: str | None = None
 
 
 def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = UNCHANGED) -> Scores:
@@ -50,7 +52,8 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         UserError: a file that is missing or does not hold what it should.
     """
     options.require_sense()
-    scores, collection = score(load_for_scoring(checkpoint, options.device, weights.choices), options)
+    choices = dataclasses.replace(weights.choices, backbone=options.backbone)
+    scores, collection = score(load_for_scoring(checkpoint, options.device, choices), options)
     report(scores)
     if options.json is not None:
         write_text(options.json, json.dumps(dataclasses.asdict(scores), indent=2) + "\n")

@@ -13,7 +13,7 @@ from train_clip.checkpoints.found import Found
 from train_clip.checkpoints.sources import find_contents
 
 # A module's arguments that say which model it is, and not how it was trained.
-OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer")
+OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
 
 
@@ -53,6 +53,8 @@ def _model(found: Found) -> dict[str, str]:
     kinds = sorted({record.dtype for record in found.records.values()})
     parameters = sum(math.prod(record.shape) for name, record in found.records.items() if not name.endswith(BUFFERS))
     weights = {"weights": f"{parameters:,} parameters in {len(found.records):,} tensors, {', '.join(kinds)}"}
+    if found.config is None and found.prompts is not None:
+        return weights
     if found.config is None:
         return {name: _encoder(found.arguments.get(name)) for name in ("image_encoder", "text_encoder")} | weights
     config = found.config

@@ -22,7 +22,7 @@ from train_clip.commands.resume import Resumption, find_checkpoint
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
 from train_clip.errors import UserError
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import Checkpoints, Interval
+from train_clip.training.checkpoints import BY_RECALL, Best, Checkpoints, Interval
 from train_clip.training.curves import Curves
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.metrics_log import MetricsLog
@@ -45,6 +45,7 @@ class Job:
         data: the pairs.
         epochs: where neither ``--epochs`` nor ``--max_steps`` is given.
         options: the verb's own options as the run's ``config.yaml`` keeps them, resolved, given the run's folder.
+        best_by: what its ``best.ckpt`` is best at.
     """
 
     verb: str
@@ -52,6 +53,7 @@ class Job:
     data: TextImageDataModule
     epochs: int
     options: Callable[[Path], tuple[Any, ...]]
+    best_by: Best = BY_RECALL
 
 
 def begin(run: RunOptions) -> Resumption | None:
@@ -83,7 +85,10 @@ def train_job(job: Job, run: RunOptions, trainer: TrainerOptions, resumed: Resum
     folder = choose_run_folder(run.output, module.model.name, resumed)
     options = resolve_trainer(trainer)
     saving = Checkpoints(
-        folder / "checkpoints", None if run.save_every is None else Interval.parse(str(run.save_every)), run.keep
+        folder / "checkpoints",
+        None if run.save_every is None else Interval.parse(str(run.save_every)),
+        run.keep,
+        job.best_by,
     )
     epochs = _epochs(run, trainer, job.epochs)
     lightning_trainer = build_trainer(options, folder, epochs, saving, first_step=resumed.step if resumed else 0)

@@ -98,6 +98,11 @@ class DualEncoder(nn.Module):
         similarity = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
         return similarity, similarity.T
 
+    @property
+    def text_is_fixed(self) -> bool:
+        """Whether the text tower is locked, so that a caption's embedding is the same at every step."""
+        return self._locked[1]
+
     def lock(self, image: bool, text: bool) -> None:
         """Keep towers as they are: no gradient, no graph, and eval mode whatever ``train`` asks for."""
         self._locked = (image, text)

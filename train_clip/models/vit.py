@@ -40,7 +40,15 @@ class VisionTransformer(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) normalised images to (B, W) features, before the projection."""
+        return self.read_out(self.transformer(self.embed(images)))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) normalised images to what the first block takes: (B, 1 + P, W), the class token first."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0])
+        return self.ln_pre(x)
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Map what the last block gives, (B, L, W), the class token first, to (B, W) features."""
+        return self.ln_post(x[:, 0])

@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,7 +24,18 @@ from train_clip.gather import host_group, largest
 from train_clip.training.trainer_state import gradient_pending, last_batch, log_step
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-MONITOR = "val/mean_recall"
+
+
+class Best(NamedTuple):
+    """What the best state is best at.
+
+    Args:
+        figure: of a validation.
+        lowest: whether the lowest is best.
+    """
+
+    figure: str = "val/mean_recall"
+    lowest: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class Interval:
         return Interval(seconds=60 * number) if minutes else Interval(steps=int(number))
 
 
+BY_RECALL = Best()
+
+
 class Checkpoints(Checkpoint):
     """Saves after each epoch, at an interval within it, and names the state that scores best.
 
@@ -61,16 +75,18 @@ class Checkpoints(Checkpoint):
         folder: of the checkpoints.
         every: how often within an epoch; None for only at its end.
         keep: how many of the newest states to keep, beside the best one.
-
-    The best is the one that retrieves best on the held-out pairs, not the one of the lowest loss: on small sets the
-    held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better (docs/training.md
-    shows such a run).
+        best_by: by default the best retrieves best on the held-out pairs, and has not the lowest loss: on small sets
+            the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
+            (docs/training.md shows such a run).
     """
 
-    def __init__(self, folder: str | Path, every: Interval | None = None, keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | Path, every: Interval | None = None, keep: int = 2, best_by: Best = BY_RECALL
+    ) -> None:
         self.folder = Path(folder)
         self.every = every or Interval()
         self.keep = keep
+        self.best_by = best_by
         self.best: float | None = None
         self._best_is_due = False
         self._between_steps = True  # no gradient is pending
@@ -103,7 +119,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note a state that is better than any before; within an epoch it is saved here, else at the epoch's end."""
-        value = trainer.callback_metrics.get(MONITOR)
+        value = trainer.callback_metrics.get(self.best_by.figure)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or value is None:
             return
         if not self._between_steps:
@@ -112,7 +128,7 @@ class Checkpoints(Checkpoint):
                 "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
-        better = bool(value.isfinite()) and (self.best is None or float(value) > self.best)
+        better = bool(value.isfinite()) and (self.best is None or self._improves(float(value), self.best))
         if better:
             self.best, self._best_is_due = float(value), True
         if (better or trainer.should_stop) and not self._epoch_is_whole:
@@ -163,6 +179,9 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.best = state_dict["best"]
+
+    def _improves(self, value: float, best: float) -> bool:
+        return value < best if self.best_by.lowest else value > best
 
     def _name(self, target: Path, step: int) -> None:
         """Give a new file its other names, and delete what is older than the newest few."""

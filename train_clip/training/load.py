@@ -12,6 +12,7 @@ from train_clip.errors import UserError
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.custom_wrapper import CustomCLIPWrapper
 from train_clip.training.module import ContrastiveModule
+from train_clip.training.prompt_wrapper import PromptCLIPWrapper
 
 
 def retrained(weights: Weights, **how: Any) -> ContrastiveModule:
@@ -25,6 +26,11 @@ def retrained(weights: Weights, **how: Any) -> ContrastiveModule:
         UserError: tensors that do not fit, or an encoder that the file does not say how to make.
     """
     module: ContrastiveModule
+    if weights.found.prompts is not None:
+        raise UserError(
+            f"{weights.source}: a CLIP with visual prompts, which `train-clip prompt-tune` trains. Expected a CLIP "
+            "without, or two encoders."
+        )
     if weights.config is not None:
         module = CLIPWrapper(weights.config.name, weights.config, **how)
     else:
@@ -51,8 +57,10 @@ def _alike(arguments: Mapping[str, Any], source: str, how: Mapping[str, Any]) ->
         return kind(**{name: arguments[name] for name in kind.names_of_model}, **how)
 
 
-def _kind_of(arguments: Mapping[str, Any]) -> type[CLIPWrapper] | type[CustomCLIPWrapper]:
+def _kind_of(arguments: Mapping[str, Any]) -> type[CLIPWrapper] | type[CustomCLIPWrapper] | type[PromptCLIPWrapper]:
     """Which module was made by these arguments."""
+    if "backbone" in arguments:
+        return PromptCLIPWrapper
     return CustomCLIPWrapper if "text_encoder" in arguments else CLIPWrapper
 
 

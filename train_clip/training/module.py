@@ -25,6 +25,7 @@ from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
 from train_clip.training.batch import BatchReader
 from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
+from train_clip.training.fixed_texts import FixedTexts
 from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
 from train_clip.training.skips import SkipReport
 from train_clip.training.teacher import Distillation, require_room
@@ -80,6 +81,7 @@ class ContrastiveModule(L.LightningModule):
             )
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
         self._reader = BatchReader(model, None)
+        self._fixed_texts = FixedTexts()
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
         self._tuning = tuning
@@ -272,8 +274,13 @@ class ContrastiveModule(L.LightningModule):
         """Unit-norm (B, D) embeddings of both sides, float32 or wider."""
         size, seed = self._minibatch_size, (self._seed, self.consumed_batches, world()[0])
         image_embeddings = encode_in_chunks(model.encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
-        text_embeddings = encode_in_chunks(model.encode_text, texts, size, (*seed, TEXT_TOWER), model.transformer)
-        return unit_norm(image_embeddings), unit_norm(text_embeddings)
+
+        def embed_texts(some: Texts) -> Tensor:
+            return unit_norm(encode_in_chunks(model.encode_text, some, size, (*seed, TEXT_TOWER), model.transformer))
+
+        if model is self.model and model.text_is_fixed:
+            return unit_norm(image_embeddings), self._fixed_texts.embed(self._caption_ids(texts), texts, embed_texts)
+        return unit_norm(image_embeddings), embed_texts(texts)
 
     @torch.no_grad()
     def _embed_by_teacher(self, images: Tensor, texts: Texts, num_pairs: int) -> tuple[Tensor, ...]:

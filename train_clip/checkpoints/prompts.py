@@ -1,0 +1,86 @@
+"""Visual prompts in files: ours, small and beside a backbone that lies elsewhere, and those of train-CLIP's fork."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from train_clip.checkpoints.architecture import config_from_shapes
+from train_clip.checkpoints.archive import TensorRecord
+from train_clip.checkpoints.contents import Contents
+from train_clip.checkpoints.found import Found, without_prefix
+from train_clip.checkpoints.own import LIGHTNING, MODEL, progress
+from train_clip.errors import UserError
+from train_clip.models.prompt_config import PromptConfig
+
+TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
+OF_FORK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.prompt_embeddings")
+FORK_DROPOUT = 0.2  # of the fork's model
+
+T = TypeVar("T")
+
+
+def find_prompts(contents: Contents) -> Found | None:
+    """A checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
+    arguments = contents.data.get("hyper_parameters")
+    if not isinstance(arguments, Mapping) or "backbone" not in arguments:
+        return None
+    try:
+        given = dict(arguments["prompts"])
+        prompts = PromptConfig(**(given | {"layers": tuple(given["layers"])}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{contents.path}: its prompts are not as this package writes them ({error}).") from error
+    return Found(
+        "train-clip visual prompts",
+        None,
+        without_prefix(contents.tensors, MODEL),
+        prompts=prompts,
+        arguments=arguments,
+        about={"backbone": arguments["backbone"], "prompts": describe(prompts)} | progress(contents.data),
+    )
+
+
+def find_fork(contents: Contents) -> Found | None:
+    """A checkpoint of the fork's CLIPWrapper2: a whole model, with prompts in each block.
+
+    Its first block inserts them, the middle ones replace, and the last one lets those of the block before pass: its own
+    were never used, and are left out.
+    """
+    if LIGHTNING not in contents.data:
+        return None
+    records = without_prefix(contents.tensors, MODEL)
+    prompts = {int(found[1]): record for name, record in records.items() if (found := OF_FORK.fullmatch(name))}
+    if not prompts:
+        return None
+    backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
+    config = config_from_shapes(backbone, contents.path.stem)
+    last = config.image.layers - 1  # type: ignore[union-attr]
+    used = {number: record for number, record in sorted(prompts.items()) if number != last}
+    unused = [f"visual.transformer.resblocks.{last}.prompt_embeddings"] if last in prompts else []
+    tuned = PromptConfig(_number(used, contents), tuple(used), FORK_DROPOUT, class_token=True)
+    names = join({f"{PROMPTS}{number}": record for number, record in used.items()}, backbone)
+    about = {"prompts": describe(tuned), "left out": ", ".join(unused) or "nothing"} | progress(contents.data)
+    return Found("train-CLIP fork's checkpoint (CLIPWrapper2)", config, names, prompts=tuned, about=about)
+
+
+def join(prompts: Mapping[str, T], backbone: Mapping[str, T]) -> dict[str, T]:
+    """What was trained, and the backbone under the names that it has once prompts are in its tower."""
+    return {_below_backbone(name): value for name, value in backbone.items()} | dict(prompts)
+
+
+def describe(prompts: PromptConfig) -> str:
+    """In words."""
+    layers = ", ".join(map(str, prompts.layers))
+    return f"{prompts.number} at each of the blocks {layers}" + ("; class token trained" if prompts.class_token else "")
+
+
+def _below_backbone(name: str) -> str:
+    return BACKBONE + name.removeprefix(TOWER) if name.startswith(TOWER) else name
+
+
+def _number(prompts: Mapping[int, TensorRecord], contents: Contents) -> int:
+    numbers = {record.shape[0] for record in prompts.values()}
+    if len(numbers) != 1:
+        raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
+    return numbers.pop()

@@ -1,0 +1,147 @@
+"""Tune visual prompts beside a pretrained CLIP."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from train_clip.checkpoints.sources import openai_name
+from train_clip.checkpoints.weights import Weights
+from train_clip.commands.beginning import DEFAULT_MODEL, OPENAI, pretrained_weights
+from train_clip.commands.options import DataOptions, ModelOptions, RunOptions, TrainerOptions
+from train_clip.commands.training_run import Job, begin, train_job
+from train_clip.errors import UserError
+from train_clip.models.config import ViTConfig
+from train_clip.models.prompt_config import PromptConfig, prompt_layers
+from train_clip.training.checkpoints import Best
+from train_clip.training.data_module import TextImageDataModule
+from train_clip.training.load import rebuilt
+from train_clip.training.module import ContrastiveModule
+from train_clip.training.prompt_wrapper import EPOCHS, PromptCLIPWrapper
+
+BASE_RATE, RATE_OF = 2.5, 256  # rate for a batch of so many pairs; the grid is VPT's (appendix A, table 6)
+ADAMW_RATE = 1e-3
+DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
+BY_LOSS = Best("val/loss", lowest=True)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is trained.
+
+    Args:
+        prompts: tokens at each block that has some
+        prompt_kind: at every block (deep), or at the first alone (shallow)
+        prompt_layers: the blocks that have prompts of their own, counted from 0, such as "[0, 1, 2]", if not those of
+            the kind
+        prompt_dropout: share of the prompts' numbers that is dropped in training; 0.1 for deep and 0 for shallow
+            prompts, if not told
+        class_token: whether the class embedding is trained too
+        optimizer: of the prompts
+        momentum: of SGD
+        learning_rate: at its peak, if not 2.5 for each 256 pairs of a batch with SGD, and 1e-3 with AdamW
+        weight_decay: of the prompts
+        warmup_steps: optimizer steps until the peak, if not a tenth of the run
+    """
+
+    prompts: int = 50
+    prompt_kind: Literal["deep", "shallow"] = "deep"
+    prompt_layers: list[int] | None = None
+    prompt_dropout: float | None = None
+    class_token: bool = True
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    momentum: float = 0.9
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup_steps: int | None = None
+
+
+def prompt_tune(
+    model: ModelOptions, data: DataOptions, prompts: PromptOptions, run: RunOptions, trainer: TrainerOptions
+) -> Path:
+    """Tune visual prompts: a few thousand numbers in the image tower of a pretrained CLIP, all else staying as it is.
+
+    Args:
+        model: the backbone.
+        data: the data.
+        prompts: what is trained.
+        run: length, seed and folder of the run.
+        trainer: arguments of Lightning's Trainer.
+
+    Returns:
+        The run's folder.
+    """
+    resumed = begin(run)
+    how: dict[str, Any] = {
+        "optimizer": prompts.optimizer,
+        "momentum": prompts.momentum,
+        "learning_rate": _rate(prompts, data.batch_size),
+        "weight_decay": prompts.weight_decay,
+        "warmup_steps": prompts.warmup_steps,
+        "minibatch_size": model.minibatch_size,
+        "seed": run.seed,
+    }
+    if resumed is not None:
+        module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
+    else:
+        backbone = _backbone(model)
+        # Wherever a later command is run: the checkpoint looks for its backbone there.
+        place = str(Path(backbone.source).resolve()) if Path(backbone.source).exists() else backbone.source
+        model = dataclasses.replace(model, pretrained=place)
+        kept = dataclasses.replace(backbone.choices, backbone=None).named()
+        told = {name: value for name, value in kept.items() if value is not None}
+        module = PromptCLIPWrapper(place, _config(prompts, backbone), backbone_choices=told, **how)
+    pairs = TextImageDataModule(
+        image_size=module.model.image_size, custom_tokenizer=module.tokenizer, seed=run.seed, **dataclasses.asdict(data)
+    )
+
+    def options(_: Path) -> tuple[object, ...]:
+        """What the run's ``config.yaml`` keeps."""
+        resolved = dataclasses.replace(prompts, learning_rate=how["learning_rate"])
+        return model, data, resolved
+
+    return train_job(Job("prompt-tune", module, pairs, EPOCHS, options, BY_LOSS), run, trainer, resumed)
+
+
+def _backbone(model: ModelOptions) -> Weights:
+    """The pretrained CLIP that prompts are put beside: where none is given, OpenAI's of that name.
+
+    Raises:
+        UserError: there is none, or it is a ResNet.
+    """
+    if model.pretrained is None:
+        name = model.model_name or DEFAULT_MODEL
+        plainly = "Prompts beside a random backbone learn nothing: it is the backbone that knows images and captions."
+        if openai_name(name) is None:
+            raise UserError(f"--model_name {name}: no weights were given. {plainly} Give some by --pretrained.")
+        print(f"No --pretrained was given: the backbone is OpenAI's {name}. {plainly}")
+        model = dataclasses.replace(model, pretrained=OPENAI)
+    weights = pretrained_weights(model)
+    assert weights is not None
+    if weights.config is None or not isinstance(weights.config.image, ViTConfig):
+        what = weights.found.format if weights.config is None else f"{weights.config.name}, a ResNet without tokens"
+        raise UserError(
+            f"--pretrained {weights.source}: {what}; prompts are put among a vision transformer's. Expected a CLIP such "
+            "as ViT-B/32. `train-clip finetune --pretrained` trains the others."
+        )
+    return weights
+
+
+def _config(prompts: PromptOptions, backbone: Weights) -> PromptConfig:
+    assert backbone.config is not None and isinstance(backbone.config.image, ViTConfig)
+    layers = prompts.prompt_layers
+    return PromptConfig(
+        prompts.prompts,
+        prompt_layers(prompts.prompt_kind, backbone.config.image.layers) if layers is None else tuple(layers),
+        DROPOUT[prompts.prompt_kind] if prompts.prompt_dropout is None else prompts.prompt_dropout,
+        prompts.class_token,
+    )
+
+
+def _rate(prompts: PromptOptions, batch_size: int) -> float:
+    """The rate at its peak: with SGD as VPT scales it by the batch."""
+    if prompts.learning_rate is not None:
+        return prompts.learning_rate
+    return ADAMW_RATE if prompts.optimizer == "adamw" else BASE_RATE * batch_size / RATE_OF
