@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from train_clip.errors import UserError
 from train_clip.training import checkpoints as module
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import MONITOR, Checkpoints, Interval
+from train_clip.training.checkpoints import BY_RECALL, Checkpoints, Interval
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ class Run:
         self.saving.on_train_batch_end(self.trainer, None, None, None, batch)
 
     def validated(self, value: float) -> None:
-        self.trainer.callback_metrics = {MONITOR: torch.tensor(value)}
+        self.trainer.callback_metrics = {BY_RECALL.figure: torch.tensor(value)}
         self.saving.on_validation_end(self.trainer, None)  # type: ignore[arg-type]
 
     def epoch_ends(self) -> None:

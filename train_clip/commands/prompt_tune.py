@@ -123,8 +123,8 @@ def _backbone(model: ModelOptions) -> Weights:
     if weights.config is None or not isinstance(weights.config.image, ViTConfig):
         what = weights.found.format if weights.config is None else f"{weights.config.name}, a ResNet without tokens"
         raise UserError(
-            f"--pretrained {weights.source}: {what}; prompts are put among a vision transformer's. Expected a CLIP such "
-            "as ViT-B/32. `train-clip finetune --pretrained` trains the others."
+            f"--pretrained {weights.source}: {what}; prompts are put among a vision transformer's. Expected a CLIP "
+            "such as ViT-B/32. `train-clip finetune --pretrained` trains the others."
         )
     return weights
 
