@@ -43,9 +43,15 @@ def captions_as_classes(folder: Path, target: Path) -> tuple[Path, Path]:
     return classes, templates
 
 
-def evaluate(checkpoint: Path, *words: Any) -> dict[str, Any]:
-    """The figures of ``train-clip evaluate``, as its ``--json`` has them."""
-    found = checkpoint.with_suffix(".json")
+def evaluate(checkpoint: Path, *words: Any, scores: Path | None = None) -> dict[str, Any]:
+    """The figures of ``train-clip evaluate``, as its ``--json`` has them.
+
+    Args:
+        checkpoint: whatever that takes.
+        words: its options.
+        scores: where to keep them, if not beside the checkpoint.
+    """
+    found = scores or checkpoint.with_suffix(".json")
     command("evaluate", checkpoint, *words, "--json", found)
     return json.loads(found.read_text(encoding="utf-8"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 
 from train_clip.checkpoints.custom import build_custom
 from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.prompts import LEFT_OUT
 from train_clip.checkpoints.weights import Weights, fill, find_weights
 from train_clip.data.preprocess import Preprocess
 from train_clip.data.pretrained_tokenizer import PretrainedTokenizer
@@ -45,6 +47,8 @@ def load(source: str | Path, **choices: Any) -> Pretrained:
         UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
     """
     weights = find_weights(source, Choices(**choices))
+    if unused := weights.found.about.get(LEFT_OUT):
+        warnings.warn(f"{source}: left out {unused}, which were never used.", stacklevel=2)
     model, tokenizer = build(weights)
     fill(model, weights.read(), weights.source)
     return Pretrained(

@@ -15,6 +15,7 @@ from train_clip.errors import UserError
 from train_clip.models.prompt_config import PromptConfig
 
 TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
+LEFT_OUT = "left out"
 OF_FORK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.prompt_embeddings")
 FORK_DROPOUT = 0.2  # of the fork's model
 
@@ -57,10 +58,10 @@ def find_fork(contents: Contents) -> Found | None:
     config = config_from_shapes(backbone, contents.path.stem)
     last = config.image.layers - 1  # type: ignore[union-attr]
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
-    unused = [f"visual.transformer.resblocks.{last}.prompt_embeddings"] if last in prompts else []
+    unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None
     tuned = PromptConfig(_number(used, contents), tuple(used), FORK_DROPOUT, class_token=True)
     names = join({f"{PROMPTS}{number}": record for number, record in used.items()}, backbone)
-    about = {"prompts": describe(tuned), "left out": ", ".join(unused) or "nothing"} | progress(contents.data)
+    about = {"prompts": describe(tuned), LEFT_OUT: unused} | progress(contents.data)
     return Found("train-CLIP fork's checkpoint (CLIPWrapper2)", config, names, prompts=tuned, about=about)
 
 

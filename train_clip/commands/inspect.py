@@ -32,7 +32,7 @@ def inspect(file: str, /) -> dict[str, str]:
     contents = find_contents(file)
     found = identify(contents)
     report = {"file": str(contents.path), "format": f"{found.format} ({_container(contents)})"} | _model(found)
-    report |= {name: str(value) for name, value in found.about.items()}
+    report |= {name: str(value) for name, value in found.about.items() if value is not None}
     trained = {name: value for name, value in found.arguments.items() if name not in OF_MODEL and value is not None}
     if trained:
         report["trained with"] = ", ".join(f"{name} {value}" for name, value in trained.items())

@@ -1,0 +1,207 @@
+"""``train-clip prompt-tune``, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import TINY, write_pairs
+from train_clip import cli
+from train_clip.checkpoints.reading import read_checkpoint
+
+RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
+DATA = "--folder data --batch_size 4 --accelerator cpu".split()
+FEW = ["--prompts", "3"]
+BACKBONE = "clip/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, and a run of two epochs with a fifth of twelve pairs held out."""
+    folder = tmp_path_factory.mktemp("prompts")
+    write_pairs(folder / "data", 12)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "resnet.yaml").write_text(yaml.safe_dump(RESNET))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("tiny", "resnet"):
+            words = ["--model_name", f"{name}.yaml", "--max_steps", "1", "--val_share", "0"]
+            cli.main(["train", *DATA, *words, "--output", {"tiny": "clip", "resnet": "resnet"}[name]])
+        cli.main(
+            [
+                "prompt-tune",
+                "--pretrained",
+                BACKBONE,
+                *DATA,
+                *FEW,
+                "--val_share",
+                "0.2",
+                "--epochs",
+                "2",
+                "--output",
+                "run",
+            ]
+        )
+    return folder
+
+
+@pytest.fixture
+def here(made, monkeypatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def state(run: Path | str) -> dict:
+    return read_checkpoint(Path(run, "checkpoints", "last.ckpt"))
+
+
+def test_what_the_run_leaves(here, capsys, tmp_path):
+    """Small checkpoints, the rate scaled by the batch, the backbone by its place; evaluate from anywhere."""
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["learning_rate"] == 2.5 * 4 / 256 and config["pretrained"] == str(Path(BACKBONE).resolve())
+    assert set(state("run")["state_dict"]) == {
+        "model.visual.prompts.0", "model.visual.prompts.1", "model.visual.backbone.class_embedding",
+    }  # fmt: skip
+    assert Path("run/checkpoints/last.ckpt").stat().st_size < Path(BACKBONE).stat().st_size / 100
+    run = Path("run").resolve()
+    os.chdir(tmp_path)
+    cli.main(["evaluate", str(run / "checkpoints" / "best.ckpt"), "--folder", str(here / "data")])
+    assert re.search(r"R@1 +\d", capsys.readouterr().out)
+
+
+def test_the_best_is_the_one_of_lowest_loss(here):
+    """``best.ckpt`` is of the epoch whose validation loss is lowest, by the log."""
+    import csv
+
+    with Path("run/logs/metrics.csv").open() as file:
+        losses = {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    best = read_checkpoint(Path("run/checkpoints/best.ckpt"))["global_step"]
+    assert losses[best - 1] == min(losses.values())
+
+
+def test_a_run_goes_on(here, tmp_path):
+    """From its third step of nine, dropout and all, against the run that never stopped: 1e-6, the same log of losses."""
+    words = [
+        "--pretrained",
+        BACKBONE,
+        *DATA,
+        *FEW,
+        "--val_share",
+        "0",
+        "--epochs",
+        "3",
+        "--save_every",
+        "1",
+        "--keep",
+        "9",
+    ]
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    cli.main(["prompt-tune", *words, "--output", str(whole)])
+    kept = whole / "checkpoints" / "step-00000003.ckpt"
+    cli.main(["prompt-tune", "--resume", str(kept), "--output", str(other)])
+    assert state(other)["global_step"] == state(whole)["global_step"] == 9
+    for name, value in state(whole)["state_dict"].items():
+        torch.testing.assert_close(state(other)["state_dict"][name], value, rtol=0, atol=1e-6)
+
+
+def test_the_script_and_the_recipe_words(here, tmp_path):
+    """``python train_finetune_vpt.py`` is the verb; shallow prompts, chosen blocks, no class token, AdamW."""
+    script = Path(__file__).parents[2] / "train_finetune_vpt.py"
+    start = ["--pretrained", BACKBONE, *DATA, *FEW, "--val_share", "0", "--max_steps", "1"]
+    words = [
+        "--prompt_kind",
+        "shallow",
+        "--class_token",
+        "false",
+        "--optimizer",
+        "adamw",
+        "--output",
+        str(tmp_path / "a"),
+    ]
+    subprocess.run([sys.executable, str(script), *start, *words], check=True, capture_output=True)
+    assert set(state(tmp_path / "a")["state_dict"]) == {"model.visual.prompts.0"}
+    assert state(tmp_path / "a")["hyper_parameters"]["prompts"]["dropout"] == 0.0
+    cli.main(["prompt-tune", *start, "--prompt_layers", "[1]", "--output", str(tmp_path / "b")])
+    assert set(state(tmp_path / "b")["state_dict"]) == {
+        "model.visual.prompts.1", "model.visual.backbone.class_embedding",
+    }  # fmt: skip
+
+
+def test_two_processes_tune_as_one(here, tmp_path):
+    """A step of each, with dropout off: the same prompts to 1e-6."""
+    words = ["--pretrained", BACKBONE, *DATA, *FEW, "--val_share", "0", "--max_steps", "2", "--prompt_dropout", "0"]
+    for processes in ("1", "2"):
+        output = str(tmp_path / processes)
+        call = [
+            sys.executable,
+            "-m",
+            "train_clip.cli",
+            "prompt-tune",
+            *words,
+            "--devices",
+            processes,
+            "--output",
+            output,
+        ]
+        subprocess.run(call, check=True, capture_output=True, env=os.environ | {"MASTER_PORT": str(_free_port())})
+    for name, value in state(tmp_path / "1")["state_dict"].items():
+        torch.testing.assert_close(state(tmp_path / "2")["state_dict"][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--pretrained resnet/checkpoints/last.ckpt", "a ResNet without tokens"),
+        ("--model_name tiny.yaml", "no weights were given. Prompts beside a random backbone learn nothing"),
+        ("--pretrained run/checkpoints/last.ckpt", "train-clip visual prompts"),
+        (f"--pretrained {BACKBONE} --prompts 0", "0 prompts; expected 1 or above"),
+        (f"--pretrained {BACKBONE} --prompt_layers [5]", "Prompts at block 5"),
+        (f"--pretrained {BACKBONE} --prompt_dropout 1.5", "A dropout of 1.5"),
+    ],
+)
+def test_what_cannot_start_is_refused(here, words, message):
+    """Each with a message, and nothing is written."""
+    before = sorted(Path().iterdir())
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["prompt-tune", *words.split(), *DATA, "--output", "never"])
+    assert message in str(stop.value.code)
+    assert sorted(Path().iterdir()) == before
+
+
+def test_without_weights_it_is_openais_that_are_meant(here, capsys, monkeypatch, tmp_path):
+    """The command as people know it, ``--model_name ViT-L/14`` alone: what is asked for, and where to put the file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
+    with pytest.raises(SystemExit, match=r"OpenAI's ViT-L/14 is not in .*put it at .*ViT-L-14\.pt"):
+        cli.main(["prompt-tune", "--model_name", "ViT-L/14", *DATA])
+    assert "Prompts beside a random backbone learn nothing" in capsys.readouterr().out
+
+
+def test_scores_of_prompts_and_of_a_moved_backbone(here, tmp_path):
+    """``evaluate --backbone``: the same figures from the backbone's copy in another format."""
+    cli.main(["convert", BACKBONE, str(tmp_path / "copy"), "--to", "open_clip"])
+    found = []
+    for words in ([], ["--backbone", str(tmp_path / "copy")]):
+        target = tmp_path / f"scores{len(words)}.json"
+        cli.main(["evaluate", "run/checkpoints/last.ckpt", "--folder", "data", "--json", str(target), *words])
+        found.append(json.loads(target.read_text()))
+    assert found[0] == found[1]
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

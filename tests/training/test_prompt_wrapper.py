@@ -1,0 +1,214 @@
+"""Prompt tuning under a bare Trainer: what moves, what is kept, what belongs together."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import train_clip
+from tests.conftest import TINY
+from train_clip import CLIPWrapper, PromptCLIPWrapper
+from train_clip.checkpoints.digest import digest_of
+from train_clip.checkpoints.own import LIGHTNING
+from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.write import write_model
+from train_clip.errors import UserError
+from train_clip.models.clip import CLIP
+from train_clip.models.config import config_from_dict
+from train_clip.models.prompt_config import PromptConfig
+
+DEEP = PromptConfig(3, (0, 1), 0.0, class_token=True)
+TRAINED = {"model.visual.prompts.0", "model.visual.prompts.1", "model.visual.backbone.class_embedding"}
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    write_model(CLIP(config_from_dict(TINY)), tmp_path / "backbone.safetensors", "safetensors")
+    return tmp_path / "backbone.safetensors"
+
+
+def loader(number: int = 12) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (number, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return DataLoader([(image, f"picture {place % 5}") for place, image in enumerate(images)], batch_size=4)
+
+
+def fit(module: L.LightningModule, folder: Path, epochs: int = 2, **how: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_epochs=epochs, default_root_dir=folder, enable_checkpointing=False, **quiet)
+    trainer.fit(module, loader(), weights_only=True, **how)
+    return trainer
+
+
+def prompts(backbone: Path, config: PromptConfig = DEEP, **how: Any) -> PromptCLIPWrapper:
+    torch.manual_seed(7)
+    return PromptCLIPWrapper(backbone, config, learning_rate=0.5, warmup_steps=0, **how)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_prompts_move_and_nothing_else_does(backbone, tmp_path, optimizer):
+    """Six steps: every trained tensor has changed, every other is the same bit for bit, and in no optimizer group."""
+    module = prompts(backbone, optimizer=optimizer)
+    before = copy.deepcopy(module.state_dict())
+    trainer = fit(module, tmp_path)
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == TRAINED
+    grouped = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
+    assert grouped == len(TRAINED)
+
+
+def test_micro_batches_and_the_whole_batch_give_the_same_prompts(backbone, tmp_path):
+    """Chunks of two of four pairs, through two epochs of SGD: 1e-6 in float32."""
+    whole, chunks = prompts(backbone), prompts(backbone, minibatch_size=2)
+    fit(whole, tmp_path), fit(chunks, tmp_path)
+    for name in TRAINED:
+        torch.testing.assert_close(whole.state_dict()[name], chunks.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_each_caption_is_encoded_once(backbone, tmp_path):
+    """Five different captions in six batches: the text tower sees five rows in all."""
+    module, rows = prompts(backbone), []
+    module.model.transformer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    fit(module, tmp_path)
+    assert sum(rows) == 5
+    plain = CLIPWrapper("tiny", TINY | {"name": "tiny"}, lock_text=True)
+    rows.clear()
+    plain.model.transformer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    fit(plain, tmp_path)
+    assert sum(rows) == 5
+
+
+def test_captions_out_of_memory_are_what_the_tower_makes(backbone):
+    """The table's rows against the tower itself, for batches in any order with repeats: 1e-6."""
+    module = prompts(backbone)
+    for captions in (["a", "b b b", "a"], ["c", "b b b"], ["a"]):
+        tokens = module.tokenizer.batch(captions)[0]
+        _, found = module._embed(module.model, torch.zeros(len(captions), 3, 16, 16), tokens)
+        expected = nn.functional.normalize(module.model.encode_text(tokens), dim=-1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert len(module._fixed_texts) == 3
+
+
+def test_what_a_checkpoint_holds(backbone, tmp_path):
+    """The trained tensors and plain data; it loads with ``load`` and as a module, and both embed alike."""
+    module = prompts(backbone)
+    trainer = fit(module, tmp_path)
+    trainer.save_checkpoint(tmp_path / "p.ckpt")
+    state = read_checkpoint(tmp_path / "p.ckpt")
+    assert set(state["state_dict"]) == TRAINED
+    again = PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt")
+    loaded = train_clip.load(tmp_path / "p.ckpt").model
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = module.eval().model.encode_image(images)
+    assert torch.equal(again.eval().model.encode_image(images), expected)
+    assert torch.equal(loaded.encode_image(images), expected)
+
+
+def test_a_run_goes_on_where_it_stopped(backbone, tmp_path):
+    """Stopped after one epoch of two and resumed, against the run that never stopped: 1e-6, dropout included.
+
+    A caption is encoded among others than before, so that it is not bit for bit.
+    """
+    config = PromptConfig(3, (0, 1), 0.3, class_token=True)
+    whole = prompts(backbone, config)
+    fit(whole, tmp_path)
+
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    first, second = prompts(backbone, config), prompts(backbone, config)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    L.Trainer(max_epochs=2, callbacks=[Stop()], enable_checkpointing=False, **quiet).fit(first, loader())
+    fit(second, tmp_path, ckpt_path=tmp_path / "half.ckpt")
+    for name in TRAINED:
+        torch.testing.assert_close(second.state_dict()[name], whole.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_a_backbone_is_known_by_its_content(backbone, tmp_path):
+    """The same weights in another format serve; other weights are refused, by ``load`` and as a module."""
+    trainer = fit(prompts(backbone), tmp_path)
+    trainer.save_checkpoint(tmp_path / "p.ckpt")
+    model = train_clip.load(backbone).model
+    write_model(model, tmp_path / "hf", "huggingface")
+    with torch.no_grad():
+        model.logit_scale += 1e-3
+    write_model(model, tmp_path / "other.safetensors", "safetensors")
+    backbone.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(
+        UserError, match=r"p\.ckpt: visual prompts, whose backbone cannot be loaded .*backbone\.safe.*--backbone"
+    ):
+        train_clip.load(tmp_path / "p.ckpt")
+    for place in ("hf", "moved.safetensors"):
+        train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / place)
+        PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / place)
+    with pytest.raises(UserError, match="belong to another backbone"):
+        train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="another backbone than the prompts were trained beside"):
+        PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
+
+
+def test_the_digest_minds_names_shapes_and_values():
+    """Equal for equal content in any order, another for any single change."""
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1), "c": torch.empty(0)}
+    expected = digest_of(tensors)
+    assert digest_of(dict(reversed(tensors.items()))) == expected
+    assert digest_of(tensors | {"a": torch.arange(6).view(2, 3).half()}) == expected
+    for other in ({"a": torch.arange(6.0).view(3, 2)}, {"b": torch.tensor(2)}, {"d": torch.tensor(1)}):
+        assert digest_of(tensors | other) != expected
+
+
+def test_prompts_on_prompts_are_refused(backbone, tmp_path):
+    """A checkpoint of prompts is no backbone, and no format of others holds it."""
+    trainer = fit(prompts(backbone), tmp_path)
+    trainer.save_checkpoint(tmp_path / "p.ckpt")
+    with pytest.raises(UserError, match="expected a CLIP without prompts"):
+        PromptCLIPWrapper(tmp_path / "p.ckpt", DEEP)
+    with pytest.raises(UserError, match="a CLIP with visual prompts, which no format of others holds"):
+        write_model(train_clip.load(tmp_path / "p.ckpt").model, tmp_path / "out", "open_clip")
+
+
+def test_the_forks_checkpoints_load_and_compute_what_it_computes(tmp_path):
+    """The first block inserts, the middle ones replace, the last lets pass; against that written out, float32: 1e-5."""
+    config = config_from_dict(
+        TINY
+        | {
+            "image": {"size": 16, "patch": 8, "layers": 4, "width": 64, "heads": 1},
+            "text": TINY["text"] | {"width": 64, "heads": 1},
+        }
+    )
+    torch.manual_seed(5)
+    clip = CLIP(config).eval()
+    state = {f"model.{name}": tensor for name, tensor in clip.state_dict().items()}
+    own = {number: torch.randn(5, 64) for number in range(4)}
+    state |= {f"model.visual.transformer.resblocks.{n}.prompt_embeddings": value for n, value in own.items()}
+    torch.save({LIGHTNING: "1.5.0", "epoch": 3, "state_dict": state}, tmp_path / "fork.ckpt")
+    images = torch.randn(2, 3, 16, 16)
+    x = clip.visual.embed(images)
+    for number, block in enumerate(clip.visual.transformer.resblocks):
+        if number == 0:
+            x = torch.cat([x[:, :1], own[0].expand(2, -1, -1), x[:, 1:]], dim=1)
+        elif number < 3:
+            x = torch.cat([x[:, :1], own[number].expand(2, -1, -1), x[:, 6:]], dim=1)
+        x = block(x)
+    expected = clip.visual.ln_post(x[:, 0]) @ clip.visual.proj
+    with pytest.warns(
+        UserWarning, match="left out visual.transformer.resblocks.3.prompt_embeddings, which were never used"
+    ):
+        loaded = train_clip.load(tmp_path / "fork.ckpt").model
+    torch.testing.assert_close(loaded.encode_image(images), expected, rtol=0, atol=1e-5)
+    assert list(loaded.visual.prompts) == ["0", "1", "2"]
+    from train_clip.commands.inspect import inspect
+
+    said = inspect(str(tmp_path / "fork.ckpt"))
+    assert said["left out"] == "visual.transformer.resblocks.3.prompt_embeddings"
+    assert said["prompts"] == "5 at each of the blocks 0, 1, 2; class token trained"
