@@ -89,7 +89,7 @@ def test_the_best_is_the_one_of_lowest_loss(here):
 
 
 def test_a_run_goes_on(here, tmp_path):
-    """From its third step of nine, dropout and all, against the run that never stopped: 1e-6, the same log of losses."""
+    """From its third step of nine, dropout and all, against the run that never stopped: 1e-6."""
     words = [
         "--pretrained",
         BACKBONE,

@@ -33,8 +33,10 @@ STORAGES = {
 # Names that checkpoints hold beside their weights, in older ones of Lightning a run's arguments and its callbacks'
 # classes. They come out as a ``StandIn``; any other name is refused.
 HARMLESS = (
-    "__torch__.", "argparse.Namespace", "builtins.set", "builtins.dict", "builtins.complex", "collections.", "_codecs.",
-    "lightning.", "lightning_fabric.", "numpy.", "omegaconf.", "pathlib.", "pytorch_lightning.", "torch.device",
+    "__torch__.", "argparse.Namespace", "collections.", "_codecs.", "lightning.", "lightning_fabric.", "numpy.",
+    "omegaconf.", "pathlib.", "pytorch_lightning.", "torch.device",
+    # As Python 2 called the module of its own types, which is how they are written.
+    *(f"__builtin__.{kind}" for kind in ("set", "frozenset", "complex", "dict", "list", "int", "float", "str", "bool")),
 )  # fmt: skip
 
 
@@ -192,8 +194,9 @@ class _Machine:
         """Give a stand-in its attributes; a state dict's own (the versions of its modules) are passed over."""
         (state,) = self.take(1)
         if isinstance(self.stack[-1], StandIn):
-            attributes = {name: value for name, value in state.items() if isinstance(name, str)}
-            self.stack[-1].state.update(attributes)
+            # A class may pack its state otherwise, as NumPy's do, which nobody here unpacks.
+            if isinstance(state, dict):
+                self.stack[-1].state.update({name: value for name, value in state.items() if isinstance(name, str)})
         else:
             _require(self.stack[-1], dict)
 

@@ -16,7 +16,8 @@ from train_clip.errors import UserError
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
-CONFIGS = (OPEN_CLIP_CONFIG, HF_CONFIG, HF_PIXELS)
+HF_PROCESSOR = "processor_config.json"  # which transformers 5 writes in place of the one before
+CONFIGS = (OPEN_CLIP_CONFIG, HF_CONFIG, HF_PIXELS, HF_PROCESSOR)
 # In the order in which they are looked for; an index lists the files of a model in several.
 WEIGHTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "model.safetensors.index.json",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train_clip.checkpoints.architecture import named_as_preset
-from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS, Contents
+from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, Contents
 from train_clip.checkpoints.found import Found, Tensors
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, config_from_dict
@@ -44,10 +44,22 @@ OWN_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 POSITIONS = "position_ids"  # a count, which older versions kept as a tensor
 
 # The defaults of its CLIPVisionConfig and CLIPTextConfig, where config.json leaves them out.
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
-TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77}
+VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+TEXT: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+}
+TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+# Configurations from before transformers knew another end token have 2, and are read at the largest id.
+LARGEST = 2
 EPS = 1e-5  # of its layer norms, and ours
 BICUBIC = 3  # as Pillow counts
 
@@ -61,7 +73,9 @@ def find_huggingface(contents: Contents) -> Found | None:
             f"{contents.path}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what "
             "the model is. Give the folder that save_pretrained or `hf download` wrote."
         )
-    config = _read_config(contents.configs[HF_CONFIG], contents.configs.get(HF_PIXELS, {}), str(contents.path))
+    of_processor = contents.configs.get(HF_PROCESSOR, {}).get("image_processor", {})
+    pixels = contents.configs.get(HF_PIXELS, of_processor)
+    config = _read_config(contents.configs[HF_CONFIG], pixels, str(contents.path))
     records = {name: record for name, record in contents.tensors.items() if not name.endswith(POSITIONS)}
     return Found("Hugging Face CLIPModel", config, records, rename)
 
@@ -82,6 +96,11 @@ def rename(tensors: Tensors) -> Tensors:
         elif "self_attn.k_proj." not in name and "self_attn.v_proj." not in name:
             renamed[_own_name(name)] = tensor
     return renamed
+
+
+def end_token(vocab: int) -> int:
+    """The id at which a caption's feature is read: CLIP's, or the largest of a smaller vocabulary."""
+    return min(vocab - 1, 49_407)
 
 
 def rename_back(state: Tensors) -> Tensors:
@@ -136,21 +155,21 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
             f"{source}: {HF_CONFIG} has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
             "models can be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
         )
-    # Older versions wrote a copy under another name, which wins there.
-    vision = VISION | (values.get("vision_config") or {}) | (values.get("vision_config_dict") or {})
-    text = TEXT | (values.get("text_config") or {}) | (values.get("text_config_dict") or {})
-    activations = [part.get("hidden_act", "quick_gelu") for part in (vision, text)]
+    vision, text = (_tower(values, name, usual) for name, usual in (("vision_config", VISION), ("text_config", TEXT)))
     for part in (vision, text):
         _require(part["intermediate_size"] == 4 * part["hidden_size"], part, "intermediate_size", source)
-        _require(part.get("layer_norm_eps", EPS) == EPS, part, "layer_norm_eps", source)
-        _require(part.get("hidden_act", "quick_gelu") == activations[0], part, "hidden_act", source)
+        _require(part["layer_norm_eps"] == EPS, part, "layer_norm_eps", source)
+        _require(part["hidden_act"] == vision["hidden_act"], part, "hidden_act", source)
     _require(vision["num_channels"] == 3, vision, "num_channels", source)
-    _require_pixels(pixels, source)
+    _require(
+        text.get("eos_token_id", LARGEST) in (LARGEST, end_token(text["vocab_size"])), text, "eos_token_id", source
+    )
+    _require_pixels(pixels, vision["image_size"], source)
     config = config_from_dict(
         {
             "name": Path(source).name,
             "embed_dim": values.get("projection_dim", 512),
-            "activation": activations[0],
+            "activation": vision["hidden_act"],
             "image": {
                 "size": vision["image_size"],
                 "patch": vision["patch_size"],
@@ -181,12 +200,25 @@ def _require(right: bool, part: Mapping[str, Any], name: str, source: str) -> No
         )
 
 
-def _require_pixels(pixels: Mapping[str, Any], source: str) -> None:
+def _tower(values: Mapping[str, Any], name: str, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's settings. Older versions wrote a copy under another name, which wins there, defaults and all."""
+    copied = values.get(f"{name}_dict")
+    return {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
+
+
+def _require_pixels(pixels: Mapping[str, Any], size: int, source: str) -> None:
     """Refuse preprocessing of another kind than CLIP's."""
-    usual = {"resample": BICUBIC, "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True}
-    for name, value in usual.items():
-        if pixels.get(name, value) != value:
+    square = {"height": size, "width": size}
+    usual: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size}), "crop_size": (size, square)},
+    }
+    for name, values in usual.items():
+        if (found := pixels.get(name, values[0])) not in values:
             raise UserError(
-                f"{source}: {HF_PIXELS} has {name} = {pixels[name]!r}; images are prepared as CLIP's are, {name} "
-                f"{value!r}. To go on with that, change the file."
+                f"{source}: its preprocessing has {name} = {found!r}; images are prepared as CLIP's are, {name} "
+                f"{values[-1]!r}. To go on with that, change the file."
             )
+    factor = pixels.get("rescale_factor", 1 / 255)
+    if abs(factor * 255 - 1) > 1e-6:
+        raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")

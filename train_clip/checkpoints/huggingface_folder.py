@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS
 from train_clip.checkpoints.found import Tensors
-from train_clip.checkpoints.huggingface import BICUBIC, EPS, rename_back
+from train_clip.checkpoints.huggingface import BICUBIC, EPS, end_token, rename_back
 from train_clip.data.tokenizer import Tokenizer, merges, vocabulary
 from train_clip.errors import UserError
 from train_clip.files import write_text
@@ -47,6 +47,7 @@ def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """The files beside the weights, by name."""
     image, text = config.image, config.text
     assert not isinstance(image, ResNetConfig)
+    last = end_token(text.vocab)
     towers = {
         "vision_config": {
             **_sizes(image.width, image.layers, image.heads, config, "clip_vision_model"),
@@ -55,7 +56,7 @@ def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
         "text_config": {
             **_sizes(text.width, text.layers, text.heads, config, "clip_text_model"),
             **{"max_position_embeddings": text.context, "vocab_size": text.vocab},
-            **{"bos_token_id": Tokenizer.start_token, "eos_token_id": Tokenizer.end_token, "pad_token_id": 1},
+            **{"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": 1},
         },
     }
     start, end = (vocabulary()[token] for token in (Tokenizer.start_token, Tokenizer.end_token))

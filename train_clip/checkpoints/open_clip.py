@@ -14,8 +14,8 @@ from typing import Any
 from train_clip.checkpoints.architecture import config_from_shapes, named_as_preset
 from train_clip.checkpoints.archive import TensorRecord
 from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, Contents
-from train_clip.checkpoints.found import Found, Tensors
-from train_clip.checkpoints.openai import unsaid_of
+from train_clip.checkpoints.found import Found
+from train_clip.checkpoints.openai import scalar_temperature, unsaid_of
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, ResNetConfig, config_from_dict
 
@@ -69,11 +69,6 @@ def find_custom_text(contents: Contents) -> Found | None:
         return None
     config = config_from_shapes(records, contents.path.stem)
     return Found("open_clip state dict", config, records, scalar_temperature, unsaid=unsaid_of(config))
-
-
-def scalar_temperature(tensors: Tensors) -> Tensors:
-    """The temperature of some of its models has one dimension, of size 1."""
-    return {**tensors, "logit_scale": tensors["logit_scale"].reshape(())} if "logit_scale" in tensors else tensors
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -132,6 +127,8 @@ def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[st
     size, width, layers = vision.get("image_size", 224), vision.get("width", 768), vision.get("layers", 12)
     image: dict[str, Any] = {"size": size, "width": width}
     if isinstance(layers, list):
+        if (head_width := vision.get("head_width", HEAD_WIDTH)) != HEAD_WIDTH:
+            raise UserError(f"{name}: a ResNet with heads of {head_width} channels; CLIP's have {HEAD_WIDTH}.")
         image |= {"blocks": layers}
     else:
         heads = width // vision.get("head_width", HEAD_WIDTH)

@@ -6,7 +6,7 @@ import dataclasses
 
 from train_clip.checkpoints.architecture import config_from_shapes, preset_of
 from train_clip.checkpoints.contents import Contents
-from train_clip.checkpoints.found import Found
+from train_clip.checkpoints.found import Found, Tensors
 from train_clip.models.config import ModelConfig
 
 # Whole numbers that OpenAI's archives hold as tensors; sizes are in the other tensors' shapes too.
@@ -27,13 +27,14 @@ def find_openai(contents: Contents) -> Found | None:
         name: record for name, record in contents.tensors.items() if name.rpartition(".")[2] not in (*MARKS, MASK)
     }
     config = config_from_shapes(records, contents.path.stem)
-    if is_openai:
-        return Found("OpenAI's", config, records)
     activation = ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2])
-    if activation is None:
-        return Found("TorchScript", config, records, unsaid=unsaid_of(config))
-    unsaid = tuple(word for word in unsaid_of(config) if word != "activation")
-    return Found("TorchScript", dataclasses.replace(config, activation=activation), records, unsaid=unsaid)
+    name = "OpenAI's" if is_openai else "TorchScript"
+    # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
+    unsaid = () if is_openai else unsaid_of(config)
+    if activation is not None:
+        config = dataclasses.replace(config, activation=activation)
+        unsaid = tuple(word for word in unsaid if word != "activation")
+    return Found(name, config, records, unsaid=unsaid)
 
 
 def find_state_dict(contents: Contents) -> Found | None:
@@ -41,7 +42,14 @@ def find_state_dict(contents: Contents) -> Found | None:
     if "visual.conv1.weight" not in contents.tensors:
         return None
     config = config_from_shapes(contents.tensors, contents.path.stem)
-    return Found("state dict under OpenAI's names", config, contents.tensors, unsaid=unsaid_of(config))
+    return Found(
+        "state dict under OpenAI's names", config, contents.tensors, scalar_temperature, unsaid=unsaid_of(config)
+    )
+
+
+def scalar_temperature(tensors: Tensors) -> Tensors:
+    """The temperature of some of open_clip's models has one dimension, of size 1."""
+    return {**tensors, "logit_scale": tensors["logit_scale"].reshape(())} if "logit_scale" in tensors else tensors
 
 
 def unsaid_of(config: ModelConfig) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ OF_CUSTOM_WRAPPER = "sink_temp"  # a parameter of train-CLIP's CustomCLIPWrapper
 def find_checkpoint(contents: Contents) -> Found | None:
     """A checkpoint of ``train`` or ``finetune``."""
     arguments = contents.data.get("hyper_parameters")
-    if not isinstance(arguments, Mapping) or not {"config", "text_encoder"} & set(arguments):
+    if not isinstance(arguments, Mapping) or not ("text_encoder" in arguments or _is_config(arguments.get("config"))):
         return None
     config = None
     if "text_encoder" not in arguments:
@@ -59,6 +59,11 @@ def find_train_clip(contents: Contents) -> Found | None:
     records = without_prefix(contents.tensors, MODEL)
     config = config_from_shapes(records, contents.path.stem)
     return Found("train-CLIP checkpoint (CLIPWrapper)", config, records, about=progress(contents.data))
+
+
+def _is_config(config: Any) -> bool:
+    """Whether it is ours, of two towers; train-CLIP's is flat, or a path, or whatever its user made of it."""
+    return isinstance(config, Mapping) and {"image", "text"} <= set(config)
 
 
 def progress(data: Mapping[str, Any]) -> dict[str, Any]:
