@@ -115,26 +115,29 @@ def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
         for part, found in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
             _require_plain(part, found, source)
         _require_resizing(pixels, source)
-        config = config_from_dict(_sizes(model, vision, text, Path(source).stem), source)
+        config = config_from_dict(_sizes(model, vision, text, source), source)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: {OPEN_CLIP_CONFIG} is not as open_clip writes it ({error}).") from error
     colours = {name: tuple(map(float, pixels[name])) for name in ("mean", "std") if pixels.get(name)}
     return named_as_preset(dataclasses.replace(config, **colours))  # type: ignore[arg-type]
 
 
-def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A preset's form, with open_clip's defaults for what is left out."""
     size, width, layers = vision.get("image_size", 224), vision.get("width", 768), vision.get("layers", 12)
     image: dict[str, Any] = {"size": size, "width": width}
     if isinstance(layers, list):
         if (head_width := vision.get("head_width", HEAD_WIDTH)) != HEAD_WIDTH:
-            raise UserError(f"{name}: a ResNet with heads of {head_width} channels; CLIP's have {HEAD_WIDTH}.")
+            raise UserError(
+                f"{source}: {OPEN_CLIP_CONFIG} has vision_cfg.head_width = {head_width} for a ResNet; CLIP's pool with "
+                f"heads of {HEAD_WIDTH} channels."
+            )
         image |= {"blocks": layers}
     else:
         heads = width // vision.get("head_width", HEAD_WIDTH)
         image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": heads}
     return {
-        "name": name,
+        "name": Path(source).stem,
         "embed_dim": model["embed_dim"],
         "image": image,
         "text": {
