@@ -15,6 +15,7 @@ from tests.conftest import write_pairs
 from train_clip import cli
 from train_clip.commands.finetune import StartOptions, TuningOptions
 from train_clip.commands.options import DataOptions, ModelOptions, ObjectiveOptions, OptimizerOptions, RunOptions
+from train_clip.commands.prompt_tune import PromptOptions
 from train_clip.errors import UserError
 
 GROUPS = (ModelOptions, DataOptions, OptimizerOptions, ObjectiveOptions, RunOptions)
@@ -57,6 +58,14 @@ def test_the_options_of_finetune_are_the_documented_ones():
     own = {field.name for group in (StartOptions, TuningOptions) for field in dataclasses.fields(group)}
     shared = {field.name for field in dataclasses.fields(ModelOptions)} - {"pretrained"}
     assert own - shared == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
+
+
+def test_the_options_of_prompt_tune_are_the_documented_ones():
+    """Its own, against the table in docs/prompts.md."""
+    document = Path(__file__).parents[1].joinpath("docs/prompts.md").read_text(encoding="utf-8")
+    table = document.split("## Options")[1].split("\n## ")[0]
+    own = {field.name for field in dataclasses.fields(PromptOptions)}
+    assert own == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
 
 
 @pytest.mark.parametrize("words", [["--lock_image"], ["--lock_image", "--lock_text", "false"], ["--lock_image=true"]])

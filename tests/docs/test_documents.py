@@ -18,7 +18,8 @@ from train_clip import cli
 from train_clip.commands import demo as demo_module
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"train.py": "train", "train_finetune.py": "finetune"}
+SCRIPTS = {"train.py": "train", "train_finetune.py": "finetune", "train_finetune_vpt.py": "prompt-tune"}
+TRAINING = ("train", "finetune", "prompt-tune")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -96,12 +97,12 @@ def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
         if "--resume" in words:
             cli.main([*verb.split(), *(word.replace("runs/NAME", "run2") for word in words), "--max_steps", "2"])
         elif verb != "demo":
-            short = ["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb in ("train", "finetune") else []
+            short = ["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb in TRAINING else []
             # In place of the hub's encoders, which this machine may not reach.
             cli.main([*verb.split(), *words, *short, *(LOCAL_ENCODERS if verb == "finetune" else [])])
         verbs.append(verb)
     assert verbs == [
-        *"demo train train train finetune finetune inspect convert".split(),
+        *"demo train train train finetune finetune prompt-tune inspect convert".split(),
         *"data check,data show".split(","),
         *2 * ["evaluate"],
     ]
