@@ -20,3 +20,9 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of what a library said, without its full stop, to be quoted in a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".")

@@ -282,7 +282,7 @@ ODD_HEADERS = {
     "metadata of a list": header({"__metadata__": {"train_clip": "[]"}, "w": W}),
     "metadata of no JSON": header({"__metadata__": {"train_clip": "{"}, "w": W}),
     "metadata of nothing": header({"__metadata__": {"train_clip": "null"}, "w": W}),
-    "metadata that are deep": header({"__metadata__": {"train_clip": "[" * 200_000}, "w": W}),
+    "metadata of depth": header({"__metadata__": {"train_clip": "[" * 200_000}, "w": W}),
     "metadata of odd sizes": header({"__metadata__": {"train_clip": '{"image": {"blocks": 1}, "text": []}'}, "w": W}),
 }  # fmt: skip
 

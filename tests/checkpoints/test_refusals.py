@@ -177,9 +177,9 @@ def test_activation_contradicts(written: Path) -> None:
 
 
 def test_model_name_of_another_size(plain: Path, written: Path) -> None:
-    """A preset's name for a tiny file: what is too many, what is missing or both shapes; and how to name it."""
-    for source, choices in ((plain, {"activation": "gelu"}), (written, {})):
-        refused(source, "does not fit its model", "(--model_name)", model_name="ViT-B/32", **choices)
+    """A preset's name for a tiny file: what does not fit, or, of a file that says its sizes, that they are others."""
+    refused(plain, "does not fit its model", "(--model_name)", model_name="ViT-B/32", activation="gelu")
+    refused(written, "--model_name ViT-B/32 is of other sizes", "Leave --model_name out", model_name="ViT-B/32")
 
 
 def test_model_name_that_is_none(plain: Path, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from train_clip.checkpoints.archive import TensorRecord
@@ -12,15 +13,16 @@ from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict, presets
 
 HEAD = 64  # channels of an attention head in OpenAI's models, which no tensor tells
+TENSORS_OF_LAYER = 12  # of a transformer's block; a ResNet's has more
 STRIDE = 32  # pixels of the image to a place of a ResNet's last map
 
 
-def config_from_shapes(tensors: Mapping[str, TensorRecord], name: str) -> ModelConfig:
+def config_from_shapes(tensors: Mapping[str, TensorRecord], path: Path) -> ModelConfig:
     """Tell a model's sizes, with heads of 64 channels as in OpenAI's models.
 
     Args:
         tensors: under OpenAI's names.
-        name: for a model that is none of the presets.
+        path: of the file, which names a model that is none of the presets.
 
     Raises:
         UserError: no CLIP of this form.
@@ -37,9 +39,26 @@ def config_from_shapes(tensors: Mapping[str, TensorRecord], name: str) -> ModelC
             "heads": max(1, width // HEAD),
         }
         embed_dim = shapes["text_projection"][1]
-    except (KeyError, IndexError) as error:
-        raise UserError(f"{name}: no CLIP of OpenAI's form, it lacks {error}. It has {_some(shapes)}.") from error
-    return named_as_preset(config_from_dict({"name": name, "embed_dim": embed_dim, "image": image, "text": text}, name))
+    except KeyError as error:
+        raise UserError(f"{path}: no CLIP of OpenAI's form, it lacks {error}. It has {_some(shapes)}.") from error
+    except (IndexError, ValueError) as error:
+        raise UserError(
+            f"{path}: no CLIP of OpenAI's form, a tensor has another number of dimensions, or positions, than there."
+        ) from error
+    values = {"name": path.stem, "embed_dim": embed_dim, "image": image, "text": text}
+    return named_as_preset(config_from_dict(values, str(path)))
+
+
+def require_layers(config: ModelConfig, records: Collection[str], source: str) -> None:
+    """Refuse a configuration with more layers than there are tensors for, before a model is built of it.
+
+    Raises:
+        UserError: it has.
+    """
+    image = config.image
+    layers = config.text.layers + (image.layers if isinstance(image, ViTConfig) else sum(image.blocks))
+    if layers * TENSORS_OF_LAYER > len(records) + TENSORS_OF_LAYER:
+        raise UserError(f"{source}: {layers:,} layers, and {len(records):,} tensors, which are too few for them.")
 
 
 def named_as_preset(config: ModelConfig) -> ModelConfig:

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 # Bounds of what a file may ask for. The pickle of ViT-L/14 with its optimizer takes 120,000 instructions.
 MAX_PICKLE = 2**28  # bytes
 MAX_INSTRUCTIONS = 4_000_000
-MAX_COMPRESSED = 2**26  # bytes that a compressed entry unpacks to: TorchScript compresses its code
+MAX_DIMENSIONS = 64
+MAX_ARGUMENTS = 16
+MAX_KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to share one hash
 
 ITEM_SIZES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
@@ -97,20 +99,31 @@ def read_outline(path: Path) -> Outline:
         zipfile.BadZipFile: it is no archive, or cut short.
     """
     with zipfile.ZipFile(path) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        found = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+        sizes = _stored_sizes(path, archive)
+        found = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
             raise BadArchive(f"has {len(found)} entries data.pkl, expected one")
-        for entry in entries.values():
-            if entry.compress_type != zipfile.ZIP_STORED and entry.file_size > MAX_COMPRESSED:
-                raise BadArchive(f"its entry {entry.filename} unpacks to {entry.file_size:,} bytes")
-        if entries[found[0]].file_size > MAX_PICKLE:
-            raise BadArchive(f"its data.pkl has {entries[found[0]].file_size:,} bytes, expected {MAX_PICKLE:,} at most")
+        if sizes[found[0]] > MAX_PICKLE:
+            raise BadArchive(f"its data.pkl has {sizes[found[0]]:,} bytes, expected {MAX_PICKLE:,} at most")
         prefix = found[0].removesuffix("data.pkl")
-        if f"{prefix}byteorder" in entries and archive.read(f"{prefix}byteorder") != b"little":
+        if f"{prefix}byteorder" in sizes and archive.read(f"{prefix}byteorder") != b"little":
             raise BadArchive("was written on a machine of the other byte order")
-        machine = _Machine(path, prefix, {name: entry.file_size for name, entry in entries.items()})
-        return Outline(machine.run(archive.read(found[0])), f"{prefix}constants.pkl" in entries)
+        machine = _Machine(path, prefix, sizes)
+        return Outline(machine.run(archive.read(found[0])), f"{prefix}constants.pkl" in archive.namelist())
+
+
+def _stored_sizes(path: Path, archive: zipfile.ZipFile) -> dict[str, int]:
+    """The entries that are not compressed, as all are that hold data, and their bytes: no more than the file's.
+
+    TorchScript compresses its code, which is not read. What is not stored as it is could unpack to anything.
+    """
+    stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
+    sizes = {entry.filename: entry.file_size for entry in stored}
+    if len(sizes) < len(stored):
+        raise BadArchive("has two entries of one name")
+    if any(entry.file_size != entry.compress_size for entry in stored) or sum(sizes.values()) > path.stat().st_size:
+        raise BadArchive("its entries claim more bytes than it has")
+    return sizes
 
 
 class _Storage(NamedTuple):
@@ -177,23 +190,34 @@ class _Machine:
         return items
 
     def append(self, items: list[Any]) -> None:
-        _require(self.stack[-1], list).extend(items)
+        """Add items to the list on top; a stand-in's, such as a deque's, are passed over."""
+        if not isinstance(self.stack[-1], StandIn):
+            _require(self.stack[-1], list).extend(items)
 
     def set_items(self, items: list[Any]) -> None:
+        """Add keys and values to the dict on top; a stand-in's are passed over."""
+        if isinstance(self.stack[-1], StandIn):
+            return
         target = _require(self.stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
+            if isinstance(key, int) and abs(key) > MAX_KEY:
+                raise BadArchive("its data.pkl has a key that is a very large number")
             # A tuple within a tuple, a million deep, would end Python when it is hashed.
             target[_require(key, str | int | float | None | _Name)] = value
 
     def call(self) -> None:
         """Put what a name makes of its arguments in its place: one of the functions below, or a stand-in."""
         name, arguments = self.take(2)
-        self.push(_require(name, _Name).make(*_require(arguments, tuple)))
+        if len(_require(arguments, tuple)) > MAX_ARGUMENTS:
+            raise BadArchive(f"its data.pkl calls something with {len(arguments):,} arguments")
+        self.push(_require(name, _Name).make(*arguments))
 
     def build(self) -> None:
         """Give a stand-in its attributes; a state dict's own (the versions of its modules) are passed over."""
         (state,) = self.take(1)
         if isinstance(self.stack[-1], StandIn):
+            if self.stack[-1].state:
+                raise BadArchive("its data.pkl gives one thing its attributes twice")
             # A class may pack its state otherwise, as NumPy's do, which nobody here unpacks.
             if isinstance(state, dict):
                 self.stack[-1].state.update({name: value for name, value in state.items() if isinstance(name, str)})
@@ -204,9 +228,11 @@ class _Machine:
         """Look up the storage that a tensor lies in: ("storage", type, key, device, number of elements)."""
         (words,) = self.take(1)
         _, kind, key, _, numel = _require(words, tuple)
-        dtype = STORAGES.get(_require(kind, _Name).name.removeprefix("torch.").removesuffix("Storage"), "")
-        entry = f"{self.prefix}data/{key}"
-        if self.sizes.get(entry, -1) != numel * ITEM_SIZES[dtype]:
+        name = _require(kind, _Name).name.removeprefix("torch.").removesuffix("Storage")
+        if name not in STORAGES:
+            raise BadArchive(f"has a tensor of type {name[:MAX_DIMENSIONS]}; known: {', '.join(STORAGES)}")
+        dtype, entry = STORAGES[name], f"{self.prefix}data/{_require(key, str)}"
+        if self.sizes.get(entry, -1) != _require(numel, int) * ITEM_SIZES[dtype]:
             raise BadArchive(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
         self.push(_Storage(entry, dtype, numel))
 
@@ -229,17 +255,29 @@ class _Machine:
             )
         raise BadArchive(f"asks for {name}, which weights do not need; nothing of it was run")
 
-    def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TensorRecord:
+    def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> TensorRecord:
         """A tensor within its storage. A stride of 0 would claim any number of elements for a few bytes."""
         _require(storage, _Storage)
-        numbers = (offset, *_require(shape, tuple), *_require(stride, tuple))
+        numbers = (offset, *_sizes(shape), *_sizes(stride))
         if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
-            raise BadArchive(f"has a tensor of shape {shape} and strides {stride}")
+            raise BadArchive("has a tensor whose shape and strides are not as many whole numbers")
+        if len(others) > METADATA and others[METADATA]:
+            raise BadArchive("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
         numel = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if numel > storage.numel or (numel and last >= storage.numel):
             raise BadArchive(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
         return TensorRecord(self.file, storage.entry, storage.dtype, shape, stride, offset)
+
+
+METADATA = 2  # its place behind the stride, after requires_grad and hooks: what else is done to a tensor
+
+
+def _sizes(sizes: Any) -> tuple[Any, ...]:
+    """A shape or strides, of so few numbers that they can be multiplied and printed."""
+    if len(_require(sizes, tuple | list)) > MAX_DIMENSIONS:
+        raise BadArchive(f"has a tensor of {len(sizes):,} dimensions")
+    return tuple(sizes)
 
 
 def _require(value: Any, kind: Any) -> Any:
@@ -251,7 +289,8 @@ def _require(value: Any, kind: Any) -> Any:
 # By the name in the file, what is made in place of what it names, besides tensors. Dicts get their items afterwards.
 MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: _require(tensor, TensorRecord),
-    "torch.Size": lambda sizes: tuple(_require(sizes, tuple | list)),
+    "torch.Size": lambda sizes: _sizes(sizes),
+    "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
     "collections.OrderedDict": lambda *_: {},
     "collections.defaultdict": lambda *_: {},
     **{

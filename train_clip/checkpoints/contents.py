@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.archive import ITEM_SIZES, BadArchive, StandIn, TensorRecord, read_outline
+from train_clip.checkpoints.archive import ITEM_SIZES, MAX_DIMENSIONS, BadArchive, StandIn, TensorRecord, read_outline
 from train_clip.errors import UserError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -24,7 +24,10 @@ WEIGHTS = (
     "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
+MAX_DEPTH = 100  # of modules within modules
+LONGEST_SHOWN = 60  # letters of a name in a message
 MAX_JSON = 2**24  # bytes of a configuration or an index
+LONGEST_NAME = 255  # bytes of a file's name
 MAX_HEADER = 100_000_000  # bytes of a .safetensors header, as its library has it
 # Names of dtypes in a .safetensors header.
 DTYPES = {
@@ -45,7 +48,7 @@ class Contents:
             module by its name; empty for safetensors.
         tensors: the weights by the names that they have there.
         metadata: of a ``.safetensors`` file.
-        configs: the JSON files beside the weights, by name.
+        configs: the JSON files beside the weights, by name; ``settings`` reads them.
     """
 
     path: Path
@@ -53,7 +56,15 @@ class Contents:
     data: Mapping[str, Any]
     tensors: Mapping[str, TensorRecord]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    configs: Mapping[str, Path] = field(default_factory=dict)
+
+    def settings(self, name: str) -> Mapping[str, Any]:
+        """What a JSON file beside the weights says; nothing where there is none.
+
+        Raises:
+            UserError: as ``read_json``.
+        """
+        return read_json(self.configs[name]) if name in self.configs else {}
 
 
 def read_contents(path: Path) -> Contents:
@@ -62,11 +73,15 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UserError: there is nothing, nothing that holds weights, or something that is damaged or hostile.
     """
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is longer than names can be
+        raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
+    if is_folder:
         return gather_contents(path, lambda name: path / name if (path / name).is_file() else None)
     if not path.is_file():
         raise UserError(f"{path}: {'is no regular file' if path.exists() else 'there is no such file'}.{EXPECTED}")
-    configs = {name: read_json(path.with_name(name)) for name in CONFIGS if path.with_name(name).is_file()}
+    configs = {name: path.with_name(name) for name in CONFIGS if path.with_name(name).is_file()}
     return _read_file(path, configs)
 
 
@@ -80,7 +95,7 @@ def gather_contents(path: Path, find: Callable[[str], Path | None]) -> Contents:
     Raises:
         UserError: as ``read_contents``.
     """
-    configs = {name: read_json(found) for name in CONFIGS if (found := find(name)) is not None}
+    configs = {name: found for name in CONFIGS if (found := find(name)) is not None}
     for name in WEIGHTS:
         if (found := find(name)) is None:
             continue
@@ -119,7 +134,7 @@ EXPECTED = (
 )
 
 
-def _read_file(path: Path, configs: Mapping[str, Mapping[str, Any]], named: Path | None = None) -> Contents:
+def _read_file(path: Path, configs: Mapping[str, Path], named: Path | None = None) -> Contents:
     """Look into one file; whatever a foreign, damaged or hostile one raises becomes a message that names it."""
     named = named or path
     try:
@@ -149,7 +164,7 @@ def _read_file(path: Path, configs: Mapping[str, Mapping[str, Any]], named: Path
     raise UserError(f"{path}: {what}, which no file of weights does.{EXPECTED}")
 
 
-def _read_archive(path: Path, configs: Mapping[str, Mapping[str, Any]], named: Path) -> Contents:
+def _read_archive(path: Path, configs: Mapping[str, Path], named: Path) -> Contents:
     outline = read_outline(path)
     if outline.is_script and isinstance(outline.data, StandIn):
         tensors, classes = _walk(outline.data)
@@ -159,9 +174,13 @@ def _read_archive(path: Path, configs: Mapping[str, Mapping[str, Any]], named: P
             f"{path}: holds a {type(outline.data).__name__}; expected a state dict, or a checkpoint of one."
         )
     state = outline.data.get("state_dict", outline.data)
-    tensors = {name: value for name, value in _mapping(state).items() if isinstance(value, TensorRecord)}
+    tensors = {
+        name: value
+        for name, value in _mapping(state).items()
+        if isinstance(name, str) and isinstance(value, TensorRecord)
+    }
     if not tensors:
-        held = ", ".join(map(str, list(outline.data)[:6])) or "nothing"
+        held = ", ".join(key[:LONGEST_SHOWN] for key in list(outline.data)[:6] if isinstance(key, str)) or "nothing"
         raise UserError(f"{path}: holds no weights (but {held}).{EXPECTED}")
     return Contents(named, "PyTorch archive", outline.data, tensors, {}, configs)
 
@@ -176,6 +195,8 @@ def _walk(module: StandIn) -> tuple[dict[str, TensorRecord], dict[str, str]]:
     waiting, seen = [("", module)], set()
     while waiting:
         name, part = waiting.pop()
+        if name.count(".") > MAX_DEPTH:
+            raise BadArchive(f"has modules nested more than {MAX_DEPTH} deep")
         if id(part) in seen:
             raise BadArchive("has a module that is a part of itself, or of two others")
         seen.add(id(part))
@@ -185,7 +206,7 @@ def _walk(module: StandIn) -> tuple[dict[str, TensorRecord], dict[str, str]]:
     return tensors, classes
 
 
-def _read_safetensors(path: Path, configs: Mapping[str, Mapping[str, Any]], named: Path) -> Contents:
+def _read_safetensors(path: Path, configs: Mapping[str, Path], named: Path) -> Contents:
     """Read the header: its length in 8 bytes, then JSON of each tensor's dtype, shape and place."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -194,12 +215,16 @@ def _read_safetensors(path: Path, configs: Mapping[str, Mapping[str, Any]], name
             raise BadArchive(f"its header would have {length:,} bytes, in a file of {size:,}")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadArchive("its metadata are not words by their names")
     tensors = {name: _record(path, name, entry, size - 8 - length) for name, entry in header.items()}
     return Contents(named, "safetensors", {}, tensors, metadata, configs)
 
 
 def _record(path: Path, name: str, entry: Mapping[str, Any], room: int) -> TensorRecord:
     dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise BadArchive(f"its tensor {name[:LONGEST_SHOWN]} has {len(shape):,} dimensions")
     if dtype not in DTYPES:
         raise BadArchive(f"its tensor {name} is of type {dtype}; known: {', '.join(DTYPES)}")
     if not 0 <= start <= end <= room or end - start != math.prod(shape) * ITEM_SIZES[DTYPES[dtype]]:
@@ -210,8 +235,9 @@ def _record(path: Path, name: str, entry: Mapping[str, Any], room: int) -> Tenso
 def _parts(index: Path) -> list[str]:
     """The files that an index lists; a path in place of a name would leave the folder."""
     parts = sorted(set(map(str, _mapping(read_json(index).get("weight_map", {})).values())))
-    if odd := [part for part in parts if Path(part).name != part] or ([] if parts else ["no file"]):
-        raise UserError(f"{index}: lists {odd[0]}; expected names of files beside it.")
+    odd = [part for part in parts if Path(part).name != part or len(part.encode()) > LONGEST_NAME]
+    if odd := odd or ([] if parts else ["no file"]):
+        raise UserError(f"{index}: lists {odd[0][:LONGEST_SHOWN]}; expected names of files beside it.")
     return parts
 
 

@@ -26,6 +26,7 @@ FORMATS: tuple[Callable[[Contents], Found | None], ...] = (
 )
 # Before each name, of models that were wrapped for several processes or compiled when they were saved.
 WRAPPINGS = ("module.", "_orig_mod.")
+MOST_WRAPPINGS = 4  # of each, one in another
 
 
 def identify(contents: Contents) -> Found:
@@ -49,6 +50,8 @@ def identify(contents: Contents) -> Found:
 def _unwrapped(contents: Contents) -> Contents:
     """Take off what stands before every name."""
     tensors = contents.tensors
-    while prefix := next((one for one in WRAPPINGS if tensors and all(key.startswith(one) for key in tensors)), None):
-        tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
+    for _ in range(MOST_WRAPPINGS):
+        for prefix in WRAPPINGS:
+            if tensors and all(key.startswith(prefix) for key in tensors):
+                tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
     return dataclasses.replace(contents, tensors=tensors)

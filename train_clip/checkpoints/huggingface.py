@@ -8,7 +8,6 @@ W  width of a tower      D  embedding width
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from train_clip.checkpoints.architecture import named_as_preset
 from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, Contents
 from train_clip.checkpoints.found import Found, Tensors
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
 from train_clip.models.config import ModelConfig, config_from_dict
 
 TOWERS = {"vision_model.": "visual.", "text_model.": ""}
@@ -73,9 +72,13 @@ def find_huggingface(contents: Contents) -> Found | None:
             f"{contents.path}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what "
             "the model is. Give the folder that save_pretrained or `hf download` wrote."
         )
-    of_processor = contents.configs.get(HF_PROCESSOR, {}).get("image_processor", {})
-    pixels = contents.configs.get(HF_PIXELS, of_processor)
-    config = _read_config(contents.configs[HF_CONFIG], pixels, str(contents.path))
+    source = str(contents.path)
+    try:
+        of_processor = contents.settings(HF_PROCESSOR).get("image_processor", {})
+        pixels = contents.settings(HF_PIXELS) or of_processor
+        config = _read_config(contents.settings(HF_CONFIG), pixels, source)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}: its {HF_CONFIG} is not as Hugging Face writes it ({first_line(error)}).") from error
     records = {name: record for name, record in contents.tensors.items() if not name.endswith(POSITIONS)}
     return Found("Hugging Face CLIPModel", config, records, rename)
 
@@ -87,11 +90,11 @@ def rename(tensors: Tensors) -> Tensors:
     renamed: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name in PROJECTIONS:
-            renamed[PROJECTIONS[name]] = tensor.T.contiguous()
+            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
         elif "self_attn.q_proj." in name:
             parts = [tensors.get(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-            if any(part is None for part in parts):
-                raise UserError(f"{name}: its k_proj or v_proj is missing. Get the folder again.")
+            if any(part is None or part.shape != tensor.shape for part in parts):
+                raise UserError(f"{name}: its k_proj or v_proj is missing, or of another shape. Get the folder again.")
             renamed[_own_name(name.replace("q_proj.", "in_proj_"))] = torch.cat(parts)  # type: ignore[arg-type]
         elif "self_attn.k_proj." not in name and "self_attn.v_proj." not in name:
             renamed[_own_name(name)] = tensor
@@ -170,6 +173,7 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
             "name": Path(source).name,
             "embed_dim": values.get("projection_dim", 512),
             "activation": vision["hidden_act"],
+            **{name: found for name in ("mean", "std") if (found := pixels.get(f"image_{name}"))},
             "image": {
                 "size": vision["image_size"],
                 "patch": vision["patch_size"],
@@ -187,9 +191,7 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
         },
         source,
     )
-    told = {"mean": pixels.get("image_mean"), "std": pixels.get("image_std")}
-    colours = {name: tuple(map(float, value)) for name, value in told.items() if value}
-    return named_as_preset(dataclasses.replace(config, **colours))  # type: ignore[arg-type]
+    return named_as_preset(config)
 
 
 def _require(right: bool, part: Mapping[str, Any], name: str, source: str) -> None:

@@ -6,7 +6,6 @@ Which settings there are, and their defaults: github.com/mlfoundations/open_clip
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from train_clip.checkpoints.archive import TensorRecord
 from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, Contents
 from train_clip.checkpoints.found import Found
 from train_clip.checkpoints.openai import scalar_temperature, unsaid_of
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
 from train_clip.models.config import ModelConfig, ResNetConfig, config_from_dict
 
 TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training wrote
@@ -46,7 +45,7 @@ def find_with_config(contents: Contents) -> Found | None:
     records = _plain_text_tower(contents.tensors)
     if OPEN_CLIP_CONFIG not in contents.configs or not any(name.startswith("visual.") for name in records):
         return None
-    config = _read_config(contents.configs[OPEN_CLIP_CONFIG], str(contents.path))
+    config = _read_config(contents.settings(OPEN_CLIP_CONFIG), str(contents.path))
     return Found("open_clip", config, records, scalar_temperature)
 
 
@@ -55,7 +54,7 @@ def find_training(contents: Contents) -> Found | None:
     records = _plain_text_tower(contents.tensors)
     if not set(TRAINING) <= set(contents.data) or not any(name.startswith("visual.") for name in records):
         return None
-    config = config_from_shapes(records, contents.path.stem)
+    config = config_from_shapes(records, contents.path)
     about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
     return Found(
         "open_clip training checkpoint", config, records, scalar_temperature, unsaid=unsaid_of(config), about=about
@@ -67,7 +66,7 @@ def find_custom_text(contents: Contents) -> Found | None:
     records = _plain_text_tower(contents.tensors)
     if records is contents.tensors:
         return None
-    config = config_from_shapes(records, contents.path.stem)
+    config = config_from_shapes(records, contents.path)
     return Found("open_clip state dict", config, records, scalar_temperature, unsaid=unsaid_of(config))
 
 
@@ -115,11 +114,12 @@ def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
         for part, found in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
             _require_plain(part, found, source)
         _require_resizing(pixels, source)
-        config = config_from_dict(_sizes(model, vision, text, source), source)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: {OPEN_CLIP_CONFIG} is not as open_clip writes it ({error}).") from error
-    colours = {name: tuple(map(float, pixels[name])) for name in ("mean", "std") if pixels.get(name)}
-    return named_as_preset(dataclasses.replace(config, **colours))  # type: ignore[arg-type]
+        colours = {name: pixels[name] for name in ("mean", "std") if pixels.get(name)}
+        config = config_from_dict(_sizes(model, vision, text, source) | colours, source)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        reason = first_line(error)
+        raise UserError(f"{source}: {OPEN_CLIP_CONFIG} is not as open_clip writes it ({reason}).") from error
+    return named_as_preset(config)
 
 
 def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], source: str) -> dict[str, Any]:

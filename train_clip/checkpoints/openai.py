@@ -26,7 +26,7 @@ def find_openai(contents: Contents) -> Found | None:
     records = {
         name: record for name, record in contents.tensors.items() if name.rpartition(".")[2] not in (*MARKS, MASK)
     }
-    config = config_from_shapes(records, contents.path.stem)
+    config = config_from_shapes(records, contents.path)
     activation = ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2])
     name = "OpenAI's" if is_openai else "TorchScript"
     # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
@@ -41,7 +41,7 @@ def find_state_dict(contents: Contents) -> Found | None:
     """Weights under OpenAI's names and nothing else."""
     if "visual.conv1.weight" not in contents.tensors:
         return None
-    config = config_from_shapes(contents.tensors, contents.path.stem)
+    config = config_from_shapes(contents.tensors, contents.path)
     return Found(
         "state dict under OpenAI's names", config, contents.tensors, scalar_temperature, unsaid=unsaid_of(config)
     )
@@ -49,7 +49,8 @@ def find_state_dict(contents: Contents) -> Found | None:
 
 def scalar_temperature(tensors: Tensors) -> Tensors:
     """The temperature of some of open_clip's models has one dimension, of size 1."""
-    return {**tensors, "logit_scale": tensors["logit_scale"].reshape(())} if "logit_scale" in tensors else tensors
+    scale = tensors.get("logit_scale")
+    return tensors if scale is None or scale.numel() != 1 else {**tensors, "logit_scale": scale.reshape(())}
 
 
 def unsaid_of(config: ModelConfig) -> tuple[str, ...]:

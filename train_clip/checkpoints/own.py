@@ -41,8 +41,10 @@ def find_safetensors(contents: Contents) -> Found | None:
         return None
     try:
         values = json.loads(contents.metadata[METADATA])
-    except ValueError as error:
-        raise UserError(f"{contents.path}: its metadata is not JSON ({error}). Write the file again.") from error
+        if not isinstance(values, dict):
+            raise ValueError("no keys and values")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{contents.path}: its metadata tell of no model ({error}). Write the file again.") from error
     return Found("train-clip safetensors", config_from_dict(values, str(contents.path)), contents.tensors)
 
 
@@ -57,7 +59,7 @@ def find_train_clip(contents: Contents) -> Found | None:
             "train_clip.CustomCLIPWrapper."
         )
     records = without_prefix(contents.tensors, MODEL)
-    config = config_from_shapes(records, contents.path.stem)
+    config = config_from_shapes(records, contents.path)
     return Found("train-CLIP checkpoint (CLIPWrapper)", config, records, about=progress(contents.data))
 
 

@@ -55,7 +55,7 @@ def find_fork(contents: Contents) -> Found | None:
     if not prompts:
         return None
     backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
-    config = config_from_shapes(backbone, contents.path.stem)
+    config = config_from_shapes(backbone, contents.path)
     last = config.image.layers - 1  # type: ignore[union-attr]
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
     unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None

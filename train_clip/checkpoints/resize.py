@@ -39,10 +39,10 @@ def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
 
 def _resize_grid(positions: Tensor, side: int) -> Tensor:
     """Map (1 + G², W) to (1 + side², W)."""
+    now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
+    if now in (0, side) or now**2 + 1 != len(positions):
+        return positions  # as they are, or no grid: strict loading says what they are instead
     first, grid = positions[:1], positions[1:]
-    now = math.isqrt(len(grid))
-    if now == side:
-        return positions
     square = grid.T.unflatten(1, (now, now))[None]
     resized = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([first, resized[0].flatten(1).T])
@@ -50,6 +50,6 @@ def _resize_grid(positions: Tensor, side: int) -> Tensor:
 
 def _resize_line(positions: Tensor, length: int) -> Tensor:
     """Map (L, W) to (length, W)."""
-    if length <= len(positions):
-        return positions[:length]
+    if positions.ndim != 2 or length <= len(positions):
+        return positions[:length] if positions.ndim else positions
     return F.interpolate(positions.T[None], size=length, mode="linear", align_corners=False)[0].T.contiguous()

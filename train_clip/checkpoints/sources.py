@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from http.client import HTTPException
 from pathlib import Path
 
 from train_clip.checkpoints.contents import Contents, gather_contents, read_contents
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
 from train_clip.files import replacing
 
 HUB = "hf-hub:"
@@ -39,6 +40,8 @@ def find_contents(source: str | Path) -> Contents:
         UserError: it is nowhere, cannot be fetched, or holds no weights.
     """
     name = str(source)
+    if name == HUB:
+        raise UserError(f"{HUB} without a name; expected {HUB}ORGANISATION/MODEL.")
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
     if (known := openai_name(name)) is not None and not Path(name).exists():
@@ -62,9 +65,11 @@ def fetch_openai(name: str) -> Path:
     Raises:
         UserError: it cannot be downloaded, or is not the file that OpenAI published.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
     target, published = folder / f"{name.replace('/', '-')}.pt", OPENAI[name]
     address = f"{URL}/{published}/{target.name}"
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target}: is no regular file; expected OpenAI's {name}. Move it away.")
     if not target.exists():
         _download(address, target, name)
     if (found := _sha256(target)) != published:
@@ -82,11 +87,11 @@ def _download(address: str, target: Path, name: str) -> None:
         with replacing(target) as beside:
             print(f"OpenAI's {name}: {address} → {target}")
             download_url_to_file(address, str(beside))
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(
             f"OpenAI's {name} is not in {target.parent}, and cannot be downloaded from here "
-            f"({getattr(error, 'reason', None) or error}). Where there is a network fetch {address} and put it at "
-            f"{target}; or give a file of your own."
+            f"({getattr(error, 'reason', None) or first_line(error)}). Where there is a network fetch {address} and "
+            f"put it at {target}; or give a file of your own."
         ) from error
 
 
@@ -110,8 +115,7 @@ def _from_hub(name: str) -> Contents:
             f"{HUB}{name}: names of the hub need huggingface_hub ({error}). Install it: pip install 'train-clip[hf]'."
         ) from error
     except Exception as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"{HUB}{name}: not in this machine's cache and not reachable ({reason}). Where there is a network run "
-            f"`hf download {name} --local-dir FOLDER`, and give the folder."
+            f"{HUB}{name}: not in this machine's cache and not reachable ({first_line(error)}). Where there is a "
+            f"network run `hf download {name} --local-dir FOLDER`, and give the folder."
         ) from error

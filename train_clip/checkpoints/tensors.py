@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from train_clip.checkpoints.archive import TensorRecord
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
+
+MOST_SHARED = 4  # times that all numbers may be used on the average; tied weights make it less than 2
 
 
 def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
@@ -23,16 +26,31 @@ def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
     Raises:
         UserError: a file that has changed since, or is damaged.
     """
+    _require_sense(records)
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(record.file for record in records.values()):
         own = {name: record for name, record in records.items() if record.file == file}
         read = _from_safetensors if next(iter(own.values())).stride is None else _from_archive
         try:
             tensors |= read(file, own)
-        except (zipfile.BadZipFile, SafetensorError, KeyError, OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: damaged ({reason}). Get the file again, or use another checkpoint.") from error
+        except Exception as error:
+            # Damaged archives raise whatever their parsers do, from BadZipFile and EOFError to UnicodeDecodeError.
+            raise UserError(
+                f"{file}: damaged ({first_line(error)}). Get the file again, or use another checkpoint."
+            ) from error
     return {name: tensors[name] for name in records}
+
+
+def _require_sense(records: Mapping[str, TensorRecord]) -> None:
+    """Refuse tensors that share their storages so often that they would take many times the file's size."""
+    largest: dict[tuple[Path, str], int] = {}
+    for record in records.values():
+        place = (record.file, record.entry)
+        largest[place] = max(largest.get(place, 0), math.prod(record.shape))
+    total = sum(math.prod(record.shape) for record in records.values())
+    if total > MOST_SHARED * sum(largest.values()):
+        file = next(iter(records.values())).file
+        raise UserError(f"{file}: the same numbers stand for many tensors. Expected tensors of their own.")
 
 
 def _from_archive(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from train_clip.checkpoints.architecture import STRIDE
+from train_clip.checkpoints.architecture import STRIDE, require_layers
 from train_clip.checkpoints.digest import digest_of
 from train_clip.checkpoints.formats import identify
 from train_clip.checkpoints.found import Choices, Found, Tensors
@@ -44,7 +44,11 @@ class Weights:
 
     def read(self) -> dict[str, Tensor]:
         """The tensors by the names that they have here, float32, positions interpolated where that was asked for."""
-        tensors: Tensors = self.found.rename(read_tensors(self.found.records))
+        try:
+            tensors: Tensors = self.found.rename(read_tensors(self.found.records))
+        except UserError as error:
+            # Whatever names a tensor alone.
+            raise error if self.source in str(error) else UserError(f"{self.source}: {error}") from error
         if self.backbone is not None:
             return join(tensors, self._read_backbone(self.backbone))
         if self.config is not None and self.choices.image_size is not None:
@@ -89,6 +93,7 @@ def find_weights(source: str | Path, choices: Choices) -> Weights:
                 f"{source}: two encoders, whose sizes and activations are their own. Leave the choices out."
             )
         return Weights(str(source), found, choices, None)
+    require_layers(found.config, found.records, str(source))
     config = _sized(_settled(found, found.config, choices, source), choices, source)
     return Weights(str(source), found, choices, config)
 
@@ -103,12 +108,15 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     missing, foreign = [
         sorted(one - other) for one, other in ((own.keys(), tensors.keys()), (tensors.keys(), own.keys()))
     ]
-    shapes = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    shared = [name for name in own if name in tensors]
+    shapes = [name for name in shared if own[name].shape != tensors[name].shape]
+    kinds = [name for name in shared if own[name].is_floating_point() != tensors[name].is_floating_point()]
     found = [f"lacks {_some(missing)}"] if missing else []
     found += [f"has {_some(foreign)} besides"] if foreign else []
     found += [
         f"has {name} of shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}" for name in shapes[:NAMED]
     ]
+    found += [f"has {name} of {tensors[name].dtype}, not {own[name].dtype}" for name in kinds[:NAMED]]
     if found:
         raise UserError(
             f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
@@ -138,8 +146,7 @@ def _require_no_choice(choices: Choices, source: str) -> None:
 def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
     """The configuration with what the file leaves open as the user has chosen."""
     if choices.model_name is not None:
-        named = read_config(choices.model_name)
-        config = dataclasses.replace(named, activation=config.activation, mean=config.mean, std=config.std)
+        config = _named(read_config(choices.model_name), found, config, choices, source)
     elif "heads" in found.unsaid:
         raise UserError(
             f"{source}: weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
@@ -147,6 +154,9 @@ def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | 
             "`train-clip models --show ViT-B/32` prints one to start from."
         )
     if "activation" not in found.unsaid:
+        if config.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"{source}: its activation is {config.activation}; known: {known}.")
         if choices.activation not in (None, config.activation):
             raise UserError(
                 f"{source}: its activation is {config.activation}, found {choices.activation} asked for. Leave "
@@ -160,6 +170,21 @@ def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | 
             "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)."
         )
     return dataclasses.replace(config, activation=choices.activation)
+
+
+def _named(named: ModelConfig, found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
+    """The model that the user names, where the file leaves its sizes open; the file's own, which it has to equal."""
+    if "heads" in found.unsaid:
+        return dataclasses.replace(named, activation=config.activation)
+    # A run's copy of its model has the sizes that were asked for then.
+    asked, has = (_sized(one, choices, source) for one in (named, config))
+    if (asked.embed_dim, asked.image, asked.text) != (has.embed_dim, has.image, has.text):
+        raise UserError(
+            f"{source}: holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave "
+            "--model_name out."
+        )
+    says_all = "activation" not in found.unsaid
+    return config if says_all else dataclasses.replace(config, mean=named.mean, std=named.std)
 
 
 def _sized(config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:

@@ -14,6 +14,7 @@ from train_clip.checkpoints.sources import find_contents
 
 # A module's arguments that say which model it is, and not how it was trained.
 OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts")
+MOST_ITEMS, LONGEST = 10, 200  # items of a list and letters of a value that are printed
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
 
 
@@ -32,14 +33,32 @@ def inspect(file: str, /) -> dict[str, str]:
     contents = find_contents(file)
     found = identify(contents)
     report = {"file": str(contents.path), "format": f"{found.format} ({_container(contents)})"} | _model(found)
-    report |= {name: str(value) for name, value in found.about.items() if value is not None}
+    report |= {name: _shown(value) for name, value in found.about.items() if value is not None}
     trained = {name: value for name, value in found.arguments.items() if name not in OF_MODEL and value is not None}
     if trained:
-        report["trained with"] = ", ".join(f"{name} {value}" for name, value in trained.items())
+        report["trained with"] = ", ".join(f"{_shown(name)} {_shown(value)}" for name, value in trained.items())
+    report = {name: _printable(value) for name, value in report.items()}
     width = max(map(len, report))
     for name, value in report.items():
         print(f"{name:{width}}  {value}")
     return report
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, or what it is: it may be too large to be written out."""
+    if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
+        return f"[{', '.join(map(_item, value))}]"
+    return _item(value)
+
+
+def _item(value: Any) -> str:
+    is_plain = isinstance(value, bool | int | float | str | None)
+    return str(value)[:LONGEST] if is_plain else f"({type(value).__name__})"
+
+
+def _printable(text: str) -> str:
+    """Without the codes by which a file could write all over a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def _container(contents: Contents) -> str:
@@ -64,6 +83,6 @@ def _model(found: Found) -> dict[str, str]:
 
 
 def _encoder(description: Any) -> str:
-    if not isinstance(description, Mapping):
+    if not isinstance(description, Mapping) or not {"source", "name"} <= set(description):
         return "a module of the user's own, which the file does not say how to make"
-    return f"{description['source']}:{description['name']}"
+    return f"{_shown(description['source'])}:{_shown(description['name'])}"

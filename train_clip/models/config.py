@@ -7,6 +7,7 @@ and 20), optimizer numbers its tables 18 to 20.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, TypeVar
 import yaml
 
 from train_clip.errors import UserError
+
+LONGEST_SHOWN = 60  # letters of a value in a message
 
 # Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -147,7 +150,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim {self.embed_dim}, expected above 0")
-        _require(min(self.std) > 0, f"std {self.std}, expected above 0")
+        _require(all(map(math.isfinite, self.mean)), f"mean {self.mean}, expected finite numbers")
+        _require(all(0 < value < math.inf for value in self.std), f"std {self.std}, expected finite, above 0")
 
     def with_image_size(self, size: int) -> ModelConfig:
         """The same model for another input size, in pixels."""
@@ -240,7 +244,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
-            raise UserError(f"{where} is {value!r}, expected a list of {len(kinds)} numbers")
+            raise UserError(f"{where} is {_shown(value)}, expected a list of {len(kinds)} numbers")
         return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -249,14 +253,20 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         hint_name = {"float": "a number such as 5.0e-4", "int": "a whole number"}.get(
             getattr(hint, "__name__", ""), "text"
         )
-        raise UserError(f"{where} is {value!r}, expected {hint_name}")
+        raise UserError(f"{where} is {_shown(value)}, expected {hint_name}")
     return value
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where} is {value!r}, expected keys and values")
+        raise UserError(f"{where} is {_shown(value)}, expected keys and values")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written, or what it is: one out of a file can be too large to print."""
+    is_short = isinstance(value, bool | int | float | str | None) and len(str(value)) <= LONGEST_SHOWN
+    return repr(value) if is_short else f"a {type(value).__name__}"
 
 
 def _from_flat(values: dict[str, Any]) -> dict[str, Any]:

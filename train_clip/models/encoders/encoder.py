@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
 from train_clip.models.encoders.outputs import image_features
 
 
@@ -127,9 +127,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:  # one by one: a part may be held in eval mode on purpose
             part.training = True
-
-
-def first_line(error: BaseException) -> str:
-    """Give the first line of what a library said, without its full stop, to be quoted in a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".")

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from train_clip.errors import UserError
-from train_clip.models.encoders.encoder import first_line
+from train_clip.errors import UserError, first_line
 
 
 def check_folder(name: str) -> None:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
 from train_clip.models.encoders.encoder import (
     ImageEncoder,
     Pixels,
     TextEncoder,
     evaluating,
-    first_line,
     measured,
     rebuilt,
 )

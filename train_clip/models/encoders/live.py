@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from train_clip.errors import UserError
-from train_clip.models.encoders.encoder import ImageEncoder, Pixels, TextEncoder, evaluating, first_line
+from train_clip.errors import UserError, first_line
+from train_clip.models.encoders.encoder import ImageEncoder, Pixels, TextEncoder, evaluating
 from train_clip.models.encoders.huggingface import build_image, build_text, describe_image, describe_text
 from train_clip.models.encoders.outputs import image_features, text_features
 

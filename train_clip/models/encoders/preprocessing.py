@@ -11,8 +11,8 @@ import json
 import warnings
 from typing import Any
 
-from train_clip.errors import UserError
-from train_clip.models.encoders.encoder import Pixels, first_line, three_channels
+from train_clip.errors import UserError, first_line
+from train_clip.models.encoders.encoder import Pixels, three_channels
 from train_clip.models.encoders.hub import find_file
 
 # Per-channel mean and deviation of ImageNet, in [0, 1] (torchvision's and transformers' default).

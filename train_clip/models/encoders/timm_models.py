@@ -7,8 +7,8 @@ import importlib
 import json
 from typing import Any
 
-from train_clip.errors import UserError
-from train_clip.models.encoders.encoder import ImageEncoder, Pixels, first_line, measured, rebuilt, three_channels
+from train_clip.errors import UserError, first_line
+from train_clip.models.encoders.encoder import ImageEncoder, Pixels, measured, rebuilt, three_channels
 
 
 def load_image(name: str) -> ImageEncoder:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from train_clip.errors import UserError
-from train_clip.models.encoders.encoder import ImageEncoder, Pixels, first_line, measured, rebuilt, three_channels
+from train_clip.errors import UserError, first_line
+from train_clip.models.encoders.encoder import ImageEncoder, Pixels, measured, rebuilt, three_channels
 
 # Where torchvision's classifiers end; the last nn.Linear below is the one that names the classes.
 HEADS = ("fc", "classifier", "head", "heads")
