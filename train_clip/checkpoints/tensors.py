@@ -43,14 +43,21 @@ def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
 
 def _require_sense(records: Mapping[str, TensorRecord]) -> None:
     """Refuse tensors that share their storages so often that they would take many times the file's size."""
-    largest: dict[tuple[Path, str], int] = {}
+    reaches: dict[tuple[Path, str], int] = {}
     for record in records.values():
         place = (record.file, record.entry)
-        largest[place] = max(largest.get(place, 0), math.prod(record.shape))
+        reaches[place] = max(reaches.get(place, 0), _reach(record))
     total = sum(math.prod(record.shape) for record in records.values())
-    if total > MOST_SHARED * sum(largest.values()):
+    if total > MOST_SHARED * sum(reaches.values()):
         file = next(iter(records.values())).file
         raise UserError(f"{file}: the same numbers stand for many tensors. Expected tensors of their own.")
+
+
+def _reach(record: TensorRecord) -> int:
+    """The place behind a tensor's last element in its storage."""
+    if record.stride is None or not math.prod(record.shape):
+        return math.prod(record.shape)
+    return record.offset + 1 + sum((size - 1) * step for size, step in zip(record.shape, record.stride, strict=True))
 
 
 def _from_archive(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
