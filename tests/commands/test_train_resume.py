@@ -165,6 +165,8 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--warmup_steps 1", r"warmup_steps 1, was None"),
         ("--seed 3", r"seed 3, was 0"),
         ("--image_size 32", r"config\.image\.size 32, was 16"),
+        ("--pretrained tiny.yaml", r"began without --pretrained, and is to go on with --pretrained tiny.yaml"),
+        ("--activation gelu", r"began without --activation"),
         ("--model_name demo-8-48px", r"config\.name demo-8-48px, was tiny"),
         ("--batch_size 2", r"batch_size 2, was 4.*--minibatch_size is free"),
         ("--val_share 0", r"val_share 0.0, was 0.2"),
