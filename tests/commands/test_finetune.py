@@ -227,6 +227,12 @@ def test_a_locked_tower_beside_a_projection(here):
         ("--text_encoder train-clip:run/checkpoints/last.ckpt", r"two encoders and no CLIP"),
         ("--image_size 32", r"--image_size 32: is for weights \(--pretrained\)"),
         ("--context_length 99", r"takes 32 tokens at most"),
+        ("--context_length 2", r"--context_length: found 2, expected at least 3"),
+        ("--context_length 0", r"--context_length: found 0, expected at least 3"),
+        (
+            "--text_encoder train-clip:clip/checkpoints/last.ckpt --context_length 1",
+            r"--context_length: found 1, expected at least 2, for start and end",
+        ),
         ("--image_learning_rate 0", r"To keep the tower: lock_image"),
         ("--momentum 1", r"expected from 0 to below 1"),
     ],

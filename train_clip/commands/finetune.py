@@ -176,7 +176,10 @@ def _tokenizer(source: str, context: int | None) -> Any:
     """The tokenizer that belongs to a text encoder."""
     prefix, _, name = source.partition(":")
     assert context is not None  # every source knows it
-    return Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+    try:
+        return Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
 
 
 def _require_same(start: StartOptions, resumed: Resumption) -> StartOptions:
