@@ -205,9 +205,12 @@ def test_towers_of_our_own_checkpoints(here):
     assert not any("logit_scale" in name and "clip" in name for name, _ in towers.named_parameters())
 
 
-def test_a_locked_tower_beside_a_projection(here):
-    """``--lock_image`` as a bare flag: the image encoder stays as its file has it, the projection learns."""
+def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
+    """``--lock_image`` as a bare flag: the encoder stays as its file has it; the projection, which is said, learns."""
+    caplog.set_level("INFO")
     finetune("--lock_image", "--minibatch_size", "2", "--output", "locked")
+    expected = r"The image encoder gives \d+ numbers, the text encoder 16: a linear projection of the images is added"
+    assert re.search(expected, capsys.readouterr().err + caplog.text)
     module = CustomCLIPWrapper.load_from_checkpoint("locked/checkpoints/last.ckpt")
     from transformers import ResNetModel
 
@@ -235,6 +238,12 @@ def test_a_locked_tower_beside_a_projection(here):
         ),
         ("--image_learning_rate 0", r"To keep the tower: lock_image"),
         ("--momentum 1", r"expected from 0 to below 1"),
+        (
+            "--lock_image --image_learning_rate 1e-4",
+            r"image_learning_rate is 0\.0001 beside lock_image: a tower that is",
+        ),
+        ("--lock_text --text_learning_rate 1e-4", r"text_learning_rate is 0\.0001 beside lock_text"),
+        ("--precision bf16-true", r"in half precision a running mean stands still"),
     ],
 )
 def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
@@ -258,6 +267,7 @@ def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected
         ),
         ("clip/checkpoints/last.ckpt --text_encoder hf:bert", r"--text_encoder: is for two encoders"),
         ("clip/checkpoints/last.ckpt --avg_word_embs true", r"--avg_word_embs: is for two encoders"),
+        ("clip/checkpoints/last.ckpt --distillation softmax --precision 16-true", r"a running mean stands still"),
     ],
 )
 def test_a_whole_model_that_cannot_start_is_refused(here, capsys, words, expected):
