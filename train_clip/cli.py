@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import os
+import re
 import sys
 import typing
 from collections import OrderedDict
@@ -132,8 +133,11 @@ def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.
     function = getattr(importlib.import_module(VERBS[verb][0]), verb.replace(" ", "_").replace("-", "_"))
     parser, groups = _parser(verb, function)
     kinds = [kind for kind, _ in groups.values() if dataclasses.is_dataclass(kind)]
-    flags = {f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.default is False}
-    parsed = parser.parse_args(_bare_flags(normalise(words, verb), flags)).as_dict()
+    fields_of_all = [field for kind in kinds for field in dataclasses.fields(kind)]
+    flags = {f"--{field.name}" for field in fields_of_all if field.default is False}
+    words = _bare_flags(normalise(words, verb), flags)
+    _require_one_word(words, {f"--{field.name}" for field in fields_of_all if "[" in str(field.type)})
+    parsed = parser.parse_args(words).as_dict()
     values = OrderedDict()
     for name, (kind, fields) in groups.items():
         values[name] = kind(**{field: parsed[field] for field in fields}) if kind else parsed[name]
@@ -174,6 +178,32 @@ def _bare_flags(words: list[str], flags: Set[str]) -> list[str]:
     """Let ``--lock_image`` stand for ``--lock_image true``."""
     pairs = itertools.pairwise([*words, "--"])
     return [word + "=true" if word in flags and after.startswith("--") else word for word, after in pairs]
+
+
+def _require_one_word(words: list[str], lists: Set[str]) -> None:
+    """Show the form of several numbers, which the parser would call something else.
+
+    Args:
+        words: of the command line.
+        lists: options that take several values.
+
+    Raises:
+        UserError: there are several words, or one without brackets.
+    """
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option not in lists:
+            continue
+        given = [value] * bool(equals) + list(itertools.takewhile(_is_number, words[place + 1 :]))
+        numbers = [number for some in given for number in some.split(",")]
+        if len(numbers) > 1 and all(map(_is_number, numbers)):
+            raise UserError(
+                f'{option} {" ".join(given)}: several values are one word: {option} "[{", ".join(numbers)}]".'
+            )
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"[\d.,e+-]*\d[\d.,e+-]*", word) is not None
 
 
 def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:

@@ -120,7 +120,10 @@ def test_a_run_goes_on_without_its_encoders_files(here):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--text_encoder hf:other", r"the run began with --text_encoder hf:bert, and is to go on with hf:other"),
+        ("--text_encoder hf:other", r"began with --text_encoder hf:bert, and is to go on with --text_encoder hf:other"),
+        ("--avg_word_embs false", r"began with --avg_word_embs true, and is to go on with --avg_word_embs false"),
+        ("--pretrained clip/checkpoints/last.ckpt", r"began without --pretrained, and is to go on with --pretrained"),
+        ("--image_size 32", r"began without --image_size, and is to go on with --image_size 32"),
         ("--learning_rate 1.0", r"learning_rate 1\.0, was 0\.003"),
         ("--distillation softmax", r"distillation softmax, was transport"),
         ("--lock_text", r"lock_text True, was False"),
@@ -129,6 +132,47 @@ def test_a_run_goes_on_without_its_encoders_files(here):
 def test_what_a_resumed_run_cannot_change(here, capsys, words, expected):
     """Encoders and how they are trained are in its state: another value would go unheard."""
     assert re.search(expected, refused(capsys, "--resume", "run", "--epochs", "4", *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--pretrained data",
+            r"began with --pretrained clip/checkpoints/last\.ckpt, and is to go on with --pretrained da",
+        ),
+        ("--image_encoder hf:foo", r"began without --image_encoder, and is to go on with --image_encoder hf:foo"),
+        ("--avg_word_embs true", r"began without --avg_word_embs"),
+        ("--context_length 8", r"began without --context_length, and is to go on with --context_length 8"),
+        ("--activation gelu", r"began without --activation"),
+        ("--learning_rate 1.0", r"learning_rate 1\.0, was"),
+    ],
+)
+def test_nor_can_a_run_that_began_with_a_whole_model(here, capsys, words, expected):
+    """Refused before anything of the run is touched; what it began with may be said again, by another path too."""
+    cli.main(["finetune", *SHORT, "--pretrained", "clip/checkpoints/last.ckpt", "--output", "tuned"])
+    before = {file: file.read_bytes() for file in Path("tuned").rglob("*") if file.is_file()}
+    message = refused(capsys, "--resume", "tuned", "--epochs", "4", *words.split())
+    assert re.search(expected, message)
+    assert {file: file.read_bytes() for file in Path("tuned").rglob("*") if file.is_file()} == before
+    if "--pretrained" in words:
+        place = str(Path("clip/checkpoints/last.ckpt").resolve())
+        shutil.move("tuned", "moved")
+        cli.main(["finetune", "--resume", "moved", "--epochs", "3", "--pretrained", place])
+        shutil.rmtree("clip")
+        cli.main(["finetune", "--resume", "moved", "--epochs", "4"])
+
+
+def test_a_checkpoint_in_no_run_goes_on_too(here, capsys):
+    """Its encoders are what it says itself: others are refused, and the run's options name them."""
+    shutil.copy("run/checkpoints/step-00000002.ckpt", "lone.ckpt")
+    words = ["--resume", "lone.ckpt", *SHORT, "--output", "on"]
+    assert "began with --text_encoder hf:bert" in refused(capsys, *words, "--text_encoder", "hf:other")
+    assert "began without --pretrained" in refused(capsys, *words, "--pretrained", "clip/checkpoints/last.ckpt")
+    cli.main(["finetune", *words])
+    kept = yaml.safe_load(Path("on/config.yaml").read_text())
+    assert (kept["image_encoder"], kept["text_encoder"], kept["avg_word_embs"]) == ("hf:resnet", "hf:bert", True)
+    assert losses("on") == losses("run")[2:]
 
 
 def test_each_verb_goes_on_with_its_own_runs(here, capsys):
@@ -161,9 +205,12 @@ def test_towers_of_our_own_checkpoints(here):
     assert not any("logit_scale" in name and "clip" in name for name, _ in towers.named_parameters())
 
 
-def test_a_locked_tower_beside_a_projection(here):
-    """``--lock_image`` as a bare flag: the image encoder stays as its file has it, the projection learns."""
+def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
+    """``--lock_image`` as a bare flag: the encoder stays as its file has it; the projection, which is said, learns."""
+    caplog.set_level("INFO")
     finetune("--lock_image", "--minibatch_size", "2", "--output", "locked")
+    expected = r"The image encoder gives \d+ numbers, the text encoder 16: a linear projection of the images is added"
+    assert re.search(expected, capsys.readouterr().err + caplog.text)
     module = CustomCLIPWrapper.load_from_checkpoint("locked/checkpoints/last.ckpt")
     from transformers import ResNetModel
 
@@ -181,13 +228,22 @@ def test_a_locked_tower_beside_a_projection(here):
         ("--image_encoder hf:nowhere/nothing", r"hf download nowhere/nothing .*--image_encoder hf:FOLDER"),
         ("--text_encoder torchvision:resnet50", r"torchvision has no text encoders"),
         ("--text_encoder train-clip:run/checkpoints/last.ckpt", r"two encoders and no CLIP"),
-        ("--pretrained data", r"data: a folder without weights; expected one of open_clip_model\.safetensors"),
-        ("--pretrained data/000.png", r"data/000\.png: begins with b'\\x89PNG.*, which no file of weights does"),
-        ("--pretrained openai --model_name ViT-L/16", r"OpenAI has published no such model"),
         ("--image_size 32", r"--image_size 32: is for weights \(--pretrained\)"),
         ("--context_length 99", r"takes 32 tokens at most"),
+        ("--context_length 2", r"--context_length: found 2, expected at least 3"),
+        ("--context_length 0", r"--context_length: found 0, expected at least 3"),
+        (
+            "--text_encoder train-clip:clip/checkpoints/last.ckpt --context_length 1",
+            r"--context_length: found 1, expected at least 2, for start and end",
+        ),
         ("--image_learning_rate 0", r"To keep the tower: lock_image"),
         ("--momentum 1", r"expected from 0 to below 1"),
+        (
+            "--lock_image --image_learning_rate 1e-4",
+            r"image_learning_rate is 0\.0001 beside lock_image: a tower that is",
+        ),
+        ("--lock_text --text_learning_rate 1e-4", r"text_learning_rate is 0\.0001 beside lock_text"),
+        ("--precision bf16-true", r"in half precision a running mean stands still"),
     ],
 )
 def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
@@ -196,6 +252,28 @@ def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected
     before = set(Path().rglob("*"))
     message = refused(capsys, *ENCODERS, *SHORT, *words.split(), "--output", "none")
     assert re.search(expected, message)
+    assert set(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("data", r"data: a folder without weights; expected one of open_clip_model\.safetensors"),
+        ("data/000.png", r"data/000\.png: begins with b'\\x89PNG.*, which no file of weights does"),
+        ("openai --model_name ViT-L/16", r"OpenAI has published no such model"),
+        (
+            "clip/checkpoints/last.ckpt --image_encoder hf:resnet",
+            r"--image_encoder: is for two encoders .* whole model",
+        ),
+        ("clip/checkpoints/last.ckpt --text_encoder hf:bert", r"--text_encoder: is for two encoders"),
+        ("clip/checkpoints/last.ckpt --avg_word_embs true", r"--avg_word_embs: is for two encoders"),
+        ("clip/checkpoints/last.ckpt --distillation softmax --precision 16-true", r"a running mean stands still"),
+    ],
+)
+def test_a_whole_model_that_cannot_start_is_refused(here, capsys, words, expected):
+    """Likewise of ``--pretrained``: files without weights, and options that only two encoders have."""
+    before = set(Path().rglob("*"))
+    assert re.search(expected, refused(capsys, *SHORT, "--pretrained", *words.split(), "--output", "none"))
     assert set(Path().rglob("*")) == before
 
 

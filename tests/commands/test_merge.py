@@ -70,6 +70,22 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
     [
         (("start", "other"), "", "expected one model"),
         (("start", "tuned"), "--weight 1.5", "expected from 0, the first checkpoint, to 1"),
+        (("start", "tuned"), "--weight [0.5,1.5]", "expected from 0, the first checkpoint, to 1"),
+        (
+            ("start", "tuned"),
+            "--weight []",
+            r'no weight\. Expected one, such as 0\.5, or several: --weight "\[0\.25, 0\.5\]"',
+        ),
+        (("start", "tuned"), "--weight [0.5,0.5000001]", r"0\.5 comes twice"),
+        (("start", "tuned"), "--weight 0.25 0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
+        (("start", "tuned"), "--weight 0.25,0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
+        (("start", "tuned"), "--weight=0.25 0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
+        (("start", "tuned"), "--folder ../nothere", "nothere"),
+        (("start", "tuned"), "--other_folder data --other_classes names.txt", "class"),
+        (("start", "tuned"), "--other_classes names.txt", "is for --other_folder, which was not given"),
+        (("start", "tuned"), "--other_templates names.txt", "is for --other_folder, which was not given"),
+        (("start", "tuned"), "--folder data --device nowhere", "not to be had here"),
+        (("start", "tuned"), "--folder data --json data", "is no regular file"),
         (("start", "nothing"), "", "there is no such file"),
     ],
 )

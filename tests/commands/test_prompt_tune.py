@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,6 +112,41 @@ def test_a_run_goes_on(here, tmp_path):
     assert state(other)["global_step"] == state(whole)["global_step"] == 9
     for name, value in state(whole)["state_dict"].items():
         torch.testing.assert_close(state(other)["state_dict"][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--pretrained other.safetensors", "another backbone than the prompts were trained beside"),
+        ("--prompts 4", "began with --prompts 3, and is to go on with --prompts 4"),
+        ("--prompt_kind shallow", "began with --prompt_kind deep"),
+        ("--class_token false", "began with --class_token true, and is to go on with --class_token false"),
+        ("--image_size 32", "began without --image_size"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change(here, words, message):
+    """Its backbone and its prompts; nothing of the run is touched."""
+    if not Path("other.safetensors").exists():
+        cli.main(["train", "--model_name", "tiny.yaml", *DATA, "--max_steps", "2", "--val_share", "0", "--output", "o"])
+        cli.main(["convert", "o/checkpoints/last.ckpt", "other.safetensors", "--to", "safetensors"])
+    before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["prompt-tune", "--resume", "run", "--epochs", "3", *words.split()])
+    assert message in str(stop.value)
+    assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
+
+
+def test_a_run_whose_backbone_has_moved_goes_on(here, tmp_path):
+    """``--pretrained`` names its new place; a checkpoint that lies in no run brings its prompts' options."""
+    shutil.copytree("run", tmp_path / "run"), shutil.copytree("clip", tmp_path / "clip")
+    shutil.copy("run/checkpoints/last.ckpt", tmp_path / "lone.ckpt")
+    place = str(tmp_path / BACKBONE)
+    cli.main(["prompt-tune", "--resume", str(tmp_path / "run"), "--epochs", "3", "--pretrained", place])
+    assert state(tmp_path / "run")["hyper_parameters"]["backbone"] == place
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["pretrained"] == place
+    words = [*DATA, "--val_share", "0.2", "--epochs", "3", "--output", str(tmp_path / "on")]
+    cli.main(["prompt-tune", "--resume", str(tmp_path / "lone.ckpt"), *words])
+    assert yaml.safe_load((tmp_path / "on" / "config.yaml").read_text())["prompts"] == 3
 
 
 def test_the_script_and_the_recipe_words(here, tmp_path):

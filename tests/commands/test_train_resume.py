@@ -83,6 +83,15 @@ def test_more_epochs_with_a_word_on_the_learning_rate(here, capsys, caplog):
     assert [start.get("after_steps") for start in starts] == [None, 6]
 
 
+def test_a_best_that_is_of_before_is_said_to_be(here, capsys):
+    """One more step, which no validation follows: what is said of best.ckpt fits the command that is shown next."""
+    train("--resume", "run", "--epochs", "4", "--max_steps", "7")
+    said = capsys.readouterr().out
+    assert "No validation was reached, so best.ckpt is as it was before" in said
+    assert "there is no best.ckpt" not in said
+    assert "train-clip evaluate run/checkpoints/best.ckpt" in said
+
+
 def test_an_earlier_state_in_the_same_folder(here, capsys):
     """From step 4 of 6: the last two steps are trained and logged again, to the same weights."""
     before = state("run/checkpoints/last.ckpt")["state_dict"]
@@ -165,6 +174,8 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--warmup_steps 1", r"warmup_steps 1, was None"),
         ("--seed 3", r"seed 3, was 0"),
         ("--image_size 32", r"config\.image\.size 32, was 16"),
+        ("--pretrained tiny.yaml", r"began without --pretrained, and is to go on with --pretrained tiny.yaml"),
+        ("--activation gelu", r"began without --activation"),
         ("--model_name demo-8-48px", r"config\.name demo-8-48px, was tiny"),
         ("--batch_size 2", r"batch_size 2, was 4.*--minibatch_size is free"),
         ("--val_share 0", r"val_share 0.0, was 0.2"),

@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_config):
         (
             torch.zeros(8, 3, 20, 20, dtype=torch.uint8),
             CAPTIONS,
-            r"shape \(8, 3, 20, 20\); tiny expects \(B, 3, 16, 16\)",
+            r"shape \(8, 3, 20, 20\); tiny expects \(B, 3, 16, 16\)\..*TextImageDataModule\(…, image_size=16\)",
         ),
         (PIXELS, torch.zeros(8, 17, dtype=torch.long), r"tokens have shape \(8, 17\).*16 tokens at most"),
         (PIXELS, torch.full((8, 5), 50_000), r"run from 50000 to 50000; tiny has a vocabulary of 49,408"),

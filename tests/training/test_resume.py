@@ -65,7 +65,7 @@ def crash_at(hook: str, count: int) -> L.Callback:
     return callback
 
 
-def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, **how: Any) -> Seen:
+def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, warmup_steps: int = 2, **how: Any) -> Seen:
     """Train into a folder as the command does, and return what was seen."""
     torch.manual_seed(0)
     seen = Seen()
@@ -81,7 +81,7 @@ def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, **how: Any)
         log_every_n_steps=1,
         **({"max_epochs": EPOCHS} | how),
     )
-    module = Dropping(minibatch_size=3, learning_rate=1e-2, warmup_steps=2)
+    module = Dropping(minibatch_size=3, learning_rate=1e-2, warmup_steps=warmup_steps)
     # The global generator stands elsewhere in a new process.
     torch.manual_seed(99 if resume else 1)
     data = TextImageDataModule(run.parent / "data", BATCH, image_size=16, context_length=16, val_share=0.2)
@@ -129,7 +129,15 @@ def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def assert_same_state(found: Path, expected: Path) -> None:
     """Weights, optimizer, schedule, scaler, position: all that training goes on from, bit for bit."""
     a, b = state(found), state(expected)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "MixedPrecision"):
+    for part in (
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "callbacks",
+        "epoch",
+        "global_step",
+        "MixedPrecision",
+    ):
         own, other = dict(tensors(a.get(part))), dict(tensors(b.get(part)))
         assert own.keys() == other.keys(), part
         for name, value in other.items():
@@ -200,6 +208,39 @@ def test_a_run_that_ended_within_an_epoch_goes_on_in_it(whole: tuple[Path, Seen]
     assert state(run)["epoch"] == state(whole[0])["epoch"]
     if why == "should_stop":
         assert_same_state(run, whole[0])
+
+
+@pytest.mark.parametrize("longer", [{"max_steps": 12}, {"max_steps": 16}, {}], ids=str)
+def test_a_run_that_max_steps_ended_at_an_epochs_end_goes_on_in_the_next(
+    whole: tuple[Path, Seen], tmp_path: Path, longer: dict[str, int]
+) -> None:
+    """8 steps, 4 an epoch, then resumed: bit for bit the run of three or four epochs that was given its length at once.
+
+    The warm-up outlasts them all, so that no rate depends on the length.
+    """
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    how = {"warmup_steps": 100, "max_epochs": 3 + (longer == {"max_steps": 16})}
+    seen = fit(tmp_path / "expected", None, **how | longer)
+    fit(tmp_path / "run", None, **how, max_steps=8)
+    rest = fit(tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt", **how | longer)
+    assert rest.batches == seen.batches[8:]
+    assert_same_state(tmp_path / "run", tmp_path / "expected")
+    assert rows(tmp_path / "run") == rows(tmp_path / "expected")
+
+
+def test_a_run_that_ends_before_its_learning_rate_says_so(
+    whole: tuple[Path, Seen], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stopped by another callback after 6 of 12 steps: said; not where all 12 are done."""
+    caplog.set_level("INFO")
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
+    stopper = L.Callback()
+    stopper.on_train_batch_end = lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 6)  # type: ignore[method-assign]
+    fit(tmp_path / "run", None, stopper)
+    assert "The run ended after 6 of 12 optimizer steps, before the learning rate reached its end" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert "The run ended after" not in caplog.text
 
 
 def test_a_run_whose_schedule_is_over_is_refused(whole: tuple[Path, Seen], tmp_path: Path) -> None:
@@ -275,6 +316,8 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"accumulate_grad_batches": 3, "val_check_interval": 2},
         {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
         {"max_epochs": -1, "max_steps": 7},
+        {"max_epochs": -1, "max_steps": 12},
+        {"max_epochs": 2, "max_steps": 17},
         {"scaler": True, "gradient_clip_val": 0.1},
     ],
     ids=lambda how: " ".join(map(str, how)),

@@ -32,17 +32,37 @@ def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
     Raises:
         UserError: names or shapes that differ, or a weight beyond the ends.
     """
+    require_weight(weight)
+    require_one_model(start, tuned)
+    return {
+        name: _between(start[name], end, weight) if end.is_floating_point() else end.clone()
+        for name, end in tuned.items()
+    }
+
+
+def require_weight(weight: float) -> None:
+    """Refuse a weight beyond the ends.
+
+    Raises:
+        UserError: it is none from 0 to 1.
+    """
     if not 0 <= weight <= 1:
-        raise UserError(f"--weight {weight}: expected from 0, the first checkpoint, to 1, the second.")
+        raise UserError(f"--weight {weight:g}: expected from 0, the first checkpoint, to 1, the second.")
+
+
+def require_one_model(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    """Refuse state dicts that have no line between them.
+
+    Raises:
+        UserError: names or shapes that differ.
+    """
     if lone := sorted(start.keys() ^ tuned.keys()):
         raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
-    merged = {}
     for name, end in tuned.items():
-        begin = start[name]
-        if begin.shape != end.shape:
-            raise UserError(f"{name} has the shapes {tuple(begin.shape)} and {tuple(end.shape)}; expected one model.")
-        merged[name] = _between(begin, end, weight) if end.is_floating_point() else end.clone()
-    return merged
+        if start[name].shape != end.shape:
+            raise UserError(
+                f"{name} has the shapes {tuple(start[name].shape)} and {tuple(end.shape)}; expected one model."
+            )
 
 
 def _between(begin: Tensor, end: Tensor, weight: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from train_clip.checkpoints.encoders import load_image_encoder, load_text_encoder
 from train_clip.checkpoints.own_encoders import SOURCE
-from train_clip.commands.beginning import pretrained_weights
+from train_clip.commands.beginning import pretrained_weights, require_same_start
 from train_clip.commands.options import (
     DataOptions,
     ModelOptions,
@@ -33,6 +33,12 @@ from train_clip.training.module import ContrastiveModule
 # and batches of 512; the rest is that of training it from scratch.
 OF_CLIP = {"optimizer": "adamw", "distillation": "none", "learning_rate": 3e-5, "weight_decay": 0.0}
 OF_ENCODERS = {"optimizer": "sgd", "distillation": "transport"}
+# What two encoders are joined of where nothing else is asked for.
+ENCODERS = {
+    "image_encoder": "hf:microsoft/resnet-50",
+    "text_encoder": "hf:johngiorgi/declutr-sci-base",
+    "avg_word_embs": True,
+}
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,16 @@ class StartOptions(ModelOptions):
     """What training starts from.
 
     Args:
-        image_encoder: hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT
-        text_encoder: hf:NAME or hf:FOLDER, train-clip:CHECKPOINT
-        avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself
+        image_encoder: hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; without --pretrained
+            hf:microsoft/resnet-50, if not told
+        text_encoder: hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; hf:johngiorgi/declutr-sci-base, if not told
+        avg_word_embs: whether a caption is the mean over its tokens (true, if not told), or what the text encoder pools
+            by itself (false)
     """
 
-    image_encoder: str = "hf:microsoft/resnet-50"
-    text_encoder: str = "hf:johngiorgi/declutr-sci-base"
-    avg_word_embs: bool = True
+    image_encoder: str | None = None
+    text_encoder: str | None = None
+    avg_word_embs: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,14 @@ def finetune(
     how = usual | {name: value for name, value in given.items() if value is not None}
     how |= {"minibatch_size": start.minibatch_size, "seed": run.seed}
     if resumed is not None:
-        _require_same_start(start, resumed)
+        start = _require_same(start, resumed)
         module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
-    elif (weights := pretrained_weights(start)) is not None:
-        module, start = retrained(weights, **how), dataclasses.replace(start, pretrained=weights.source)
-    else:
+    elif start.pretrained is None:
+        start = _with_encoders(start, ENCODERS)
         module = _join(start, how)
+    else:
+        module, source = _train_on(start, how)
+        start = dataclasses.replace(start, pretrained=source)
     pairs = TextImageDataModule(
         image_size=module.model.image_size, custom_tokenizer=module.tokenizer, seed=run.seed, **dataclasses.asdict(data)
     )
@@ -124,11 +134,30 @@ def finetune(
     return train_job(Job("finetune", module, pairs, EPOCHS, options), run, trainer, resumed)
 
 
+def _with_encoders(start: StartOptions, others: Mapping[str, Any]) -> StartOptions:
+    """The options with what they leave open of two encoders."""
+    return dataclasses.replace(start, **{name: others[name] for name in others if getattr(start, name) is None})
+
+
+def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveModule, str]:
+    """The whole model that the options name, and where it was found."""
+    for name in ENCODERS:
+        if getattr(start, name) is not None:
+            raise UserError(
+                f"--{name}: is for two encoders that are to be joined; --pretrained {start.pretrained} is a whole "
+                "model, with encoders of its own. Leave one of the two options out."
+            )
+    weights = pretrained_weights(start)
+    assert weights is not None
+    return retrained(weights, **how), weights.source
+
+
 def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     """The two encoders, with the tokenizer of the text encoder and a projection where their widths differ."""
     for name in ("model_name", "activation", "image_size"):
         if (value := getattr(start, name)) is not None:
             raise UserError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
+    assert start.image_encoder is not None and start.text_encoder is not None
     image, text = load_image_encoder(start.image_encoder), load_text_encoder(start.text_encoder)
     context = text.context if start.context_length is None else start.context_length
     if text.context is not None and context is not None and context > text.context:
@@ -136,7 +165,7 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     return CustomCLIPWrapper(
         image,
         text,
-        avg_word_embs=start.avg_word_embs,
+        avg_word_embs=bool(start.avg_word_embs),
         project=True,
         tokenizer=_tokenizer(start.text_encoder, context),
         **how,
@@ -147,19 +176,22 @@ def _tokenizer(source: str, context: int | None) -> Any:
     """The tokenizer that belongs to a text encoder."""
     prefix, _, name = source.partition(":")
     assert context is not None  # every source knows it
-    return Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+    try:
+        return Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
 
 
-def _require_same_start(start: StartOptions, resumed: Resumption) -> None:
-    """A run that goes on has its encoders in its checkpoint: another would go unheard."""
+def _require_same(start: StartOptions, resumed: Resumption) -> StartOptions:
+    """Refuse another start than the run had; what the options leave open of it is its own."""
     arguments = resumed.state.get("hyper_parameters", {})
-    if start.pretrained is not None:
-        return
-    for name in ("image_encoder", "text_encoder"):
-        kept, asked = arguments.get(name), getattr(start, name)
-        was = f"{kept['source']}:{kept['name']}" if isinstance(kept, Mapping) else "none"
-        if was != asked:
-            raise UserError(
-                f"{resumed.checkpoint}: the run began with --{name} {was}, and is to go on with {asked}. Leave the "
-                "option out, or begin a new run."
-            )
+    known = {name: _named(arguments[name]) for name in ENCODERS if arguments.get(name) is not None}
+    asked = dataclasses.asdict(start)
+    del asked["minibatch_size"]
+    require_same_start(resumed, asked, known)
+    return start if start.pretrained is not None else _with_encoders(start, known)
+
+
+def _named(kept: Any) -> Any:
+    """An encoder as the command line names it."""
+    return f"{kept['source']}:{kept['name']}" if isinstance(kept, Mapping) else kept

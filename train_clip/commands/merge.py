@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.merge import interpolate
+from train_clip.checkpoints.merge import interpolate, require_one_model, require_weight
 from train_clip.checkpoints.reading import read_checkpoint
 from train_clip.checkpoints.weights import find_weights
 from train_clip.commands.scoring import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
 from train_clip.errors import UserError
-from train_clip.files import write_text
+from train_clip.files import require_place, write_text
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 
 # What a merged checkpoint takes over from the tuned one besides its weights.
@@ -48,6 +48,24 @@ class MergeOptions(ScoreOptions):
         """One or several."""
         return self.weight if isinstance(self.weight, list) else [self.weight]
 
+    def require_sense(self) -> None:
+        """Refuse weights and sets that cannot work.
+
+        Raises:
+            UserError: there are some.
+        """
+        super().require_sense()
+        if not self.weights:
+            raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
+        for weight in self.weights:
+            require_weight(weight)
+        names = [f"{weight:g}" for weight in self.weights]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"--weight: {twice[0]} comes twice to six figures, by which the files are named.")
+        for option, value in (("classes", self.other_classes), ("templates", self.other_templates)):
+            if value is not None and self.other_folder is None:
+                raise UserError(f"--other_{option} {value}: is for --other_folder, which was not given.")
+
     def sets(self) -> dict[str, ScoreOptions]:
         """What to score on, by its name; empty where nothing is given."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(ScoreOptions)}
@@ -72,7 +90,8 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         The files.
 
     Raises:
-        UserError: two models that are not one, or a file that is there already.
+        UserError: two models that are not one, a file that is there already, or something that cannot be scored; then
+            nothing was written.
     """
     options.require_sense()
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in options.weights]
@@ -81,6 +100,12 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
             raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
     end = read_checkpoint(tuned)
     first, second = find_weights(start, UNCHANGED).read(), _model_of(end, tuned)
+    require_one_model(first, second)
+    sets = options.sets()
+    # Before anything is written: what cannot be scored leaves no files behind, which would be in the next run's way.
+    scores = {weight: _scores(file, sets, options.device) for weight, file in ((0.0, start), (1.0, tuned)) if sets}
+    if options.json is not None:
+        require_place(options.json)
     for weight, target in zip(options.weights, targets, strict=True):
         merged = {f"model.{name}": value for name, value in interpolate(first, second, weight).items()}
         about = {name: end[name] for name in KEPT if name in end}
@@ -88,9 +113,10 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         about["hyper_parameters"] = {**about["hyper_parameters"], "distillation": "none"}
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
-    if sets := options.sets():
-        files = {0.0: Path(start)} | dict(zip(options.weights, targets, strict=True)) | {1.0: tuned}
-        _report({weight: _scores(file, sets, options.device) for weight, file in sorted(files.items())}, options.json)
+        if sets and weight not in scores:
+            scores[weight] = _scores(target, sets, options.device)
+    if sets:
+        _report(dict(sorted(scores.items())), options.json)
     return targets
 
 
@@ -103,7 +129,7 @@ def _model_of(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _scores(file: Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
+def _scores(file: str | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
     model = load_for_scoring(file, device)
     return {name: score(model, options)[0] for name, options in sets.items()}
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from train_clip.checkpoints.sources import openai_name
 from train_clip.checkpoints.weights import Weights
-from train_clip.commands.beginning import DEFAULT_MODEL, OPENAI, pretrained_weights
+from train_clip.commands.beginning import DEFAULT_MODEL, OPENAI, pretrained_weights, require_same_start
 from train_clip.commands.options import DataOptions, ModelOptions, RunOptions, TrainerOptions
+from train_clip.commands.resume import Resumption
 from train_clip.commands.training_run import Job, begin, train_job
 from train_clip.errors import UserError
 from train_clip.models.config import ViTConfig
@@ -24,6 +25,8 @@ from train_clip.training.prompt_wrapper import EPOCHS, PromptCLIPWrapper
 BASE_RATE, RATE_OF = 2.5, 256  # rate for a batch of so many pairs; the grid is VPT's (appendix A, table 6)
 ADAMW_RATE = 1e-3
 DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
+# Options that say what the prompts are; the others say how they are trained.
+OF_PROMPTS = ("prompts", "prompt_kind", "prompt_layers", "prompt_dropout", "class_token")
 BY_LOSS = Best("val/loss", lowest=True)
 
 
@@ -84,11 +87,12 @@ def prompt_tune(
         "seed": run.seed,
     }
     if resumed is not None:
-        module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
+        prompts = _of_run(model, prompts, resumed)
+        module: ContrastiveModule = rebuilt(_beside(model, resumed), resumed.checkpoint, **how)
+        model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
     else:
         backbone = _backbone(model)
-        # Wherever a later command is run: the checkpoint looks for its backbone there.
-        place = str(Path(backbone.source).resolve()) if Path(backbone.source).exists() else backbone.source
+        place = _place(backbone.source)
         model = dataclasses.replace(model, pretrained=place)
         kept = dataclasses.replace(backbone.choices, backbone=None).named()
         told = {name: value for name, value in kept.items() if value is not None}
@@ -103,6 +107,36 @@ def prompt_tune(
         return model, data, resolved
 
     return train_job(Job("prompt-tune", module, pairs, EPOCHS, options, BY_LOSS), run, trainer, resumed)
+
+
+def _place(source: str) -> str:
+    """A backbone's place, wherever a later command is run: a checkpoint looks for its backbone there."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) -> PromptOptions:
+    """Refuse another start than the run had; of a checkpoint that lies in no run, what it says of its prompts."""
+    if resumed.run is None:
+        kept = resumed.state["hyper_parameters"]["prompts"]
+        prompts = dataclasses.replace(
+            prompts,
+            prompts=kept["number"],
+            prompt_layers=kept["layers"],
+            prompt_dropout=kept["dropout"],
+            class_token=kept["class_token"],
+        )
+    asked = {name: getattr(model, name) for name in ("model_name", "image_size", "context_length", "activation")}
+    of_prompts = {name: getattr(prompts, name) for name in OF_PROMPTS}
+    require_same_start(resumed, asked | of_prompts, of_prompts)
+    return prompts
+
+
+def _beside(model: ModelOptions, resumed: Resumption) -> dict[str, Any]:
+    """The state of a run, its backbone where the options have it: it is known by its content, wherever it lies."""
+    arguments = resumed.state.get("hyper_parameters", {})
+    own = model.pretrained is None or model.pretrained == OPENAI
+    place = {} if own else {"backbone": _place(str(model.pretrained))}
+    return {**resumed.state, "hyper_parameters": arguments | place}
 
 
 def _backbone(model: ModelOptions) -> Weights:

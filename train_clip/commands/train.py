@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.checkpoints.weights import Weights
-from train_clip.commands.beginning import DEFAULT_MODEL, pretrained_weights
+from train_clip.commands.beginning import DEFAULT_MODEL, pretrained_weights, require_same_start
 from train_clip.commands.options import (
     DataOptions,
     ModelOptions,
@@ -49,7 +49,9 @@ def train(
         The run's folder.
     """
     resumed = begin(run)
-    # A run that goes on has its weights in its checkpoint.
+    if resumed is not None:
+        # The model itself is held against the run's by its sizes.
+        require_same_start(resumed, {"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
     config = choose_config(model) if weights is None else _require_clip(weights)
     numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective)

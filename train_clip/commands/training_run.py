@@ -96,6 +96,7 @@ def train_job(job: Job, run: RunOptions, trainer: TrainerOptions, resumed: Resum
     data.trainer = lightning_trainer
     data.setup()
     module.require_batch_size(data.batch_size)
+    module.require_precision(lightning_trainer.precision)
     num_steps = _num_steps(data, lightning_trainer)
     if resumed is not None:
         _require_same_run(module, data, resumed, num_steps)
@@ -281,7 +282,8 @@ def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> Non
         if data.val_table is None:
             command += ["--split", "held_out", "--val_share", str(data.val_share)]
         if "val/loss" not in trainer.callback_metrics:
-            print("No validation was reached, so there is no best.ckpt; --val_check_interval sets how often it comes.")
+            best = "best.ckpt is as it was before" if "best" in checkpoints else "there is no best.ckpt"
+            print(f"No validation was reached, so {best}; --val_check_interval sets how often it comes.")
     print(f"Next: {shlex.join(command)}")
 
 

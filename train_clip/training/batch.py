@@ -91,7 +91,7 @@ def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise UserError(
             f"A batch's images have shape {tuple(images.shape)}; {model.name} expects (B, 3, {size}, {size}). "
-            "Resize them, or build the model for their size (--image_size, or config.with_image_size)."
+            f"Resize them, as TextImageDataModule(…, image_size={size}) does, or build the model for their size."
         )
     if ids.ndim != 2 or len(ids) != len(images) or (context is not None and ids.shape[1] > context):
         at_most = "" if context is None else f", of {context} tokens at most"

@@ -31,7 +31,6 @@ from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning
 
 EPOCHS = 10  # OTTER, section 4.1
-HALF = ("bf16-true", "16-true")
 TRIAL_CAPTIONS = (
     "a small brown dog runs across a green field",
     "Two people in yellow coats, seen from behind, wait for the 17:45 train.",
@@ -132,13 +131,10 @@ class CustomCLIPWrapper(ContrastiveModule):
         if collate is not None:
             self._require_tokenizer(collate.tokenizer)
             self.tokenizer = self.tokenizer or collate.tokenizer
+        super().setup(stage)
         if stage != "fit":
             return
-        if self.distillation is not None and self.trainer.precision in HALF:
-            raise UserError(
-                f"--precision {self.trainer.precision}: in half precision a running mean stands still, and with it the "
-                "teacher. Use bf16-mixed or 16-mixed, or --distillation none."
-            )
+        self._say_projection()
         frozen = freeze_unreached(self.model, self._some_tokens())
         if frozen:
             numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
@@ -152,6 +148,14 @@ class CustomCLIPWrapper(ContrastiveModule):
             rank_zero_info(
                 f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
                 f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
+            )
+
+    def _say_projection(self) -> None:
+        projection = self.model.image_projection
+        if isinstance(projection, nn.Linear):
+            rank_zero_info(
+                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
+                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
             )
 
     def _require_tokenizer(self, tokenizer: Any) -> None:

@@ -20,7 +20,13 @@ from train_clip.gather import host_group, largest
 from train_clip.training.checkpoints import Checkpoints
 from train_clip.training.finite import FiniteSteps
 from train_clip.training.signals import Stopped, StopSignals
-from train_clip.training.trainer_state import gradient_pending, gradient_scaler, last_batch, log_step
+from train_clip.training.trainer_state import (
+    begin_next_epoch,
+    gradient_pending,
+    gradient_scaler,
+    last_batch,
+    log_step,
+)
 
 READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
 
@@ -63,6 +69,7 @@ class EndOfStep(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals; see to it that all processes train on the same; follow the length of the run."""
         self.signals.install()
+        begin_next_epoch(trainer)
         self._hosts = host_group()
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
@@ -136,6 +143,15 @@ class EndOfStep(L.Callback):
         """Stop here if it was asked for in the last batch or validation; a run that ends within an epoch is over."""
         if self._epoch_is_whole:
             self._stop_if_asked(trainer, within_epoch=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say it where the run is over before the learning rate is."""
+        if trainer.global_step < self.num_steps:
+            rank_zero_info(
+                f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the "
+                "learning rate reached its end: one of the Trainer's other limits ended it (--max_time, early "
+                "stopping, a loader that ran out)."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -35,6 +35,7 @@ from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
 MOST_NAMED = 4  # arguments in a message
+HALF = ("bf16-true", "16-true")
 IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
 
 
@@ -115,6 +116,26 @@ class ContrastiveModule(L.LightningModule):
         """
         if self.distillation is not None:
             require_room(num_pairs)
+
+    def require_precision(self, precision: str) -> None:
+        """Refuse a precision in which the teacher of distillation would stand still.
+
+        Args:
+            precision: the Trainer's.
+
+        Raises:
+            UserError: half precision without float32 weights.
+        """
+        if self.distillation is not None and precision in HALF:
+            raise UserError(
+                f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
+                "bf16-mixed or 16-mixed, or --distillation none."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Hold the Trainer against what is minimised."""
+        if stage == "fit":
+            self.require_precision(self.trainer.precision)
 
     @property
     def tokenizer(self) -> Any:

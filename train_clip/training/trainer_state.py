@@ -18,6 +18,21 @@ def gradient_scaler(trainer: L.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def begin_next_epoch(trainer: L.Trainer) -> None:
+    """Where a run is resumed at the end of an epoch, begin with the next one, from ``on_train_start``.
+
+    With ``max_steps`` set, Lightning (2.6.6, ``FitLoop.restarting``) takes every epoch for one to be gone on with,
+    finds no batch left in it and counts it once more, so that ``max_epochs`` ends the run an epoch early. Without
+    ``max_steps`` it does what is done here.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop._restarting = loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+
+
 def last_batch(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a batch is its epoch's last."""
     return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches

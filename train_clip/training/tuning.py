@@ -52,17 +52,18 @@ class Tuning:
         for right, message in (
             (0 <= self.momentum < 1, f"momentum is {self.momentum}; expected from 0 to below 1."),
             (self.kl_coeff >= 0, f"kl_coeff is {self.kl_coeff}; expected 0 or above."),
-            (
-                self.image_learning_rate is None or self.image_learning_rate > 0,
-                f"image_learning_rate is {self.image_learning_rate}; expected above 0. To keep the tower: lock_image.",
-            ),
-            (
-                self.text_learning_rate is None or self.text_learning_rate > 0,
-                f"text_learning_rate is {self.text_learning_rate}; expected above 0. To keep the tower: lock_text.",
-            ),
         ):
             if not right:
                 raise UserError(message)
+        for tower in ("image", "text"):
+            rate, locked = getattr(self, f"{tower}_learning_rate"), getattr(self, f"lock_{tower}")
+            if rate is not None and rate <= 0:
+                raise UserError(f"{tower}_learning_rate is {rate}; expected above 0. To keep the tower: lock_{tower}.")
+            if rate is not None and locked:
+                raise UserError(
+                    f"{tower}_learning_rate is {rate} beside lock_{tower}: a tower that is kept has no rate. Leave one "
+                    f"of the two out, a recipe's by --{tower}_learning_rate null."
+                )
 
 
 def make_tuning(given: dict[str, Any], **defaults: Any) -> Tuning:
