@@ -100,6 +100,7 @@ class Report:
         source: folder or table.
         entries: files, or rows.
         pairs: images with captions.
+        cached: how many of them are read from npz/, in place of the image.
         lone_images: images without captions.
         lone_captions: captions without images.
         others: files that are neither, by suffix.
@@ -118,6 +119,7 @@ class Report:
     source: str
     entries: int
     pairs: int
+    cached: int
     lone_images: Listed
     lone_captions: Listed
     others: dict[str, int]
@@ -153,6 +155,7 @@ def build_report(scan: Scan, store: AuditStore, expected: Expectations) -> Repor
         source=str(scan.source),
         entries=scan.num_entries,
         pairs=len(scan.pairs),
+        cached=scan.pairs.num_cached,
         lone_images=_listed(scan.lone_images),
         lone_captions=_listed(scan.lone_captions),
         others=dict(scan.others),
