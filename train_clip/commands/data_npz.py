@@ -14,7 +14,7 @@ from train_clip.data.folder import scan_folder
 from train_clip.data.npz import is_npz
 from train_clip.data.npz_cache import BATCH, Cached, ImagesToCache, cache_loader
 from train_clip.data.pairing import CACHE, cache_name
-from train_clip.data.pairs import FlatStrings, shown
+from train_clip.data.pairs import FlatStrings, PairList, plain_name, shown
 from train_clip.data.scan import PairBy
 from train_clip.errors import UserError
 from train_clip.files import sweep
@@ -56,6 +56,7 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
     images = FlatStrings(name for name in pairs.names if not is_npz(name))
     if not len(images):
         raise UserError(f"{folder}: its {len(pairs):,} pairs have arrays (.npz) and no images. Expected images.")
+    _require_no_other(folder, pairs)
     to_do = ImagesToCache(folder, images, options.image_size)
     for place in {(folder / cache_name(image)).parent for image in images}:
         sweep(place)
@@ -69,6 +70,16 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
     if found["bad"] == len(images):
         raise UserError(f"{folder}: none of the {len(images):,} images can be read.")
     return dict(found)
+
+
+def _require_no_other(folder: Path, pairs: PairList) -> None:
+    """Arrays that pair by number have names of their own, and a second one would make their number unclear."""
+    for name, pair in zip(pairs.names, pairs, strict=True):
+        if pair.cache and plain_name(pair.cache) != plain_name(str(folder / cache_name(name))):
+            raise UserError(
+                f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
+                "that this command made. Move it away to make arrays of the images."
+            )
 
 
 def _count(one: Cached, found: Counter[str], bad: dict[str, list[str]]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from train_clip.data.audit.arrays import array_problems
 from train_clip.data.audit.facts import caption_digest
 from train_clip.data.audit.repeats import EXAMPLES, Leaks, Repeats, find_repeats
 from train_clip.data.audit.store import AuditStore
@@ -168,7 +169,8 @@ def build_report(scan: Scan, store: AuditStore, expected: Expectations) -> Repor
         captions=_captions(store, scan.pairs, expected.context_length - 2),
         repeats=repeats,
         leaks=leaks,
-        problems=_problems(scan, bad_pairs, len(held_out), expected),
+        problems=_problems(scan, bad_pairs, len(held_out), expected)
+        + array_problems(scan.pairs, store, expected.image_size, expected.val_pairs),
     )
 
 
