@@ -122,6 +122,13 @@ def test_what_is_there_is_passed_over(folder: Path) -> None:
     assert np.load(folder / "npz" / "002.npz")["data"].shape == (3, 8, 8)
 
 
+def test_a_folder_given_from_within(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder as ".": made once, and known to be there."""
+    monkeypatch.chdir(folder)
+    assert make(Path()) == (12, 0, 0)
+    assert make(Path()) == (0, 12, 0)
+
+
 def test_images_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Counted by reason and named; one that was readable once loses its array; training meets them as it did."""
     make(folder)

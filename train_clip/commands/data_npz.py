@@ -75,7 +75,7 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
 def _require_no_other(folder: Path, pairs: PairList) -> None:
     """Arrays that pair by number have names of their own, and a second one would make their number unclear."""
     for name, pair in zip(pairs.names, pairs, strict=True):
-        if pair.cache and plain_name(pair.cache) != plain_name(str(folder / cache_name(name))):
+        if pair.cache and plain_name(str(Path(pair.cache))) != plain_name(str(folder / cache_name(name))):
             raise UserError(
                 f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
                 "that this command made. Move it away to make arrays of the images."
