@@ -90,9 +90,11 @@ def test_arrays_of_whole_pictures(folder: Path, workers: int, capsys: pytest.Cap
     assert f"Next: train-clip train --folder {folder}," in printed
 
 
-def test_an_epoch_is_the_same_with_arrays(folder: Path) -> None:
-    """Training and validation batches before and after: bit for bit, although one image has no array."""
+def test_an_epoch_is_the_same_with_arrays(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training and validation batches before and after: bit for bit, although one image has no array; it is said."""
+    caplog.set_level("INFO")
     before = batches(folder, seed=5)
+    assert "npz" not in caplog.text
     make(folder)
     assert scan_folder(folder).pairs.num_cached == 12
     (folder / "npz" / "003.npz").unlink()
@@ -100,6 +102,7 @@ def test_an_epoch_is_the_same_with_arrays(folder: Path) -> None:
         if image.stem != "003":
             image.write_bytes(b"not read any more")
     after = batches(folder, seed=5)
+    assert "11 of 12 images are read from npz/, in place of the image files." in caplog.text
     assert len(before) == len(after) == 3
     for (images, texts), (other_images, other_texts) in zip(before, after, strict=True):
         assert torch.equal(images, other_images)

@@ -45,7 +45,11 @@ LAYOUTS = {
     "arrays alone": (["text/a.txt", "npz/a.npz"], [("npz/a.npz", "text/a.txt", "")]),
     "arrays anywhere": (["u/a.npz", "u/a.txt"], [("u/a.npz", "u/a.txt", "")]),
     "dots": (["a.b.jpg", "a.b.txt", "npz/a.b.npz"], [("a.b.jpg", "a.b.txt", "npz/a.b.npz")]),
-    "accents, taken apart": (
+    "accents, taken apart in the array": (
+        ["img/\u00e4.jpg", "text/\u00e4.txt", "npz/a\u0308.npz"],
+        [("img/\u00e4.jpg", "text/\u00e4.txt", "npz/a\u0308.npz")],
+    ),
+    "accents, taken apart in the image": (
         ["img/a\u0308.jpg", "text/a\u0308.txt", "npz/\u00e4.npz"],
         [("img/a\u0308.jpg", "text/a\u0308.txt", "npz/\u00e4.npz")],
     ),
@@ -54,7 +58,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(tmp_path: Path, name: str) -> None:
-    """Eight layouts, against the pairs a person would make: arrays take their image's place, none stands alone."""
+    """Nine layouts, against the pairs a person would make: arrays take their image's place, none stands alone."""
     names, pairs = LAYOUTS[name]
     scanned = scan(tmp_path, *names)
     assert found(scanned) == pairs

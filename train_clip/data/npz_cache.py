@@ -8,7 +8,6 @@ S  side of the model's square in pixels
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,13 +98,7 @@ class ImagesToCache(Dataset[Cached]):
 
 def cache_loader(images: ImagesToCache, num_workers: int) -> DataLoader[Any]:
     """Make the arrays; yields lists of ``Cached`` in the order of the images."""
-    return DataLoader(
-        images,
-        batch_size=BATCH,
-        num_workers=num_workers,
-        collate_fn=list,
-        worker_init_fn=_leave_the_signal_to_its_parent,
-    )
+    return DataLoader(images, batch_size=BATCH, num_workers=num_workers, collate_fn=list)
 
 
 def _write(array: Path, pixels: NDArray[np.uint8]) -> None:
@@ -129,8 +122,3 @@ def _require_own_names(folder: Path, images: Iterable[str]) -> None:
                 "own. Rename one of them, and its caption."
             )
         owners[array] = image
-
-
-def _leave_the_signal_to_its_parent(_: int) -> None:
-    """Ctrl-C reaches the whole group: a worker finishes what it has in hand, and says nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from train_clip.data.transforms import to_tensor
 from train_clip.errors import BadSample, UserError
 
 NORMALISED = "already normalised pixels, taken as they are, without a crop"
-LOOKED_AT = 100  # files, until one of them tells of which kind all are
 
 Crop = Callable[[Image.Image], Image.Image]
 
@@ -90,7 +88,7 @@ def kind_of(paths: Iterable[str], size: int) -> PixelKind:
     Raises:
         UserError: an array that was made for another S, as ``read_square``.
     """
-    for path in islice(paths, LOOKED_AT):
+    for path in paths:
         if not is_npz(path):
             return PixelKind(torch.uint8, path)
         try:
