@@ -38,6 +38,7 @@ VERBS = {
     "data check": ("train_clip.commands.data_check", "look at every pair before training: what is bad, cut, repeated"),
     "data show": ("train_clip.commands.data_show", "write a contact sheet: pairs as the model will see them"),
     "data split": ("train_clip.commands.data_split", "divide pairs into tables for training, validation and test"),
+    "data npz": ("train_clip.commands.data_npz", "decode every image once, into arrays that training reads faster"),
     "models": ("train_clip.commands.models", "list the models, their sizes and their optimizer numbers"),
 }
 

@@ -68,7 +68,7 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         UserError: training would not begin, or would stop.
     """
     _require_sense(options)
-    scan = scan_source(folder, options.pairs, options.columns)
+    scan = scan_source(folder, options.pairs, options.columns, options.pair_by)
     held_out = None if options.val_pairs is None else scan_table(options.val_pairs, options.columns)
     sources = [scan.source] if held_out is None else [scan.source, held_out.source]
     if held_out is not None:
@@ -140,6 +140,8 @@ def lines(report: Report, expected: Expectations) -> Iterator[str]:
     """The report in words."""
     table = Path(report.source).is_file()
     yield f"{report.source}: {report.pairs:,} pairs among {report.entries:,} {'rows' if table else 'files'}"
+    if report.cached:
+        yield f"  {report.cached:,} × read from npz/, in place of the image"
     yield from _named("image without a caption", report.lone_images)
     yield from _named("caption without an image", report.lone_captions)
     yield from _named("link to a folder, not followed", report.folder_links)

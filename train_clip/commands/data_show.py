@@ -10,6 +10,7 @@ import numpy as np
 from train_clip.commands.options import TableOptions, require_least
 from train_clip.data.contact_sheet import SheetEntry, contact_sheet
 from train_clip.data.pairs import PairList, shown
+from train_clip.data.pixels import bytes_to_show
 from train_clip.data.samples import Augmentation, draw
 from train_clip.data.source import scan_source
 from train_clip.data.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     )
     if options.resize_ratio is not None and not 0 < options.resize_ratio <= 1:
         raise UserError(f"--resize_ratio {options.resize_ratio}: expected above 0, up to 1.")
-    scan = scan_source(folder, options.pairs, options.columns).require_pairs()
+    scan = scan_source(folder, options.pairs, options.columns, options.pair_by).require_pairs()
     number = min(options.number, len(scan.pairs))
     chosen = sorted(np.random.default_rng(options.seed).permutation(len(scan.pairs))[:number].tolist())
     entries = [entry(scan.pairs, place, options) for place in chosen]
@@ -80,7 +81,7 @@ def entry(pairs: PairList, place: int, options: ShowOptions) -> SheetEntry:
     try:
         captions = pairs[place].captions()
         rng = np.random.default_rng((options.seed, place))
-        crops = [draw(pairs[place], how, rng)[0] for _ in range(options.crops)]
+        crops = [bytes_to_show(draw(pairs[place], how, rng)[0]) for _ in range(options.crops)]
     except BadSample as bad:
         return SheetEntry(name, [], captions, f"{shown(bad.path)}: {bad.reason}")
     return SheetEntry(name, crops, captions)

@@ -66,7 +66,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     if there := [str(table) for table in tables.values() if table.exists()]:
         raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
-    pairs = scan_source(folder, options.pairs, options.columns).require_pairs().pairs
+    pairs = scan_source(folder, options.pairs, options.columns, options.pair_by).require_pairs().pairs
     pairs, digests = readable(pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     shares = Shares(options.val_share, options.test_share, options.seed, options.max_per_class)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from train_clip.commands.options import WeightOptions
 from train_clip.commands.scoring import Collection, ScoreOptions, Scores, load_for_scoring, score
-from train_clip.data.images import open_rgb
+from train_clip.data.pixels import read_picture
 from train_clip.evaluation.pictures import draw_best_captions
 from train_clip.files import write_text
 
@@ -100,6 +100,6 @@ def _draw(collection: Collection, target: Path) -> None:
     for caption, owner in zip(collection.captions, collection.owners, strict=True):
         if owner in own:
             own[owner].add(caption)
-    pictures = [open_rgb(collection.paths[index]) for index in chosen]
+    pictures = [read_picture(collection.paths[index]).picture for index in chosen]
     draw_best_captions(pictures, different, similarity, [own[index] for index in chosen], target)
     print(f"Images beside their best captions: {target}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from train_clip.checkpoints.found import Choices
+from train_clip.data.scan import PairBy
 from train_clip.data.table import Columns
 from train_clip.errors import UserError
 
@@ -51,17 +52,20 @@ class ModelOptions(WeightOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """Pairs from a table.
+    """Where pairs are taken from.
 
     Args:
         pairs: a table of images and captions (.csv, .tsv, .jsonl) in place of a folder, paths relative to it
         image_column: the table's column of image paths
         caption_column: the table's column of captions
+        pair_by: what the names of a folder's pair share: their stem (cat.jpg, cat.txt), or, never by itself, the number
+            in them (image1.jpg, text1.txt)
     """
 
     pairs: Path | None = None
     image_column: str = "image"
     caption_column: str = "caption"
+    pair_by: PairBy = "stem"
 
     @property
     def columns(self) -> Columns:

@@ -162,7 +162,7 @@ def collect(model: Pretrained, options: ScoreOptions, classes: list[str]) -> Col
     Raises:
         UserError: nothing to score, or an image whose class is none of the classes.
     """
-    scan = scan_source(options.folder, options.pairs, options.columns)
+    scan = scan_source(options.folder, options.pairs, options.columns, options.pair_by)
     if options.classes is None or scan.faults:
         scan.require_pairs()
     pairs = scan.pairs
@@ -176,7 +176,8 @@ def collect(model: Pretrained, options: ScoreOptions, classes: list[str]) -> Col
         raise UserError(f"{scan.source}: no images to score in the split {options.split!r}. Try --split all.")
     labels = image_labels(paths, classes) if classes else []
     skips: list[Skip] = []
-    kept, images = _embed_images(model, paths, options, skips)
+    pixels = [pair.pixels for pair in pairs] + paths[len(pairs) :]
+    kept, images = _embed_images(model, pixels, options, skips)
     captions, owners = [], []
     for place, index in enumerate(kept):
         if index < len(pairs):

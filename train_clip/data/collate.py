@@ -30,7 +30,7 @@ class Collate:
         self.tokenizer = tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Return a ``Batch``: images (B, 3, S, S) uint8, texts (B, L) int64 or the tokenizer's own mapping."""
+        """Return a ``Batch``: images (B, 3, S, S) of the samples' dtype, texts (B, L) int64 or a mapping."""
         texts, num_cut = self.tokenizer.batch([sample.caption for sample in samples])
         skips = tuple(sample.skips for sample in samples if sample.skips)
         missing = tuple(row for row, sample in enumerate(samples) if sample.missing)

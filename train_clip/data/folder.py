@@ -1,38 +1,33 @@
-"""A folder of images and captions → pairs, by stem.
-
-``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder. Where a stem occurs more than once, the files
-with the nearest common ancestor belong together.
-"""
+"""A folder of images and captions → pairs: a walk through it that meets whatever lies in folders."""
 
 from __future__ import annotations
 
-import heapq
 import os
-import posixpath
 import stat
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from train_clip.data import npz
 from train_clip.data.images import image_suffixes
+from train_clip.data.pairing import PAIRINGS, is_caption
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.scan import CAPTION_SUFFIX, Scan, may_read
+from train_clip.data.scan import CAPTION_SUFFIX, PairBy, Scan, may_read
 from train_clip.errors import UserError
 
-NAMED = 6  # files in the message on a stem
 
-
-def scan_folder(folder: Path) -> Scan:
+def scan_folder(folder: Path, pair_by: PairBy = "stem") -> Scan:
     """Pair the images and captions below a folder.
 
     Args:
         folder: searched with its subfolders. Names that begin with a dot and ``__MACOSX`` are passed over, and links to
             folders are not followed.
+        pair_by: what of their names a pair's files share: the stem, or the number.
 
     Returns:
-        What was found. Its faults are stems with two images or two captions at the same place, folders and files
-        without permission, and what has the name of an image or caption but is no regular file.
+        What was found. Its faults are names of which it is not clear which belong together, folders and files without
+        permission, and what has the name of an image or caption but is no regular file.
 
     Raises:
         UserError: no such folder.
@@ -45,28 +40,24 @@ def scan_folder(folder: Path) -> Scan:
         table = " A table of pairs is given by --pairs." if folder.is_file() else ""
         raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).{table}")
     found = _Found(folder)
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for path in found.images_and_captions():
-        by_stem[plain_name(posixpath.basename(path).rpartition(".")[0])].append(path)
-    pairs: list[tuple[str, str]] = []
-    lone: list[str] = []
-    for stem in sorted(by_stem):
-        # What is done with is let go of, or there would be two of everything for a while.
-        paths = by_stem.pop(stem)
-        try:
-            _pair_stem(paths, pairs, lone)
-        except _AmbiguousError as error:
-            found.faults.append(error.message(folder))
-    pairs.sort(key=lambda pair: plain_name(pair[0]))
+    paired = PAIRINGS[pair_by](folder, found.images_and_captions())
+    pairs = sorted(paired.pairs, key=lambda pair: plain_name(pair[0]))
+    caches = (paired.caches.get(image, "") for image, _ in pairs) if paired.caches else ()
     return Scan(
         folder,
         found.num_files,
-        PairList(os.path.join(folder, ""), (image for image, _ in pairs), (caption for _, caption in pairs)),  # noqa: PTH118
-        sorted(path for path in lone if not _is_caption(path)),
-        sorted(path for path in lone if _is_caption(path)),
-        sorted(found.faults),
+        PairList(
+            os.path.join(folder, ""),  # noqa: PTH118, with its separator at the end
+            (image for image, _ in pairs),
+            (caption for _, caption in pairs),
+            caches=caches,
+        ),
+        sorted(path for path in paired.lone if not is_caption(path)),
+        sorted(path for path in paired.lone if is_caption(path)),
+        sorted(found.faults + paired.faults),
         found.others,
         sorted(found.folder_links),
+        pair_by,
     )
 
 
@@ -82,7 +73,7 @@ class _Found:
 
     def images_and_captions(self) -> Iterator[str]:
         """Regular files of their suffixes below the folder, as relative POSIX paths."""
-        wanted = image_suffixes() | {CAPTION_SUFFIX}
+        wanted = image_suffixes() | {npz.SUFFIX, CAPTION_SUFFIX}
         folders = [""]
         while folders:
             parent = folders.pop()
@@ -121,10 +112,6 @@ def _suffix(name: str) -> str:
     return dot + suffix.lower() if stem else ""
 
 
-def _is_caption(path: str) -> bool:
-    return path[-len(CAPTION_SUFFIX) :].lower() == CAPTION_SUFFIX
-
-
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -161,59 +148,3 @@ def _kind(mode: int) -> str:
         if test(mode):
             return kind
     return "a device"
-
-
-class _AmbiguousError(Exception):
-    """Two images or two captions of one stem at one place."""
-
-    def __init__(self, place: str, images: list[str], captions: list[str]) -> None:
-        super().__init__(place, images, captions)
-        self.place, self.images, self.captions = place, images, captions
-
-    def message(self, folder: Path) -> str:
-        """Name the place and the files."""
-        shown = sorted(self.images + self.captions)[:NAMED]
-        listed = "\n".join(f"  {path}" for path in shown)
-        more = len(self.images) + len(self.captions) - len(shown)
-        return (
-            f"{folder / self.place}: one stem has {_number(len(self.images), 'image')} and "
-            f"{_number(len(self.captions), 'caption')}, so it is not clear which belong together:\n{listed}\n"
-            f"{f'  and {more} more.' + chr(10) if more else ''}  Expected one of each. Rename or remove the others."
-        )
-
-
-def _pair_stem(files: list[str], pairs: list[tuple[str, str]], lone: list[str]) -> None:
-    """Pair the files of one stem, deepest folder first; what finds no partner moves up."""
-    if len(files) == 2 and _is_caption(files[0]) != _is_caption(files[1]):
-        # Nearly every stem of nearly every folder: wherever the two lie, there is a folder above both.
-        image, caption = sorted(files, key=_is_caption)
-        pairs.append((image, caption))
-        return
-    waiting: dict[str, list[str]] = defaultdict(list)
-    for path in files:
-        waiting[posixpath.dirname(path)].append(path)
-    deepest_first = [(-_depth(place), place) for place in waiting]
-    heapq.heapify(deepest_first)
-    while deepest_first:
-        _, place = heapq.heappop(deepest_first)
-        here = waiting.pop(place)
-        images, captions = [p for p in here if not _is_caption(p)], [p for p in here if _is_caption(p)]
-        if images and captions:
-            if len(here) > 2:
-                raise _AmbiguousError(place, images, captions)
-            pairs.append((images[0], captions[0]))
-        elif not place:
-            lone += here
-        else:
-            above = posixpath.dirname(place)
-            if above not in waiting:
-                heapq.heappush(deepest_first, (-_depth(above), above))
-            waiting[above] += here
-
-
-def _depth(place: str) -> int:
-    return place.count("/") + 1 if place else 0
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

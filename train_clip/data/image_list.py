@@ -6,14 +6,15 @@ S  side of the square in pixels
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train_clip.data.images import open_rgb
-from train_clip.data.transforms import center_crop, to_tensor
+from train_clip.data.pixels import kind_of, read_square
+from train_clip.data.transforms import center_crop
 from train_clip.errors import BadSample
 from train_clip.types import Skip
 
@@ -22,27 +23,32 @@ class ImageList(Dataset["tuple[int, Tensor | Skip]"]):
     """The pixels of each file, or why it cannot be read.
 
     Args:
-        paths: image files.
+        paths: images, or ``.npz`` files of them.
         size: S.
+
+    Raises:
+        UserError: here or when one is read, arrays that do not fit: see ``read_square`` and ``PixelKind``.
     """
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
         self.paths = paths
         self.size = size
+        self.kind = kind_of(paths, size)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | Skip]:
-        """The index with (3, S, S) uint8 pixels, or with what is wrong with the file."""
+        """The index with (3, S, S) pixels, or with what is wrong with the file."""
+        path = self.paths[index]
         try:
-            return index, to_tensor(center_crop(open_rgb(self.paths[index]), self.size))
+            return index, self.kind.require(read_square(path, self.size, partial(center_crop, size=self.size)), path)
         except BadSample as bad:
             return index, Skip(bad.path, bad.reason)
 
 
 def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """Load images in batches of (indices, (B, 3, S, S) uint8 pixels, skips); bad files are in the skips alone."""
+    """Load images in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
     return DataLoader(ImageList(paths, size), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from train_clip.data.reading import reading
 from train_clip.errors import BadSample
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
@@ -94,26 +95,14 @@ def read_image(path: str) -> Decoded:
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
-    try:
-        with Path(path).open("rb") as file:
-            return _decode(path, file)
-    except BadSample:
-        raise
-    except UnidentifiedImageError:
-        raise BadSample(path, _no_image(path)) from None
-    except FileNotFoundError:
-        raise BadSample(path, "file is gone") from None
-    except PermissionError:
-        raise BadSample(path, "no permission to read the file") from None
-    except Image.DecompressionBombError:
-        raise BadSample(path, f"over {MAX_PIXELS:,} pixels") from None
-    except MemoryError:
-        raise BadSample(path, "too large for memory") from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise BadSample(path, f"image cannot be read ({type(error).__name__})") from error
-        # Pillow's decoders raise whatever their format's parser does (OSError, SyntaxError, struct.error, …).
-        raise BadSample(path, f"damaged image ({type(error).__name__})") from error
+    with reading(path, "image"):
+        try:
+            with Path(path).open("rb") as file:
+                return _decode(path, file)
+        except UnidentifiedImageError:
+            raise BadSample(path, _no_image(path)) from None
+        except Image.DecompressionBombError:
+            raise BadSample(path, f"over {MAX_PIXELS:,} pixels") from None
 
 
 def upright_rgb(picture: Image.Image, name: str) -> Image.Image:

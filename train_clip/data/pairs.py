@@ -18,14 +18,21 @@ class Pair:
     """One image and its captions: a file of them, or, out of a table, the captions themselves.
 
     Args:
-        image: path of the image.
+        image: path of the image, by which the pair is known: its place in the order, on which side of a split it is.
         caption: path of the file of captions; empty where ``texts`` has them.
         texts: the captions.
+        cache: path of the array that is read in place of the image; empty where there is none.
     """
 
     image: str
     caption: str = ""
     texts: tuple[str, ...] = ()
+    cache: str = ""
+
+    @property
+    def pixels(self) -> str:
+        """Path of what the pixels are read from."""
+        return self.cache or self.image
 
     def captions(self) -> list[str]:
         """At least one caption.
@@ -51,15 +58,24 @@ class PairList(Sequence[Pair]):
         images: names of the images, POSIX paths below the root (or anywhere, where they are absolute).
         captions: names of the files of captions, likewise; or the captions themselves, lines joined.
         in_table: whether ``captions`` are themselves, of all the pairs or of each.
+        caches: names of the arrays that are read in place of the images, empty for an image that has none; none at all
+            where no image has one.
     """
 
     def __init__(
-        self, root: str, images: Iterable[str], captions: Iterable[str], in_table: bool | Iterable[bool] = False
+        self,
+        root: str,
+        images: Iterable[str],
+        captions: Iterable[str],
+        in_table: bool | Iterable[bool] = False,
+        caches: Iterable[str] = (),
     ) -> None:
         self.root = root
         self.names = FlatStrings(images)
         self._captions = FlatStrings(captions)
         self._in_table = bytes([in_table] * len(self.names) if isinstance(in_table, bool) else in_table)
+        self._caches = FlatStrings(caches)
+        self.num_cached = sum(map(bool, self._caches))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,9 +84,11 @@ class PairList(Sequence[Pair]):
         """Pair ``index``, its paths whole."""
         image = posixpath.join(self.root, self.names[index])
         captions = self._captions[index]
+        name = self._caches[index] if self.num_cached else ""
+        cache = posixpath.join(self.root, name) if name else ""
         if self._in_table[index]:
-            return Pair(image, texts=tuple(captions.split("\n")))
-        return Pair(image, posixpath.join(self.root, captions))
+            return Pair(image, texts=tuple(captions.split("\n")), cache=cache)
+        return Pair(image, posixpath.join(self.root, captions), cache=cache)
 
     def __eq__(self, other: object) -> bool:
         """Equal to any sequence of the same pairs in the same order."""
@@ -85,6 +103,7 @@ class PairList(Sequence[Pair]):
             (self.names[index] for index in indices),
             (self._captions[index] for index in indices),
             (bool(self._in_table[index]) for index in indices),
+            (self._caches[index] for index in indices) if self.num_cached else (),
         )
 
     def followed_by(self, other: PairList) -> PairList:
@@ -94,6 +113,7 @@ class PairList(Sequence[Pair]):
             (pair.image for pair in chain(self, other)),
             ("\n".join(pair.texts) or pair.caption for pair in chain(self, other)),
             (bool(pair.texts) for pair in chain(self, other)),
+            (pair.cache for pair in chain(self, other)),
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from train_clip.data.images import open_rgb
 from train_clip.data.pairs import Pair
-from train_clip.data.transforms import center_crop, random_crop, random_resized_crop, to_tensor
+from train_clip.data.pixels import kind_of, read_square
+from train_clip.data.transforms import center_crop, random_crop, random_resized_crop
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Skip
 
@@ -28,7 +29,7 @@ class Sample(NamedTuple):
     """One pair as the model meets it.
 
     Args:
-        pixels: (3, S, S) uint8.
+        pixels: (3, S, S) uint8, or float32 that is already normalised.
         caption: one line.
         skips: what could not be read on the way to this sample.
         missing: whether it only holds a place.
@@ -61,11 +62,15 @@ class TrainingPairs(Dataset[Sample]):
     Args:
         pairs: at least one.
         augmentation: see there.
+
+    Raises:
+        UserError: here or when a sample is drawn, arrays that do not fit: see ``read_square`` and ``PixelKind``.
     """
 
     def __init__(self, pairs: Sequence[Pair], augmentation: Augmentation) -> None:
         self.pairs = pairs
         self.augmentation = augmentation
+        self.kind = kind_of((pair.pixels for pair in pairs), augmentation.size)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -76,21 +81,23 @@ class TrainingPairs(Dataset[Sample]):
         A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time.
         """
         epoch, index = (0, key) if isinstance(key, int) else key
-        return _draw_or_substitute(self.pairs, index, self.augmentation, epoch)
+        return _draw_or_substitute(self, index, epoch)
 
 
 def draw(pair: Pair, how: Augmentation, rng: Generator) -> tuple[Tensor, str]:
-    """Draw a crop, (3, S, S) uint8, and a caption line of a pair.
+    """Draw a crop, (3, S, S), and a caption line of a pair.
 
     Raises:
         BadSample: a file of the pair cannot be used.
+        UserError: an array that was made for another S.
     """
     captions = pair.captions()
     caption = captions[int(rng.integers(len(captions)))]
-    picture = open_rgb(pair.image)
     if how.resize_ratio is None:
-        return to_tensor(random_crop(picture, how.size, rng)), caption
-    return to_tensor(random_resized_crop(picture, how.size, rng, how.resize_ratio)), caption
+        crop = partial(random_crop, size=how.size, rng=rng)
+    else:
+        crop = partial(random_resized_crop, size=how.size, rng=rng, min_share=how.resize_ratio)
+    return read_square(pair.pixels, how.size, crop), caption
 
 
 class ValidationPairs(Dataset[Sample]):
@@ -99,11 +106,15 @@ class ValidationPairs(Dataset[Sample]):
     Args:
         pairs: at least one.
         size: S.
+
+    Raises:
+        UserError: as ``TrainingPairs``.
     """
 
     def __init__(self, pairs: Sequence[Pair], size: int) -> None:
         self.pairs = pairs
         self.size = size
+        self.kind = kind_of((pair.pixels for pair in pairs), size)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -112,23 +123,25 @@ class ValidationPairs(Dataset[Sample]):
         """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""
         pair = self.pairs[index]
         try:
-            return Sample(to_tensor(center_crop(open_rgb(pair.image), self.size)), pair.captions()[0])
+            pixels = read_square(pair.pixels, self.size, partial(center_crop, size=self.size))
+            return Sample(self.kind.require(pixels, pair.pixels), pair.captions()[0])
         except BadSample as bad:
-            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            black = torch.zeros(3, self.size, self.size, dtype=self.kind.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
 
 
-def _draw_or_substitute(pairs: Sequence[Pair], index: int, how: Augmentation, epoch: int) -> Sample:
+def _draw_or_substitute(data: TrainingPairs, index: int, epoch: int) -> Sample:
     """Draw of a pair; where it is bad of another one, so that every batch keeps its shape on every rank."""
-    rng = np.random.default_rng((how.seed, epoch, index))
+    rng = np.random.default_rng((data.augmentation.seed, epoch, index))
     skips: list[Skip] = []
     for _ in range(MAX_SUBSTITUTES):
+        pair = data.pairs[index]
         try:
-            pixels, caption = draw(pairs[index], how, rng)
-            return Sample(pixels, caption, tuple(skips))
+            pixels, caption = draw(pair, data.augmentation, rng)
+            return Sample(data.kind.require(pixels, pair.pixels), caption, tuple(skips))
         except BadSample as bad:
             skips.append(Skip(bad.path, bad.reason))
-            index = int(rng.integers(len(pairs)))
+            index = int(rng.integers(len(data.pairs)))
     raise UserError(
         f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} substitutes drawn at random were bad as well, "
         f"the last being {skips[-1].path}: {skips[-1].reason}. Expected "

@@ -26,7 +26,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
         picture: RGB.
         size: S.
     """
-    picture = _resize_shorter(picture, size)
+    picture = resize_shorter(picture, size)
     # torchvision's CenterCrop rounds halves to even, as round() does.
     left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
     return picture.crop((left, top, left + size, top + size))
@@ -40,7 +40,7 @@ def random_crop(picture: Image.Image, size: int, rng: Generator) -> Image.Image:
         size: S.
         rng: draws the place.
     """
-    picture = _resize_shorter(picture, size)
+    picture = resize_shorter(picture, size)
     left = int(rng.integers(picture.width - size + 1))
     top = int(rng.integers(picture.height - size + 1))
     return picture.crop((left, top, left + size, top + size))
@@ -64,16 +64,23 @@ def random_resized_crop(picture: Image.Image, size: int, rng: Generator, min_sha
     return picture.crop((left, top, left + side, top + side)).resize((size, size), BICUBIC)
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """Map an RGB picture to (3, H, W) uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
+    """Shorter side to S; the longer one cut to whole pixels, as torchvision's Resize does.
 
+    A picture whose shorter side is S is returned as it is, so that doing it twice is doing it once.
 
-def _resize_shorter(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side to S; the longer one cut to whole pixels, as torchvision's Resize does."""
+    Args:
+        picture: RGB.
+        size: S.
+    """
     width, height = picture.size
     if width <= height:
         target = (size, int(size * height / width))
     else:
         target = (int(size * width / height), size)
     return picture if target == picture.size else picture.resize(target, BICUBIC)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Map an RGB picture to (3, H, W) uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

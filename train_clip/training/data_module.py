@@ -17,7 +17,7 @@ from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.data.sampler import GlobalBatchSampler
 from train_clip.data.samples import Augmentation, TrainingPairs, ValidationPairs
-from train_clip.data.scan import Scan
+from train_clip.data.scan import PairBy, Scan
 from train_clip.data.source import scan_source
 from train_clip.data.split import require_share, split_pairs
 from train_clip.data.table import Columns, scan_table
@@ -53,6 +53,7 @@ class TextImageDataModule(L.LightningDataModule):
         image_column: the tables' column of image paths.
         caption_column: the tables' column of captions.
         max_bad: share of the pairs that may turn out to be unreadable before a run stops; 1 for any.
+        pair_by: what the names of a folder's pair share: ``stem``, or ``number`` for image1.jpg and text1.txt.
 
     Raises:
         UserError: from ``setup``: no pairs, or numbers that cannot work.
@@ -76,6 +77,7 @@ class TextImageDataModule(L.LightningDataModule):
         image_column: str = "image",
         caption_column: str = "caption",
         max_bad: float = 0.01,
+        pair_by: PairBy = "stem",
     ) -> None:
         super().__init__()
         require_share("val_share", val_share)
@@ -104,6 +106,7 @@ class TextImageDataModule(L.LightningDataModule):
         self.table = None if pairs is None else Path(pairs)
         self.val_table = None if val_pairs is None else Path(val_pairs)
         self.columns = Columns(image_column, caption_column)
+        self.pair_by: PairBy = pair_by
         self.max_bad = max_bad
         self.wanted_batch_size = self.batch_size = batch_size
         self.num_workers = num_workers
@@ -118,7 +121,7 @@ class TextImageDataModule(L.LightningDataModule):
         """Find the pairs, the first time, and settle the batch size for the number of processes, each time."""
         scan = None
         if not self.training_pairs:
-            scan = scan_source(self.folder, self.table, self.columns).require_pairs()
+            scan = scan_source(self.folder, self.table, self.columns, self.pair_by).require_pairs()
             self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.val_share)
             if self.val_table is not None:
                 self.validation_pairs = scan_table(self.val_table, self.columns).require_pairs().pairs
@@ -226,6 +229,8 @@ class TextImageDataModule(L.LightningDataModule):
             f"{self.batch_size:,} an epoch"
             + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
         ]
+        if cached := scan.pairs.num_cached:
+            lines.append(f"  {cached:,} of {len(scan.pairs):,} images are read from npz/, in place of the image files.")
         if self.val_share and not self.validation_pairs:
             lines.append(
                 f"  Too few to hold out a share of {self.val_share}: it takes 2 pairs to tell one from another."

@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from train_clip.data.captions import read_caption_lines
-from train_clip.data.images import read_image
 from train_clip.data.pairs import Pair, PairList
+from train_clip.data.pixels import read_picture
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample
 from train_clip.types import Skip
@@ -92,12 +92,12 @@ class Audit(Dataset[PairFacts]):
         bad: list[Skip] = []
         captions, mended = self._captions(pair, bad)
         try:
-            picture, image_mended = read_image(pair.image)
-            with open(pair.image, "rb") as file:  # noqa: PTH123, a third of the time
+            picture, image_mended = read_picture(pair.pixels)
+            with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
                 content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
         except (BadSample, OSError) as error:
             reason = error.reason if isinstance(error, BadSample) else "file is gone"
-            return PairFacts(place, (*bad, Skip(pair.image, reason)), mended, 0, 0, b"", None, captions)
+            return PairFacts(place, (*bad, Skip(pair.pixels, reason)), mended, 0, 0, b"", None, captions)
         look = None if self.look is None else self.look(picture)
         mended = mended + image_mended
         return PairFacts(place, tuple(bad), mended, picture.width, picture.height, content, look, captions)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from train_clip.data.audit.arrays import array_problems
 from train_clip.data.audit.facts import caption_digest
 from train_clip.data.audit.repeats import EXAMPLES, Leaks, Repeats, find_repeats
 from train_clip.data.audit.store import AuditStore
@@ -100,6 +101,7 @@ class Report:
         source: folder or table.
         entries: files, or rows.
         pairs: images with captions.
+        cached: how many of them are read from npz/, in place of the image.
         lone_images: images without captions.
         lone_captions: captions without images.
         others: files that are neither, by suffix.
@@ -118,6 +120,7 @@ class Report:
     source: str
     entries: int
     pairs: int
+    cached: int
     lone_images: Listed
     lone_captions: Listed
     others: dict[str, int]
@@ -153,6 +156,7 @@ def build_report(scan: Scan, store: AuditStore, expected: Expectations) -> Repor
         source=str(scan.source),
         entries=scan.num_entries,
         pairs=len(scan.pairs),
+        cached=scan.pairs.num_cached,
         lone_images=_listed(scan.lone_images),
         lone_captions=_listed(scan.lone_captions),
         others=dict(scan.others),
@@ -165,7 +169,8 @@ def build_report(scan: Scan, store: AuditStore, expected: Expectations) -> Repor
         captions=_captions(store, scan.pairs, expected.context_length - 2),
         repeats=repeats,
         leaks=leaks,
-        problems=_problems(scan, bad_pairs, len(held_out), expected),
+        problems=_problems(scan, bad_pairs, len(held_out), expected)
+        + array_problems(scan.pairs, store, expected.image_size, expected.val_pairs),
     )
 
 

@@ -174,7 +174,7 @@ def _key(name: str) -> bytes:
 def _stamp(pair: Pair) -> str:
     """What changes when a pair's files change; captions out of a table stand for themselves."""
     texts = hashlib.sha256("\n".join(pair.texts).encode("utf-8", "surrogatepass")).hexdigest() if pair.texts else ""
-    return " ".join([texts, *(_file_stamp(path) for path in (pair.image, pair.caption) if path)])
+    return " ".join([texts, *(_file_stamp(path) for path in (pair.pixels, pair.caption) if path)])
 
 
 def _file_stamp(path: str) -> str:
