@@ -68,7 +68,7 @@ def state(run: Path | str) -> dict:
 def test_what_the_run_leaves(here, capsys, tmp_path):
     """Small checkpoints, the rate scaled by the batch, the backbone by its place; evaluate from anywhere."""
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["learning_rate"] == 2.5 * 4 / 256 and config["pretrained"] == str(Path(BACKBONE).resolve())
+    assert config["learning_rate"] == 25 * 4 / 256 and config["pretrained"] == str(Path(BACKBONE).resolve())
     assert set(state("run")["state_dict"]) == {
         "model.visual.prompts.0", "model.visual.prompts.1", "model.visual.backbone.class_embedding",
     }  # fmt: skip

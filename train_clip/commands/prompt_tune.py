@@ -22,7 +22,8 @@ from train_clip.training.load import rebuilt
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.prompt_wrapper import EPOCHS, PromptCLIPWrapper
 
-BASE_RATE, RATE_OF = 2.5, 256  # rate for a batch of so many pairs; the grid is VPT's (appendix A, table 6)
+# Rate for a batch of so many pairs, out of the grid of VPT (appendix A, table 6): what benchmarks/prompts.py picked.
+BASE_RATE, RATE_OF = 25.0, 256
 ADAMW_RATE = 1e-3
 DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
 # Options that say what the prompts are; the others say how they are trained.
@@ -44,7 +45,7 @@ class PromptOptions:
         class_token: whether the class embedding is trained too
         optimizer: of the prompts
         momentum: of SGD
-        learning_rate: at its peak, if not 2.5 for each 256 pairs of a batch with SGD, and 1e-3 with AdamW
+        learning_rate: at its peak, if not 25 for each 256 pairs of a batch with SGD, and 1e-3 with AdamW
         weight_decay: of the prompts
         warmup_steps: optimizer steps until the peak, if not a tenth of the run
     """

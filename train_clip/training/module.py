@@ -18,23 +18,24 @@ from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts, unit_norm
 from train_clip.gather import gather_with_gradient, world
-from train_clip.losses.contrastive import Pairs, accuracy, clip_loss, loss_floor
+from train_clip.losses.contrastive import Pairs, clip_loss
 from train_clip.models.caption_ids import caption_ids
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
+from train_clip.training.arguments import require_same_arguments
 from train_clip.training.batch import BatchReader
 from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.fixed_texts import FixedTexts
 from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
 from train_clip.training.skips import SkipReport
+from train_clip.training.step_figures import step_figures
 from train_clip.training.teacher import Distillation, require_room
 from train_clip.training.trainer_state import gradient_scaler, resuming
 from train_clip.training.tuning import Tuning
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
-MOST_NAMED = 4  # arguments in a message
 HALF = ("bf16-true", "16-true")
 IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
 
@@ -227,17 +228,7 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             UserError: the model is another, or so is how it is trained.
         """
-        own, theirs = (
-            flat({name: value for name, value in arguments.items() if name not in self.free_to_change})
-            for arguments in (self.hparams, kept)
-        )
-        differ = [name for name in own | theirs if own.get(name) != theirs.get(name)]
-        if differ:
-            found = "; ".join(f"{name} {own.get(name)}, was {theirs.get(name)}" for name in differ[:MOST_NAMED])
-            raise UserError(
-                f"The run began with another model or optimizer (found {found}), and its checkpoint holds their state. "
-                "Give the earlier values, or leave them out; to train with others begin a new run."
-            )
+        require_same_arguments(self.hparams, kept, self.free_to_change)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let no state be saved after a step that was not finite."""
@@ -325,18 +316,13 @@ class ContrastiveModule(L.LightningModule):
         due = every and (self.trainer.global_step + 1) % every == 0
         if not due and self.device.type != "cpu":
             return
-        assert pairs.captions is not None
-        floor = 0.0 if self._tuning.equal_captions == "mask" else loss_floor(pairs.captions)
-        figures = {
+        figures = step_figures(pairs, parts, self._tuning.equal_captions == "mask")
+        figures |= {
             "train/loss": loss,
-            "train/loss_above_floor": parts["contrastive_loss"].detach() - floor,
-            "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
-            "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
             "train/logit_scale": self.model.logit_scale.detach().exp(),
             "train/learning_rate": torch.tensor(self._learning_rate(), device=self.device),
         }
         if self.distillation is not None:
-            figures |= {f"train/{name}": part.detach() for name, part in parts.items()}
             figures["train/distillation_scale"] = self.distillation.log_scale.detach().exp()
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
 
@@ -352,11 +338,3 @@ def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pair
     all_captions = None if captions is None else gather_with_gradient(captions)
     offset = world()[0] * len(images)
     return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, its names joined by dots."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
