@@ -66,6 +66,13 @@ def sweep(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have all files of a folder on disk, before it gets its name."""
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
 def _sync(path: Path) -> None:
     # Windows cannot open a folder, and needs no sync of one.
     if path.is_dir() and os.name == "nt":

@@ -79,6 +79,21 @@ def test_what_the_run_leaves(here, capsys, tmp_path):
     assert re.search(r"R@1 +\d", capsys.readouterr().out)
 
 
+def test_the_rate_is_that_of_the_batch_that_there_is(here, tmp_path):
+    """Twelve pairs where 256 are wanted: the rate of twelve."""
+    words = ["--pretrained", BACKBONE, "--folder", "data", "--accelerator", "cpu", *FEW, "--val_share", "0"]
+    cli.main(["prompt-tune", *words, "--max_steps", "1", "--output", str(tmp_path / "run")])
+    assert state(tmp_path / "run")["hyper_parameters"]["learning_rate"] == 25 * 12 / 256
+
+
+def test_a_loose_checkpoint_of_another_kind_is_refused(here):
+    """``--resume`` of a checkpoint of train: a message; of prompts with other prompts asked for: likewise."""
+    with pytest.raises(SystemExit, match="holds no prompts"):
+        cli.main(["prompt-tune", "--resume", _copy(BACKBONE), *DATA])
+    with pytest.raises(SystemExit, match="the run began with --prompts 3, and is to go on with --prompts 9"):
+        cli.main(["prompt-tune", "--resume", _copy("run/checkpoints/last.ckpt"), *DATA, "--prompts", "9"])
+
+
 def test_the_best_is_the_one_of_lowest_loss(here):
     """``best.ckpt`` is of the epoch whose validation loss is lowest, by the log."""
     import csv
@@ -231,6 +246,13 @@ def test_scores_of_prompts_and_of_a_moved_backbone(here, tmp_path):
         cli.main(["evaluate", "run/checkpoints/last.ckpt", "--folder", "data", "--json", str(target), *words])
         found.append(json.loads(target.read_text()))
     assert found[0] == found[1]
+
+
+def _copy(checkpoint: str) -> str:
+    target = Path("loose") / Path(checkpoint).parents[1].name / "x.ckpt"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(Path(checkpoint).read_bytes())
+    return str(target)
 
 
 def _no_network(*_: object, **__: object) -> None:

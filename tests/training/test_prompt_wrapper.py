@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 
 import train_clip
 from tests.conftest import TINY
-from train_clip import CLIPWrapper, PromptCLIPWrapper
+from train_clip import CLIPWrapper, PromptCLIPWrapper, cli
 from train_clip.checkpoints.digest import digest_of
+from train_clip.checkpoints.found import Choices
 from train_clip.checkpoints.own import LIGHTNING
 from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.weights import find_weights
 from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
@@ -157,6 +159,49 @@ def test_a_backbone_is_known_by_its_content(backbone, tmp_path):
         PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
 
 
+def test_a_backbone_of_another_activation_is_refused(backbone, tmp_path):
+    """Equal tensors and gelu in place of quick_gelu are another model; a bare state dict takes the checkpoint's."""
+    trainer = fit(prompts(backbone), tmp_path)
+    trainer.save_checkpoint(tmp_path / "p.ckpt")
+    state = train_clip.load(backbone).model.state_dict()
+    other = CLIP(config_from_dict(TINY | {"activation": "gelu"}))
+    other.load_state_dict(state)
+    write_model(other, tmp_path / "gelu.safetensors", "safetensors")
+    with pytest.raises(UserError, match="its activation is gelu, expected quick_gelu"):
+        train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "gelu.safetensors")
+    torch.save(state, tmp_path / "bare.pt")
+    loaded = train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "bare.pt").model
+    assert loaded.config == train_clip.load(tmp_path / "p.ckpt").model.config
+
+
+def test_the_digest_is_of_the_file_and_not_of_what_was_interpolated(backbone, tmp_path):
+    """Interpolation rounds by the processor: the digest is the backbone's own, at any size that was asked for."""
+    weights = find_weights(backbone, Choices(image_size=32, context_length=24))
+    larger = PromptCLIPWrapper(weights, DEEP, learning_rate=0.5)
+    assert larger.hparams["digest"] == prompts(backbone).hparams["digest"]
+    again = PromptCLIPWrapper(**{name: larger.hparams[name] for name in PromptCLIPWrapper.names_of_model})
+    assert torch.equal(
+        again.model.visual.backbone.positional_embedding, larger.model.visual.backbone.positional_embedding
+    )
+    assert again.model.config.text.context == 24
+
+
+def test_there_is_no_teacher(backbone):
+    """Distillation is refused: its teacher's prompts would be in no checkpoint."""
+    with pytest.raises(UserError, match="prompts are tuned without a teacher"):
+        prompts(backbone, distillation="transport")
+
+
+def test_new_weights_empty_the_table_of_captions(backbone):
+    """Embeddings of the tower that was there before are not those of the next."""
+    module = prompts(backbone)
+    tokens = module.tokenizer.batch(["a"])[0]
+    module._embed(module.model, torch.zeros(1, 3, 16, 16), tokens)
+    assert len(module._fixed_texts) == 1
+    module.begin_with(module.model.state_dict(), "itself")
+    assert len(module._fixed_texts) == 0
+
+
 def test_the_digest_minds_names_shapes_and_values():
     """Equal for equal content in any order, another for any single change."""
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1), "c": torch.empty(0)}
@@ -173,6 +218,14 @@ def test_prompts_on_prompts_are_refused(backbone, tmp_path):
     trainer.save_checkpoint(tmp_path / "p.ckpt")
     with pytest.raises(UserError, match="expected a CLIP without prompts"):
         PromptCLIPWrapper(tmp_path / "p.ckpt", DEEP)
+    for words in (
+        ["train"],
+        ["finetune"],
+        ["convert", str(tmp_path / "p.ckpt"), str(tmp_path / "out"), "--to", "open_clip"],
+    ):
+        start = [] if "convert" in words else ["--pretrained", str(tmp_path / "p.ckpt"), "--folder", str(tmp_path)]
+        with pytest.raises(SystemExit, match="expected a CLIP without prompts"):
+            cli.main([*words, *start])
     with pytest.raises(UserError, match="a CLIP with visual prompts, which no format of others holds"):
         write_model(train_clip.load(tmp_path / "p.ckpt").model, tmp_path / "out", "open_clip")
 

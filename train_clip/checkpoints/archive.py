@@ -20,6 +20,7 @@ MAX_PICKLE = 2**28  # bytes
 MAX_INSTRUCTIONS = 4_000_000
 MAX_DIMENSIONS = 64
 MAX_ARGUMENTS = 16
+LONGEST_SHOWN = 60  # letters of a name in a message
 MAX_KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to share one hash
 
 ITEM_SIZES = {
@@ -230,7 +231,7 @@ class _Machine:
         _, kind, key, _, numel = _require(words, tuple)
         name = _require(kind, _Name).name.removeprefix("torch.").removesuffix("Storage")
         if name not in STORAGES:
-            raise BadArchive(f"has a tensor of type {name[:MAX_DIMENSIONS]}; known: {', '.join(STORAGES)}")
+            raise BadArchive(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
         dtype, entry = STORAGES[name], f"{self.prefix}data/{_require(key, str)}"
         if self.sizes.get(entry, -1) != _require(numel, int) * ITEM_SIZES[dtype]:
             raise BadArchive(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
@@ -261,7 +262,7 @@ class _Machine:
         numbers = (offset, *_sizes(shape), *_sizes(stride))
         if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
             raise BadArchive("has a tensor whose shape and strides are not as many whole numbers")
-        if len(others) > METADATA and others[METADATA]:
+        if len(others) > CHANGED and others[CHANGED]:
             raise BadArchive("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
         numel = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -270,7 +271,7 @@ class _Machine:
         return TensorRecord(self.file, storage.entry, storage.dtype, shape, stride, offset)
 
 
-METADATA = 2  # its place behind the stride, after requires_grad and hooks: what else is done to a tensor
+CHANGED = 2  # its place behind the stride, after requires_grad and hooks: what else is done to a tensor
 
 
 def _sizes(sizes: Any) -> tuple[Any, ...]:

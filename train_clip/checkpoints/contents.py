@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.archive import ITEM_SIZES, MAX_DIMENSIONS, BadArchive, StandIn, TensorRecord, read_outline
+from train_clip.checkpoints.archive import (
+    ITEM_SIZES,
+    LONGEST_SHOWN,
+    MAX_DIMENSIONS,
+    BadArchive,
+    StandIn,
+    TensorRecord,
+    read_outline,
+)
 from train_clip.errors import UserError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -25,7 +33,6 @@ WEIGHTS = (
 )  # fmt: skip
 
 MAX_DEPTH = 100  # of modules within modules
-LONGEST_SHOWN = 60  # letters of a name in a message
 MAX_JSON = 2**24  # bytes of a configuration or an index
 LONGEST_NAME = 255  # bytes of a file's name
 MAX_HEADER = 100_000_000  # bytes of a .safetensors header, as its library has it

@@ -46,9 +46,23 @@ def load(source: str | Path, **choices: Any) -> Pretrained:
     Raises:
         UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
     """
-    weights = find_weights(source, Choices(**choices))
+    return open_weights(find_weights(source, Choices(**choices)))
+
+
+def open_weights(weights: Weights) -> Pretrained:
+    """Build the model that weights are of, and fill it.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    if weights.config is not None and weights.config.text.vocab < Tokenizer.vocab_size:
+        warnings.warn(
+            f"{weights.source}: its vocabulary of {weights.config.text.vocab:,} tokens is not CLIP's. The tokenizer that "
+            "comes with it here is, and does not belong to it.",
+            stacklevel=3,
+        )
     if unused := weights.found.about.get(LEFT_OUT):
-        warnings.warn(f"{source}: left out {unused}, which were never used.", stacklevel=2)
+        warnings.warn(f"{weights.source}: left out {unused}, which were never used.", stacklevel=3)
     model, tokenizer = build(weights)
     fill(model, weights.read(), weights.source)
     return Pretrained(

@@ -24,7 +24,7 @@ HEAD_WIDTH = 64
 
 # What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything
 # else that is set is refused.
-HARMLESS: dict[str, dict[str, Any]] = {
+WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
     "vision_cfg": {
         **{"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
         **dict.fromkeys(("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens")),
@@ -156,7 +156,7 @@ def _require_plain(part: str, found: Mapping[str, Any], source: str) -> None:
     for name, value in found.items():
         if name in SIZES[part] or not value:
             continue
-        usual = HARMLESS[part].get(name, ...)
+        usual = WITHOUT_EFFECT[part].get(name, ...)
         if usual is not None and value != usual:
             what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
             raise UserError(

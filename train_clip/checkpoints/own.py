@@ -21,7 +21,9 @@ OF_CUSTOM_WRAPPER = "sink_temp"  # a parameter of train-CLIP's CustomCLIPWrapper
 def find_checkpoint(contents: Contents) -> Found | None:
     """A checkpoint of ``train`` or ``finetune``."""
     arguments = contents.data.get("hyper_parameters")
-    if not isinstance(arguments, Mapping) or not ("text_encoder" in arguments or _is_config(arguments.get("config"))):
+    if not isinstance(arguments, Mapping):
+        return None
+    if not {"image_encoder", "text_encoder"} <= set(arguments) and not _is_config(arguments.get("config")):
         return None
     config = None
     if "text_encoder" not in arguments:

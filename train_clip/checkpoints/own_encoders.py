@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from train_clip.checkpoints.found import Choices
-from train_clip.checkpoints.weights import fill, find_weights
+from train_clip.checkpoints.weights import fill, find_weights, require_no_prompts
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
@@ -67,6 +67,7 @@ def build_text(description: dict[str, Any]) -> TextEncoder:
 def _read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A description, and the weights of both towers."""
     weights = find_weights(name, Choices())
+    require_no_prompts(weights.found, f"{SOURCE}:{name}")
     if weights.config is None:
         raise UserError(
             f"{SOURCE}:{name}: two encoders and no CLIP. Expected a checkpoint of `train-clip train`, or another CLIP; "

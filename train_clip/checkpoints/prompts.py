@@ -11,10 +11,13 @@ from train_clip.checkpoints.archive import TensorRecord
 from train_clip.checkpoints.contents import Contents
 from train_clip.checkpoints.found import Found, without_prefix
 from train_clip.checkpoints.own import LIGHTNING, MODEL, progress
-from train_clip.errors import UserError
+from train_clip.errors import UserError, first_line
+from train_clip.models.config import ViTConfig
 from train_clip.models.prompt_config import PromptConfig
 
 TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
+# Arguments of a PromptCLIPWrapper that its checkpoints are known by.
+OF_WRAPPER: dict[str, type] = {"backbone": str, "prompts": Mapping, "digest": str, "config": Mapping}
 LEFT_OUT = "left out"
 OF_FORK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.prompt_embeddings")
 FORK_DROPOUT = 0.2  # of the fork's model
@@ -25,20 +28,28 @@ T = TypeVar("T")
 def find_prompts(contents: Contents) -> Found | None:
     """A checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
     arguments = contents.data.get("hyper_parameters")
-    if not isinstance(arguments, Mapping) or "backbone" not in arguments:
+    if not isinstance(arguments, Mapping) or not set(OF_WRAPPER) <= set(arguments):
         return None
+    if odd := [name for name, kind in OF_WRAPPER.items() if not isinstance(arguments[name], kind)]:
+        raise UserError(f"{contents.path}: its {odd[0]} is not as this package writes it. Get the file again.")
     try:
         given = dict(arguments["prompts"])
         prompts = PromptConfig(**(given | {"layers": tuple(given["layers"])}))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{contents.path}: its prompts are not as this package writes them ({error}).") from error
+        reason = first_line(error)
+        raise UserError(f"{contents.path}: its prompts are not as this package writes them ({reason}).") from error
     return Found(
         "train-clip visual prompts",
         None,
         without_prefix(contents.tensors, MODEL),
         prompts=prompts,
         arguments=arguments,
-        about={"backbone": arguments["backbone"], "prompts": describe(prompts)} | progress(contents.data),
+        about={
+            "backbone": arguments["backbone"],
+            "its SHA-256": arguments["digest"],
+            "prompts": describe(prompts),
+            **progress(contents.data),
+        },
     )
 
 
@@ -56,7 +67,9 @@ def find_fork(contents: Contents) -> Found | None:
         return None
     backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
     config = config_from_shapes(backbone, contents.path)
-    last = config.image.layers - 1  # type: ignore[union-attr]
+    if not isinstance(config.image, ViTConfig):
+        raise UserError(f"{contents.path}: prompts in a ResNet, which has no tokens. Get the file again.")
+    last = config.image.layers - 1
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
     unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None
     tuned = PromptConfig(_number(used, contents), tuple(used), FORK_DROPOUT, class_token=True)
@@ -81,7 +94,7 @@ def _below_backbone(name: str) -> str:
 
 
 def _number(prompts: Mapping[int, TensorRecord], contents: Contents) -> int:
-    numbers = {record.shape[0] for record in prompts.values()}
+    numbers = {record.shape[0] if len(record.shape) == 2 else 0 for record in prompts.values()}
     if len(numbers) != 1:
         raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
     return numbers.pop()

@@ -19,7 +19,7 @@ from train_clip.checkpoints.sources import find_contents
 from train_clip.checkpoints.tensors import read_tensors
 from train_clip.errors import UserError
 from train_clip.models.blocks import ACTIVATIONS
-from train_clip.models.config import ModelConfig, ResNetConfig, read_config
+from train_clip.models.config import ModelConfig, ResNetConfig, ViTConfig, config_from_dict, read_config
 
 NAMED = 3  # tensors in a message
 
@@ -44,30 +44,36 @@ class Weights:
 
     def read(self) -> dict[str, Tensor]:
         """The tensors by the names that they have here, float32, positions interpolated where that was asked for."""
+        tensors = self.read_as_kept()
+        if self.backbone is not None:
+            kept = self.backbone.read_as_kept()
+            self._require_backbone(digest_of(kept), self.backbone.source)
+            return join(tensors, self.backbone.resized(kept))
+        return self.resized(tensors)
+
+    def read_as_kept(self) -> Tensors:
+        """The tensors by the names that they have here, float32, of the sizes that they have in the file."""
         try:
-            tensors: Tensors = self.found.rename(read_tensors(self.found.records))
+            return self.found.rename(read_tensors(self.found.records))
         except UserError as error:
             # Whatever names a tensor alone.
             raise error if self.source in str(error) else UserError(f"{self.source}: {error}") from error
-        if self.backbone is not None:
-            return join(tensors, self._read_backbone(self.backbone))
+
+    def resized(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Tensors as they are kept, with positions interpolated where that was asked for."""
         if self.config is not None and self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // _pixels_of_place(self.config))
         if self.choices.context_length is not None:
             tensors = resize_text_positions(tensors, self.choices.context_length)
         return dict(tensors)
 
-    def _read_backbone(self, backbone: Weights) -> dict[str, Tensor]:
-        """The tensors of the backbone, if it is the one that the prompts were trained beside."""
-        tensors = backbone.read()
-        found, expected = digest_of(tensors), self.found.arguments["digest"]
-        if found != expected:
+    def _require_backbone(self, found: str, place: str) -> None:
+        if found != (expected := self.found.arguments["digest"]):
             raise UserError(
                 f"{self.source}: its prompts belong to another backbone: SHA-256 of its weights {expected[:16]}…, of "
-                f"{backbone.source} {found[:16]}…. Give the one that they were trained beside: --backbone (in Python "
-                "backbone=…)."
+                f"{place} {found[:16]}…. Give the one that they were trained beside: --backbone of `train-clip "
+                "evaluate` (in Python backbone=…)."
             )
-        return tensors
 
 
 def find_weights(source: str | Path, choices: Choices) -> Weights:
@@ -96,6 +102,56 @@ def find_weights(source: str | Path, choices: Choices) -> Weights:
     require_layers(found.config, found.records, str(source))
     config = _sized(_settled(found, found.config, choices, source), choices, source)
     return Weights(str(source), found, choices, config)
+
+
+def find_model(source: str | Path, model: ModelConfig) -> Weights:
+    """Find weights that are known to be of a model: what their file leaves open, the model says.
+
+    Args:
+        source: as for ``load``.
+        model: positions are interpolated to its sizes.
+
+    Raises:
+        UserError: as ``load``, or they are of another model.
+    """
+    found = identify(find_contents(source))
+    require_no_prompts(found, str(source))
+    config = found.config
+    if config is None:
+        raise UserError(f"{source}: two encoders; expected {model.name}, a CLIP.")
+    require_layers(config, found.records, str(source))
+    choices = Choices(
+        image_size=None if config.image.size == model.image.size else model.image.size,
+        context_length=None if config.text.context == model.text.context else model.text.context,
+    )
+    said = _sized(config, choices, source)
+    if "heads" in found.unsaid and isinstance(said.image, ViTConfig) and isinstance(model.image, ViTConfig):
+        said = dataclasses.replace(
+            said,
+            image=dataclasses.replace(said.image, heads=model.image.heads),
+            text=dataclasses.replace(said.text, heads=model.text.heads),
+        )
+    if "activation" in found.unsaid:
+        said = dataclasses.replace(said, activation=model.activation, mean=model.mean, std=model.std)
+    for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
+        if getattr(said, name) != getattr(model, name):
+            raise UserError(
+                f"{source}: another model: its {name} is {getattr(said, name)}, expected {getattr(model, name)}."
+            )
+    return Weights(str(source), found, choices, model)
+
+
+def require_no_prompts(found: Found, source: str) -> None:
+    """Refuse what is a CLIP with visual prompts, where one without is needed.
+
+    Raises:
+        UserError: it is.
+    """
+    if found.prompts is not None:
+        raise UserError(
+            f"{source}: {found.format}; expected a CLIP without prompts. Give the backbone that they were trained "
+            "beside. To train the prompts on: train-clip prompt-tune --resume."
+        )
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -127,15 +183,15 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
 
 def _beside_backbone(found: Found, choices: Choices, source: str) -> Weights:
     """Visual prompts, and the backbone where the user says that it lies, or where it lay when they were trained."""
-    kept = found.arguments["backbone"]
+    model = config_from_dict(dict(found.arguments["config"]), source)
     try:
-        backbone = find_weights(choices.backbone or kept, Choices(**found.arguments.get("backbone_choices", {})))
+        backbone = find_model(choices.backbone or found.arguments["backbone"], model)
     except UserError as error:
         raise UserError(
             f"{source}: visual prompts, whose backbone cannot be loaded ({error}) If it lies elsewhere by now: "
-            "--backbone (in Python backbone=…)."
+            "--backbone of `train-clip evaluate` (in Python backbone=…)."
         ) from error
-    return Weights(source, found, choices, backbone.config, backbone)
+    return Weights(source, found, choices, model, backbone)
 
 
 def _require_no_choice(choices: Choices, source: str) -> None:

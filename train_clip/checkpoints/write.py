@@ -17,7 +17,7 @@ from train_clip.checkpoints.huggingface_folder import write_huggingface
 from train_clip.checkpoints.open_clip import write_config
 from train_clip.checkpoints.own import METADATA
 from train_clip.errors import UserError
-from train_clip.files import BESIDE, replacing, write_text
+from train_clip.files import BESIDE, replacing, sync_folder, write_text
 from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.models.prompts import PromptedTransformer
@@ -97,6 +97,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
+        sync_folder(beside)
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

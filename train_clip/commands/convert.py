@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from train_clip.checkpoints.load import load
+from train_clip.checkpoints.load import open_weights
+from train_clip.checkpoints.weights import find_weights, require_no_prompts
 from train_clip.checkpoints.write import require_writable, write_model
 from train_clip.commands.options import WeightOptions
 
@@ -41,7 +42,9 @@ def convert(
         UserError: as ``load``, or a format that cannot hold the model.
     """
     require_writable(target)
-    model = load(source, **weights.choices.named()).model
-    write_model(model, target, to)
+    # Before gigabytes are read.
+    found = find_weights(source, weights.choices)
+    require_no_prompts(found.found, source)
+    write_model(open_weights(found).model, target, to)
     print(f'Wrote {target}: {HOW_TO_OPEN[to].format(target=target)}, or train_clip.load("{target}").')
     return target

@@ -13,7 +13,7 @@ from train_clip.checkpoints.found import Found
 from train_clip.checkpoints.sources import find_contents
 
 # A module's arguments that say which model it is, and not how it was trained.
-OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts")
+OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts", "digest")
 MOST_ITEMS, LONGEST = 10, 200  # items of a list and letters of a value that are printed
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from train_clip.checkpoints.merge import interpolate, require_one_model, require_weight
 from train_clip.checkpoints.reading import read_checkpoint
-from train_clip.checkpoints.weights import find_weights
+from train_clip.checkpoints.weights import Weights, find_model, find_weights
 from train_clip.commands.scoring import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
+from train_clip.models.config import config_from_dict
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 
 # What a merged checkpoint takes over from the tuned one besides its weights.
@@ -99,11 +100,13 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         if target.exists():
             raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
     end = read_checkpoint(tuned)
-    first, second = find_weights(start, UNCHANGED).read(), _model_of(end, tuned)
+    second = _model_of(end, tuned)
+    begin = _start(start, end["hyper_parameters"])
+    first = begin.read()
     require_one_model(first, second)
     sets = options.sets()
     # Before anything is written: what cannot be scored leaves no files behind, which would be in the next run's way.
-    scores = {weight: _scores(file, sets, options.device) for weight, file in ((0.0, start), (1.0, tuned)) if sets}
+    scores = {weight: _scores(one, sets, options.device) for weight, one in ((0.0, begin), (1.0, tuned)) if sets}
     if options.json is not None:
         require_place(options.json)
     for weight, target in zip(options.weights, targets, strict=True):
@@ -120,17 +123,24 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     return targets
 
 
+def _start(start: str, arguments: Mapping[str, Any]) -> Weights:
+    """What fine-tuning began with, which is of the tuned model's configuration, whatever its file leaves open."""
+    if "config" not in arguments:
+        return find_weights(start, UNCHANGED)
+    return find_model(start, config_from_dict(dict(arguments["config"]), start))
+
+
 def _model_of(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's model."""
     weights = state.get("state_dict", {})
     found = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    if not found or "hyper_parameters" not in state:
+    if not found or "hyper_parameters" not in state or "backbone" in state["hyper_parameters"]:
         raise UserError(f"{path}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
     return found
 
 
-def _scores(file: str | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
-    model = load_for_scoring(file, device)
+def _scores(one: Weights | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
+    model = load_for_scoring(one, device)
     return {name: score(model, options)[0] for name, options in sets.items()}
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from train_clip.checkpoints.sources import openai_name
 from train_clip.checkpoints.weights import Weights
 from train_clip.commands.beginning import DEFAULT_MODEL, OPENAI, pretrained_weights, require_same_start
@@ -14,7 +16,7 @@ from train_clip.commands.options import DataOptions, ModelOptions, RunOptions, T
 from train_clip.commands.resume import Resumption
 from train_clip.commands.training_run import Job, begin, train_job
 from train_clip.errors import UserError
-from train_clip.models.config import ViTConfig
+from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict
 from train_clip.models.prompt_config import PromptConfig, prompt_layers
 from train_clip.training.checkpoints import Best
 from train_clip.training.data_module import TextImageDataModule
@@ -24,7 +26,7 @@ from train_clip.training.prompt_wrapper import EPOCHS, PromptCLIPWrapper
 
 # Rate for a batch of so many pairs, out of the grid of VPT (appendix A, table 6): what benchmarks/prompts.py picked.
 BASE_RATE, RATE_OF = 25.0, 256
-ADAMW_RATE = 1e-3
+ADAMW_RATE = 1e-3  # PyTorch's default
 DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
 # Options that say what the prompts are; the others say how they are trained.
 OF_PROMPTS = ("prompts", "prompt_kind", "prompt_layers", "prompt_dropout", "class_token")
@@ -78,10 +80,17 @@ def prompt_tune(
         The run's folder.
     """
     resumed = begin(run)
+    backbone = _backbone(model) if resumed is None else None
+    config = _config_of(backbone, resumed)
+    pairs = TextImageDataModule(
+        image_size=config.image.size, context_length=config.text.context, seed=run.seed, **dataclasses.asdict(data)
+    )
+    pairs.setup()
     how: dict[str, Any] = {
         "optimizer": prompts.optimizer,
         "momentum": prompts.momentum,
-        "learning_rate": _rate(prompts, data.batch_size),
+        # Of the batch that there are pairs for.
+        "learning_rate": _rate(prompts, pairs.batch_size),
         "weight_decay": prompts.weight_decay,
         "warmup_steps": prompts.warmup_steps,
         "minibatch_size": model.minibatch_size,
@@ -90,17 +99,10 @@ def prompt_tune(
     if resumed is not None:
         prompts = _of_run(model, prompts, resumed)
         module: ContrastiveModule = rebuilt(_beside(model, resumed), resumed.checkpoint, **how)
-        model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
     else:
-        backbone = _backbone(model)
-        place = _place(backbone.source)
-        model = dataclasses.replace(model, pretrained=place)
-        kept = dataclasses.replace(backbone.choices, backbone=None).named()
-        told = {name: value for name, value in kept.items() if value is not None}
-        module = PromptCLIPWrapper(place, _config(prompts, backbone), backbone_choices=told, **how)
-    pairs = TextImageDataModule(
-        image_size=module.model.image_size, custom_tokenizer=module.tokenizer, seed=run.seed, **dataclasses.asdict(data)
-    )
+        assert backbone is not None
+        module = PromptCLIPWrapper(backbone, _prompts(prompts, config), **how)
+    model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
 
     def options(_: Path) -> tuple[object, ...]:
         """What the run's ``config.yaml`` keeps."""
@@ -110,33 +112,38 @@ def prompt_tune(
     return train_job(Job("prompt-tune", module, pairs, EPOCHS, options, BY_LOSS), run, trainer, resumed)
 
 
-def _place(source: str) -> str:
-    """A backbone's place, wherever a later command is run: a checkpoint looks for its backbone there."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+def _config_of(backbone: Weights | None, resumed: Resumption | None) -> ModelConfig:
+    """The backbone's configuration: of the file, or of the run that goes on."""
+    if backbone is not None and backbone.config is not None:
+        return backbone.config
+    assert resumed is not None
+    arguments = resumed.state.get("hyper_parameters", {})
+    if not {"backbone", "prompts", "config"} <= set(arguments):
+        raise UserError(f"{resumed.checkpoint}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
+    return config_from_dict(arguments["config"], str(resumed.checkpoint))
 
 
 def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) -> PromptOptions:
     """Refuse another start than the run had; of a checkpoint that lies in no run, what it says of its prompts."""
-    if resumed.run is None:
-        kept = resumed.state["hyper_parameters"]["prompts"]
-        prompts = dataclasses.replace(
-            prompts,
-            prompts=kept["number"],
-            prompt_layers=kept["layers"],
-            prompt_dropout=kept["dropout"],
-            class_token=kept["class_token"],
-        )
     asked = {name: getattr(model, name) for name in ("model_name", "image_size", "context_length", "activation")}
     of_prompts = {name: getattr(prompts, name) for name in OF_PROMPTS}
-    require_same_start(resumed, asked | of_prompts, of_prompts)
-    return prompts
+    if resumed.run is not None:
+        require_same_start(resumed, asked | of_prompts)
+        return prompts
+    kept = resumed.state["hyper_parameters"]["prompts"]
+    usual = dataclasses.asdict(PromptOptions())
+    given = {name: value for name, value in of_prompts.items() if value != usual[name]}
+    names = {"prompts": "number", "prompt_layers": "layers", "prompt_dropout": "dropout", "class_token": "class_token"}
+    own = {name: kept[field] for name, field in names.items()}
+    require_same_start(resumed, asked | given, own)
+    return dataclasses.replace(prompts, **own)
 
 
 def _beside(model: ModelOptions, resumed: Resumption) -> dict[str, Any]:
     """The state of a run, its backbone where the options have it: it is known by its content, wherever it lies."""
     arguments = resumed.state.get("hyper_parameters", {})
     own = model.pretrained is None or model.pretrained == OPENAI
-    place = {} if own else {"backbone": _place(str(model.pretrained))}
+    place = {} if own else {"backbone": model.pretrained}
     return {**resumed.state, "hyper_parameters": arguments | place}
 
 
@@ -151,7 +158,7 @@ def _backbone(model: ModelOptions) -> Weights:
         plainly = "Prompts beside a random backbone learn nothing: it is the backbone that knows images and captions."
         if openai_name(name) is None:
             raise UserError(f"--model_name {name}: no weights were given. {plainly} Give some by --pretrained.")
-        print(f"No --pretrained was given: the backbone is OpenAI's {name}. {plainly}")
+        rank_zero_info(f"No --pretrained was given: the backbone is OpenAI's {name}. {plainly}")
         model = dataclasses.replace(model, pretrained=OPENAI)
     weights = pretrained_weights(model)
     assert weights is not None
@@ -164,12 +171,12 @@ def _backbone(model: ModelOptions) -> Weights:
     return weights
 
 
-def _config(prompts: PromptOptions, backbone: Weights) -> PromptConfig:
-    assert backbone.config is not None and isinstance(backbone.config.image, ViTConfig)
+def _prompts(prompts: PromptOptions, backbone: ModelConfig) -> PromptConfig:
+    assert isinstance(backbone.image, ViTConfig)
     layers = prompts.prompt_layers
     return PromptConfig(
         prompts.prompts,
-        prompt_layers(prompts.prompt_kind, backbone.config.image.layers) if layers is None else tuple(layers),
+        prompt_layers(prompts.prompt_kind, backbone.image.layers) if layers is None else tuple(layers),
         DROPOUT[prompts.prompt_kind] if prompts.prompt_dropout is None else prompts.prompt_dropout,
         prompts.class_token,
     )

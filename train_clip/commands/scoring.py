@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from train_clip.checkpoints.found import Choices
-from train_clip.checkpoints.load import Pretrained, load
+from train_clip.checkpoints.load import Pretrained, open_weights
+from train_clip.checkpoints.weights import Weights, find_weights
 from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.captions import read_captions
@@ -134,11 +135,11 @@ def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, Collection]
     return scores, collection
 
 
-def load_for_scoring(source: str | Path, device: str, choices: Choices = UNCHANGED) -> Pretrained:
+def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices = UNCHANGED) -> Pretrained:
     """Load a model for scoring.
 
     Args:
-        source: whatever ``load`` takes.
+        source: whatever ``load`` takes, or what was found there.
         device: ``auto``, or what PyTorch calls it.
         choices: what the file leaves open.
 
@@ -151,7 +152,7 @@ def load_for_scoring(source: str | Path, device: str, choices: Choices = UNCHANG
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
-    loaded = load(source, **choices.named())
+    loaded = open_weights(source if isinstance(source, Weights) else find_weights(source, choices))
     loaded.model.to(device)
     return loaded
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from train_clip.checkpoints.weights import Weights
+from train_clip.checkpoints.weights import Weights, require_no_prompts
 from train_clip.commands.beginning import DEFAULT_MODEL, pretrained_weights, require_same_start
 from train_clip.commands.options import (
     DataOptions,
@@ -84,23 +84,28 @@ def choose_config(model: ModelOptions) -> ModelConfig:
             f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model of "
             "your own into a YAML file: `train-clip models --show ViT-B/32` prints one to start from."
         )
-    config = read_config(model.model_name or DEFAULT_MODEL)
-    if config.text.vocab < Tokenizer.vocab_size:
-        raise UserError(
-            f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "
-            "tokens. Set text.vocab to that."
-        )
+    config = _require_vocabulary(read_config(model.model_name or DEFAULT_MODEL))
     if model.image_size is not None:
         config = config.with_image_size(model.image_size)
     return config if model.context_length is None else config.with_context(model.context_length)
 
 
 def _require_clip(weights: Weights) -> ModelConfig:
+    require_no_prompts(weights.found, weights.source)
     if weights.config is None:
         raise UserError(
             f"--pretrained {weights.source}: two encoders, which `train-clip finetune --pretrained` trains on."
         )
-    return weights.config
+    return _require_vocabulary(weights.config)
+
+
+def _require_vocabulary(config: ModelConfig) -> ModelConfig:
+    if config.text.vocab < Tokenizer.vocab_size:
+        raise UserError(
+            f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "
+            "tokens. Set text.vocab to that."
+        )
+    return config
 
 
 def _keep_model(model: ModelOptions, config: ModelConfig, folder: Path) -> ModelOptions:

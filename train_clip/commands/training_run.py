@@ -260,8 +260,10 @@ def _say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resu
             batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
             print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
         device, model = trainer.strategy.root_device.type, module.model
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        share = "" if trained >= _count(model) else f" ({trained:,} of them trained)"
         print(
-            f"{model.name}: {_count(model):,} parameters, {model.image_size}×{model.image_size} pixels; "
+            f"{model.name}: {_count(model):,} parameters{share}, {model.image_size}×{model.image_size} pixels; "
             f"{trainer.world_size} × {device}, {trainer.precision}. Everything goes to {folder}/."
         )
 
@@ -278,6 +280,8 @@ def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> Non
     command += ["--folder", str(data.folder)] if table is None else ["--pairs", str(table)]
     if table is not None:
         command += _changed_columns(data)
+    elif data.pair_by != "stem":
+        command += ["--pair_by", data.pair_by]
     if data.validation_pairs:
         if data.val_table is None:
             command += ["--split", "held_out", "--val_share", str(data.val_share)]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.weights import Weights
+from train_clip.checkpoints.weights import Weights, require_no_prompts
 from train_clip.errors import UserError
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.custom_wrapper import CustomCLIPWrapper
@@ -26,11 +26,7 @@ def retrained(weights: Weights, **how: Any) -> ContrastiveModule:
         UserError: tensors that do not fit, or an encoder that the file does not say how to make.
     """
     module: ContrastiveModule
-    if weights.found.prompts is not None:
-        raise UserError(
-            f"{weights.source}: a CLIP with visual prompts, which `train-clip prompt-tune` trains. Expected a CLIP "
-            "without, or two encoders."
-        )
+    require_no_prompts(weights.found, weights.source)
     if weights.config is not None:
         module = CLIPWrapper(weights.config.name, weights.config, **how)
     else:
@@ -59,7 +55,7 @@ def _alike(arguments: Mapping[str, Any], source: str, how: Mapping[str, Any]) ->
 
 def _kind_of(arguments: Mapping[str, Any]) -> type[CLIPWrapper] | type[CustomCLIPWrapper] | type[PromptCLIPWrapper]:
     """Which module was made by these arguments."""
-    if "backbone" in arguments:
+    if {"backbone", "prompts"} <= set(arguments):
         return PromptCLIPWrapper
     return CustomCLIPWrapper if "text_encoder" in arguments else CLIPWrapper
 

@@ -103,6 +103,7 @@ class ContrastiveModule(L.LightningModule):
             UserError: it does not fit.
         """
         fill(self.model, weights, source)
+        self._fixed_texts = FixedTexts()
         if self.distillation is not None:
             self.distillation.teacher.model.load_state_dict(weights)
 
@@ -213,6 +214,7 @@ class ContrastiveModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants."""
+        self._fixed_texts = FixedTexts()
         if resuming(self._trainer):
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
             for state in checkpoint.get("optimizer_states", []):

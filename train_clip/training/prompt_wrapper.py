@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from train_clip.checkpoints.digest import digest_of
 from train_clip.checkpoints.found import Choices
-from train_clip.checkpoints.weights import Weights, fill, find_weights
+from train_clip.checkpoints.weights import Weights, fill, find_model, find_weights, require_no_prompts
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
-from train_clip.models.config import OptimizerConfig
+from train_clip.models.config import OptimizerConfig, config_from_dict
 from train_clip.models.prompt_config import PromptConfig
 from train_clip.models.prompts import add_prompts
 from train_clip.training.module import ContrastiveModule
@@ -33,7 +33,8 @@ class PromptCLIPWrapper(ContrastiveModule):
     ``load_from_checkpoint(path, backbone=…)`` elsewhere.
 
     Args:
-        backbone: whatever ``train_clip.load`` takes, and holds a CLIP with a vision transformer.
+        backbone: whatever ``train_clip.load`` takes, and holds a CLIP with a vision transformer; or what
+            ``find_weights`` gave.
         prompts: how many, and where; or its fields as plain data.
         minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
         learning_rate: at the peak.
@@ -41,20 +42,20 @@ class PromptCLIPWrapper(ContrastiveModule):
         warmup_steps: optimizer steps until the peak; None for a tenth of the run.
         seed: decides the random state of each step. Prompts are drawn from PyTorch's global generator.
         digest: of the backbone, as a checkpoint has it.
-        backbone_choices: what the backbone's file leaves open, see ``Choices``.
-        tuning: what is trained and towards what, see ``Tuning``; SGD where it does not say.
+        config: of the backbone, likewise.
+        tuning: how it is trained, see ``Tuning``; SGD where it does not say. There is no distillation.
 
     Raises:
-        UserError: the backbone cannot be loaded, is another than the digest's, or has no tokens.
+        UserError: the backbone cannot be loaded, is another than the checkpoint's, or has no tokens.
     """
 
     model: CLIP
-    names_of_model: ClassVar[tuple[str, ...]] = ("backbone", "prompts", "digest", "backbone_choices")
+    names_of_model: ClassVar[tuple[str, ...]] = ("backbone", "prompts", "digest", "config")
     free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "backbone")
 
     def __init__(  # noqa: PLR0913, as the other wrappers
         self,
-        backbone: str | Path,
+        backbone: str | Path | Weights,
         prompts: PromptConfig | Mapping[str, Any],
         minibatch_size: int = 0,
         learning_rate: float = 0.1,
@@ -62,21 +63,28 @@ class PromptCLIPWrapper(ContrastiveModule):
         warmup_steps: int | None = None,
         seed: int = 0,
         digest: str | None = None,
-        backbone_choices: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         **tuning: Any,
     ) -> None:
-        open_choices = dict(backbone_choices or {})
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))
-        model, found = _backbone(find_weights(backbone, Choices(**open_choices)), digest)
-        add_prompts(model, prompts)
+        if not isinstance(backbone, Weights):
+            backbone = (
+                find_weights(backbone, Choices())
+                if config is None
+                else find_model(backbone, config_from_dict(dict(config), str(backbone)))
+            )
         choices = make_tuning(tuning, optimizer="sgd", lock_text=True)
+        if choices.distillation != "none":
+            raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
+        model, found = _model_of(backbone, digest)
+        add_prompts(model, prompts)
         optimizer = OptimizerConfig(learning_rate, (0.9, 0.999), 1e-8, weight_decay, NO_LIMIT, EPOCHS)
         super().__init__(model, optimizer, choices, warmup_steps, minibatch_size, seed)
         self.tokenizer = Tokenizer(model.config.text.context)
         self.save_hyperparameters(
             {
-                "backbone": str(backbone),
+                "backbone": _place(backbone.source),
                 "prompts": dataclasses.asdict(prompts) | {"layers": list(prompts.layers)},
                 "minibatch_size": minibatch_size,
                 "learning_rate": learning_rate,
@@ -84,7 +92,7 @@ class PromptCLIPWrapper(ContrastiveModule):
                 "warmup_steps": warmup_steps,
                 "seed": seed,
                 "digest": found,
-                "backbone_choices": open_choices,
+                "config": model.config.to_dict(),
             }
             | dataclasses.asdict(choices)
         )
@@ -106,15 +114,16 @@ class PromptCLIPWrapper(ContrastiveModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def _backbone(weights: Weights, digest: str | None) -> tuple[CLIP, str]:
+def _model_of(weights: Weights, digest: str | None) -> tuple[CLIP, str]:
     """The backbone that prompts are put beside, and what it is by its content.
 
     Raises:
         UserError: it is no CLIP, has prompts already, or is another than the digest says.
     """
-    if weights.config is None or weights.found.prompts is not None:
-        raise UserError(f"{weights.source}: {weights.found.format}; expected a CLIP without prompts.")
-    tensors = weights.read()
+    require_no_prompts(weights.found, weights.source)
+    if weights.config is None:
+        raise UserError(f"{weights.source}: {weights.found.format} of two encoders; expected a CLIP.")
+    tensors = weights.read_as_kept()
     found = digest_of(tensors)
     if digest not in (None, found):
         raise UserError(
@@ -122,5 +131,10 @@ def _backbone(weights: Weights, digest: str | None) -> tuple[CLIP, str]:
             f"expected {digest}. Give that one: backbone=…"
         )
     model = CLIP(weights.config)
-    fill(model, tensors, weights.source)
+    fill(model, weights.resized(tensors), weights.source)
     return model, found
+
+
+def _place(source: str) -> str:
+    """Where a backbone lies, whatever folder a later command is run in."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
