@@ -68,7 +68,7 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("files", "words", "expected"),
     [
-        (("start", "other"), "", "expected one model"),
+        (("start", "other"), "", "another model: its embed_dim is 16, expected 8"),
         (("start", "tuned"), "--weight 1.5", "expected from 0, the first checkpoint, to 1"),
         (("start", "tuned"), "--weight [0.5,1.5]", "expected from 0, the first checkpoint, to 1"),
         (

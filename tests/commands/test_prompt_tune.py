@@ -228,13 +228,14 @@ def test_what_cannot_start_is_refused(here, words, message):
     assert sorted(Path().iterdir()) == before
 
 
-def test_without_weights_it_is_openais_that_are_meant(here, capsys, monkeypatch, tmp_path):
+def test_without_weights_it_is_openais_that_are_meant(here, caplog, monkeypatch, tmp_path):
     """The command as people know it, ``--model_name ViT-L/14`` alone: what is asked for, and where to put the file."""
+    caplog.set_level("INFO")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
     with pytest.raises(SystemExit, match=r"OpenAI's ViT-L/14 is not in .*put it at .*ViT-L-14\.pt"):
         cli.main(["prompt-tune", "--model_name", "ViT-L/14", *DATA])
-    assert "Prompts beside a random backbone learn nothing" in capsys.readouterr().out
+    assert "Prompts beside a random backbone learn nothing" in caplog.text
 
 
 def test_scores_of_prompts_and_of_a_moved_backbone(here, tmp_path):

@@ -57,8 +57,8 @@ def open_weights(weights: Weights) -> Pretrained:
     """
     if weights.config is not None and weights.config.text.vocab < Tokenizer.vocab_size:
         warnings.warn(
-            f"{weights.source}: its vocabulary of {weights.config.text.vocab:,} tokens is not CLIP's. The tokenizer that "
-            "comes with it here is, and does not belong to it.",
+            f"{weights.source}: its vocabulary of {weights.config.text.vocab:,} tokens is not CLIP's. The tokenizer "
+            "that comes with it here is, and does not belong to it.",
             stacklevel=3,
         )
     if unused := weights.found.about.get(LEFT_OUT):
