@@ -25,8 +25,8 @@ HELD_OUT = ("--val_share", 0.2, "--test_share", 0.2, "--max_per_class", MAX_PER_
 # For prompts a part of the paper's grid of base rates for 256 pairs (VPT, appendix A, table 6), with SGD; AdamW for all
 # weights.
 WAYS = {
-    "deep prompts": ("prompt-tune", ("--prompt_kind", "deep"), (0.5, 2.5, 10.0, 25.0)),
-    "shallow prompts": ("prompt-tune", ("--prompt_kind", "shallow"), (0.5, 2.5, 10.0, 25.0)),
+    "deep prompts": ("prompt-tune", ("--prompt_kind", "deep"), (2.5, 10.0, 25.0, 50.0)),
+    "shallow prompts": ("prompt-tune", ("--prompt_kind", "shallow"), (2.5, 10.0, 25.0, 50.0)),
     "all weights": ("finetune", (), (1e-4, 3e-4, 1e-3)),
 }
 
