@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import pathlib
+import sys
 from collections import Counter, OrderedDict, defaultdict
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -493,10 +495,24 @@ def test_float32_and_bfloat16(tmp_path):
         check(load(save_state(model, tmp_path, WAYS["pt"])), model, "ViT")
 
 
+CALLBACKS = "pytorch_lightning.callbacks"
+ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": f"{CALLBACKS}.model_checkpoint"})
+EarlyStopping = type("EarlyStopping", (), {"__module__": f"{CALLBACKS}.early_stopping"})
+
+
+@pytest.fixture(autouse=True)
+def as_lightning_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two classes by the names of Lightning 1.2. The package itself would take over the log of the one in use here."""
+    for name in ("pytorch_lightning", CALLBACKS):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for one in (ModelCheckpoint, EarlyStopping):
+        module = ModuleType(one.__module__)
+        setattr(module, one.__name__, one)
+        monkeypatch.setitem(sys.modules, one.__module__, module)
+
+
 def lightning_checkpoint(model: OpenAIModel, **more: object) -> dict[str, object]:
     """As Lightning 1.2 wrote train-CLIP's: callbacks by their classes, tensors and paths among their state."""
-    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-
     best = {"monitor": "val_loss", "best_model_score": torch.tensor(1.5), "best_model_path": "runs/epoch=1.ckpt"}
     return {
         "epoch": 2,

@@ -141,7 +141,7 @@ def test_a_teacher_begins_with_its_student():
     module = wrapper()
     weights = {name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor + 3
                for name, tensor in module.model.state_dict().items()}  # fmt: skip
-    module.begin_with(weights)
+    module.begin_with(weights, "a test")
     for name, tensor in module.distillation.teacher.model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
         assert torch.equal(module.model.state_dict()[name], weights[name]), name
