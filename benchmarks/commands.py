@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
+def own_and_further() -> tuple[list[str], list[str]]:
+    """The words of this process's command line before and behind ``--``."""
+    words = sys.argv[1:]
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
+
+
 def command(*words: Any) -> None:
     """Run ``train-clip`` with these words.
 

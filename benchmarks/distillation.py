@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
-from commands import command, evaluate, mean_and_spread, recalls
+from commands import command, evaluate, mean_and_spread, own_and_further, recalls
 
 HELD_OUT = 0.1
 WAYS = ("none", "softmax", "transport")
@@ -21,9 +20,7 @@ WAYS = ("none", "softmax", "transport")
 
 def main() -> None:
     """Print a row a way and seed, then the means."""
-    own, further = sys.argv[1:], []
-    if "--" in own:
-        further, own = own[own.index("--") + 1 :], own[: own.index("--")]
+    own, further = own_and_further()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--image_encoder", required=True)

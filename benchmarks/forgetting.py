@@ -10,10 +10,9 @@ finetune``.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from commands import captions_as_classes, command, show
+from commands import captions_as_classes, command, own_and_further, show
 
 HELD_OUT = 0.1
 WEIGHTS = "[0.25, 0.5, 0.75]"
@@ -21,9 +20,7 @@ WEIGHTS = "[0.25, 0.5, 0.75]"
 
 def main() -> None:
     """Print the tables of ``train-clip merge``."""
-    own, further = sys.argv[1:], []
-    if "--" in own:
-        further, own = own[own.index("--") + 1 :], own[: own.index("--")]
+    own, further = own_and_further()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("new", type=Path)

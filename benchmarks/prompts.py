@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commands import captions_as_classes, command, evaluate
+from commands import captions_as_classes, command, evaluate, own_and_further
 
 BATCH, EPOCHS, MAX_PER_CLASS = 64, 3, 300
 HELD_OUT = ("--val_share", 0.2, "--test_share", 0.2, "--max_per_class", MAX_PER_CLASS)
@@ -43,9 +43,7 @@ class Run(NamedTuple):
 
 def main() -> None:
     """Print each rate's score where rates are chosen, then a row a way of tuning."""
-    own, further = sys.argv[1:], []
-    if "--" in own:
-        further, own = own[own.index("--") + 1 :], own[: own.index("--")]
+    own, further = own_and_further()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import cli
 from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.write import write_model
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --max_steps 1".split()
@@ -133,6 +135,25 @@ def test_two_encoders_load_but_go_nowhere_else(here, joined, tmp_path):
         cli.main(["train", "--pretrained", str(joined), *SHORT])
     with pytest.raises(SystemExit, match="two encoders, whose sizes and activations are their own"):
         cli.main(["evaluate", str(joined), "--folder", "data", "--image_size", "64"])
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "huggingface"])
+def test_a_folder_has_its_name_once_all_of_it_is_on_disk(made, tmp_path, monkeypatch, kind):
+    """Every file and the folder are synced before the rename: a folder that is there after a crash is whole."""
+    synced: set[int] = set()
+    fsync, rename = os.fsync, Path.rename
+
+    def sync(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def look(folder: Path, target: Path) -> Path:
+        assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= synced
+        return rename(folder, target)
+
+    monkeypatch.setattr(os, "fsync", sync), monkeypatch.setattr(Path, "rename", look)
+    write_model(train_clip.load(made / "open_clip").model, tmp_path / "out", kind)
+    assert (tmp_path / "out").is_dir()
 
 
 def test_what_is_there_is_never_replaced(here):

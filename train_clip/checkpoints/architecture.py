@@ -73,6 +73,7 @@ def preset_of(config: ModelConfig) -> ModelConfig | None:
     """The preset of these sizes, whatever its activation; None where there is none."""
 
     def sizes(one: ModelConfig) -> tuple[Any, ...]:
+        """What two models of one form have in common."""
         return one.embed_dim, one.image, one.text
 
     return next((preset for preset in presets() if sizes(preset) == sizes(config)), None)

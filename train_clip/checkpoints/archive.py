@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Bounds of what a file may ask for. The pickle of ViT-L/14 with its optimizer takes 120,000 instructions.
+# Bounds of what a file may ask for, far above what files need: some 33 instructions a tensor, a few dimensions.
 MAX_PICKLE = 2**28  # bytes
 MAX_INSTRUCTIONS = 4_000_000
 MAX_DIMENSIONS = 64
@@ -168,9 +168,11 @@ class _Machine:
         return self.stack.pop()
 
     def push(self, value: Any) -> None:
+        """Put a value on top of the stack."""
         self.stack.append(value)
 
     def remember(self, place: int) -> None:
+        """Keep the value on top by a number, to be put on the stack again."""
         self.memo[place] = self.stack[-1]
 
     def mark(self) -> None:
@@ -290,7 +292,7 @@ def _require(value: Any, kind: Any) -> Any:
 # By the name in the file, what is made in place of what it names, besides tensors. Dicts get their items afterwards.
 MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: _require(tensor, TensorRecord),
-    "torch.Size": lambda sizes: _sizes(sizes),
+    "torch.Size": _sizes,
     "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
     "collections.OrderedDict": lambda *_: {},
     "collections.defaultdict": lambda *_: {},

@@ -26,10 +26,11 @@ HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
 HF_PROCESSOR = "processor_config.json"  # which transformers 5 writes in place of the one before
 CONFIGS = (OPEN_CLIP_CONFIG, HF_CONFIG, HF_PIXELS, HF_PROCESSOR)
+OPEN_CLIP_WEIGHTS, HF_WEIGHTS = "open_clip_model.safetensors", "model.safetensors"
 # In the order in which they are looked for; an index lists the files of a model in several.
 WEIGHTS = (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json",
+    OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin", HF_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )  # fmt: skip
 
 MAX_DEPTH = 100  # of modules within modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +64,6 @@ class Choices:
     image_size: int | None = None
     context_length: int | None = None
     backbone: str | Path | None = None
-
-    def named(self) -> dict[str, Any]:
-        """As arguments of ``load``."""
-        return dataclasses.asdict(self)
 
 
 def without_prefix(records: Mapping[str, TensorRecord], prefix: str) -> dict[str, TensorRecord]:

@@ -42,24 +42,16 @@ BLOCK = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 OWN_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 POSITIONS = "position_ids"  # a count, which older versions kept as a tensor
 
+EPS = 1e-5  # of its layer norms, and ours
 # The defaults of its CLIPVisionConfig and CLIPTextConfig, where config.json leaves them out.
-VISION: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-TEXT: dict[str, Any] = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-}
-TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+OF_BOTH: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": EPS}
+VISION = OF_BOTH | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
+TEXT = OF_BOTH | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77}
 # Configurations from before transformers knew another end token have 2, and are read at the largest id.
 LARGEST = 2
-EPS = 1e-5  # of its layer norms, and ours
+END = 49_407  # CLIP's end token; its tokenizer's module has it too, and imports PyTorch
 BICUBIC = 3  # as Pillow counts
 
 
@@ -103,7 +95,7 @@ def rename(tensors: Tensors) -> Tensors:
 
 def end_token(vocab: int) -> int:
     """The id at which a caption's feature is read: CLIP's, or the largest of a smaller vocabulary."""
-    return min(vocab - 1, 49_407)
+    return min(vocab - 1, END)
 
 
 def rename_back(state: Tensors) -> Tensors:

@@ -8,15 +8,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS
+from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS, HF_WEIGHTS
 from train_clip.checkpoints.found import Tensors
 from train_clip.checkpoints.huggingface import BICUBIC, EPS, end_token, rename_back
 from train_clip.data.tokenizer import Tokenizer, merges, vocabulary
 from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.models.config import ModelConfig, ResNetConfig
-
-WEIGHTS = "model.safetensors"
 
 
 def write_huggingface(config: ModelConfig, state: Tensors, folder: Path) -> None:
@@ -36,7 +34,7 @@ def write_huggingface(config: ModelConfig, state: Tensors, folder: Path) -> None
             "Write it --to open_clip or --to safetensors."
         )
     tensors = {name: tensor.contiguous() for name, tensor in rename_back(state).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / HF_WEIGHTS, metadata={"format": "pt"})
     for name, values in _settings(config).items():
         write_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges())]

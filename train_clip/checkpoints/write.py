@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG
+from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from train_clip.checkpoints.huggingface_folder import write_huggingface
 from train_clip.checkpoints.open_clip import write_config
 from train_clip.checkpoints.own import METADATA
@@ -21,8 +21,6 @@ from train_clip.files import BESIDE, replacing, sync_folder, write_text
 from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.models.prompts import PromptedTransformer
-
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
 def write_model(model: DualEncoder, target: Path, kind: str) -> None:
@@ -39,8 +37,8 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
     if not isinstance(model, CLIP):
         raise UserError(
             f"{model.name}: two encoders joined by this package, which no format of others holds: each says which CLIP "
-            "it is by its sizes alone. Keep the .ckpt, which every verb reads; or save its encoders by themselves, in "
-            "Python: model.visual, model.transformer."
+            "it is by its sizes alone. Keep the .ckpt, which `evaluate`, `finetune --pretrained` and train_clip.load "
+            "read; or save its encoders by themselves, in Python: model.visual, model.transformer."
         )
     if isinstance(model.visual, PromptedTransformer):
         raise UserError(

@@ -23,7 +23,7 @@ def convert(
     /,
     weights: WeightOptions,
     *,
-    to: Literal["open_clip", "huggingface", "safetensors"],
+    to: Literal["open_clip", "huggingface", "safetensors"] = "safetensors",
 ) -> Path:
     """Write a CLIP so that open_clip, Hugging Face or any reader of .safetensors takes it.
 

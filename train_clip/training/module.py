@@ -290,6 +290,7 @@ class ContrastiveModule(L.LightningModule):
         image_embeddings = encode_in_chunks(model.encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
 
         def embed_texts(some: Texts) -> Tensor:
+            """Map the tokens of b captions to (b, D)."""
             return unit_norm(encode_in_chunks(model.encode_text, some, size, (*seed, TEXT_TOWER), model.transformer))
 
         if model is self.model and model.text_is_fixed:
