@@ -24,7 +24,7 @@ from train_clip.gather import world
 from train_clip.losses.contrastive import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import encode_in_chunks
+from train_clip.training.chunks import Chunks, encode_in_chunks
 from train_clip.training.module import share, unit_norm
 
 B = 8
@@ -139,8 +139,10 @@ class Step(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         model, rank = self.model, world()[0]
-        image_embeddings = encode_in_chunks(self.encode_image, images, self.size, (rank, 0), model.visual)
-        text_embeddings = encode_in_chunks(self.encode_text, tokens, self.size, (rank, 1), model.transformer)
+        image_embeddings = encode_in_chunks(self.encode_image, images, Chunks(self.size, seed=(rank, 0)), model.visual)
+        text_embeddings = encode_in_chunks(
+            self.encode_text, tokens, Chunks(self.size, seed=(rank, 1)), model.transformer
+        )
         return clip_loss(share(unit_norm(image_embeddings), unit_norm(text_embeddings)), model.logit_scale.exp())
 
 

@@ -20,7 +20,7 @@ from train_clip.gather import world
 from train_clip.losses.contrastive import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import encode_in_chunks
+from train_clip.training.chunks import Chunks, encode_in_chunks
 from train_clip.training.module import share, unit_norm
 
 pytestmark = pytest.mark.gpu
@@ -79,8 +79,8 @@ class Step(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         model, size = self.model, self.size
-        image_embeddings = encode_in_chunks(model.encode_image, images, size, (0,), model.visual)
-        text_embeddings = encode_in_chunks(model.encode_text, tokens, size, (1,), model.transformer)
+        image_embeddings = encode_in_chunks(model.encode_image, images, Chunks(size, seed=(0,)), model.visual)
+        text_embeddings = encode_in_chunks(model.encode_text, tokens, Chunks(size, seed=(1,)), model.transformer)
         return clip_loss(share(unit_norm(image_embeddings), unit_norm(text_embeddings)), model.logit_scale.exp())
 
 

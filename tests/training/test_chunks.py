@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from train_clip.losses.contrastive import Pairs, clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import encode_in_chunks
+from train_clip.training.chunks import Chunks, encode_in_chunks
 
 SEED = (3, 1, 0)
 B = 8
@@ -65,8 +65,8 @@ def test_gradient_is_the_full_batch(size):
     images, tokens = batch(16)
     chunked, plain = build(), build()
     sides = (
-        encode_in_chunks(chunked.encode_image, images, size, (*SEED, 0), chunked.visual),
-        encode_in_chunks(chunked.encode_text, tokens, size, (*SEED, 1), chunked.transformer),
+        encode_in_chunks(chunked.encode_image, images, Chunks(size, seed=(*SEED, 0)), chunked.visual),
+        encode_in_chunks(chunked.encode_text, tokens, Chunks(size, seed=(*SEED, 1)), chunked.transformer),
     )
     image_embeddings, text_embeddings = (F.normalize(side, dim=-1) for side in sides)
     pairs = Pairs(image_embeddings, text_embeddings, image_embeddings, text_embeddings)
@@ -121,7 +121,7 @@ def test_each_chunk_is_encoded_twice(size, chunks):
     """Once forward in order, once more in the backward pass: nothing but embeddings is kept between the two."""
     encoder = mlp()
     recorder = Recorder(encoder)
-    loss = head(encode_in_chunks(recorder, rows(), size, SEED, encoder))
+    loss = head(encode_in_chunks(recorder, rows(), Chunks(size, seed=SEED), encoder))
     assert recorder.lengths == chunks
     loss.backward()
     assert sorted(recorder.lengths) == sorted(2 * chunks)
@@ -132,7 +132,7 @@ def test_whole_batch_is_encoded_once(size):
     """A chunk as large as the batch is not recomputed."""
     encoder = mlp()
     recorder = Recorder(encoder)
-    head(encode_in_chunks(recorder, rows(), size, SEED, encoder)).backward()
+    head(encode_in_chunks(recorder, rows(), Chunks(size, seed=SEED), encoder)).backward()
     assert recorder.lengths == [B]
 
 
@@ -143,7 +143,7 @@ def test_no_activation_outlives_its_chunk():
         encoder, outputs = mlp(), []
         for layer in encoder:
             layer.register_forward_hook(lambda _, __, output: outputs.append(StorageWeakRef(output.untyped_storage())))
-        embeddings = encode_in_chunks(encoder, rows(), size, SEED, encoder)
+        embeddings = encode_in_chunks(encoder, rows(), Chunks(size, seed=SEED), encoder)
         assert embeddings.requires_grad and outputs
         return sum(not storage.expired() for storage in outputs)
 
@@ -159,7 +159,7 @@ def test_dropout(size):
     """
     chunked = mlp(dropout=0.4)
     recorder = Recorder(chunked)
-    embeddings = encode_in_chunks(recorder, rows(), size, SEED, chunked)
+    embeddings = encode_in_chunks(recorder, rows(), Chunks(size, seed=SEED), chunked)
     states = list(recorder.states)
     # What happens between the passes must not matter.
     torch.manual_seed(99)
@@ -183,7 +183,7 @@ def test_random_state_follows_the_seed_and_the_chunk():
 
     def encode(seed: tuple[int, ...]) -> Tensor:
         encoder = mlp(dropout=0.5)
-        return encode_in_chunks(encoder, torch.ones(4, 5, dtype=torch.float64), 2, seed, encoder)
+        return encode_in_chunks(encoder, torch.ones(4, 5, dtype=torch.float64), Chunks(2, seed=seed), encoder)
 
     first = encode((1, 2))
     torch.rand(3)
@@ -263,7 +263,7 @@ def test_batch_norm(size, momentum):
     expected, moments = loop(plain, pictures(), size)
     head(expected).backward()
     before = buffers(encoder)
-    embeddings = encode_in_chunks(encoder, pictures(), size, SEED, encoder)
+    embeddings = encode_in_chunks(encoder, pictures(), Chunks(size, seed=SEED), encoder)
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-12)
     share = 1.0 if momentum is None else momentum
     after = {}
@@ -293,7 +293,7 @@ def test_batch_norm_over_several_steps(momentum):
         for name, (mean, variance) in moments.items():
             for kind, value in (("running_mean", mean), ("running_var", variance)):
                 expected[f"{name}.{kind}"] = (1 - share) * expected[f"{name}.{kind}"] + share * value
-        head(encode_in_chunks(encoder, pictures(step), 3, SEED, encoder)).backward()
+        head(encode_in_chunks(encoder, pictures(step), Chunks(3, seed=SEED), encoder)).backward()
     found = buffers(encoder)
     assert {int(found[name]) for name in found if "num" in name} == {3}
     assert_equal({name: found[name] for name in expected}, expected)
@@ -305,7 +305,7 @@ def test_batch_norm_of_a_resnet():
     model, plain = build("resnet"), build("resnet")
     expected = torch.cat([plain.encode_image(chunk) for chunk in images.split(3)])
     head(F.normalize(expected, dim=-1)).backward()
-    embeddings = encode_in_chunks(model.encode_image, images, 3, SEED, model.visual)
+    embeddings = encode_in_chunks(model.encode_image, images, Chunks(3, seed=SEED), model.visual)
     head(F.normalize(embeddings, dim=-1)).backward()
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-12)
     assert_equal(gradients(model), gradients(plain), tolerance=1e-10)
@@ -315,7 +315,7 @@ def test_batch_norm_of_a_resnet():
 def test_batch_norm_in_one_piece():
     """A batch that is one chunk goes through BatchNorm as without us: buffers and gradients bit for bit."""
     encoder, plain = Convolutional(), Convolutional()
-    head(encode_in_chunks(encoder, pictures(), B, SEED, encoder)).backward()
+    head(encode_in_chunks(encoder, pictures(), Chunks(B, seed=SEED), encoder)).backward()
     head(plain(pictures())).backward()
     assert_equal(buffers(encoder), buffers(plain), tolerance=0)
     assert_equal(gradients(encoder), gradients(plain), tolerance=0)
@@ -325,7 +325,7 @@ def test_batch_norm_in_eval_mode():
     """Eval mode: one pass's embeddings and gradients (1e-12), buffers untouched."""
     encoder, plain = Convolutional().eval(), Convolutional().eval()
     before = buffers(encoder)
-    embeddings = encode_in_chunks(encoder, pictures(), 3, SEED, encoder)
+    embeddings = encode_in_chunks(encoder, pictures(), Chunks(3, seed=SEED), encoder)
     expected = plain(pictures())
     head(embeddings).backward()
     head(expected).backward()
@@ -341,7 +341,7 @@ def test_frozen_norm_among_training_ones():
     plain.bn1.eval()
     before = buffers(encoder)
     _, moments = loop(plain, pictures(), 3)
-    head(encode_in_chunks(encoder, pictures(), 3, SEED, encoder)).backward()
+    head(encode_in_chunks(encoder, pictures(), Chunks(3, seed=SEED), encoder)).backward()
     after = buffers(encoder)
     for kind in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(after[f"bn1.{kind}"], before[f"bn1.{kind}"])
@@ -355,7 +355,7 @@ def test_norm_that_the_encoder_does_not_run():
     encoder = Convolutional()
     encoder.unused = nn.BatchNorm2d(6).double()
     before = buffers(encoder.unused)
-    head(encode_in_chunks(encoder, pictures(), 3, SEED, encoder)).backward()
+    head(encode_in_chunks(encoder, pictures(), Chunks(3, seed=SEED), encoder)).backward()
     assert_equal(buffers(encoder.unused), before, tolerance=0)
 
 
@@ -368,7 +368,7 @@ def test_norm_without_running_statistics():
 
     # Eight rows in chunks of 3 end with two; BatchNorm refuses a chunk of one.
     encoder, plain = make(), make()
-    embeddings = encode_in_chunks(encoder, rows(), 3, SEED, encoder)
+    embeddings = encode_in_chunks(encoder, rows(), Chunks(3, seed=SEED), encoder)
     expected, _ = loop(plain, rows(), 3)
     head(embeddings).backward()
     head(expected).backward()
@@ -381,7 +381,7 @@ def test_running_variance_beside_a_large_mean():
     generator = torch.Generator().manual_seed(0)
     inputs = 300 + 0.5 * torch.randn(64, 6, generator=generator)
     encoder = nn.Sequential(nn.BatchNorm1d(6, momentum=1.0))
-    encode_in_chunks(encoder, inputs.requires_grad_(), 16, SEED, encoder)
+    encode_in_chunks(encoder, inputs.requires_grad_(), Chunks(16, seed=SEED), encoder)
     expected = inputs.double().var(dim=0)
     torch.testing.assert_close(encoder[0].running_var.double(), expected, rtol=0.01, atol=0)
 
@@ -393,10 +393,10 @@ def test_without_gradient(training, size):
     encoder, reference = Convolutional().train(training), Convolutional().train(training)
     recorder = Recorder(encoder)
     with torch.no_grad():
-        embeddings = encode_in_chunks(recorder, pictures(), size, SEED, encoder)
+        embeddings = encode_in_chunks(recorder, pictures(), Chunks(size, seed=SEED), encoder)
     assert not embeddings.requires_grad
     assert max(recorder.lengths) == (size or B)
-    assert torch.equal(embeddings, encode_in_chunks(reference, pictures(), size, SEED, reference))
+    assert torch.equal(embeddings, encode_in_chunks(reference, pictures(), Chunks(size, seed=SEED), reference))
     assert_equal(buffers(encoder), buffers(reference), tolerance=0)
 
 
@@ -409,6 +409,6 @@ def test_encoder_that_fails_leaves_no_trace():
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        encode_in_chunks(fail, pictures(), 3, SEED, encoder)
+        encode_in_chunks(fail, pictures(), Chunks(3, seed=SEED), encoder)
     assert [norm.momentum for norm in encoder.norms()] == 3 * [0.3]
     assert not any(norm._forward_pre_hooks for norm in encoder.norms())

@@ -130,10 +130,16 @@ class ByHand:
 
     def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
         with self.autocast():
-            sides = [
-                torch.cat([encode(chunk) for chunk in rows.split(self.chunks or len(rows))])
-                for encode, rows in ((self.model.encode_image, images), (self.model.encode_text, tokens))
+            image_chunks = images.split(self.chunks or len(images))
+            # Captions by their lengths, each chunk without the padding after its longest.
+            order = sorted(range(len(tokens)), key=lambda row: int(tokens[row].argmax()))
+            text_chunks = [
+                chunk[:, : int(chunk.argmax(dim=1).max()) + 1]
+                for chunk in tokens[order].split(self.chunks or len(tokens))
             ]
+            in_order = torch.cat([self.model.encode_text(chunk) for chunk in text_chunks])
+            texts = torch.stack([in_order[order.index(row)] for row in range(len(tokens))])
+            sides = [torch.cat([self.model.encode_image(chunk) for chunk in image_chunks]), texts]
         # Everything after the towers in float32, or in float64 where they are.
         wide = torch.promote_types(sides[0].dtype, torch.float32)
         image_embeddings, text_embeddings = (F.normalize(side.to(wide), dim=-1) for side in sides)

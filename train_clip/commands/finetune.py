@@ -109,7 +109,7 @@ def finetune(
     usual = OF_ENCODERS if start.pretrained is None else OF_CLIP
     given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning)
     how = usual | {name: value for name, value in given.items() if value is not None}
-    how |= {"minibatch_size": start.minibatch_size, "seed": run.seed}
+    how |= run.step | {"seed": run.seed}
     if resumed is not None:
         start = _require_same(start, resumed)
         module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
@@ -187,7 +187,6 @@ def _require_same(start: StartOptions, resumed: Resumption) -> StartOptions:
     arguments = resumed.state.get("hyper_parameters", {})
     known = {name: _named(arguments[name]) for name in ENCODERS if arguments.get(name) is not None}
     asked = dataclasses.asdict(start)
-    del asked["minibatch_size"]
     require_same_start(resumed, asked, known)
     return start if start.pretrained is not None else _with_encoders(start, known)
 

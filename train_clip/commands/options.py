@@ -42,12 +42,9 @@ class ModelOptions(WeightOptions):
     Args:
         pretrained: weights to begin with, by OpenAI, open_clip, Hugging Face or this package: a file, a folder,
             hf-hub:NAME, or openai for OpenAI's of --model_name
-        minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
-            (BatchNorm normalises chunk by chunk)
     """
 
     pretrained: str | None = None
-    minibatch_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +128,32 @@ class ObjectiveOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class StepOptions:
+    """How a step is computed.
+
+    Args:
+        minibatch_size: pairs encoded at a time on one process, 0 for all at once; the gradient stays the full batch's
+            (BatchNorm normalises chunk by chunk)
+        kept_minibatches: how many of these micro-batches keep their activations, where there is memory for more than
+            one, and are not computed a second time
+        gradient_checkpointing: blocks of a tower whose activations are computed again together in the backward pass; 1
+            for each block by itself, 0 for none
+        compile: compile the towers (torch.compile); the first steps take a minute or two
+    """
+
+    minibatch_size: int = 0
+    kept_minibatches: int = 0
+    gradient_checkpointing: int = 0
+    compile: bool = False
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """These options alone, as the wrappers take them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(StepOptions)}
+
+
+@dataclass(frozen=True)
+class RunOptions(StepOptions):
     """The run.
 
     Args:

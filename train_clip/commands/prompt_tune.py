@@ -93,9 +93,8 @@ def prompt_tune(
         "learning_rate": _rate(prompts, pairs.batch_size),
         "weight_decay": prompts.weight_decay,
         "warmup_steps": prompts.warmup_steps,
-        "minibatch_size": model.minibatch_size,
         "seed": run.seed,
-    }
+    } | run.step
     if resumed is not None:
         prompts = _of_run(model, prompts, resumed)
         module: ContrastiveModule = rebuilt(_beside(model, resumed), resumed.checkpoint, **how)

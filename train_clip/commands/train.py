@@ -55,7 +55,7 @@ def train(
     weights = pretrained_weights(model) if resumed is None else None
     config = choose_config(model) if weights is None else _require_clip(weights)
     numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective)
-    module = CLIPWrapper(config.name, config, model.minibatch_size, seed=run.seed, **numbers)
+    module = CLIPWrapper(config.name, config, seed=run.seed, **run.step, **numbers)
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
     pairs = TextImageDataModule(

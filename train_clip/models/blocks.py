@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train_clip.errors import UserError
+from train_clip.models.recompute import BlockStack, run_blocks
 
 # Positions up to which, on a CPU, plain products train faster than the fused kernel (benchmarks/attention.py).
 PLAIN_UP_TO = 128
 
 
-class Transformer(nn.Module):
+class Transformer(BlockStack):
     """A stack of pre-norm residual blocks (CLIP paper, section 2.4).
 
     Args:
@@ -43,9 +44,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, W) to (B, L, W)."""
-        for block in self.blocks():
-            x = block(x)
-        return x
+        return run_blocks(list(self.blocks()), x, self.recompute)
 
     def blocks(self) -> Iterator[ResidualBlock]:
         """The blocks, first to last."""

@@ -6,7 +6,8 @@ B  images      L  tokens of a block      P  prompts of a block      W  width    
 from __future__ import annotations
 
 import math
-from typing import Self
+from functools import partial
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ViTConfig
 from train_clip.models.prompt_config import PromptConfig
+from train_clip.models.recompute import run_blocks
 from train_clip.models.vit import VisionTransformer
 
 
@@ -71,12 +73,16 @@ class PromptedTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
-        x = self.backbone.embed(images)
-        for number, block in enumerate(self.backbone.transformer.blocks()):
-            if str(number) in self.prompts:
-                x = self._with_prompts(x, number)
-            x = block(x)
+        transformer = self.backbone.transformer
+        layers = [partial(self._layer, number=number) for number in range(len(transformer.resblocks))]
+        x = run_blocks(layers, self.backbone.embed(images), transformer.recompute)
         return self.backbone.read_out(x) @ self.backbone.proj
+
+    def _layer(self, x: Tensor, number: int) -> Tensor:
+        """Map what a block would take without prompts of its own to what it gives: (B, L, W)."""
+        if str(number) in self.prompts:
+            x = self._with_prompts(x, number)
+        return cast(Tensor, self.backbone.transformer.resblocks[number](x))
 
     def _with_prompts(self, x: Tensor, number: int) -> Tensor:
         """Put a block's prompts after the class token, in place of earlier ones where there are some: (B, L, W)."""

@@ -6,10 +6,12 @@ B  pairs on this process      L  tokens of the longest caption      S  side of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 
 from train_clip.errors import UserError
@@ -17,6 +19,20 @@ from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder, Texts, texts_on, token_ids
 
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
+
+
+class Inputs(NamedTuple):
+    """What the model takes of a batch.
+
+    Args:
+        images: (B, 3, S, S) uint8, or float that is already normalised, on the device.
+        texts: tokens, likewise.
+        lengths: (B,) tokens of each caption, on the host: what comes after them is padding.
+    """
+
+    images: Tensor
+    texts: Texts
+    lengths: NDArray[np.int64]
 
 
 class BatchReader:
@@ -31,8 +47,29 @@ class BatchReader:
         self.model = model
         self.tokenizer = tokenizer
         self._checked_values = False
+        self._lengths: NDArray[np.int64] | None = None
 
-    def read(self, batch: Any, device: torch.device) -> tuple[Tensor, Texts]:
+    def measure(self, batch: Any) -> None:
+        """Note the lengths of the captions of the batch that is read next, while it is on the host.
+
+        Without it ``read`` finds them, and has to wait for the device where the batch is there by then.
+
+        Args:
+            batch: any; what it holds is checked when it is read.
+        """
+        self._lengths = None
+        texts = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+        if isinstance(texts, Mapping | Tensor) and (isinstance(texts, Tensor) or "input_ids" in texts):
+            self._lengths = self.lengths(self._taken(texts))
+
+    def lengths(self, texts: Texts) -> NDArray[np.int64]:
+        """Tokens of each caption up to where nothing but padding comes, (B,) on the host."""
+        mask = self.model.caption_mask(texts)
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        lengths: NDArray[np.int64] = (mask * places).amax(dim=1).clamp(min=1).cpu().numpy()
+        return lengths
+
+    def read(self, batch: Any, device: torch.device) -> Inputs:
         """Images, and tokens, on a device.
 
         Args:
@@ -53,7 +90,8 @@ class BatchReader:
         if not self._checked_values:
             self._checked_values = True
             _check_values(images, ids, self.model)
-        return images.to(device), texts
+        lengths, self._lengths = self._lengths, None
+        return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths)
 
     def tokens(self, texts: Any, device: torch.device) -> Texts:
         """Tokens in the form that the model takes, on a device.
@@ -81,9 +119,11 @@ class BatchReader:
                 f"The texts of a batch hold a {type(texts[odd[0]]).__name__} under {odd[0]}; expected tensors. Ask the "
                 'tokenizer for them: return_tensors="pt", padding=True.'
             )
-        if isinstance(self.model, CLIP):
-            return texts["input_ids"].to(device)
-        return texts_on(device, texts)
+        return texts_on(device, self._taken(texts))
+
+    def _taken(self, texts: Texts) -> Texts:
+        """What the model takes of a tokenizer's mapping."""
+        return texts["input_ids"] if isinstance(self.model, CLIP) and isinstance(texts, Mapping) else texts
 
 
 def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
+from train_clip.training.economy import take_economy
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning
 
@@ -31,7 +32,8 @@ class CLIPWrapper(ContrastiveModule):
         warmup_steps: optimizer steps until the peak; None for the preset's (2,000), or a tenth of
             a run that is short.
         seed: decides the random state of each step. Weights are drawn from PyTorch's global generator.
-        tuning: what is trained and towards what, see ``Tuning``.
+        tuning: what is trained and towards what, see ``Tuning``; and how a step is computed, see
+            ``Economy``.
 
     Raises:
         UserError: an unknown preset, or a configuration that does not fit together.
@@ -65,8 +67,9 @@ class CLIPWrapper(ContrastiveModule):
         }
         told = {name: value for name, value in given.items() if value is not None}
         optimizer = dataclasses.replace(config.optimizer, **told)  # type: ignore[arg-type]
+        economy = take_economy(tuning, minibatch_size)
         choices = make_tuning(tuning)
-        super().__init__(CLIP(config), optimizer, choices, warmup_steps, minibatch_size, seed)
+        super().__init__(CLIP(config), optimizer, choices, warmup_steps, economy, seed)
         self.tokenizer = Tokenizer(config.text.context)
         # Plain values only: anything else makes the file unloadable without running code.
         self.save_hyperparameters(

@@ -27,6 +27,7 @@ from train_clip.models.encoders.live import live_image_encoder, live_text_encode
 from train_clip.models.encoders.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from train_clip.models.reach import freeze_unreached
 from train_clip.models.text_tower import TextTower
+from train_clip.training.economy import take_economy
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning
 
@@ -63,7 +64,8 @@ class CustomCLIPWrapper(ContrastiveModule):
         eps: AdamW's.
         warmup_steps: optimizer steps until the peak.
         seed: decides the random state of each step.
-        tuning: what is trained and towards what, see ``Tuning``; SGD and optimal transport where it does not say.
+        tuning: what is trained and towards what, see ``Tuning``, SGD and optimal transport where it does not
+            say; and how a step is computed, see ``Economy``.
 
     Raises:
         UserError: encoders that do not go together, or of which one is missing.
@@ -101,9 +103,10 @@ class CustomCLIPWrapper(ContrastiveModule):
         )
         text = _text_encoder(text_encoder, avg_word_embs)
         optimizer = OptimizerConfig(learning_rate, _pair(betas), eps, weight_decay, warmup_steps=0, epochs=EPOCHS)
+        economy = take_economy(tuning, minibatch_size)
         choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
         model = CustomCLIP(image, text, avg_word_embs, project)
-        super().__init__(model, optimizer, choices, warmup_steps, minibatch_size, seed)
+        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
         self.tokenizer = _tokenizer(tokenizer, text.context)
         self.save_hyperparameters(
             {

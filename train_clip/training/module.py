@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,8 +25,9 @@ from train_clip.models.caption_ids import caption_ids
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
 from train_clip.training.arguments import require_same_arguments
-from train_clip.training.batch import BatchReader
-from train_clip.training.chunks import encode_in_chunks
+from train_clip.training.batch import BatchReader, Inputs
+from train_clip.training.chunks import Chunks, encode_in_chunks
+from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.fixed_texts import FixedTexts
 from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
@@ -51,7 +54,7 @@ class ContrastiveModule(L.LightningModule):
         optimizer: its numbers.
         tuning: what is trained, and towards what.
         warmup_steps: optimizer steps until the peak; None for the optimizer's own, or a tenth of a run that is short.
-        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
+        economy: how a step is computed.
         seed: with the count of batches it decides the random state of each step.
     """
 
@@ -66,11 +69,11 @@ class ContrastiveModule(L.LightningModule):
         optimizer: OptimizerConfig,
         tuning: Tuning,
         warmup_steps: int | None = None,
-        minibatch_size: int = 0,
+        economy: Economy = PLAIN,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("minibatch_size", minibatch_size), ("warmup_steps", warmup_steps or 0), ("seed", seed)):
+        for name, value in (("warmup_steps", warmup_steps or 0), ("seed", seed)):
             if value < 0:
                 raise UserError(f"{name} is {value}; expected 0 or above.")
         self.model = model
@@ -82,13 +85,14 @@ class ContrastiveModule(L.LightningModule):
                 "lock_image or lock_text."
             )
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
+        economy.recompute(model)
         self._reader = BatchReader(model, None)
         self._fixed_texts = FixedTexts()
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
         self._tuning = tuning
         self._warmup_steps = warmup_steps
-        self._minibatch_size = minibatch_size
+        self._economy = economy
         self._seed = seed
         self._validation_split = ValidationSplit(model.embed_dim)
 
@@ -138,6 +142,7 @@ class ContrastiveModule(L.LightningModule):
         """Hold the Trainer against what is minimised."""
         if stage == "fit":
             self.require_precision(self.trainer.precision)
+            self._economy.prepare(self.model)
 
     @property
     def tokenizer(self) -> Any:
@@ -172,16 +177,21 @@ class ContrastiveModule(L.LightningModule):
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Measure the captions while they are on the host."""
+        self._reader.measure(batch)
+        return batch
+
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption, as ``DualEncoder.forward``."""
         return self.model(images, texts)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
-        images, texts = self._reader.read(batch, self.device)
-        self._end_of_step.require_equal_shares(len(images))
-        pairs = share(*self._embed(self.model, images, texts), self._caption_ids(texts))
-        taught = self._embed_by_teacher(images, texts, len(pairs.all_images))
+        inputs = self._reader.read(batch, self.device)
+        self._end_of_step.require_equal_shares(len(inputs.images))
+        pairs = share(*self._embed(self.model, inputs), self._caption_ids(inputs.texts))
+        taught = self._embed_by_teacher(inputs, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
             mask = self._tuning.equal_captions == "mask"
@@ -240,9 +250,9 @@ class ContrastiveModule(L.LightningModule):
         """Embed; the split is scored as a whole at its end."""
         if dataloader_idx:
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
-        images, texts = self._reader.read(batch, self.device)
+        inputs = self._reader.read(batch, self.device)
         missing = batch.missing if isinstance(batch, Batch) else ()
-        self._validation_split.add(*self._embed(self.model, images, texts), self._caption_ids(texts), missing)
+        self._validation_split.add(*self._embed(self.model, inputs), self._caption_ids(inputs.texts), missing)
 
     def on_validation_epoch_end(self) -> None:
         """Loss over global batches of fixed size, and retrieval, over the whole split."""
@@ -284,26 +294,35 @@ class ContrastiveModule(L.LightningModule):
         """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""
         return self.trainer.strategy.root_device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
 
-    def _embed(self, model: DualEncoder, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+    def _embed(self, model: DualEncoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Unit-norm (B, D) embeddings of both sides, float32 or wider."""
-        size, seed = self._minibatch_size, (self._seed, self.consumed_batches, world()[0])
-        image_embeddings = encode_in_chunks(model.encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
+        seed = (self._seed, self.consumed_batches, world()[0])
+        economy = self._economy
+        of_images, of_texts = (
+            Chunks(economy.minibatch_size, economy.kept_minibatches, (*seed, tower))
+            for tower in (IMAGE_TOWER, TEXT_TOWER)
+        )
 
-        def embed_texts(some: Texts) -> Tensor:
+        def embed_texts(texts: Texts, lengths: NDArray[np.int64]) -> Tensor:
             """Map the tokens of b captions to (b, D)."""
-            return unit_norm(encode_in_chunks(model.encode_text, some, size, (*seed, TEXT_TOWER), model.transformer))
+            return unit_norm(encode_in_chunks(model.encode_text, texts, of_texts, model.transformer, lengths))
 
         if model is self.model and model.text_is_fixed:
-            return unit_norm(image_embeddings), self._fixed_texts.embed(self._caption_ids(texts), texts, embed_texts)
-        return unit_norm(image_embeddings), embed_texts(texts)
+            ids = self._caption_ids(inputs.texts)
+            texts = self._fixed_texts.embed(
+                ids, inputs.texts, lambda some: embed_texts(some, self._reader.lengths(some))
+            )
+        else:
+            texts = embed_texts(inputs.texts, inputs.lengths)
+        return unit_norm(encode_in_chunks(model.encode_image, inputs.images, of_images, model.visual)), texts
 
     @torch.no_grad()
-    def _embed_by_teacher(self, images: Tensor, texts: Texts, num_pairs: int) -> tuple[Tensor, ...]:
+    def _embed_by_teacher(self, inputs: Inputs, num_pairs: int) -> tuple[Tensor, ...]:
         """The same of the teacher; nothing without one."""
         if self.distillation is None:
             return ()
         require_room(num_pairs)
-        return self._embed(self.distillation.teacher.model, images, texts)
+        return self._embed(self.distillation.teacher.model, inputs)
 
     def _caption_ids(self, texts: Texts) -> Tensor:
         return caption_ids(token_ids(texts), self.model.caption_mask(texts))

@@ -19,6 +19,7 @@ from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
 from train_clip.models.prompt_config import PromptConfig
 from train_clip.models.prompts import add_prompts
+from train_clip.training.economy import take_economy
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning
 
@@ -43,7 +44,8 @@ class PromptCLIPWrapper(ContrastiveModule):
         seed: decides the random state of each step. Prompts are drawn from PyTorch's global generator.
         digest: of the backbone, as a checkpoint has it.
         config: of the backbone, likewise.
-        tuning: how it is trained, see ``Tuning``; SGD where it does not say. There is no distillation.
+        tuning: how it is trained, see ``Tuning``, SGD where it does not say, without distillation; and how a step is
+            computed, see ``Economy``.
 
     Raises:
         UserError: the backbone cannot be loaded, is another than the checkpoint's, or has no tokens.
@@ -74,13 +76,14 @@ class PromptCLIPWrapper(ContrastiveModule):
                 if config is None
                 else find_model(backbone, config_from_dict(dict(config), str(backbone)))
             )
+        economy = take_economy(tuning, minibatch_size)
         choices = make_tuning(tuning, optimizer="sgd", lock_text=True)
         if choices.distillation != "none":
             raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
         model, found = _model_of(backbone, digest)
         add_prompts(model, prompts)
         optimizer = OptimizerConfig(learning_rate, (0.9, 0.999), 1e-8, weight_decay, NO_LIMIT, EPOCHS)
-        super().__init__(model, optimizer, choices, warmup_steps, minibatch_size, seed)
+        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
         self.tokenizer = Tokenizer(model.config.text.context)
         self.save_hyperparameters(
             {
