@@ -93,7 +93,9 @@ def test_captions_out_of_memory_are_what_the_tower_makes(backbone):
     module = prompts(backbone)
     for captions in (["a", "b b b", "a"], ["c", "b b b"], ["a"]):
         tokens = module.tokenizer.batch(captions)[0]
-        _, found = module._embed(module.model, torch.zeros(len(captions), 3, 16, 16), tokens)
+        _, found = module._embed(
+            module.model, module._reader.read((torch.zeros(len(captions), 3, 16, 16), tokens), module.device)
+        )
         expected = nn.functional.normalize(module.model.encode_text(tokens), dim=-1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert len(module._fixed_texts) == 3
@@ -196,7 +198,7 @@ def test_new_weights_empty_the_table_of_captions(backbone):
     """Embeddings of the tower that was there before are not those of the next."""
     module = prompts(backbone)
     tokens = module.tokenizer.batch(["a"])[0]
-    module._embed(module.model, torch.zeros(1, 3, 16, 16), tokens)
+    module._embed(module.model, module._reader.read((torch.zeros(1, 3, 16, 16), tokens), module.device))
     assert len(module._fixed_texts) == 1
     module.begin_with(module.model.state_dict(), "itself")
     assert len(module._fixed_texts) == 0

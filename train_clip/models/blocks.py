@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from train_clip.models.recompute import BlockStack, run_blocks
 
 # Positions up to which, on a CPU, plain products train faster than the fused kernel (benchmarks/attention.py).
 PLAIN_UP_TO = 128
+
+SHARPNESS = 1.702  # openai/CLIP, model.py, QuickGELU
 
 
 class Transformer(BlockStack):
@@ -124,6 +126,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x."""
+        if x.device.type == "cpu":
+            # Its kernel takes both types at once, computes in float32, and rounds at the end.
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
@@ -134,7 +139,21 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to each element."""
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(SHARPNESS * x) if torch.compiler.is_compiling() else _QuickGELU.apply(x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x): keeps x alone, and writes one tensor each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(SHARPNESS * x, inplace=True).div_(SHARPNESS)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient, SHARPNESS * x)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from train_clip.models.blocks import LayerNorm, Transformer
 from train_clip.models.config import ViTConfig
@@ -26,6 +27,7 @@ class VisionTransformer(nn.Module):
         width = config.width
         patches = (config.size // config.patch) ** 2
         deviation = width**-0.5
+        self.patch = config.patch
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch, stride=config.patch, bias=False)
         self.class_embedding = nn.Parameter(deviation * torch.randn(width))
         self.positional_embedding = nn.Parameter(deviation * torch.randn(patches + 1, width))
@@ -44,7 +46,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) normalised images to what the first block takes: (B, 1 + P, W), the class token first."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        patches = F.linear(cut_patches(images, self.patch), self.conv1.weight.flatten(1))
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         return self.ln_pre(x)
@@ -52,3 +54,19 @@ class VisionTransformer(nn.Module):
     def read_out(self, x: Tensor) -> Tensor:
         """Map what the last block gives, (B, L, W), the class token first, to (B, W) features."""
         return self.ln_post(x[:, 0])
+
+
+def cut_patches(images: Tensor, side: int) -> Tensor:
+    """Cut images into squares, row by row: a convolution that does not overlap is a product of its squares.
+
+    As a product its weight's gradient is one too; PyTorch's convolution takes many times as long for it on a CPU.
+
+    Args:
+        images: (B, 3, S, S).
+        side: of a square, in pixels; what is left over at the right and at the bottom is dropped, as by a convolution.
+
+    Returns:
+        (B, P, 3 · side²).
+    """
+    squares = images.unfold(2, side, side).unfold(3, side, side)  # (B, 3, S / side, S / side, side, side)
+    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
