@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from peer_cases import Case, from_json
-from peer_rounds import CHECKED, Rounds, num_distinct, pairs, pinned
+from peer_rounds import CHECKED, Rounds, exact, num_distinct, pairs, pinned
 
 from train_clip import CLIPWrapper
 from train_clip.losses.contrastive import clip_loss
@@ -92,7 +92,7 @@ def trainer(case: Case, rounds: Rounds) -> L.Trainer:
     )
 
 
-@torch.no_grad()
+@exact()
 def checked_loss(module: CLIPWrapper, images: torch.Tensor, texts: torch.Tensor) -> float:
     """The loss of the first pairs in float32, in eval mode."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class Rounds:
         before = memory_now()
         yield from self._steps(self.case.warmup)
         loss = None if self.first_loss is None else float(self.first_loss)
+        give_back()
         say(before=before, first_loss=loss, torch=torch.__version__, **self.facts)
         while sys.stdin.readline().strip() == "go":
             if torch.cuda.is_available():
@@ -109,8 +111,7 @@ class Rounds:
             yield from self._steps(self.case.steps)
             seconds = (clock() - started) / self.case.steps
             say(seconds=seconds, processor=(processor_seconds() - spent) / self.case.steps, peak=peak_memory())
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back()
         # The training loops around this one have no part in the end.
         os._exit(0)
 
@@ -122,6 +123,25 @@ class Rounds:
         """Keep the first step's loss."""
         if self.first_loss is None:
             self.first_loss = loss.detach()
+
+
+def give_back() -> None:
+    """Leave the device's memory to the other side, all but weights and moments."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Compute without gradient, in float32 that is not shortened (TF32)."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    with torch.no_grad():
+        yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
 
 
 def clock() -> float:
@@ -139,7 +159,11 @@ def processor_seconds() -> float:
 
 def memory_now() -> int:
     """Bytes before the first step: on a CPU the largest resident size so far."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else peak_memory()
+    if torch.cuda.is_available():
+        # The peak is the training's.
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return peak_memory()
 
 
 def peak_memory() -> int:

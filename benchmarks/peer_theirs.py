@@ -20,7 +20,7 @@ from typing import Any
 import open_clip
 import torch
 from peer_cases import Case, from_json
-from peer_rounds import CHECKED, Rounds, num_distinct, pairs, pinned
+from peer_rounds import CHECKED, Rounds, exact, num_distinct, pairs, pinned
 
 PRECISIONS = {"bf16": "amp_bf16", "float32": "fp32"}
 # The names of its own configurations; --force-quick-gelu gives the activation of the paper's models.
@@ -82,16 +82,14 @@ def ready(case: Case, pieces: int, preprocess: Any, tokenizer: Any) -> Rounds:
     return rounds
 
 
-@torch.no_grad()
+@exact()
 def checked_loss(model: Any, loss: Any, batch: list[Any]) -> float:
     """The loss of the first pairs in float32, in eval mode."""
     images, texts = (torch.cat([piece[place] for piece in batch])[:CHECKED] for place in (0, 1))
     device = next(model.parameters()).device
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     model.eval()
     found = sum(loss(**model(images.to(device), texts.to(device)), output_dict=True).values())
     model.train()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
     return float(found)
 
 
