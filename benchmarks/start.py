@@ -55,11 +55,15 @@ def main() -> None:
             help_times.append(whole([*command, "--help"]))
             imports.append(whole([sys.executable, "-c", "import torch, lightning"]))
             verbs.append(until_first_step([*train[:-1], train[-1] + str(number)]))
-    print(f"train-clip --help                 {in_words(help_times)}")
-    print(f"import torch, lightning           {in_words(imports)}")
-    print(f"train-clip train, first step      {in_words(verbs)}")
-    own = [(verb[0] - alone[0], verb[1] - alone[1]) for verb, alone in zip(verbs, imports, strict=True)]
-    print(f"of it this package's own          {in_words(own)}")
+    alone, verb = median(imports), median(verbs)
+    own = (verb[0] - alone[0], verb[1] - alone[1])
+    for name, (seconds, processor) in (
+        ("train-clip --help", median(help_times)),
+        ("import torch, lightning", alone),
+        ("train-clip train, first step", verb),
+        ("of it this package's own", own),
+    ):
+        print(f"{name:30}  {seconds:5.2f} s, {processor:5.2f} s of processor time")
 
 
 def whole(command: list[str]) -> tuple[float, float]:
@@ -88,10 +92,10 @@ def until_first_step(command: list[str]) -> tuple[float, float]:
     sys.exit(f"{' '.join(command)}\n{ended.stdout[-3000:]}")
 
 
-def in_words(times: list[tuple[float, float]]) -> str:
-    """Median of both."""
-    seconds, processor = (statistics.median(found) for found in zip(*times, strict=True))
-    return f"{seconds:5.2f} s, {processor:5.2f} s of processor time"
+def median(times: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of seconds, and of processor seconds."""
+    seconds, processor = zip(*times, strict=True)
+    return statistics.median(seconds), statistics.median(processor)
 
 
 if __name__ == "__main__":
