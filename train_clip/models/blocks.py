@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,21 @@ class MLP(nn.Sequential):
     """A linear layer to four times the width, the activation, and back."""
 
     c_fc: nn.Linear
+    gelu: nn.Module
     c_proj: nn.Linear
 
     def __init__(self, width: int, activation: str) -> None:
         expand, contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         super().__init__(OrderedDict(c_fc=expand, gelu=ACTIVATIONS[activation](), c_proj=contract))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, W) to (…, W)."""
+        if not isinstance(self.gelu, QuickGELU):
+            return super().forward(x)
+        # x · σ(1.702 x) = silu(1.702 x) / 1.702, with the factor in the matrices: they hold fewer numbers than what
+        # passes, of which one tensor is kept for the backward pass where there would be three.
+        hidden = F.silu(F.linear(x, SHARPNESS * self.c_fc.weight, SHARPNESS * self.c_fc.bias))
+        return F.linear(hidden, self.c_proj.weight / SHARPNESS, self.c_proj.bias)
 
 
 class SelfAttention(nn.Module):
@@ -139,21 +149,7 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to each element."""
-        return x * torch.sigmoid(SHARPNESS * x) if torch.compiler.is_compiling() else _QuickGELU.apply(x)
-
-
-class _QuickGELU(torch.autograd.Function):
-    """silu(1.702 x) / 1.702, whose derivative is silu'(1.702 x): keeps x alone, and writes one tensor each way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(SHARPNESS * x, inplace=True).div_(SHARPNESS)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient, SHARPNESS * x)
+        return x * torch.sigmoid(SHARPNESS * x)
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
