@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train_clip.losses.tiles import TILE, tiled_info_nce, tiles
+
 
 class Pairs(NamedTuple):
     """This rank's pairs among everyone's. On one process the shares are the whole, and the offset 0.
@@ -68,6 +70,8 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, grou
     Returns:
         () float32, or wider where the inputs are.
     """
+    if len(rows) * len(columns) > TILE:
+        return tiled_info_nce(rows, columns, scale, offset, groups)
     similarity = scale * rows @ columns.T
     similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     own = offset + torch.arange(len(rows), device=rows.device)
@@ -107,6 +111,6 @@ def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | No
         () float32 in [0, 1].
     """
     own = offset + torch.arange(len(rows), device=rows.device)
-    found = (rows @ columns.T).argmax(dim=1)
+    found = torch.cat([(rows[tile] @ columns.T).argmax(dim=1) for tile in tiles(rows, columns)])
     right = found == own if groups is None else groups[found] == groups[own]
     return right.float().mean()
