@@ -2,9 +2,10 @@
 
     python benchmarks/fuzz.py --minutes 10 [--seed 0] [--kinds PNG,JPEG] [--folder /tmp/fuzz]
 
-A worker decodes the files under a limit of memory and of seconds and is started again when it dies. What was wrong, or
-took over ``SLOW`` seconds, lies in the folder afterwards; the status is 1 after a crash, a hang, a warning, or anything
-but an RGB picture or a ``BadSample`` of the right path. Needs Linux. ``originals`` and ``damaged`` serve the tests too.
+A worker reads each file whole and as a training crop, which have to agree, under a limit of memory and of seconds, and
+is started again when it dies. What was wrong, or took over ``SLOW`` seconds, lies in the folder afterwards; the status
+is 1 after a crash, a hang, a warning, or anything but an RGB picture or a ``BadSample`` of the right path. Needs Linux.
+``originals`` and ``damaged`` serve the tests too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,14 @@ import PIL
 from PIL import Image
 
 from train_clip.data import images
+from train_clip.data.jpeg import crop_of_image
+from train_clip.data.windows import random_crop
 from train_clip.errors import BadSample
 
 SECONDS, SLOW = 30, 2.0  # for a file: until it counts as a hang, and as worth a look
 MIB = 4096  # of address space that the worker may take beyond what it starts with
 SIDES = (0, 1, 2, 255, 256, 1_000, 9_459, 9_460, 30_000, 2**15, 2**16 - 1, 89_478_485, 2**31 - 1, 2**31, 2**32 - 1)
+CROP = 4  # pixels; pictures are 12 by 10, so that JPEGs are decoded at half the size
 NOISE = "none of these"  # random bytes, text, HTML: no kind's first bytes
 TIFF = ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "zstd", "lzma")
 
@@ -272,7 +277,19 @@ def work(folder: Path, seed: int, index: int, kinds: str) -> None:
 
 
 def outcome_of(path: str) -> tuple[str, str]:
-    """What reading a file gives: a picture, a bad sample and its reason, or something wrong."""
+    """What reading a file gives, whole and as a training crop: a picture, a bad sample and its reason, or wrong."""
+    whole = outcome_of_whole(path)
+    try:
+        crop = crop_of_image(path, partial(random_crop, size=CROP, rng=np.random.default_rng(0)))
+    except BadSample as bad:
+        return whole if whole == ("bad", bad.reason) and bad.path == path else ("wrong", "other")
+    except BaseException:
+        return "wrong", "other"
+    return whole if whole[0] == "picture" and crop.shape == (3, CROP, CROP) else ("wrong", "other")
+
+
+def outcome_of_whole(path: str) -> tuple[str, str]:
+    """The same of the whole picture."""
     try:
         picture = images.read_image(path).picture
     except BadSample as bad:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,8 @@ from benchmarks.fuzz import chunk, damaged, originals, with_checksums
 from train_clip.data import images
 from train_clip.data.captions import read_caption_lines
 from train_clip.data.images import FORMATS, MAX_BYTES, MAX_SCANS, open_rgb, read_image
+from train_clip.data.jpeg import crop_of_image
+from train_clip.data.windows import Draw, random_crop
 from train_clip.errors import BadSample
 
 # Pillow's warnings are silenced where the module is imported, which pytest undoes; the test in a process of its own
@@ -28,18 +31,27 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::Runt
 
 FILES = originals()
 HEADER = 64  # bytes of which every bit is flipped
+CROP = 4  # pixels; the pictures are 12 by 10, so that JPEGs are decoded at half the size
 SMALL = 10**5  # pixels: the cap where a flip in a header would ask for 89 million
 
 
+def training_crop() -> Draw:
+    return partial(random_crop, size=CROP, rng=np.random.default_rng(0))
+
+
 def assert_picture_or_bad_sample(path: Path) -> bool:
-    """Whether it was a picture; any other outcome than the two raises."""
+    """Whether it was a picture, whole and as a training crop alike; any other outcome than the two raises."""
     with mock.patch.object(images, "MAX_PIXELS", SMALL):
         try:
             picture = open_rgb(str(path))
         except BadSample as bad:
             assert bad.path == str(path)
             assert bad.reason
+            with pytest.raises(BadSample) as caught:
+                crop_of_image(str(path), training_crop())
+            assert (caught.value.path, caught.value.reason) == (bad.path, bad.reason)
             return False
+        assert crop_of_image(str(path), training_crop()).shape == (3, CROP, CROP)
     assert picture.mode == "RGB"
     assert np.asarray(picture).shape == (picture.height, picture.width, 3)
     return True
@@ -199,7 +211,10 @@ MIB = 1536  # that the process below may take beyond what it starts with; a pict
 CHILD = """
 import resource, signal, sys
 from pathlib import Path
+import numpy as np
 from train_clip.data.images import image_suffixes, read_image
+from train_clip.data.jpeg import crop_of_image
+from train_clip.data.windows import random_crop
 from train_clip.errors import BadSample
 
 image_suffixes()
@@ -210,6 +225,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     signal.alarm(20)
     try:
         print(path.name, read_image(str(path)).picture.size, sep=": ")
+        crop_of_image(str(path), lambda size: random_crop(size, 224, np.random.default_rng(0)))
     except BadSample as bad:
         print(bad.path.rsplit("/", 1)[1], bad.reason, sep=": ")
 """

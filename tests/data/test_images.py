@@ -421,14 +421,14 @@ def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (MemoryError(), "too large for memory"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(images, "_decode", mock.Mock(side_effect=error))
+            patch.setattr(images, "_open", mock.Mock(side_effect=error))
             assert reason(tmp_path / "a.png") == expected
 
 
 def test_an_interrupt_is_not_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a file is decoded ends the program."""
     (tmp_path / "a.png").write_bytes(png(2, 2))
-    monkeypatch.setattr(images, "_decode", mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(images, "_open", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         open_rgb(str(tmp_path / "a.png"))
 

@@ -67,13 +67,16 @@ def numbered(tmp_path: Path, arrays: list[np.ndarray]) -> list[Pair]:
 
 
 def test_a_random_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pair], list[Pair]]) -> None:
-    """The paper's crop and the caption for 5 pairs in 6 epochs, with and without arrays: the same, bit for bit."""
+    """The paper's crop and caption for 5 pairs in 6 epochs, with and without arrays: the same window and words."""
+    # To within what two bicubics differ by on noise; a window that is a pixel off is some 60 levels off on average.
     plain, with_cache = (TrainingPairs(pairs, Augmentation(SIZE, None, 3)) for pairs in cached)
     seen = set()
     for key in [(epoch, index) for epoch in range(6) for index in range(5)]:
         expected, found = plain[key], with_cache[key]
         assert found.pixels.dtype == torch.uint8
-        assert torch.equal(found.pixels, expected.pixels)
+        difference = (found.pixels.int() - expected.pixels.int()).abs()
+        assert difference.float().mean() < 0.5
+        assert difference.max() <= 12
         assert found.caption == expected.caption
         seen.add((key[1], found.pixels.numpy().tobytes()))
     # The square picture has one crop; the others are not frozen.
@@ -96,7 +99,7 @@ def test_the_centre_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pai
 
 
 def test_squares_are_resized_out_of_arrays(tmp_path: Path) -> None:
-    """``resize_ratio``: share and place drawn here by the same generator, cut out of the array, resized by Pillow."""
+    """``resize_ratio``: share and place drawn here by the same generator, cut out, resized by Pillow, to within 12."""
     array = np.random.default_rng(1).integers(0, 256, (3, SIZE, 40), dtype=np.uint8)
     pairs = numbered(tmp_path, [array, array])
     data = TrainingPairs(pairs, Augmentation(SIZE, 0.3, 7))
@@ -107,7 +110,9 @@ def test_squares_are_resized_out_of_arrays(tmp_path: Path) -> None:
         left, top = int(rng.integers(40 - side + 1)), int(rng.integers(SIZE - side + 1))
         cut = np.ascontiguousarray(array[:, top : top + side, left : left + side].transpose(1, 2, 0))
         expected = Image.fromarray(cut).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        assert np.array_equal(data[epoch, 1].pixels, np.asarray(expected).transpose(2, 0, 1))
+        difference = data[epoch, 1].pixels.numpy().astype(int) - np.asarray(expected).transpose(2, 0, 1)
+        assert np.abs(difference).mean() < 0.5
+        assert np.abs(difference).max() <= 12
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])

@@ -5,9 +5,12 @@ Pillow drops transparency and turns 16-bit grey white; both are mended here. Tra
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -35,6 +38,7 @@ FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 
+JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
 TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
 
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
@@ -95,14 +99,77 @@ def read_image(path: str) -> Decoded:
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
+    with opened(path) as (picture, _):
+        return decoded(picture, path)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """Open an image file that may be decoded, by what its header says; nothing of it is decoded.
+
+    Args:
+        path: as ``read_image``.
+
+    Yields:
+        The picture to be loaded, and its file, or what that holds.
+
+    Raises:
+        BadSample: as ``read_image``, also for whatever is raised within the block.
+    """
     with reading(path, "image"):
         try:
             with Path(path).open("rb") as file:
-                return _decode(path, file)
+                if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                    raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
+                # A JPEG is read whole in any case, to count its scans.
+                content: BinaryIO = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
+                yield _open(path, content), content
         except UnidentifiedImageError:
             raise BadSample(path, _no_image(path)) from None
         except Image.DecompressionBombError:
             raise BadSample(path, f"over {MAX_PIXELS:,} pixels") from None
+
+
+def decoded(picture: Image.Image, path: str) -> Decoded:
+    """Load what ``opened`` gave, upright and RGB.
+
+    Args:
+        picture: nothing of it is loaded.
+        path: of its file.
+
+    Raises:
+        BadSample: pixels of unknown range; within ``opened`` all the rest.
+    """
+    picture.load()
+    mended: list[str] = []
+    if _foreign_suffix(path, picture.format or ""):
+        mended.append("suffix of another format")
+    if _has_frames(picture):
+        mended.append("first of several frames")
+    turn = turn_of(picture, mended)
+    rgb = _to_rgb(path, picture if turn is None else picture.transpose(turn), mended)
+    return Decoded(rgb, tuple(mended))
+
+
+def turn_of(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
+    """What turns a picture upright, by its EXIF.
+
+    Args:
+        picture: opened.
+        mended: to which it is added, in words.
+    """
+    try:
+        if "exif" in picture.info:
+            # Opening a JPEG has tried it and kept the error to itself; getexif() is empty from then on.
+            Image.Exif().load(picture.info["exif"])
+        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:
+        # Broken EXIF says nothing about the pixels.
+        mended.append("illegible EXIF passed over")
+        return None
+    if turn is not None:
+        mended.append("turned upright by EXIF")
+    return turn
 
 
 def upright_rgb(picture: Image.Image, name: str) -> Image.Image:
@@ -115,7 +182,8 @@ def upright_rgb(picture: Image.Image, name: str) -> Image.Image:
     Raises:
         BadSample: pixels of unknown range.
     """
-    return _to_rgb(name, _upright(picture, []), [])
+    turn = turn_of(picture, [])
+    return _to_rgb(name, picture if turn is None else picture.transpose(turn), [])
 
 
 @cache
@@ -125,9 +193,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN or kind == "MPO")
 
 
-def _decode(path: str, file: BinaryIO) -> Decoded:
-    if os.fstat(file.fileno()).st_size > MAX_BYTES:
-        raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
+def _open(path: str, file: BinaryIO) -> Image.Image:
     picture = Image.open(file, formats=[kind for kind in _formats() if kind in Image.OPEN])
     width, height = picture.size
     if width * height > MAX_PIXELS:
@@ -136,14 +202,7 @@ def _decode(path: str, file: BinaryIO) -> Decoded:
         raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
     if too_much := _costs_too_much(picture, file):
         raise BadSample(path, too_much)
-    picture.load()
-    mended: list[str] = []
-    if _foreign_suffix(path, picture.format or ""):
-        mended.append("suffix of another format")
-    if _has_frames(picture):
-        mended.append("first of several frames")
-    rgb = _to_rgb(path, _upright(picture, mended), mended)
-    return Decoded(rgb, tuple(mended))
+    return picture
 
 
 def _costs_too_much(picture: Image.Image, file: BinaryIO) -> str | None:
@@ -184,22 +243,6 @@ def _has_frames(picture: Image.Image) -> bool:
     except Exception:
         # What is broken behind the first frame is no fault of the first frame.
         return True
-
-
-def _upright(picture: Image.Image, mended: list[str]) -> Image.Image:
-    try:
-        if "exif" in picture.info:
-            # Opening a JPEG has tried it and kept the error to itself; getexif() is empty from then on.
-            Image.Exif().load(picture.info["exif"])
-        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:
-        # Broken EXIF says nothing about the pixels.
-        mended.append("illegible EXIF passed over")
-        return picture
-    if turn is None:
-        return picture
-    mended.append("turned upright by EXIF")
-    return picture.transpose(turn)
 
 
 def _to_rgb(path: str, picture: Image.Image, mended: list[str]) -> Image.Image:

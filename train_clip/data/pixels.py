@@ -1,7 +1,8 @@
 """The file of an image, or of its array → the square that a model takes.
 
-Both are cropped by the same functions: an array of bytes is the picture that the image gives once its shorter side is
-the model's, so that every crop of whole height is that of the image, bit for bit.
+An array of bytes is the picture that the image gives once its shorter side is the model's, so that crops of whole
+height are those of the image: in evaluation bit for bit, in training the same window, of an image that was decoded no
+finer than that needs and resized by another hand than Pillow's (windows.py).
 
 S  side of the square in pixels      H, W  of an array
 """
@@ -19,8 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.data.images import Decoded, open_rgb, read_image
+from train_clip.data.jpeg import crop_of_image
 from train_clip.data.npz import is_npz, read_array, read_header
 from train_clip.data.transforms import to_tensor
+from train_clip.data.windows import Draw, cut
 from train_clip.errors import BadSample, UserError
 
 NORMALISED = "already normalised pixels, taken as they are, without a crop"
@@ -46,9 +49,30 @@ def read_square(path: str, size: int, crop: Crop) -> Tensor:
     """
     if not is_npz(path):
         return to_tensor(crop(open_rgb(path)))
-    array = read_array(path)
-    _require_size(path, array.shape, array.dtype, size)
+    array = _array(path, size)
     return to_tensor(crop(_picture(array))) if array.dtype == np.uint8 else torch.from_numpy(array.astype(np.float32))
+
+
+def read_window(path: str, size: int, draw: Draw) -> Tensor:
+    """Read a training crop of an image.
+
+    Args:
+        path: as ``read_square``.
+        size: S.
+        draw: a window in the picture. Pixels that are already normalised have been cropped.
+
+    Returns:
+        (3, S, S): uint8, or float32 that is already normalised.
+
+    Raises:
+        BadSample: the file cannot be used.
+        UserError: as ``read_square``.
+    """
+    if not is_npz(path):
+        return crop_of_image(path, draw)
+    array = _array(path, size)
+    _, height, width = array.shape
+    return cut(array, draw((width, height))) if array.dtype == np.uint8 else torch.from_numpy(array.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,12 @@ def read_picture(path: str) -> Decoded:
 def bytes_to_show(pixels: Tensor) -> Tensor:
     """Map what ``read_square`` gives to (3, S, S) uint8 to look at."""
     return pixels if pixels.dtype == torch.uint8 else torch.from_numpy(_stretched(pixels.numpy()))
+
+
+def _array(path: str, size: int) -> NDArray[Any]:
+    array = read_array(path)
+    _require_size(path, array.shape, array.dtype, size)
+    return array
 
 
 def _picture(array: NDArray[Any]) -> Image.Image:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from train_clip.data.pairs import Pair
-from train_clip.data.pixels import kind_of, read_square
-from train_clip.data.transforms import center_crop, random_crop, random_resized_crop
+from train_clip.data.pixels import kind_of, read_square, read_window
+from train_clip.data.transforms import center_crop
+from train_clip.data.windows import random_crop, random_resized_crop
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Skip
 
@@ -94,10 +95,10 @@ def draw(pair: Pair, how: Augmentation, rng: Generator) -> tuple[Tensor, str]:
     captions = pair.captions()
     caption = captions[int(rng.integers(len(captions)))]
     if how.resize_ratio is None:
-        crop = partial(random_crop, size=how.size, rng=rng)
+        window = partial(random_crop, size=how.size, rng=rng)
     else:
-        crop = partial(random_resized_crop, size=how.size, rng=rng, min_share=how.resize_ratio)
-    return read_square(pair.pixels, how.size, crop), caption
+        window = partial(random_resized_crop, size=how.size, rng=rng, min_share=how.resize_ratio)
+    return read_window(pair.pixels, how.size, window), caption
 
 
 class ValidationPairs(Dataset[Sample]):
