@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -444,6 +445,21 @@ def test_fewer_pairs_than_the_batch_still_train(tmp_path: Path, said: Callable[[
     seen = fit(tmp_path, data(folder, 256), max_epochs=2)
     assert [sorted(batch) for batch in seen.trained] == [list(range(7))] * 2
     assert any(message.startswith("Fewer pairs than a batch: it shrinks from 256 to 7.\n") for message in said())
+
+
+def test_a_script_that_leaves_a_loader_half_way_ends(tmp_path: Path) -> None:
+    """Loader processes that outlive a first signal are no reason to wait for ever at the end; nothing is said."""
+    folder = write_pairs(tmp_path / "pairs", 24)
+    script = f"""
+from train_clip import TextImageDataModule
+data = TextImageDataModule({str(folder)!r}, batch_size=4, num_workers=2, image_size=16)
+data.setup()
+batches = iter(data.train_dataloader())
+next(batches)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
 
 
 def test_persistent_workers_over_epochs_change_nothing(tmp_path: Path) -> None:

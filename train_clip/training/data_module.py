@@ -23,7 +23,7 @@ from train_clip.data.split import require_share, split_pairs
 from train_clip.data.table import Columns, scan_table
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
-from train_clip.training.signals import outlive_the_first_signal
+from train_clip.training.signals import end_loaders_at_exit, outlive_the_first_signal
 from train_clip.training.trainer_state import resuming
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
@@ -201,6 +201,8 @@ class TextImageDataModule(L.LightningDataModule):
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
             workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, available_cores() // self._process()[1]))
+        if workers:
+            end_loaders_at_exit()
         return DataLoader(
             dataset,
             collate_fn=self.collate,

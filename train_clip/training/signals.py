@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from functools import cache
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -65,5 +68,34 @@ def _end_after(starter: int) -> None:
 
 
 def outlive_the_first_signal(_: int) -> None:
-    """For loader processes, which a signal to the whole group reaches too: the batch in hand still needs them."""
-    StopSignals().install()
+    """For loader processes, which a signal to the whole group reaches too: the batch in hand still needs them.
+
+    A second one ends them, without an error that the process that waits for them would raise.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        """Leave at the second."""
+        if received:
+            os._exit(0)
+        received.append(number)
+
+    for number in STOPPING:
+        signal.signal(number, note)
+
+
+@cache
+def end_loaders_at_exit() -> None:
+    """Let a process end while loader processes of its are at work, as where a script leaves a loop half-way.
+
+    Python sends each of them one SIGTERM then, and waits until it has ended.
+    """
+
+    def insist() -> None:
+        """Send them more, before: two that come at once count as one."""
+        for child in multiprocessing.active_children():
+            while child.daemon and child.is_alive():
+                child.terminate()
+                child.join(0.05)
+
+    atexit.register(insist)
