@@ -27,6 +27,7 @@ from train_clip.training.batch import BatchReader
 from train_clip.training.chunks import encode_in_chunks
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.fixed_texts import FixedTexts
+from train_clip.training.half_weights import WideWeights, narrow, require_float32, widen
 from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
 from train_clip.training.skips import SkipReport
 from train_clip.training.step_figures import step_figures
@@ -128,6 +129,7 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             UserError: half precision without float32 weights.
         """
+        require_float32(self._tuning, precision)
         if self.distillation is not None and precision in HALF:
             raise UserError(
                 f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
@@ -138,6 +140,15 @@ class ContrastiveModule(L.LightningModule):
         """Hold the Trainer against what is minimised."""
         if stage == "fit":
             self.require_precision(self.trainer.precision)
+
+    def configure_model(self) -> None:
+        """Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32."""
+        if resuming(self._trainer):
+            narrow(self.model, self._tuning)
+
+    def teardown(self, stage: str) -> None:
+        """After training: give the model back in float32."""
+        widen(self.model, self._tuning)
 
     @property
     def tokenizer(self) -> Any:
@@ -168,13 +179,14 @@ class ContrastiveModule(L.LightningModule):
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
         groups = parameter_groups(self, config, tower_rates(self.model, self._tuning))
-        optimizer = build_optimizer(groups, config, self._tuning, fused=self._fuses())
+        optimizer = build_optimizer(groups, config, self._tuning, self._fuses(), self._seed)
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption, as ``DualEncoder.forward``."""
-        return self.model(images, texts)
+        with WideWeights(self.model, self._tuning).in_place():
+            return self.model(images, texts)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
@@ -266,7 +278,8 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             BadSample: a file that cannot be read as an image.
         """
-        return embed_images(self.model, images, batch_size)
+        with WideWeights(self.model, self._tuning).in_place():
+            return embed_images(self.model, images, batch_size)
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
         """Embed captions, with the model in eval mode.
@@ -278,7 +291,8 @@ class ContrastiveModule(L.LightningModule):
         Returns:
             (N, D) float32, unit norm, on this module's device.
         """
-        return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+        with WideWeights(self.model, self._tuning).in_place():
+            return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
 
     def _fuses(self) -> bool:
         """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""
@@ -287,11 +301,13 @@ class ContrastiveModule(L.LightningModule):
     def _embed(self, model: DualEncoder, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Unit-norm (B, D) embeddings of both sides, float32 or wider."""
         size, seed = self._minibatch_size, (self._seed, self.consumed_batches, world()[0])
-        image_embeddings = encode_in_chunks(model.encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
+        wide = WideWeights(model, self._tuning)
+        encode_image, encode_text = wide.around(model.encode_image), wide.around(model.encode_text)
+        image_embeddings = encode_in_chunks(encode_image, images, size, (*seed, IMAGE_TOWER), model.visual)
 
         def embed_texts(some: Texts) -> Tensor:
             """Map the tokens of b captions to (b, D)."""
-            return unit_norm(encode_in_chunks(model.encode_text, some, size, (*seed, TEXT_TOWER), model.transformer))
+            return unit_norm(encode_in_chunks(encode_text, some, size, (*seed, TEXT_TOWER), model.transformer))
 
         if model is self.model and model.text_is_fixed:
             return unit_norm(image_embeddings), self._fixed_texts.embed(self._caption_ids(texts), texts, embed_texts)
