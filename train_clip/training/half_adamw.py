@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from train_clip.training.finite import known_at_once
@@ -116,16 +117,18 @@ class HalfAdamW(Optimizer):
         """Update a parameter, a piece at a time."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
-        kept = [parameter.detach(), *(state[name] for name in MOMENTS)]
+        kept = [local(parameter.detach()), *(local(state[name]) for name in MOMENTS)]
         flat = [tensor.reshape(-1) for tensor in kept]
         num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
         if parameter.device not in self._generators:
             self._generators[parameter.device] = torch.Generator(parameter.device)
         generator = self._generators[parameter.device]
-        reseed(generator, self._seed, state["step"], place)
+        reseed(generator, self._seed, state["step"], place, *shard_of(parameter))
         size = PIECE.get(parameter.device.type, LARGE_PIECE)
         for now, piece in zip(
-            zip(*(tensor.split(size) for tensor in flat), strict=True), gradient.reshape(-1).split(size), strict=True
+            zip(*(tensor.split(size) for tensor in flat), strict=True),
+            local(gradient).reshape(-1).split(size),
+            strict=True,
         ):
             noise = draw(generator, num_rounded, len(piece))
             then = self._update(now, piece, numbers, noise)
@@ -134,6 +137,21 @@ class HalfAdamW(Optimizer):
         for tensor, values in zip(kept, flat, strict=True):
             if not tensor.is_contiguous():
                 tensor.copy_(values.view_as(tensor))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_of(parameter: Tensor) -> tuple[int, ...]:
+    """Which part of a parameter lies on this process, the same number on those that hold the same part."""
+    if not isinstance(parameter, DTensor):
+        return (0,)
+    coordinate = parameter.device_mesh.get_coordinate() or ()
+    return tuple(
+        place for place, placement in zip(coordinate, parameter.placements, strict=True) if not placement.is_replicate()
+    )
 
 
 def numbers_of(group: dict[str, Any], step: int) -> tuple[float, ...]:
