@@ -19,6 +19,7 @@ from train_clip.gather import world
 from train_clip.training.half_adamw import HalfAdamW
 
 B, BATCHES = 8, 3  # of the global batch
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class Watch(L.Callback):
@@ -39,7 +40,7 @@ class Watch(L.Callback):
             self.end[name] = parameter.detach().clone()
 
 
-def train() -> dict[str, dict[str, Tensor]]:
+def train(precision: str = "32-true") -> dict[str, dict[str, Tensor]]:
     """Three steps on as many processes as there are, with another global random state on each."""
     rank, processes = world()
     torch.manual_seed(0)
@@ -52,19 +53,24 @@ def train() -> dict[str, dict[str, Tensor]]:
     share = B // processes
     own = [pair for place, pair in enumerate(pairs) if place % B // share == rank]
     watch = Watch()
-    trainer = bare_trainer(callbacks=[watch], max_epochs=1, use_distributed_sampler=False)
+    trainer = bare_trainer(callbacks=[watch], max_epochs=1, use_distributed_sampler=False, precision=precision)
     trainer.fit(module, DataLoader(own, batch_size=share))
     return {"gradients": watch.gradients, "end": watch.end}
 
 
+def both() -> dict[str, dict[str, dict[str, Tensor]]]:
+    return {precision: train(precision) for precision in PRECISIONS}
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    return run(train, tmp_path_factory.mktemp("half"))
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, dict[str, Tensor]]]]:
+    return run(both, tmp_path_factory.mktemp("half"))
 
 
-def test_both_end_in_the_same_bits(results):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_both_end_in_the_same_bits(results, precision):
     """After three steps: every weight and every moment, of bfloat16 among them."""
-    first, second = (result["end"] for result in results)
+    first, second = (result[precision]["end"] for result in results)
     assert {first["model.token_embedding.weight"].dtype, first["model.visual.proj exp_avg_sq"].dtype} == {
         torch.bfloat16
     }
@@ -75,7 +81,7 @@ def test_both_end_in_the_same_bits(results):
 def test_the_gradient_is_one_processes(results):
     """Of the first step: each process rounds its share once, and so does their sum; of float32 to its own rounding."""
     expected = train()["gradients"]
-    for name, gradient in results[0]["gradients"].items():
+    for name, gradient in results[0]["32-true"]["gradients"].items():
         rounding = 2**-7 if gradient.dtype == torch.bfloat16 else 1e-4
         scale = expected[name].float().abs().max().item()
         torch.testing.assert_close(gradient, expected[name], rtol=rounding, atol=rounding * scale / 4)

@@ -149,49 +149,74 @@ def test_the_sum_over_chunks_is_rounded_once(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuning", "rounding"), [(Tuning(), 1e-5), (TEXT, 2**-9)], ids=["float32 weights", "bfloat16 weights"]
+    ("tuning", "rounding"), [(Tuning(), 1e-5), (TEXT, 2**-8)], ids=["float32 weights", "bfloat16 weights"]
 )
 def test_autocasts_cache_of_weights_is_off(tuning: Tuning, rounding: float) -> None:
     """128 chunks in bf16-mixed: the sum of their gradients, to the rounding of float32, or of a bfloat16 weight.
 
-    The cache is on around it, as PyTorch has it; left on it is off by 0.5%. From float64's gradient ours is off by
-    less, which is the rest of bfloat16's arithmetic.
+    Each parameter's. The cache is on around it, as PyTorch has it; left on, one is off by 2%. From float64's gradient
+    ours is off by 0.7%, which is the rest of bfloat16's arithmetic.
     """
     model, tokens = clip(), captions(128)
     narrow(model, tuning)
     widened, exact = copy.deepcopy(model).float(), copy.deepcopy(model).double()
 
-    def in_bf16(model: CLIP, encode: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    def in_bf16(model: CLIP, encode: Callable[[Tensor], Tensor], tokens: Tensor) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
-            return torch.cat([part.flatten() for part in gradient(model, encode, tokens, 1)])
+            return gradient(model, encode, tokens, 1)
 
-    def distance(found: Tensor, other: Tensor) -> float:
-        return ((found - other).norm() / other.norm()).item()
+    def distance(found: list[Tensor], other: list[Tensor]) -> float:
+        """Of the parameter that is off by most."""
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, other, strict=True) if b.norm() > 1)
 
     ours = in_bf16(model, WideWeights(model, tuning).around(model.encode_text), tokens)
-    alone = torch.stack([in_bf16(widened, widened.encode_text, row) for row in tokens.split(1)]).sum(dim=0)
+    rows = [in_bf16(widened, widened.encode_text, row) for row in tokens.split(1)]
+    alone = [torch.stack(parts).sum(dim=0) for parts in zip(*rows, strict=True)]
     assert distance(ours, alone) < rounding
-    assert distance(in_bf16(widened, widened.encode_text, tokens), alone) > 0.003
-    in_float64 = torch.cat([part.flatten() for part in gradient(exact, exact.encode_text, tokens, 0)])
-    assert distance(ours, in_float64) < 0.005
+    assert distance(in_bf16(widened, widened.encode_text, tokens), alone) > 0.01
+    assert distance(ours, gradient(exact, exact.encode_text, tokens, 0)) < 0.01
 
 
-def test_a_weight_that_is_shared_has_one_copy() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_weight_that_is_shared_has_one_copy(autocast: bool) -> None:
     """A matrix under two names: the gradients of both uses meet in float32, and the names are one afterwards."""
     one, two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     two.weight = one.weight
     model = nn.Sequential(one, two)
     one.weight.data = one.weight.data.bfloat16()
     rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    wide = WideWeights(model, TEXT)
-    with wide.in_place():
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), WideWeights(model, TEXT).in_place():
         assert one.weight is two.weight
         model(rows).square().sum().backward()
     assert one.weight is two.weight
     assert one.weight.dtype == torch.bfloat16
     weight = one.weight.detach().double().requires_grad_()
     (rows.double() @ weight.T @ weight.T).square().sum().backward()
-    torch.testing.assert_close(one.weight.grad.double(), weight.grad, rtol=2**-8, atol=1e-5)
+    tolerance = 0.02 * weight.grad.abs().max().item() if autocast else 1e-5
+    torch.testing.assert_close(one.weight.grad.double(), weight.grad, rtol=2**-8, atol=tolerance)
+
+
+def test_under_autocast_products_take_the_weights_as_they_are() -> None:
+    """No copy of what would be cast back: matrices of layers and attention; the residual stream stays float32."""
+    model = clip()
+    narrow(model, TEXT)
+    block = model.transformer.resblocks[0]
+    own = {"in": block.attn.in_proj_weight, "fc": block.mlp.c_fc.weight, "embedding": model.token_embedding.weight}
+    seen: dict[str, Tensor] = {}
+
+    def look(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.update(stream=inputs[0], embedding=model.token_embedding.weight)
+        seen.update({"in": block.attn.in_proj_weight, "fc": block.mlp.c_fc.weight})
+
+    block.ln_2.register_forward_pre_hook(look)
+    with torch.autocast("cpu", torch.bfloat16):
+        WideWeights(model, TEXT).around(model.encode_text)(captions(2))
+    assert {name: value.dtype for name, value in seen.items()} == {
+        "stream": torch.float32, "embedding": torch.float32, "in": torch.bfloat16, "fc": torch.bfloat16,
+    }  # fmt: skip
+    assert all(seen[name].data_ptr() == own[name].data_ptr() for name in ("in", "fc"))
+    WideWeights(model, TEXT).around(model.encode_text)(captions(2))
+    assert seen["fc"].dtype == torch.float32
 
 
 def test_weights_return_after_an_error() -> None:
