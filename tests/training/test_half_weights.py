@@ -152,29 +152,30 @@ def test_the_sum_over_chunks_is_rounded_once(size: int) -> None:
     ("tuning", "rounding"), [(Tuning(), 1e-5), (TEXT, 2**-8)], ids=["float32 weights", "bfloat16 weights"]
 )
 def test_autocasts_cache_of_weights_is_off(tuning: Tuning, rounding: float) -> None:
-    """128 chunks in bf16-mixed: the sum of their gradients, to the rounding of float32, or of a bfloat16 weight.
+    """128 chunks in bf16-mixed: each parameter's sum of their gradients, to float32's rounding, or a half weight's own.
 
-    Each parameter's. The cache is on around it, as PyTorch has it; left on, one is off by 2%. From float64's gradient
-    ours is off by 0.7%, which is the rest of bfloat16's arithmetic.
+    The cache is on around it, as PyTorch has it; left on, parameters are off by 2 to 4%. From float64's gradient ours
+    is off by 1%, which is the rest of bfloat16's arithmetic.
     """
-    model, tokens = clip(), captions(128)
+    model, tokens = clip(), captions(4).repeat(32, 1)
     narrow(model, tuning)
-    widened, exact = copy.deepcopy(model).float(), copy.deepcopy(model).double()
+    plain, exact = copy.deepcopy(model).float(), copy.deepcopy(model).double()
 
-    def in_bf16(model: CLIP, encode: Callable[[Tensor], Tensor], tokens: Tensor) -> list[Tensor]:
+    def in_bf16(model: CLIP, wrapped: bool, tokens: Tensor) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+            encode = WideWeights(model, tuning).around(model.encode_text) if wrapped else model.encode_text
             return gradient(model, encode, tokens, 1)
 
     def distance(found: list[Tensor], other: list[Tensor]) -> float:
         """Of the parameter that is off by most."""
-        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, other, strict=True) if b.norm() > 1)
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, other, strict=True))
 
-    ours = in_bf16(model, WideWeights(model, tuning).around(model.encode_text), tokens)
-    rows = [in_bf16(widened, widened.encode_text, row) for row in tokens.split(1)]
-    alone = [torch.stack(parts).sum(dim=0) for parts in zip(*rows, strict=True)]
+    ours = in_bf16(model, True, tokens)
+    chunks = [in_bf16(plain, False, chunk) for chunk in tokens.split(1)]
+    alone = [torch.stack(parts).sum(dim=0) for parts in zip(*chunks, strict=True)]
     assert distance(ours, alone) < rounding
-    assert distance(in_bf16(widened, widened.encode_text, tokens), alone) > 0.01
-    assert distance(ours, gradient(exact, exact.encode_text, tokens, 0)) < 0.01
+    assert distance(in_bf16(plain, False, tokens), alone) > 0.02
+    assert distance(ours, gradient(exact, exact.encode_text, tokens, 0)) < 0.02
 
 
 @pytest.mark.parametrize("autocast", [False, True])

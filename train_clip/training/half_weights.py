@@ -156,7 +156,7 @@ def uncached_autocast(device: str) -> AbstractContextManager[Any]:
     """Whatever autocast is on, without its cache of weights.
 
     With it all chunks share one half-precision copy of a weight, at which their gradients are added in half precision:
-    over 128 chunks of a small model in bfloat16 that is off by 2% (tests/training/test_half_weights.py).
+    over 128 chunks of a small model in bfloat16 that is off by 2 to 4% (tests/training/test_half_weights.py).
     """
     if not torch.is_autocast_enabled(device):
         return nullcontext()
