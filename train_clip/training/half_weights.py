@@ -2,7 +2,7 @@
 
 Gains and biases, of one dimension, stay float32: they are a thousandth of a tower, and a gain near 1 would move by
 1/128 at a time. A tower encodes with float32 copies of its weights, made once a batch, or with the weights where they
-are cast to half precision anyway. The gradients of all chunks are added in float32, and the sum is rounded once.
+are cast to bfloat16 anyway. The gradients of all chunks are added in float32, and the sum is rounded once.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def require_float32(tuning: Tuning, precision: str) -> None:
 class WideWeights:
     """What stands in the places of a model's bfloat16 weights while it encodes, and takes their gradients in float32.
 
-    That is a float32 copy; under autocast, which would cast the copy back for a matrix product, the weight as it is.
+    That is a float32 copy; under autocast to bfloat16, which would cast the copy back for a matrix product, the weight
+    as it is.
 
     Args:
         model: its parameters have to be what they are for as long as this is used.
@@ -77,16 +78,13 @@ class WideWeights:
         copies: dict[nn.Parameter, Tensor] = {}
         self._places: list[tuple[dict[str, Any], str, Callable[[], Tensor]]] = []
         for module, name, parameter in found:
-            if (
-                isinstance(module, PRODUCTS)
-                and uses[parameter] == 1
-                and torch.is_autocast_enabled(parameter.device.type)
-            ):
+            if isinstance(module, PRODUCTS) and uses[parameter] == 1 and autocast_type(parameter) == torch.bfloat16:
                 stand_in = partial(_Carried.apply, _Carrier.apply(parameter), parameter.detach())
             else:
                 # One copy of a weight that several modules share.
-                copy = copies.setdefault(parameter, parameter.float())
-                stand_in = partial(_itself, copy)
+                if parameter not in copies:
+                    copies[parameter] = parameter.float()
+                stand_in = partial(_itself, copies[parameter])
             self._places.append((module._parameters, name, stand_in))
 
     @contextmanager
@@ -150,6 +148,12 @@ class _Carried(Function):
 
 def _itself(copy: Tensor) -> Tensor:
     return copy
+
+
+def autocast_type(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts to on a tensor's device; None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def uncached_autocast(device: str) -> AbstractContextManager[Any]:
