@@ -218,6 +218,6 @@ def test_a_step_waits_for_no_device():
     on_device = tuple(part.cuda() for part in batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        module._embed(module.model, module._reader.read(on_device, module.device))
+        module._towers.embed(module.model, module._reader.read(on_device, module.device), 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -93,12 +93,12 @@ def test_captions_out_of_memory_are_what_the_tower_makes(backbone):
     module = prompts(backbone)
     for captions in (["a", "b b b", "a"], ["c", "b b b"], ["a"]):
         tokens = module.tokenizer.batch(captions)[0]
-        _, found = module._embed(
-            module.model, module._reader.read((torch.zeros(len(captions), 3, 16, 16), tokens), module.device)
+        _, found = module._towers.embed(
+            module.model, module._reader.read((torch.zeros(len(captions), 3, 16, 16), tokens), module.device), 0
         )
         expected = nn.functional.normalize(module.model.encode_text(tokens), dim=-1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert len(module._fixed_texts) == 3
+    assert len(module._towers.fixed_texts) == 3
 
 
 def test_what_a_checkpoint_holds(backbone, tmp_path):
@@ -198,10 +198,10 @@ def test_new_weights_empty_the_table_of_captions(backbone):
     """Embeddings of the tower that was there before are not those of the next."""
     module = prompts(backbone)
     tokens = module.tokenizer.batch(["a"])[0]
-    module._embed(module.model, module._reader.read((torch.zeros(1, 3, 16, 16), tokens), module.device))
-    assert len(module._fixed_texts) == 1
+    module._towers.embed(module.model, module._reader.read((torch.zeros(1, 3, 16, 16), tokens), module.device), 0)
+    assert len(module._towers.fixed_texts) == 1
     module.begin_with(module.model.state_dict(), "itself")
-    assert len(module._fixed_texts) == 0
+    assert len(module._towers.fixed_texts) == 0
 
 
 def test_the_digest_minds_names_shapes_and_values():

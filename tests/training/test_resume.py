@@ -28,6 +28,7 @@ from train_clip.training.signals import Stopped
 
 PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
 BATCHES = 4
+HALVES = {"half_weights": "text", "adam_statistics": "bfloat16"}
 
 
 class Dropping(CLIPWrapper):
@@ -70,6 +71,7 @@ def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, warmup_step
     torch.manual_seed(0)
     seen = Seen()
     saving = Checkpoints(run / "checkpoints", Interval(steps=1), keep=99)
+    tuning = how.pop("tuning", {})
     first_step = 0 if resume is None else read_checkpoint(resume)["global_step"]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -81,7 +83,7 @@ def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, warmup_step
         log_every_n_steps=1,
         **({"max_epochs": EPOCHS} | how),
     )
-    module = Dropping(minibatch_size=3, learning_rate=1e-2, warmup_steps=warmup_steps)
+    module = Dropping(minibatch_size=3, learning_rate=1e-2, warmup_steps=warmup_steps, **tuning)
     # The global generator stands elsewhere in a new process.
     torch.manual_seed(99 if resume else 1)
     data = TextImageDataModule(run.parent / "data", BATCH, image_size=16, context_length=16, val_share=0.2)
@@ -319,13 +321,16 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"max_epochs": -1, "max_steps": 12},
         {"max_epochs": 2, "max_steps": 17},
         {"scaler": True, "gradient_clip_val": 0.1},
+        {"tuning": HALVES, "precision": "bf16-mixed", "accumulate_grad_batches": 3},
+        {"tuning": HALVES, "scaler": True, "gradient_clip_val": 0.1},
     ],
     ids=lambda how: " ".join(map(str, how)),
 )
 def test_so_does_every_kind_of_run(tmp_path: Path, how: dict[str, Any]) -> None:
     """Accumulation over 3 of 10 batches, validation within epochs, parts of epochs, precisions, clipping, max_steps.
 
-    Resumed from every state that was saved, or of many from every third and the epoch's edge.
+    Weights and moments in bfloat16. Resumed from every state that was saved, or of many from every third and the
+    epoch's edge.
     """
     write_pairs(tmp_path / "data", 50)  # 10 held out: 10 batches an epoch
     how = {"max_epochs": 2} | how

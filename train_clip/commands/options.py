@@ -106,6 +106,8 @@ class OptimizerOptions:
         betas: decay of both moments, such as "[0.9, 0.98]", if not the model's own
         eps: added to the root of the second moment, if not the model's own
         warmup_steps: optimizer steps until the peak, if not the model's own (2,000), or a tenth of a run that is short
+        adam_statistics: what both moments are kept in; bfloat16, rounded by chance, takes half the memory
+        half_weights: towers whose weights are kept in bfloat16, rounded by chance at each update; text is the paper's
     """
 
     learning_rate: float | None = None
@@ -113,6 +115,8 @@ class OptimizerOptions:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     warmup_steps: int | None = None
+    adam_statistics: Literal["float32", "bfloat16"] = "float32"
+    half_weights: Literal["none", "text", "image", "both"] = "none"
 
 
 @dataclass(frozen=True)

@@ -30,24 +30,24 @@ def tiled_info_nce(
     rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, groups: Tensor | None = None
 ) -> Tensor:
     """The same as ``info_nce``, which see; its gradient cannot be differentiated again."""
-    wants_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (rows, columns, scale))
-    loss: Tensor = _TiledInfoNCE.apply(rows, columns, scale, offset, groups, wants_gradient)
+    if not torch.is_grad_enabled():
+        rows, columns, scale = rows.detach(), columns.detach(), scale.detach()
+    loss: Tensor = _TiledInfoNCE.apply(rows, columns, scale, offset, groups)
     return loss
 
 
 class _TiledInfoNCE(torch.autograd.Function):
     """Loss and gradient in one pass over tiles.
 
-        S = scale · rows columnsᵀ      P = softmax(S)      L = -mean over i of ln P_{i, own}      G = (P - own) / B
+    S = scale · rows columnsᵀ      P = softmax(S)      L = -mean over i of ln P_{i, own}      G = (P - own) / B
 
-        ∂rows = scale · G columns      ∂columns = scale · Gᵀ rows      ∂scale = Σ G ∘ rows columnsᵀ = Σ rows ∘ G columns
+    ∂rows = scale · G columns      ∂columns = scale · Gᵀ rows      ∂scale = Σ G ∘ rows columnsᵀ = Σ rows ∘ G columns
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, offset: int, groups: Tensor | None, wants_gradient: bool
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, offset: int, groups: Tensor | None) -> Tensor:
         """Return () float32, or wider where the inputs are."""
+        wants_gradient = any(ctx.needs_input_grad)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
         loss = torch.zeros((), dtype=dtype, device=rows.device)
@@ -67,7 +67,8 @@ class _TiledInfoNCE(torch.autograd.Function):
                 of_columns.addmm_(gradient.T, wide_rows[tile])
         if wants_gradient:
             of_scale = (wide_rows * of_rows).sum() / len(rows)
-            of_rows.mul_(scale / len(rows)), of_columns.mul_(scale / len(rows))
+            of_rows.mul_(scale / len(rows))
+            of_columns.mul_(scale / len(rows))
             ctx.save_for_backward(of_rows.to(rows.dtype), of_columns.to(columns.dtype), of_scale.to(scale.dtype))
         return loss / len(rows)
 
@@ -75,4 +76,4 @@ class _TiledInfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient that the forward pass took."""
-        return *(upstream.to(part.dtype) * part for part in ctx.saved_tensors), None, None, None
+        return *(upstream.to(part.dtype) * part for part in ctx.saved_tensors), None, None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train_clip.errors import UserError
+from train_clip.models.caption_ids import caption_ids
 from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder, Texts, texts_on, token_ids
 
@@ -28,11 +29,13 @@ class Inputs(NamedTuple):
         images: (B, 3, S, S) uint8, or float that is already normalised, on the device.
         texts: tokens, likewise.
         lengths: (B,) tokens of each caption, on the host: what comes after them is padding.
+        captions: (B,) int64, equal for equal captions, on the device.
     """
 
     images: Tensor
     texts: Texts
     lengths: NDArray[np.int64]
+    captions: Tensor
 
 
 class BatchReader:
@@ -91,7 +94,8 @@ class BatchReader:
             self._checked_values = True
             _check_values(images, ids, self.model)
         lengths, self._lengths = self._lengths, None
-        return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths)
+        captions = caption_ids(ids, self.model.caption_mask(texts))
+        return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths, captions)
 
     def tokens(self, texts: Any, device: torch.device) -> Texts:
         """Tokens in the form that the model takes, on a device.

@@ -5,42 +5,43 @@ B  pairs on this process      W  processes      N  pairs of the global batch (W 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
-from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts, unit_norm
+from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
 from train_clip.gather import gather_with_gradient, world
 from train_clip.losses.contrastive import Pairs, clip_loss
-from train_clip.models.caption_ids import caption_ids
 from train_clip.models.config import OptimizerConfig
-from train_clip.models.dual_encoder import DualEncoder, Texts, token_ids
+from train_clip.models.dual_encoder import DualEncoder, Texts
 from train_clip.training.arguments import require_same_arguments
 from train_clip.training.batch import BatchReader, Inputs
-from train_clip.training.chunks import Chunks, encode_in_chunks
 from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
-from train_clip.training.fixed_texts import FixedTexts
+from train_clip.training.half_weights import narrow, require_float32, widen
 from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
 from train_clip.training.skips import SkipReport
+from train_clip.training.stand_ins import StandIns
 from train_clip.training.step_figures import step_figures
 from train_clip.training.teacher import Distillation, require_room
+from train_clip.training.towers import TowerRuns
 from train_clip.training.trainer_state import gradient_scaler, resuming
 from train_clip.training.tuning import Tuning
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
 HALF = ("bf16-true", "16-true")
-IMAGE_TOWER, TEXT_TOWER = 0, 1  # tell the towers' random states apart
+
+# Under a Trainer with this package's data module the hook below is as welcome as anywhere.
+warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 
 class ContrastiveModule(L.LightningModule):
@@ -87,7 +88,7 @@ class ContrastiveModule(L.LightningModule):
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
         economy.recompute(model)
         self._reader = BatchReader(model, None)
-        self._fixed_texts = FixedTexts()
+        self._towers = TowerRuns(self._reader, economy, tuning.half_weights != "none", seed)
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
         self._tuning = tuning
@@ -107,7 +108,7 @@ class ContrastiveModule(L.LightningModule):
             UserError: it does not fit.
         """
         fill(self.model, weights, source)
-        self._fixed_texts = FixedTexts()
+        self._towers.forget()
         if self.distillation is not None:
             self.distillation.teacher.model.load_state_dict(weights)
 
@@ -132,6 +133,7 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             UserError: half precision without float32 weights.
         """
+        require_float32(self._tuning, precision)
         if self.distillation is not None and precision in HALF:
             raise UserError(
                 f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
@@ -143,6 +145,15 @@ class ContrastiveModule(L.LightningModule):
         if stage == "fit":
             self.require_precision(self.trainer.precision)
             self._economy.prepare(self.model)
+
+    def configure_model(self) -> None:
+        """Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32."""
+        if resuming(self._trainer):
+            narrow(self.model, self._tuning)
+
+    def teardown(self, stage: str) -> None:
+        """After training: give the model back in float32."""
+        widen(self.model, self._tuning)
 
     @property
     def tokenizer(self) -> Any:
@@ -173,7 +184,7 @@ class ContrastiveModule(L.LightningModule):
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
         groups = parameter_groups(self, config, tower_rates(self.model, self._tuning))
-        optimizer = build_optimizer(groups, config, self._tuning, fused=self._fuses())
+        optimizer = build_optimizer(groups, config, self._tuning, self._fuses(), self._seed)
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -184,13 +195,14 @@ class ContrastiveModule(L.LightningModule):
 
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption, as ``DualEncoder.forward``."""
-        return self.model(images, texts)
+        with StandIns(self.model, self._tuning.half_weights != "none").in_place():
+            return self.model(images, texts)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
         inputs = self._reader.read(batch, self.device)
         self._end_of_step.require_equal_shares(len(inputs.images))
-        pairs = share(*self._embed(self.model, inputs), self._caption_ids(inputs.texts))
+        pairs = share(*self._towers.embed(self.model, inputs, self.consumed_batches), inputs.captions)
         taught = self._embed_by_teacher(inputs, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
@@ -224,7 +236,7 @@ class ContrastiveModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants."""
-        self._fixed_texts = FixedTexts()
+        self._towers.forget()
         if resuming(self._trainer):
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
             for state in checkpoint.get("optimizer_states", []):
@@ -252,7 +264,8 @@ class ContrastiveModule(L.LightningModule):
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
         inputs = self._reader.read(batch, self.device)
         missing = batch.missing if isinstance(batch, Batch) else ()
-        self._validation_split.add(*self._embed(self.model, inputs), self._caption_ids(inputs.texts), missing)
+        embeddings = self._towers.embed(self.model, inputs, self.consumed_batches)
+        self._validation_split.add(*embeddings, inputs.captions, missing)
 
     def on_validation_epoch_end(self) -> None:
         """Loss over global batches of fixed size, and retrieval, over the whole split."""
@@ -276,7 +289,8 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             BadSample: a file that cannot be read as an image.
         """
-        return embed_images(self.model, images, batch_size)
+        with StandIns(self.model, self._tuning.half_weights != "none").in_place():
+            return embed_images(self.model, images, batch_size)
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
         """Embed captions, with the model in eval mode.
@@ -288,44 +302,20 @@ class ContrastiveModule(L.LightningModule):
         Returns:
             (N, D) float32, unit norm, on this module's device.
         """
-        return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+        with StandIns(self.model, self._tuning.half_weights != "none").in_place():
+            return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
 
     def _fuses(self) -> bool:
         """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""
         return self.trainer.strategy.root_device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
 
-    def _embed(self, model: DualEncoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Unit-norm (B, D) embeddings of both sides, float32 or wider."""
-        seed = (self._seed, self.consumed_batches, world()[0])
-        economy = self._economy
-        of_images, of_texts = (
-            Chunks(economy.minibatch_size, economy.kept_minibatches, (*seed, tower))
-            for tower in (IMAGE_TOWER, TEXT_TOWER)
-        )
-
-        def embed_texts(texts: Texts, lengths: NDArray[np.int64]) -> Tensor:
-            """Map the tokens of b captions to (b, D)."""
-            return unit_norm(encode_in_chunks(model.encode_text, texts, of_texts, model.transformer, lengths))
-
-        if model is self.model and model.text_is_fixed:
-            ids = self._caption_ids(inputs.texts)
-            texts = self._fixed_texts.embed(
-                ids, inputs.texts, lambda some: embed_texts(some, self._reader.lengths(some))
-            )
-        else:
-            texts = embed_texts(inputs.texts, inputs.lengths)
-        return unit_norm(encode_in_chunks(model.encode_image, inputs.images, of_images, model.visual)), texts
-
     @torch.no_grad()
     def _embed_by_teacher(self, inputs: Inputs, num_pairs: int) -> tuple[Tensor, ...]:
-        """The same of the teacher; nothing without one."""
+        """What the teacher makes of a batch; nothing without one."""
         if self.distillation is None:
             return ()
         require_room(num_pairs)
-        return self._embed(self.distillation.teacher.model, inputs)
-
-    def _caption_ids(self, texts: Texts) -> Tensor:
-        return caption_ids(token_ids(texts), self.model.caption_mask(texts))
+        return self._towers.embed(self.distillation.teacher.model, inputs, self.consumed_batches)
 
     def _learning_rate(self) -> float:
         """That of what has no rate of its own, the temperature among it."""

@@ -13,21 +13,23 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder
+from train_clip.training.half_adamw import HalfAdamW
 from train_clip.training.tuning import Tuning
 
 WARMUP_SHARE = 0.1  # of a run that is too short for the model's own warm-up
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, tuning: Tuning, fused: bool = False
+    groups: list[dict[str, Any]], config: OptimizerConfig, tuning: Tuning, fused: bool = False, seed: int = 0
 ) -> Optimizer:
     """Make the optimizer of groups of parameters.
 
     Args:
         groups: of ``parameter_groups``, on their device.
         config: the numbers; betas and eps are AdamW's. SGD's decay is a part of the gradient, AdamW's is not.
-        tuning: which optimizer, and SGD's momentum.
+        tuning: which optimizer, SGD's momentum, and what of AdamW is kept in bfloat16.
         fused: one kernel for the whole update, which can be held back by a flag on the device (``found_inf``).
+        seed: of what is rounded by chance.
     """
     if tuning.optimizer == "sgd":
         sgd = SGD(groups, lr=config.lr, momentum=tuning.momentum, fused=fused)
@@ -35,6 +37,9 @@ def build_optimizer(
             # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
+    if tuning.keeps_halves:
+        half = tuning.adam_statistics == "bfloat16"
+        return HalfAdamW(groups, config.lr, config.betas, config.eps, half_moments=half, seed=seed, held_back=fused)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 

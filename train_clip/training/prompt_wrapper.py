@@ -68,6 +68,12 @@ class PromptCLIPWrapper(ContrastiveModule):
         config: Mapping[str, Any] | None = None,
         **tuning: Any,
     ) -> None:
+        economy = take_economy(tuning, minibatch_size)
+        choices = make_tuning(tuning, optimizer="sgd", lock_text=True)
+        if choices.distillation != "none":
+            raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
+        if choices.half_weights != "none":
+            raise UserError(f"half_weights is {choices.half_weights!r}; the backbone of prompts stays as it is.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))
         if not isinstance(backbone, Weights):
@@ -76,10 +82,6 @@ class PromptCLIPWrapper(ContrastiveModule):
                 if config is None
                 else find_model(backbone, config_from_dict(dict(config), str(backbone)))
             )
-        economy = take_economy(tuning, minibatch_size)
-        choices = make_tuning(tuning, optimizer="sgd", lock_text=True)
-        if choices.distillation != "none":
-            raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
         model, found = _model_of(backbone, digest)
         add_prompts(model, prompts)
         optimizer = OptimizerConfig(learning_rate, (0.9, 0.999), 1e-8, weight_decay, NO_LIMIT, EPOCHS)

@@ -57,7 +57,8 @@ class Teacher(nn.Module):
         """Move towards the student; its buffers are copied."""
         momentum = min(MOMENTUM, (1 + self.num_updates) / (10 + self.num_updates))
         own: list[Tensor] = list(self.model.parameters())
-        theirs: list[Tensor] = list(student.parameters())
+        # The mean is float32 even where what it is of is kept in bfloat16.
+        theirs = [parameter.detach().to(mean.dtype) for parameter, mean in zip(student.parameters(), own, strict=True)]
         torch._foreach_lerp_(own, theirs, 1 - momentum)
         for buffer, theirs_now in zip(self.model.buffers(), student.buffers(), strict=True):
             buffer.copy_(theirs_now)

@@ -11,6 +11,8 @@ CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "distillation": ("transport", "softmax", "none"),
     "equal_captions": ("keep", "mask"),
+    "adam_statistics": ("float32", "bfloat16"),
+    "half_weights": ("none", "text", "image", "both"),
 }
 
 
@@ -30,6 +32,9 @@ class Tuning:
             ``transport`` (OTTER, arXiv 2112.09445), by ``softmax`` (arXiv 2104.08945), or ``none``.
         kl_coeff: weight of that term.
         equal_captions: ``mask`` leaves the other pairs of an equal caption out of the denominators.
+        adam_statistics: what AdamW's two moments are kept in; ``bfloat16`` is rounded by chance (``half_adamw.py``).
+        half_weights: towers whose weights are kept in bfloat16 and rounded by chance at each update; ``text`` is the
+            paper's (CLIP, section 2.5). Gains and biases stay float32.
 
     Raises:
         UserError: an unknown choice, or a number that cannot work.
@@ -44,6 +49,8 @@ class Tuning:
     distillation: Literal["transport", "softmax", "none"] = "none"
     kl_coeff: float = 1.0
     equal_captions: Literal["keep", "mask"] = "keep"
+    adam_statistics: Literal["float32", "bfloat16"] = "float32"
+    half_weights: Literal["none", "text", "image", "both"] = "none"
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -52,6 +59,11 @@ class Tuning:
         for right, message in (
             (0 <= self.momentum < 1, f"momentum is {self.momentum}; expected from 0 to below 1."),
             (self.kl_coeff >= 0, f"kl_coeff is {self.kl_coeff}; expected 0 or above."),
+            (
+                self.optimizer == "adamw" or not self.keeps_halves,
+                f"adam_statistics is {self.adam_statistics!r} and half_weights {self.half_weights!r} beside optimizer "
+                f"{self.optimizer!r}; expected 'float32' and 'none', or 'adamw', which alone rounds by chance.",
+            ),
         ):
             if not right:
                 raise UserError(message)
@@ -64,6 +76,16 @@ class Tuning:
                     f"{tower}_learning_rate is {rate} beside lock_{tower}: a tower that is kept has no rate. Leave one "
                     f"of the two out, a recipe's by --{tower}_learning_rate null."
                 )
+            if locked and self.half_weights in (tower, "both"):
+                raise UserError(
+                    f"half_weights is {self.half_weights!r} beside lock_{tower}: rounding would change a tower that is "
+                    "to be kept as it is. Leave one of the two out."
+                )
+
+    @property
+    def keeps_halves(self) -> bool:
+        """Whether anything that is trained is kept in bfloat16."""
+        return self.adam_statistics != "float32" or self.half_weights != "none"
 
 
 def make_tuning(given: dict[str, Any], **defaults: Any) -> Tuning:

@@ -1,0 +1,203 @@
+"""AdamW whose two moments, whose weights, or both are kept in bfloat16: 6 bytes a parameter in place of 12.
+
+    w ← R(w (1 - ηλ) - η m̂ / (√v̂ + ε))        m ← R(β₁ m + (1 - β₁) g)        v ← R(β₂ v + (1 - β₂) g²)
+    m̂ = m / (1 - β₁ᵗ)        v̂ = v / (1 - β₂ᵗ)        R rounds by chance what is kept in bfloat16 (``rounding.py``)
+
+(AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.) All of it is computed in float32 from what is kept,
+decay included, and rounded once. Rounded to nearest, v could grow but not decay: at β₂ = 0.999 a step takes at most a
+thousandth of it, and the numbers of bfloat16 lie 1/256 to 1/128 apart. So do weights, of which decay takes ηλ a step.
+
+Gains, biases and temperatures, which have one dimension or none, are a thousandth of a model: they and their moments
+stay float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from train_clip.training.finite import known_at_once
+from train_clip.training.rounding import draw, reseed, round_stochastically
+
+# Numbers updated at a time, which bounds what is held in float32: on a CPU such pieces stay in the cache.
+PIECE = {"cpu": 1 << 17}
+LARGE_PIECE = 1 << 24  # elsewhere, where each piece costs the time of some launches
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
+
+
+class HalfAdamW(Optimizer):
+    """AdamW for weights and moments of float32 and bfloat16, mixed as they come.
+
+    The noise of a parameter's update follows from (seed, its step, its place, its shard) alone: replicas on equal
+    devices stay equal bit for bit, and a run that goes on repeats it.
+
+    Args:
+        groups: of parameters, float32 or bfloat16, with ``weight_decay`` and maybe ``lr``.
+        lr: η.
+        betas: β₁, β₂.
+        eps: ε.
+        half_moments: keep the moments of parameters of two dimensions and more in bfloat16.
+        seed: 0 or above.
+        held_back: take ``found_inf``, () float32, as PyTorch's fused optimizers do: above 0, nothing changes. Not
+            under a gradient scaler, which would leave the unscaling to the optimizer.
+        compiled: compile the update, which takes seconds and pays on a GPU.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(  # noqa: PLR0913, AdamW's and three more
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        *,
+        half_moments: bool,
+        seed: int = 0,
+        held_back: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._half_moments = half_moments
+        self._seed = seed
+        self._step_supports_amp_scaling = held_back
+        self._update = torch.compile(update, dynamic=True) if compiled else update
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.found_inf is not None and known_at_once(self.found_inf) and self.found_inf > 0:
+            return loss
+        place = 0
+        for group in self.param_groups:
+            numbers: dict[tuple[int, torch.device], Tensor] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self._state_of(parameter)
+                    # Ahead of the truth once an update is held back on a GPU: nothing is saved from there on.
+                    state["step"] += 1
+                    key = (state["step"], parameter.device)
+                    if key not in numbers:
+                        numbers[key] = torch.tensor(numbers_of(group, state["step"]), device=parameter.device)
+                    self._step_one(parameter, place, numbers[key])
+                place += 1
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, whose moments keep the type that they have there: PyTorch gives them the weights'."""
+        super().load_state_dict(state_dict)
+        places = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        for place, parameter in zip(places, own, strict=True):
+            for name in MOMENTS if place in state_dict["state"] else ():
+                moment = state_dict["state"][place][name]
+                self.state[parameter][name] = moment.to(parameter.device, copy=True)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            dtype = torch.bfloat16 if self._half_moments and parameter.ndim >= 2 else torch.float32
+            state["step"] = 0
+            state |= {name: torch.zeros_like(parameter, dtype=dtype) for name in MOMENTS}
+        return state
+
+    def _step_one(self, parameter: Tensor, place: int, numbers: Tensor) -> None:
+        """Update a parameter, a piece at a time."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        kept = [local(parameter.detach()), *(local(state[name]) for name in MOMENTS)]
+        flat = [tensor.reshape(-1) for tensor in kept]
+        num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
+        if parameter.device not in self._generators:
+            self._generators[parameter.device] = torch.Generator(parameter.device)
+        generator = self._generators[parameter.device]
+        reseed(generator, self._seed, state["step"], place, *shard_of(parameter))
+        size = PIECE.get(parameter.device.type, LARGE_PIECE)
+        for now, piece in zip(
+            zip(*(tensor.split(size) for tensor in flat), strict=True),
+            local(gradient).reshape(-1).split(size),
+            strict=True,
+        ):
+            noise = draw(generator, num_rounded, len(piece))
+            then = self._update(now, piece, numbers, noise)
+            for old, new in zip(now, then, strict=True):
+                old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+        for tensor, values in zip(kept, flat, strict=True):
+            if not tensor.is_contiguous():
+                tensor.copy_(values.view_as(tensor))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_of(parameter: Tensor) -> tuple[int, ...]:
+    """Which part of a parameter lies on this process, the same number on those that hold the same part."""
+    if not isinstance(parameter, DTensor):
+        return (0,)
+    coordinate = parameter.device_mesh.get_coordinate() or ()
+    return tuple(
+        place for place, placement in zip(coordinate, parameter.placements, strict=True) if not placement.is_replicate()
+    )
+
+
+def numbers_of(group: dict[str, Any], step: int) -> tuple[float, ...]:
+    """What an update multiplies by and adds, worked out in float64.
+
+    Args:
+        group: of the optimizer.
+        step: t, from 1.
+
+    Returns:
+        1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε.
+    """
+    rate, (beta1, beta2) = group["lr"], group["betas"]
+    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
+    return (
+        1 - rate * group["weight_decay"],
+        rate / bias1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        1 / math.sqrt(bias2),
+        group["eps"],
+    )
+
+
+def update(kept: tuple[Tensor, ...], gradient: Tensor, numbers: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    """One step of some numbers, in float32, each rounded once where it is kept in bfloat16.
+
+    Args:
+        kept: w, m, v, each (n,) float32 or bfloat16.
+        gradient: g, (n,) float.
+        numbers: (7,) float32, of ``numbers_of``.
+        noise: (k, n) int16, a row for each of the kept that is bfloat16.
+
+    Returns:
+        The next w, m, v, of the types that they are kept in.
+    """
+    shrink, rate, new_first, keep_second, new_second, root, eps = numbers.unbind()
+    weights, first, second = (tensor.float() for tensor in kept)
+    gradient = gradient.float()
+    first = first.lerp(gradient, new_first)
+    second = (second * keep_second).add_(gradient.square().mul_(new_second))
+    size = second.sqrt().mul_(root).add_(eps)
+    weights = (weights * shrink).sub_((first / size).mul_(rate))
+    rows = iter(noise.unbind())
+    return tuple(
+        round_stochastically(wide, next(rows)) if tensor.dtype == torch.bfloat16 else wide
+        for tensor, wide in zip(kept, (weights, first, second), strict=True)
+    )

@@ -1,0 +1,46 @@
+"""Towers whose weights are kept in bfloat16 while they train, and gradients that are summed in float32 all the same.
+
+Gains and biases, of one dimension, stay float32: they are a thousandth of a tower, and a gain near 1 would move by
+1/128 at a time. A tower encodes with float32 copies of its weights, made once a batch, or with the weights where they
+are cast to bfloat16 anyway. The gradients of all chunks are added in float32, and the sum is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from train_clip.errors import UserError
+from train_clip.models.dual_encoder import DualEncoder
+from train_clip.training.tuning import Tuning
+
+FLOAT32_WEIGHTS = ("32-true", "16-mixed", "bf16-mixed")
+
+
+def narrow(model: DualEncoder, tuning: Tuning) -> None:
+    """Keep in bfloat16 what is trained of the towers that are to be half as wide, rounded to nearest."""
+    for tower, which in zip(model.towers(), ("image", "text"), strict=True):
+        if tuning.half_weights in (which, "both"):
+            for parameter in tower:
+                if parameter.requires_grad and parameter.ndim >= 2 and parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.bfloat16()
+
+
+def widen(model: nn.Module, tuning: Tuning) -> None:
+    """Keep them in float32 again, the same numbers."""
+    for parameter in model.parameters():
+        if tuning.half_weights != "none" and parameter.dtype == torch.bfloat16:
+            parameter.data, parameter.grad = parameter.data.float(), None
+
+
+def require_float32(tuning: Tuning, precision: str) -> None:
+    """Refuse what is kept in bfloat16 beside a precision that changes the type of all weights.
+
+    Raises:
+        UserError: it does.
+    """
+    if tuning.keeps_halves and precision not in FLOAT32_WEIGHTS:
+        raise UserError(
+            f"--precision {precision}: --half_weights and --adam_statistics are for weights that are float32 "
+            f"otherwise. Use one of {', '.join(FLOAT32_WEIGHTS)}, or leave the two options out."
+        )
