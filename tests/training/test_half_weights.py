@@ -24,7 +24,7 @@ from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, cli
 from train_clip.checkpoints.reading import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import encode_in_chunks
+from train_clip.training.chunks import Chunks, encode_in_chunks
 from train_clip.training.half_adamw import HalfAdamW
 from train_clip.training.half_weights import narrow, widen
 from train_clip.training.prompt_wrapper import PromptCLIPWrapper
@@ -130,7 +130,7 @@ def gradient(model: CLIP, encode: Callable[[Tensor], Tensor], tokens: Tensor, si
     """Of a fixed weighting of all embeddings, with respect to the text tower, float64."""
     weighting = torch.randn(model.embed_dim, generator=torch.Generator().manual_seed(2))
     model.zero_grad()
-    embeddings = encode_in_chunks(encode, tokens, size, (0,), model.transformer)
+    embeddings = encode_in_chunks(encode, tokens, Chunks(size, seed=(0,)), model.transformer)
     (embeddings * weighting.to(embeddings.dtype)).sum().backward()
     assert all(parameter.grad.dtype == parameter.dtype for parameter in model.towers()[1])
     return [parameter.grad.double() for parameter in model.towers()[1]]

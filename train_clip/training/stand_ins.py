@@ -26,7 +26,8 @@ LARGE = 10_000  # rows of a table from which on it is worth gathering those that
 class StandIns:
     """Stand-ins of a model's bfloat16 weights and of its tables.
 
-    Of a weight that is a float32 copy; where autocast would cast that back, for a product, it is the weight as it is.
+    Of a weight that is a float32 copy; where autocast would cast that back to bfloat16, for a product, it is the weight
+    as it is.
 
     Args:
         model: its parameters have to be what they are for as long as this is used.
@@ -41,15 +42,13 @@ class StandIns:
         found = _half_weights(model) if halves else []
         uses = Counter(parameter for _, _, parameter in found)
         for module, name, parameter in found:
-            if (
-                isinstance(module, PRODUCTS)
-                and uses[parameter] == 1
-                and torch.is_autocast_enabled(parameter.device.type)
-            ):
+            if isinstance(module, PRODUCTS) and uses[parameter] == 1 and autocast_type(parameter) == torch.bfloat16:
                 stand_in = partial(_Carried.apply, _Carrier.apply(parameter), parameter.detach())
             else:
                 # One copy of a weight that several modules share.
-                stand_in = partial(_itself, copies.setdefault(parameter, parameter.float()))
+                if parameter not in copies:
+                    copies[parameter] = parameter.float()
+                stand_in = partial(_itself, copies[parameter])
             self._places.append((module._parameters, name, stand_in))
         for module in model.modules() if tables and torch.is_grad_enabled() else ():
             table = module._parameters.get("weight")
@@ -149,11 +148,17 @@ def _itself(weight: Tensor) -> Tensor:
     return weight
 
 
+def autocast_type(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts to on a tensor's device; None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def uncached_autocast(device: str) -> AbstractContextManager[Any]:
     """Whatever autocast is on, without its cache of weights.
 
     With it all chunks share one half-precision copy of a weight, at which their gradients are added in half precision:
-    over 128 chunks of a small model in bfloat16 that is off by 2% (tests/training/test_half_weights.py).
+    over 128 chunks of a small model in bfloat16 that is off by 2 to 4% (tests/training/test_half_weights.py).
     """
     if not torch.is_autocast_enabled(device):
         return nullcontext()
