@@ -336,7 +336,7 @@ def test_what_passes_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.Monk
     first = check(folder)
     before = (folder / "001.png").stat()
     with monkeypatch.context() as patch:
-        patch.setattr("train_clip.data.images._decode", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        patch.setattr("train_clip.data.images._open", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
         (folder / "000.png").touch()
         assert check(folder).bad == {"image cannot be read (OSError)": [f"{folder}/000.png"]}
     assert check(folder) == first

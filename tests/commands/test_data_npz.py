@@ -91,7 +91,10 @@ def test_arrays_of_whole_pictures(folder: Path, workers: int, capsys: pytest.Cap
 
 
 def test_an_epoch_is_the_same_with_arrays(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Training and validation batches before and after: bit for bit, although one image has no array; it is said."""
+    """Training and validation batches before and after, although one image has no array; it is said.
+
+    The same captions and windows; validation's pixels bit for bit, training's within two bicubics' difference.
+    """
     caplog.set_level("INFO")
     before = batches(folder, seed=5)
     assert "npz" not in caplog.text
@@ -105,8 +108,9 @@ def test_an_epoch_is_the_same_with_arrays(folder: Path, caplog: pytest.LogCaptur
     assert "11 of 12 images are read from npz/, in place of the image files." in caplog.text
     assert len(before) == len(after) == 3
     for (images, texts), (other_images, other_texts) in zip(before, after, strict=True):
-        assert torch.equal(images, other_images)
+        assert (images.int() - other_images.int()).abs().max() <= 2
         assert torch.equal(texts, other_texts)
+    assert torch.equal(before[-1][0], after[-1][0])
 
 
 def test_what_is_there_is_passed_over(folder: Path) -> None:
@@ -198,7 +202,7 @@ def test_no_room(folder: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interruption_loses_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     """Ctrl-C and a kill in the middle: every array that is there is whole, and the next run makes the others alone."""
-    folder = write_pairs(tmp_path / "pairs", 300, size=200)
+    folder = write_pairs(tmp_path / "pairs", 900, size=200)
     age(folder)
     words = ["data", "npz", str(folder), "--image_size", "100", "--num_workers", "2"]
     process = subprocess.Popen(
@@ -214,15 +218,15 @@ def test_an_interruption_loses_nothing(tmp_path: Path, stop: signal.Signals) -> 
     os.killpg(process.pid, stop)
     _, errors = process.communicate(timeout=60)
     made = list(folder.glob("npz/*.npz"))
-    assert 20 <= len(made) < 300
+    assert 20 <= len(made) < 900
     for array in made:
         assert np.load(array)["data"].shape[0] == 3
     if stop == signal.SIGINT:
         assert process.returncode == 130
         assert "Traceback" not in errors
     (folder / "npz" / "left.npz.tmp-123").write_bytes(b"half")
-    assert make(folder, size=100) == (300 - len(made), len(made), 0)
-    assert len(list((folder / "npz").iterdir())) == 300
+    assert make(folder, size=100) == (900 - len(made), len(made), 0)
+    assert len(list((folder / "npz").iterdir())) == 900
 
 
 def test_nothing_to_do(tmp_path: Path, folder: Path) -> None:

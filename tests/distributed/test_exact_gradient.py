@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import run
 
 from train_clip import CLIPWrapper
+from train_clip.evaluation.embed import unit_norm
 from train_clip.gather import world
 from train_clip.losses.contrastive import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.training.chunks import Chunks, encode_in_chunks
-from train_clip.training.module import share, unit_norm
+from train_clip.training.module import share
 
 B = 8
 CONTEXT, END = 10, 29

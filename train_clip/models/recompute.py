@@ -5,7 +5,7 @@ Chen et al. 2016, arXiv 1604.06174; CLIP paper, section 2.5. The gradient is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -23,6 +23,10 @@ class BlockStack(nn.Module):
     """What runs through blocks, a few of which may be recomputed together: ``run_blocks(…, self.recompute)``."""
 
     recompute: int = 0
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks, first to last."""
+        raise NotImplementedError
 
 
 def recompute_blocks(tower: nn.Module, group: int) -> None:

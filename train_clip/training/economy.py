@@ -12,9 +12,9 @@ from torch import nn
 from train_clip.errors import UserError
 from train_clip.models.blocks import Transformer
 from train_clip.models.dual_encoder import DualEncoder
-from train_clip.models.recompute import recompute_blocks
+from train_clip.models.recompute import BlockStack, recompute_blocks
 
-# Versions of a block that are compiled at most: by tower, training or not, and the shapes of the first two batches.
+# Compiled forms of a block at most: by tower, training or not, and by batch. PyTorch gives up after 8.
 MOST_VERSIONS = 64
 
 
@@ -54,8 +54,9 @@ class Economy:
 
     def prepare(self, model: DualEncoder) -> None:
         """Compile both towers, where that is asked for. Copies of the model, pickled ones too, are not compiled."""
-        for tower in (model.visual, model.transformer) if self.compile else ():
-            compile_tower(tower)
+        if self.compile:
+            compile_tower(model.visual, dynamic=False)
+            compile_tower(model.transformer, dynamic=True)
 
 
 PLAIN = Economy()
@@ -72,15 +73,21 @@ def take_economy(given: dict[str, Any], minibatch_size: int) -> Economy:
     return Economy(minibatch_size, **{name: given.pop(name) for name in names})
 
 
-def compile_tower(tower: nn.Module) -> None:
+def compile_tower(tower: nn.Module, dynamic: bool) -> None:
     """Compile a tower in place: names of parameters, and checkpoints, stay as they are.
 
     A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
-    time.
+    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through.
+
+    Args:
+        tower: is changed.
+        dynamic: whether one form serves all shapes, as of captions, or each shape has its own, as of images. What is
+            compiled again once shapes turn out to change would part a chunk from its recomputation.
     """
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
-    transformers = [module for module in tower.modules() if isinstance(module, Transformer)]
-    for block in (block for transformer in transformers for block in transformer.blocks()):
-        block.compile()
-    if not transformers:
-        tower.compile()
+    stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
+    by_block = [stack for stack in stacks if isinstance(stack, Transformer) or stack.recompute]
+    for block in (block for stack in by_block for block in stack.blocks()):
+        block.compile(dynamic=dynamic)
+    if not by_block:
+        tower.compile(dynamic=dynamic)

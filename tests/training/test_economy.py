@@ -1,0 +1,182 @@
+"""How a step is computed changes nothing that it computes: compiled, recomputed, kept, and all at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from tiny_encoders import bert, image_tower
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader, TensorDataset
+
+from train_clip import CLIPWrapper, CustomCLIPWrapper
+from train_clip.errors import UserError
+from train_clip.training.economy import Economy, compile_tower
+from train_clip.training.stand_ins import StandIns
+
+VIT = {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2}
+RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}
+TEXT = {"context": 12, "vocab": 30, "layers": 2, "width": 12, "heads": 2}
+END, B = 29, 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Compiled forms of one test do not serve the next."""
+    torch.compiler.reset()
+    counters.clear()
+
+
+def wrapper(image: dict[str, Any] = VIT, **how: Any) -> CLIPWrapper:
+    torch.manual_seed(0)
+    config = {"embed_dim": 8, "image": image, "text": TEXT}
+    return CLIPWrapper("small", config, learning_rate=1e-3, eps=0.1, warmup_steps=0, **how)
+
+
+def loader(size: int, steps: int = 3) -> DataLoader[Any]:
+    """Captions of all lengths, other ones in each batch."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, END, (steps * B, 12), generator=generator)
+    for row, last in zip(tokens, torch.randint(2, 12, (steps * B,), generator=generator).tolist(), strict=True):
+        row[last], row[last + 1 :] = END, 0
+    images = torch.randint(256, (steps * B, 3, size, size), generator=generator, dtype=torch.uint8)
+    return DataLoader(TensorDataset(images, tokens), batch_size=B)
+
+
+def fit(module: L.LightningModule, data: DataLoader[Any], **how: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **how,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return trainer
+
+
+def assert_alike(found: nn.Module, expected: nn.Module, tolerance: float) -> None:
+    for (name, own), (other, its) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == other
+        torch.testing.assert_close(own, its, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("image", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("how", [{}, {"minibatch_size": 3}, {"minibatch_size": 3, "gradient_checkpointing": 1}])
+def test_compiled_towers_train_alike(image, how):
+    """Three steps in float32, micro-batches and recomputed blocks too: weights and statistics to float32's rounding."""
+    plain, compiled = wrapper(image, **how), wrapper(image, compile=True, **how)
+    for module in (plain, compiled):
+        fit(module, loader(image["size"]))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert_alike(compiled.model, plain.model, 2e-5)
+
+
+def test_compiled_in_bf16():
+    """Under autocast: nearer to the run that is not compiled than that is to its start."""
+    plain, compiled = wrapper(), wrapper(compile=True)
+    start = copy.deepcopy(plain.model)
+    for module in (plain, compiled):
+        fit(module, loader(16), precision="bf16-mixed")
+
+    def distance(one: nn.Module, other: nn.Module) -> float:
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return sum((a - b).double().square().sum().item() for a, b in pairs) ** 0.5
+
+    assert distance(compiled.model, plain.model) < 0.05 * distance(plain.model, start)
+
+
+def test_captions_of_all_lengths_compile_a_few_times():
+    """Twelve lengths in as many batches: the number of compiled forms does not grow with them."""
+    module = wrapper(compile=True)
+    compile_tower(module.model.transformer, dynamic=True)
+    for length in range(3, 13):
+        tokens = torch.full((B, length), 5)
+        tokens[:, -1] = END
+        module.model.encode_text(tokens).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_checkpoint_of_a_compiled_run_loads_without(tmp_path: Path):
+    """Names and numbers are those of the model; what loads it compiles nothing."""
+    module = wrapper(compile=True)
+    trainer = fit(module, loader(16))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert set(module.state_dict()) == set(wrapper().state_dict())
+    loaded = CLIPWrapper.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert_alike(loaded.model, module.model, 0)
+    counters.clear()
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    loaded.embed_images(images)
+    assert not counters["stats"]
+
+
+def test_two_encoders_compile():
+    """Encoders of a library, attention mask and teacher included: weights to float32's rounding."""
+
+    def module(**how: Any) -> CustomCLIPWrapper:
+        torch.manual_seed(0)
+        return CustomCLIPWrapper(image_tower(), bert(), image_size=8, optimizer="adamw", eps=0.1, **how)
+
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 60, (16, 6), generator=generator)
+    images = torch.randint(256, (16, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    found = []
+    for how in ({}, {"compile": True}):
+        found.append(module(**how))
+        fit(found[-1], DataLoader(TensorDataset(images, ids), batch_size=B))
+    assert_alike(found[1].model, found[0].model, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["minibatch_size", "kept_minibatches", "gradient_checkpointing"])
+def test_numbers_that_cannot_work(name):
+    with pytest.raises(UserError, match=f"{name} is -1; expected 0 or above"):
+        Economy(**{name: -1})
+
+
+def test_a_locked_tower_is_not_asked_to_recompute():
+    """It keeps nothing for a backward pass; an encoder that cannot recompute is no obstacle where it is locked."""
+    with pytest.raises(UserError, match="ImageTower has no gradient checkpointing"):
+        CustomCLIPWrapper(image_tower(), bert(), image_size=8, gradient_checkpointing=1)
+    CustomCLIPWrapper(image_tower(), bert(), image_size=8, gradient_checkpointing=1, lock_image=True)
+
+
+class Words(nn.Module):
+    """Two uses of one table that is large enough for its rows to be gathered."""
+
+    def __init__(self, padding: int | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(10_000, 3, padding_idx=padding)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens).sin().sum(dim=(1, 2)) + self.table(tokens[:, 0]).cos().sum(dim=1)
+
+
+@pytest.mark.parametrize("padding", [None, 7])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_tables_gradient_by_its_rows(padding, half):
+    """Chunks that look up the same rows twice: the dense gradient of the whole, its weight and setting as before."""
+    found, plain = Words(padding), Words(padding)
+    if half:
+        found.table.weight.data = found.table.weight.data.bfloat16()
+        plain.table.weight.data = found.table.weight.data.float()
+    weight, tokens = found.table.weight, torch.tensor([[1, 7, 1], [9_999, 1, 7], [5, 5, 5], [7, 2, 1]])
+    encode = StandIns(found, halves=half, tables=True).around(found)
+    torch.cat([encode(chunk) for chunk in tokens.split(1)]).sum().backward()
+    plain(tokens).sum().backward()
+    assert weight.grad.layout == torch.strided and weight.grad.dtype == weight.dtype
+    tolerance = 2**-8 * plain.table.weight.grad.abs().max().item() if half else 1e-6
+    torch.testing.assert_close(weight.grad.float(), plain.table.weight.grad, rtol=0, atol=tolerance)
+    assert found.table.weight is weight and not found.table.sparse
+
+
+def test_tables_are_looked_up_as_ever_without_gradient():
+    """In validation, and where the table is frozen, nothing stands in."""
+    model = Words(None)
+    with torch.no_grad():
+        assert not StandIns(model, halves=False, tables=True)._tables
+    model.requires_grad_(False)
+    assert not StandIns(model, halves=False, tables=True)._tables
