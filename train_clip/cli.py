@@ -72,16 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the process where None.
     """
     _print_anything()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    verb, rest = split_verb(words)
-    if verb is None:
-        if not rest or rest[0] in ("-h", "--help"):
-            print(_overview())
-            return
-        sys.exit(f"train-clip: unknown verb {' '.join(rest[:2])!r}; expected one of {', '.join(VERBS)}.")
     try:
-        function, call = parse(verb, rest)
-        function(*call.args, **call.kwargs)
+        _run(list(sys.argv[1:] if arguments is None else arguments))
         # What is left to print goes out here: at the interpreter's end a closed pipe would be a traceback.
         sys.stdout.flush()
     except UserError as error:
@@ -101,6 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         sys.exit(130)  # 128 + SIGINT, as shells report it
+
+
+def _run(words: list[str]) -> None:
+    verb, rest = split_verb(words)
+    if verb is not None:
+        function, call = parse(verb, rest)
+        function(*call.args, **call.kwargs)
+    elif not rest or rest[0] in ("-h", "--help"):
+        print(_overview())
+    else:
+        sys.exit(f"train-clip: unknown verb {' '.join(rest[:2])!r}; expected one of {', '.join(VERBS)}.")
 
 
 def _print_anything() -> None:
