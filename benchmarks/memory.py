@@ -1,4 +1,4 @@
-"""Peak memory of training the paper's models on a folder, with the batch in one piece and in micro-batches.
+"""Peak memory of training the paper's models on a folder: the batch in one piece, in micro-batches, blocks recomputed.
 
     python benchmarks/memory.py data_dir
 
@@ -8,29 +8,44 @@ process's largest resident size, beside what it has before the first batch (weig
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
+import time
 from typing import Any
 
 BATCH, STEPS = 32, 2
-MODELS, MINIBATCHES = ("RN50", "ViT-B/32"), (0, 8)
+MODELS = ("RN50", "ViT-B/32")
+WAYS = (
+    {},
+    {"gradient_checkpointing": 1},
+    {"gradient_checkpointing": 4},
+    {"minibatch_size": 8},
+    {"minibatch_size": 8, "kept_minibatches": 2},
+    {"minibatch_size": 8, "gradient_checkpointing": 1},
+)
 GIB = 2**30
 
 
 def main() -> None:
-    """Print a row a model and size of micro-batch."""
-    print(f"{'model':8}  {'--minibatch_size':>16}  {'peak GiB':>8}  {'before the first batch':>22}  {'loss':>7}")
+    """Print a row a model and way."""
+    print(
+        "| model | options | peak, GiB | before the first batch | seconds of the second step | loss |\n"
+        + "|---" * 6
+        + "|"
+    )
     for model in MODELS:
-        for minibatch in MINIBATCHES:
-            command = [sys.executable, __file__, sys.argv[1], model, str(minibatch)]
+        for way in WAYS:
+            command = [sys.executable, __file__, sys.argv[1], model, json.dumps(way)]
             ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            before, peak, loss = map(float, ended.stdout.split()[-3:])
-            print(f"{model:8}  {minibatch or 'none':>16}  {peak:8.2f}  {before:22.2f}  {loss:7.4f}", flush=True)
+            before, peak, seconds, loss = map(float, ended.stdout.split()[-4:])
+            options = " ".join(f"`--{name} {value}`" for name, value in way.items()) or "none"
+            print(f"| {model} | {options} | {peak:.2f} | {before:.2f} | {seconds:.1f} | {loss:.4f} |", flush=True)
 
 
-def train(folder: str, model: str, minibatch: int) -> None:
-    """Train in this process, and print what it held before the first batch, its peak, and the last loss."""
+def train(folder: str, model: str, way: dict[str, Any]) -> None:
+    """Train here, and print what was held before the first batch, the peak, the second step's seconds and its loss."""
     import lightning as L
     import torch
 
@@ -38,10 +53,19 @@ def train(folder: str, model: str, minibatch: int) -> None:
     from train_clip.training.data_module import TextImageDataModule
 
     class Before(L.Callback):
-        gib = 0.0
+        gib = seconds = started = 0.0
 
         def on_train_batch_start(self, *_: Any) -> None:
-            self.gib = self.gib or peak()
+            self.gib, self.started = self.gib or peak(), now()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seconds = now() - self.started
+
+    def now() -> float:
+        if not torch.cuda.is_available():
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def peak() -> float:
         if torch.cuda.is_available():
@@ -60,13 +84,13 @@ def train(folder: str, model: str, minibatch: int) -> None:
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    module = CLIPWrapper(model, minibatch_size=minibatch)
+    module = CLIPWrapper(model, **way)
     trainer.fit(module, TextImageDataModule(folder, BATCH, image_size=module.model.config.image.size))
-    print(before.gib, peak(), trainer.callback_metrics["train/loss"].item())
+    print(before.gib, peak(), before.seconds, trainer.callback_metrics["train/loss"].item())
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:
-        train(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        train(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
     else:
         main()
