@@ -207,6 +207,9 @@ def test_masks_of_other_encoders():
     assert list(lengths({"input_ids": ids, "attention_mask": right.flip(1)})) == [6, 6]
     assert list(lengths({"input_ids": ids})) == [6, 6]
     assert list(lengths(ids)) == [6, 6]
+    # A mask of pairs of tokens is not cut with the tokens.
+    pairs = {"input_ids": ids, "attention_mask": right, "pairs": torch.ones(2, 6, 6)}
+    assert list(lengths(pairs)) == [6, 6]
     # Nothing is looked at: one token stays, for the tower to have something.
     assert list(lengths({"input_ids": ids, "attention_mask": 0 * right})) == [1, 1]
 

@@ -68,6 +68,9 @@ class BatchReader:
     def lengths(self, texts: Texts) -> NDArray[np.int64]:
         """Tokens of each caption up to where nothing but padding comes, (B,) on the host."""
         mask = self.model.caption_mask(texts)
+        if isinstance(texts, Mapping) and any(tensor.shape != mask.shape for tensor in texts.values()):
+            # Of what else a tokenizer gives it is not known what padding is to it.
+            return np.full(len(mask), mask.shape[1])
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         lengths: NDArray[np.int64] = (mask * places).amax(dim=1).clamp(min=1).cpu().numpy()
         return lengths
