@@ -129,6 +129,15 @@ def test_of_other_types(rows_at_a_time, dtype):
     torch.testing.assert_close(rows.grad.double(), wide[0].grad, rtol=0, atol=tolerance * wide[0].grad.abs().max())
 
 
+def test_under_autocast(rows_at_a_time):
+    """In full precision all the same."""
+    rows, columns = sides(dtype=torch.float32)
+    scale = torch.tensor(50.0)
+    expected = tiled_info_nce(rows, columns, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiled_info_nce(rows, columns, scale), expected)
+
+
 def test_accuracy(rows_at_a_time):
     """Counted in tiles as over the whole matrix, for a share of the rows."""
     rows, columns = sides(2, 11)

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
+from train_clip.training import stand_ins
 from train_clip.training.economy import Economy, compile_tower
-from train_clip.training.stand_ins import StandIns
+from train_clip.training.stand_ins import StandIns, _RowsToTable
 
 VIT = {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2}
 RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}
@@ -171,6 +172,63 @@ def test_a_tables_gradient_by_its_rows(padding, half):
     tolerance = 2**-8 * plain.table.weight.grad.abs().max().item() if half else 1e-6
     torch.testing.assert_close(weight.grad.float(), plain.table.weight.grad, rtol=0, atol=tolerance)
     assert found.table.weight is weight and not found.table.sparse
+
+
+@pytest.mark.parametrize("how", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+def test_a_table_that_does_more_is_left_alone(how):
+    """What a table makes of its rows' numbers or norms needs its own gradient."""
+    model = nn.Sequential(nn.Embedding(10_000, 3, **how))
+    assert not StandIns(model, halves=False, tables=True)._tables
+
+
+def test_a_run_gathers_its_tables_rows(monkeypatch):
+    """Under a Trainer each step makes one gradient of the token table; compiled towers of a library look up as ever."""
+    made: list[int] = []
+    backward = _RowsToTable.backward
+    monkeypatch.setattr(stand_ins, "LARGE", 30)
+    monkeypatch.setattr(_RowsToTable, "backward", staticmethod(lambda *args: made.append(1) or backward(*args)))
+    fit(wrapper(minibatch_size=3), loader(16))
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_half_weights_and_recomputed_blocks_need_bf16(precision):
+    """Blocks are recomputed out of their stand-ins' sight: refused where those are other numbers than the weights."""
+    module = wrapper(gradient_checkpointing=1, half_weights="text")
+    with pytest.raises(UserError, match=f"--precision {precision}: blocks that are recomputed .* Use bf16-mixed"):
+        module.require_precision(precision)
+
+
+def test_half_weights_and_recomputed_blocks_in_bf16():
+    """The same weights after three steps, to the bit, as without recomputation."""
+    plain, recomputed = (wrapper(half_weights="both", gradient_checkpointing=group) for group in (0, 1))
+    for module in (plain, recomputed):
+        fit(module, loader(16), precision="bf16-mixed")
+    assert_alike(recomputed.model, plain.model, 0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_gives_the_model_back_in_float32(error):
+    """Half weights are those of training alone, however it ends."""
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            assert torch.bfloat16 in {parameter.dtype for parameter in pl_module.parameters()}
+            raise error("stop")
+
+    module = wrapper(half_weights="both")
+    with pytest.raises((error, SystemExit)):
+        fit(module, loader(16), callbacks=[Fails()])
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_a_run_of_before_a_choice_goes_on_with_the_usual_one():
+    """Arguments that its checkpoint does not know are those that it was made with; others are refused as ever."""
+    module = wrapper()
+    kept = {name: value for name, value in module.hparams.items() if name not in ("adam_statistics", "half_weights")}
+    module.require_same_model(kept)
+    with pytest.raises(UserError, match="half_weights text, was none"):
+        wrapper(half_weights="text").require_same_model(kept)
 
 
 def test_tables_are_looked_up_as_ever_without_gradient():

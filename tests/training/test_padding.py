@@ -5,11 +5,16 @@ B  captions      L  tokens of the longest
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from tiny_encoders import bert, image_tower
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper
 from train_clip.models.config import config_from_dict
@@ -187,14 +192,160 @@ def test_what_was_measured_is_not_looked_for_again(monkeypatch):
     assert tuple(reads.read(batch, torch.device("cpu")).lengths) == LENGTHS
 
 
-@pytest.mark.parametrize(
-    "batch", [None, 3, (), (IMAGES,), (IMAGES, ["a", "b"]), (IMAGES, {"ids": 3}), {"images": IMAGES}]
-)
+COMPLAINTS = {
+    "nothing": None,
+    "a number": 3,
+    "empty": (),
+    "images alone": (IMAGES,),
+    "strings": (IMAGES, ["a", "b"]),
+    "no ids": (IMAGES, {"ids": 3}),
+    "a mapping": {"images": IMAGES},
+    "rows without end": (IMAGES, torch.zeros(12, dtype=torch.int64)),
+    "a third dimension": (IMAGES, torch.zeros(12, 3, 2, dtype=torch.int64)),
+    "no tokens": (IMAGES, torch.zeros(12, 0, dtype=torch.int64)),
+    "ids that are a list": (IMAGES, {"input_ids": [[1, 2]]}),
+    "a mask that is a list": (IMAGES, {"input_ids": captions(), "attention_mask": [[1]]}),
+}
+
+
+@pytest.mark.parametrize("batch", COMPLAINTS.values(), ids=COMPLAINTS)
 def test_measuring_leaves_complaints_to_reading(batch):
     """Whatever a loader brings: nothing is raised before the batch is read, which says what is wrong."""
-    reads = reader()
-    reads.measure(batch)
-    assert reads._lengths is None
+    for reads in (reader(), CustomCLIPWrapper(image_tower(), bert(), image_size=8)._reader):
+        reads.measure((IMAGES, captions()))
+        reads.measure(batch)
+        assert reads._lengths is None or isinstance(batch[1], dict)
+
+
+class Changed(CLIPWrapper):
+    """Turns each batch round on its way."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [part.flip(0) for part in batch]
+
+
+@pytest.mark.parametrize("kind", [CLIPWrapper, Changed])
+def test_a_batch_that_is_changed_on_its_way(kind, monkeypatch):
+    """Lengths are those of the captions that the model meets."""
+    module = kind("small", CONFIG)
+    met: list[tuple[int, ...]] = []
+    embed = module._towers.embed
+
+    def look(model, inputs, batch):
+        assert tuple(inputs.lengths) == tuple((inputs.texts.argmax(dim=1) + 1).tolist())
+        met.append(tuple(inputs.lengths))
+        return embed(model, inputs, batch)
+
+    monkeypatch.setattr(module._towers, "embed", look)
+    fit(module)
+    assert met == [LENGTHS if kind is CLIPWrapper else LENGTHS[::-1]]
+
+
+def fit(module: L.LightningModule, **how: Any) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **how,
+    )  # fmt: skip
+    size = module.model.image_size
+    images = torch.randint(256, (12, 3, size, size), dtype=torch.uint8)
+    trainer.fit(module, DataLoader(TensorDataset(images, captions()), batch_size=12))
+
+
+RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}
+
+
+@pytest.mark.parametrize("image", [CONFIG["image"], RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("kept", [0, 1, 3, 9])
+def test_kept_chunks_under_a_trainer(image, kept):
+    """Of four chunks of either tower the others are encoded twice; weights and running statistics end alike."""
+
+    def trained(kept: int) -> tuple[CLIPWrapper, list[int]]:
+        torch.manual_seed(0)
+        module = CLIPWrapper("small", CONFIG | {"image": image}, 3, kept_minibatches=kept, warmup_steps=0)
+        calls: list[int] = []
+        for tower in (module.model.visual, module.model.transformer):
+            tower.register_forward_pre_hook(lambda *_: calls.append(1))
+        torch.manual_seed(1)
+        fit(module)
+        return module, calls
+
+    module, calls = trained(kept)
+    plain, others = trained(0)
+    assert (len(calls), len(others)) == (2 * (8 - min(kept, 4)), 16)
+    for (name, own), its in zip(module.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, its, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize(("size", "kept", "encoded"), [(6, 2, 4), (6, 1, 6), (6, 0, 8)])
+def test_pieces_of_chunks_that_are_kept(size, kept, encoded):
+    """Two chunks were asked for, and captions come in four pieces: half of the chunks kept is half of the pieces."""
+    model = build()
+    encode = Shapes(model.encode_text)
+    lengths = np.array(LENGTHS, dtype=np.int64)
+    head(encode_in_chunks(encode, captions(), Chunks(size, kept), model.transformer, lengths)).backward()
+    assert len(encode.met) == encoded
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_captions_of_one_length_stay_in_one_piece():
+    """There is no padding to save."""
+    model = build()
+    encode = Shapes(model.encode_text)
+    with torch.no_grad():
+        encode_in_chunks(encode, captions(), Chunks(), model.transformer, np.full(12, 12))
+    assert encode.met == [(12, 12)]
+
+
+def test_what_else_a_tokenizer_gives():
+    """A number for each caption travels with its rows; a mask of pairs of tokens keeps all of them."""
+    model = bert().double()
+    mask = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
+    texts = {"input_ids": captions() * mask, "attention_mask": mask, "length": torch.tensor(LENGTHS)}
+
+    def encode(some):
+        assert (some["attention_mask"].sum(dim=1) == some["length"]).all()
+        return model(some["input_ids"], some["attention_mask"]).pooler_output
+
+    reads = CustomCLIPWrapper(image_tower(), bert(), image_size=8)._reader
+    assert tuple(reads.lengths(texts)) == LENGTHS
+    cut = encode_in_chunks(encode, texts, Chunks(4), model, reads.lengths(texts))
+    torch.testing.assert_close(cut, encode(texts), rtol=0, atol=1e-12)
+    assert set(reads.lengths(texts | {"pairs": torch.ones(12, 12, 12)})) == {12}
+
+
+class LastPosition(nn.Module):
+    """A text encoder that reads its last position, padding or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = bert()
+        self.config = self.bert.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        states = self.bert(input_ids, attention_mask).last_hidden_state
+        return SimpleNamespace(last_hidden_state=states, pooler_output=states[:, -1])
+
+
+class Padding:
+    """A tokenizer of one word a token, padded to the longest."""
+
+    def batch(self, texts: list[str]) -> tuple[dict[str, Tensor], int]:
+        rows = [[len(word) % 50 + 1 for word in text.split()] for text in texts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}, 0
+
+
+@pytest.mark.parametrize(("encoder", "counts"), [(bert, False), (LastPosition, True)])
+def test_an_encoder_that_looks_at_padding_keeps_it(encoder, counts):
+    """Told by captions alone and beside longer ones; nothing is cut off then."""
+    module = CustomCLIPWrapper(image_tower(), encoder(), image_size=8)
+    module._reader.tokenizer = Padding()
+    module._reader.padding_counts = module._padding_counts()
+    assert module._reader.padding_counts == counts
+    texts = Padding().batch(["a b", "a b c d"])[0]
+    assert list(module._reader.lengths(texts)) == ([4, 4] if counts else [2, 4])
 
 
 def test_masks_of_other_encoders():
@@ -207,9 +358,6 @@ def test_masks_of_other_encoders():
     assert list(lengths({"input_ids": ids, "attention_mask": right.flip(1)})) == [6, 6]
     assert list(lengths({"input_ids": ids})) == [6, 6]
     assert list(lengths(ids)) == [6, 6]
-    # A mask of pairs of tokens is not cut with the tokens.
-    pairs = {"input_ids": ids, "attention_mask": right, "pairs": torch.ones(2, 6, 6)}
-    assert list(lengths(pairs)) == [6, 6]
     # Nothing is looked at: one token stays, for the tower to have something.
     assert list(lengths({"input_ids": ids, "attention_mask": 0 * right})) == [1, 1]
 

@@ -32,7 +32,8 @@ def tiled_info_nce(
     """The same as ``info_nce``, which see; its gradient cannot be differentiated again."""
     if not torch.is_grad_enabled():
         rows, columns, scale = rows.detach(), columns.detach(), scale.detach()
-    loss: Tensor = _TiledInfoNCE.apply(rows, columns, scale, offset, groups)
+    with torch.autocast(rows.device.type, enabled=False):
+        loss: Tensor = _TiledInfoNCE.apply(rows, columns, scale, offset, groups)
     return loss
 
 

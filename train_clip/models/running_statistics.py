@@ -34,7 +34,8 @@ def get_statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
 def set_statistics(norm: _BatchNorm, statistics: tuple[Tensor, Tensor, Tensor]) -> None:
     """Give a norm the statistics of ``get_statistics``."""
     for buffer, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), statistics, strict=True):
-        cast(Tensor, buffer).copy_(value)
+        # By ``data``: a chunk that is kept has saved the buffer, which its backward pass in train mode does not read.
+        cast(Tensor, buffer).data.copy_(value)
 
 
 @contextmanager

@@ -50,6 +50,7 @@ class BatchReader:
         self.model = model
         self.tokenizer = tokenizer
         self._checked_values = False
+        self.padding_counts = False  # whether the text tower makes something else of a caption that is padded
         self._lengths: NDArray[np.int64] | None = None
 
     def measure(self, batch: Any) -> None:
@@ -62,14 +63,15 @@ class BatchReader:
         """
         self._lengths = None
         texts = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-        if isinstance(texts, Mapping | Tensor) and (isinstance(texts, Tensor) or "input_ids" in texts):
+        if texts is not None and _are_tokens(texts):
             self._lengths = self.lengths(self._taken(texts))
 
     def lengths(self, texts: Texts) -> NDArray[np.int64]:
         """Tokens of each caption up to where nothing but padding comes, (B,) on the host."""
         mask = self.model.caption_mask(texts)
-        if isinstance(texts, Mapping) and any(tensor.shape != mask.shape for tensor in texts.values()):
-            # Of what else a tokenizer gives it is not known what padding is to it.
+        tensors = texts.values() if isinstance(texts, Mapping) else [texts]
+        if self.padding_counts or any(tensor.ndim > 1 and tensor.shape != mask.shape for tensor in tensors):
+            # Of a mask of pairs, for instance, it is not known what padding is to it.
             return np.full(len(mask), mask.shape[1])
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         lengths: NDArray[np.int64] = (mask * places).amax(dim=1).clamp(min=1).cpu().numpy()
@@ -131,6 +133,15 @@ class BatchReader:
     def _taken(self, texts: Texts) -> Texts:
         """What the model takes of a tokenizer's mapping."""
         return texts["input_ids"] if isinstance(self.model, CLIP) and isinstance(texts, Mapping) else texts
+
+
+def _are_tokens(texts: Any) -> bool:
+    """Whether it is (B, L) tokens, or a mapping of tensors with such."""
+    tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
+    if not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in tensors):
+        return False
+    ids = texts.get("input_ids") if isinstance(texts, Mapping) else texts
+    return ids is not None and ids.ndim == 2
 
 
 def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:

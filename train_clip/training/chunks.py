@@ -76,11 +76,13 @@ def encode_in_chunks(
     # With a BatchNorm among the words the captions that meet in a chunk, and their padding, would make a difference.
     lengths = None if training_norms(encoder) else lengths
     first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
-    number = 1 if chunks.size <= 0 else -(-len(first) // chunks.size)
-    trained = any(parameter.requires_grad for parameter in encoder.parameters())
-    recomputes = trained and number > 1
-    if lengths is not None:
+    asked = 1 if chunks.size <= 0 else -(-len(first) // chunks.size)
+    number = asked
+    if lengths is not None and lengths.min() < lengths.max():
         number = max(number, min(MOST_PIECES, len(first) // LEAST_ROWS))
+    # Of the chunks that were asked for: pieces are smaller.
+    trained = any(parameter.requires_grad for parameter in encoder.parameters())
+    recomputed = -(-max(0, asked - chunks.kept) * number // asked) if trained and asked > 1 else 0
     parts, order = _cut(batch, number, lengths)
     seeded = _in_its_random_state(encode, chunks.seed, first)
     if number == 1:
@@ -89,7 +91,7 @@ def encode_in_chunks(
         embeddings = []
         for place, part in enumerate(parts):
             with norms.recording():
-                if recomputes and place < number - chunks.kept:
+                if place < recomputed:
                     embeddings.append(_recomputed(seeded, part, place, norms))
                 else:
                     embeddings.append(seeded(part, place))
@@ -113,13 +115,14 @@ def _cut(batch: Rows, number: int, lengths: NDArray[np.int64] | None) -> tuple[l
     if lengths is None:
         return list(batch.tensor_split(number)), None
     if number == 1:
-        return [batch[:, : int(lengths.max())]], None
+        return [batch[:, : int(lengths.max())] if batch.ndim > 1 else batch], None
     places = np.argsort(lengths, kind="stable")
     longest = [int(lengths[some[-1]]) for some in np.array_split(places, number)]
     order = torch.from_numpy(places)
     if batch.is_cuda:
         order = order.pin_memory().to(batch.device, non_blocking=True)
-    return [rows[:, :end] for rows, end in zip(batch[order].tensor_split(number), longest, strict=True)], order
+    chunks = zip(batch[order].tensor_split(number), longest, strict=True)
+    return [rows[:, :end] if rows.ndim > 1 else rows for rows, end in chunks], order
 
 
 def _in_its_random_state(encode: Callable[[Any], Tensor], seed: tuple[int, ...], rows: Tensor) -> Encode:

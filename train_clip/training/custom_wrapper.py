@@ -32,6 +32,7 @@ from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning
 
 EPOCHS = 10  # OTTER, section 4.1
+ALIKE = 0.02  # embeddings of one caption, in any precision
 TRIAL_CAPTIONS = (
     "a small brown dog runs across a green field",
     "Two people in yellow coats, seen from behind, wait for the 17:45 train.",
@@ -138,6 +139,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         if stage != "fit":
             return
         self._say_projection()
+        self._reader.padding_counts = self._padding_counts()
         frozen = freeze_unreached(self.model, self._some_tokens())
         if frozen:
             numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
@@ -160,6 +162,13 @@ class CustomCLIPWrapper(ContrastiveModule):
                 f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
                 f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
             )
+
+    def _padding_counts(self) -> bool:
+        """Whether padding changes what the text encoder makes of a caption, as of one that reads the last position."""
+        if self.tokenizer is None:
+            return False
+        alone, padded = (self.embed_texts(TRIAL_CAPTIONS, number) for number in (1, len(TRIAL_CAPTIONS)))
+        return not torch.allclose(alone, padded, atol=ALIKE)
 
     def _require_tokenizer(self, tokenizer: Any) -> None:
         """Refuse captions that are tokenized for another text encoder."""

@@ -1,4 +1,4 @@
-"""What a step spends, of memory or of time. The gradient is the same."""
+"""What a step spends, of memory or of time. The gradient is the same, but for which random numbers dropout draws."""
 
 from __future__ import annotations
 

@@ -153,6 +153,10 @@ class EndOfStep(L.Callback):
                 "stopping, a loader that ran out)."
             )
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the model back as at the end of training, which Lightning does not after an error."""
+        pl_module.teardown("fit")
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"consumed_batches": self.consumed_batches, "num_steps": self.num_steps}

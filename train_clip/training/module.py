@@ -5,12 +5,14 @@ B  pairs on this process      W  processes      N  pairs of the global batch (W 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -39,6 +41,7 @@ from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
 HALF = ("bf16-true", "16-true")
+LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than the one that measures captions
 
 # Under a Trainer with this package's data module the hook below is as welcome as anywhere.
 warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -125,15 +128,21 @@ class ContrastiveModule(L.LightningModule):
             require_room(num_pairs)
 
     def require_precision(self, precision: str) -> None:
-        """Refuse a precision in which the teacher of distillation would stand still.
+        """Refuse a precision in which the teacher of distillation would stand still, or half weights be another thing.
 
         Args:
             precision: the Trainer's.
 
         Raises:
-            UserError: half precision without float32 weights.
+            UserError: it is one, for what is trained.
         """
         require_float32(self._tuning, precision)
+        if self._tuning.half_weights != "none" and self._economy.gradient_checkpointing and precision != "bf16-mixed":
+            raise UserError(
+                f"--precision {precision}: blocks that are recomputed take half weights as they are, which bf16-mixed "
+                "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
+                "--gradient_checkpointing."
+            )
         if self.distillation is not None and precision in HALF:
             raise UserError(
                 f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
@@ -189,8 +198,10 @@ class ContrastiveModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Measure the captions while they are on the host."""
-        self._reader.measure(batch)
+        """Measure the captions while they are on the host, unless someone changes the batch on its way."""
+        owners = [owner for owner in (self, getattr(self._trainer, "datamodule", None)) if owner is not None]
+        if not any(is_overridden(hook, owner) for hook in LATER_HOOKS for owner in owners):
+            self._reader.measure(batch)
         return batch
 
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -252,7 +263,8 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             UserError: the model is another, or so is how it is trained.
         """
-        require_same_arguments(self.hparams, kept, self.free_to_change)
+        # A run of before a choice was to be made has made the usual one.
+        require_same_arguments(self.hparams, dataclasses.asdict(Tuning()) | dict(kept), self.free_to_change)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let no state be saved after a step that was not finite."""

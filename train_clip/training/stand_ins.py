@@ -42,7 +42,7 @@ class StandIns:
         found = _half_weights(model) if halves else []
         uses = Counter(parameter for _, _, parameter in found)
         for module, name, parameter in found:
-            if isinstance(module, PRODUCTS) and uses[parameter] == 1 and autocast_type(parameter) == torch.bfloat16:
+            if type(module) in PRODUCTS and uses[parameter] == 1 and autocast_type(parameter) == torch.bfloat16:
                 stand_in = partial(_Carried.apply, _Carrier.apply(parameter), parameter.detach())
             else:
                 # One copy of a weight that several modules share.
@@ -51,8 +51,10 @@ class StandIns:
                 stand_in = partial(_itself, copies[parameter])
             self._places.append((module._parameters, name, stand_in))
         for module in model.modules() if tables and torch.is_grad_enabled() else ():
-            table = module._parameters.get("weight")
-            if isinstance(module, nn.Embedding) and table is not None and table.requires_grad and len(table) >= LARGE:
+            if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq or module.max_norm is not None:
+                continue
+            table = module._parameters["weight"]
+            if table is not None and table.requires_grad and len(table) >= LARGE:
                 rows = _RowsToTable.apply(copies.get(table, table))
                 self._places.append((module._parameters, "weight", partial(_itself, rows)))
                 self._tables.append(module)
