@@ -1,8 +1,7 @@
-"""Towers whose weights are kept in bfloat16 while they train, and gradients that are summed in float32 all the same.
+"""Towers whose weights are kept in bfloat16 while they train; ``stand_ins.py`` is how they encode then.
 
 Gains and biases, of one dimension, stay float32: they are a thousandth of a tower, and a gain near 1 would move by
-1/128 at a time. A tower encodes with float32 copies of its weights, made once a batch, or with the weights where they
-are cast to bfloat16 anyway. The gradients of all chunks are added in float32, and the sum is rounded once.
+1/128 at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def narrow(model: DualEncoder, tuning: Tuning) -> None:
 def widen(model: nn.Module, tuning: Tuning) -> None:
     """Keep them in float32 again, the same numbers."""
     for parameter in model.parameters():
-        if tuning.half_weights != "none" and parameter.dtype == torch.bfloat16:
+        if tuning.has_half_weights and parameter.dtype == torch.bfloat16:
             parameter.data, parameter.grad = parameter.data.float(), None
 
 

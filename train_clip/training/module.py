@@ -91,7 +91,7 @@ class ContrastiveModule(L.LightningModule):
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
         economy.recompute(model)
         self._reader = BatchReader(model, None)
-        self._towers = TowerRuns(self._reader, economy, tuning.half_weights != "none", seed)
+        self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
         self._tuning = tuning
@@ -137,7 +137,7 @@ class ContrastiveModule(L.LightningModule):
             UserError: it is one, for what is trained.
         """
         require_float32(self._tuning, precision)
-        if self._tuning.half_weights != "none" and self._economy.gradient_checkpointing and precision != "bf16-mixed":
+        if self._tuning.has_half_weights and self._economy.gradient_checkpointing and precision != "bf16-mixed":
             raise UserError(
                 f"--precision {precision}: blocks that are recomputed take half weights as they are, which bf16-mixed "
                 "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
@@ -206,7 +206,7 @@ class ContrastiveModule(L.LightningModule):
 
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption, as ``DualEncoder.forward``."""
-        with StandIns(self.model, self._tuning.half_weights != "none").in_place():
+        with StandIns(self.model, self._tuning.has_half_weights).in_place():
             return self.model(images, texts)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
@@ -301,7 +301,7 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             BadSample: a file that cannot be read as an image.
         """
-        with StandIns(self.model, self._tuning.half_weights != "none").in_place():
+        with StandIns(self.model, self._tuning.has_half_weights).in_place():
             return embed_images(self.model, images, batch_size)
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
@@ -314,7 +314,7 @@ class ContrastiveModule(L.LightningModule):
         Returns:
             (N, D) float32, unit norm, on this module's device.
         """
-        with StandIns(self.model, self._tuning.half_weights != "none").in_place():
+        with StandIns(self.model, self._tuning.has_half_weights).in_place():
             return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
 
     def _fuses(self) -> bool:

@@ -72,7 +72,7 @@ class PromptCLIPWrapper(ContrastiveModule):
         choices = make_tuning(tuning, optimizer="sgd", lock_text=True)
         if choices.distillation != "none":
             raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
-        if choices.half_weights != "none":
+        if choices.has_half_weights:
             raise UserError(f"half_weights is {choices.half_weights!r}; the backbone of prompts stays as it is.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))

@@ -85,7 +85,12 @@ class Tuning:
     @property
     def keeps_halves(self) -> bool:
         """Whether anything that is trained is kept in bfloat16."""
-        return self.adam_statistics != "float32" or self.half_weights != "none"
+        return self.adam_statistics != "float32" or self.has_half_weights
+
+    @property
+    def has_half_weights(self) -> bool:
+        """Whether weights are."""
+        return self.half_weights != "none"
 
 
 def make_tuning(given: dict[str, Any], **defaults: Any) -> Tuning:
