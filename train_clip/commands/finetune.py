@@ -63,8 +63,6 @@ class TuningOptions(ObjectiveOptions):
     """What is trained, and towards what.
 
     Args:
-        optimizer: sgd for two encoders and adamw for a trained CLIP, if not told
-        momentum: of SGD
         image_learning_rate: of the image tower, if not that of the rest
         text_learning_rate: of the text tower, if not that of the rest
         lock_image: keep the image tower as it is
@@ -74,8 +72,6 @@ class TuningOptions(ObjectiveOptions):
         kl_coeff: weight of that term
     """
 
-    optimizer: Literal["adamw", "sgd"] | None = None
-    momentum: float = 0.9
     image_learning_rate: float | None = None
     text_learning_rate: float | None = None
     lock_image: bool = False

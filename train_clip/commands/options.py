@@ -98,9 +98,13 @@ class DataOptions(TableOptions):
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW.
+    """The optimizer.
 
     Args:
+        optimizer: adamw; sgd; or muon, which is Muon for the matrices within the towers and AdamW for the rest. If not
+            told, sgd for `finetune` on two encoders, and adamw
+        momentum: of SGD, 0.9 if not told, or of Muon, 0.95
+        muon_learning_rate: of Muon's matrices at its peak, if not that of the rest
         learning_rate: at its peak, if not the model's own
         weight_decay: on matrices and convolutions, if not the model's own
         betas: decay of both moments, such as "[0.9, 0.98]", if not the model's own
@@ -110,6 +114,9 @@ class OptimizerOptions:
         half_weights: towers whose weights are kept in bfloat16, rounded by chance at each update; text is the paper's
     """
 
+    optimizer: Literal["adamw", "sgd", "muon"] | None = None
+    momentum: float | None = None
+    muon_learning_rate: float | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
     betas: tuple[float, float] | None = None

@@ -40,7 +40,7 @@ def train(
     Args:
         model: the model.
         data: the data.
-        optimizer: AdamW's numbers; the preset's where None.
+        optimizer: which, and its numbers; the preset's where None.
         objective: what is minimised.
         run: length, seed and folder of the run.
         trainer: arguments of Lightning's Trainer.
@@ -54,7 +54,9 @@ def train(
         require_same_start(resumed, {"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
     config = choose_config(model) if weights is None else _require_clip(weights)
-    numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective)
+    numbers = (
+        dataclasses.asdict(optimizer) | dataclasses.asdict(objective) | {"optimizer": optimizer.optimizer or "adamw"}
+    )
     module = CLIPWrapper(config.name, config, seed=run.seed, **run.step, **numbers)
     if weights is not None:
         module.begin_with(weights.read(), weights.source)

@@ -96,14 +96,9 @@ class HalfAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, whose moments keep the type that they have there: PyTorch gives them the weights'."""
+        """Go on from a state, whose moments keep the type that they have there."""
         super().load_state_dict(state_dict)
-        places = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-        for place, parameter in zip(places, own, strict=True):
-            for name in MOMENTS if place in state_dict["state"] else ():
-                moment = state_dict["state"][place][name]
-                self.state[parameter][name] = moment.to(parameter.device, copy=True)
+        keep_types(self, state_dict)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -137,6 +132,21 @@ class HalfAdamW(Optimizer):
         for tensor, values in zip(kept, flat, strict=True):
             if not tensor.is_contiguous():
                 tensor.copy_(values.view_as(tensor))
+
+
+def keep_types(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give what was loaded the type that it was saved in: PyTorch gives statistics the type of the weights.
+
+    Args:
+        optimizer: has loaded the state.
+        state_dict: of an optimizer with the same groups.
+    """
+    places = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    own = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for place, parameter in zip(places, own, strict=True):
+        for name, kept in state_dict["state"].get(place, {}).items():
+            if isinstance(kept, Tensor) and name != "step":
+                optimizer.state[parameter][name] = kept.to(parameter.device, copy=True)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -29,7 +29,14 @@ from train_clip.training.batch import BatchReader, Inputs
 from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_weights import narrow, require_float32, widen
-from train_clip.training.optimizer import build_optimizer, build_schedule, parameter_groups, tower_rates, warmup_for
+from train_clip.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    muon_matrices,
+    parameter_groups,
+    tower_rates,
+    warmup_for,
+)
 from train_clip.training.skips import SkipReport
 from train_clip.training.stand_ins import StandIns
 from train_clip.training.step_figures import step_figures
@@ -192,7 +199,8 @@ class ContrastiveModule(L.LightningModule):
             )
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        groups = parameter_groups(self, config, tower_rates(self.model, self._tuning))
+        rates, hidden = tower_rates(self.model, self._tuning), muon_matrices(self.model, config, self._tuning)
+        groups = parameter_groups(self, config, rates, hidden)
         optimizer = build_optimizer(groups, config, self._tuning, self._fuses(), self._seed)
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,8 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.training.half_adamw import HalfAdamW
+from train_clip.training.hidden_matrices import hidden_matrices
+from train_clip.training.muon import Muon
 from train_clip.training.tuning import Tuning
 
+HIDDEN = "hidden"  # the key that tells Muon's groups from the others
 WARMUP_SHARE = 0.1  # of a run that is too short for the model's own warm-up
 
 
@@ -26,25 +30,38 @@ def build_optimizer(
 
     Args:
         groups: of ``parameter_groups``, on their device.
-        config: the numbers; betas and eps are AdamW's. SGD's decay is a part of the gradient, AdamW's is not.
-        tuning: which optimizer, SGD's momentum, and what of AdamW is kept in bfloat16.
+        config: the numbers; betas and eps are AdamW's. SGD's decay is a part of the gradient, that of others is not.
+        tuning: which optimizer, the momentum, and what is kept in bfloat16.
         fused: one kernel for the whole update, which can be held back by a flag on the device (``found_inf``).
         seed: of what is rounded by chance.
     """
+    assert tuning.momentum is not None
+    half = tuning.adam_statistics == "bfloat16"
     if tuning.optimizer == "sgd":
         sgd = SGD(groups, lr=config.lr, momentum=tuning.momentum, fused=fused)
         for parameter in (p for group in sgd.param_groups for p in group["params"] if tuning.momentum):
             # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
+    if hidden := [group for group in groups if group.get(HIDDEN)]:
+        rest = build_optimizer(
+            [group for group in groups if not group[HIDDEN]],
+            config,
+            dataclasses.replace(tuning, optimizer="adamw", muon_learning_rate=None),
+            fused,
+            seed,
+        )
+        return Muon(hidden, rest, tuning.momentum, half_momentum=half, seed=seed, held_back=fused)
     if tuning.keeps_halves:
-        half = tuning.adam_statistics == "bfloat16"
         return HalfAdamW(groups, config.lr, config.betas, config.eps, half_moments=half, seed=seed, held_back=fused)
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def parameter_groups(
-    module: nn.Module, config: OptimizerConfig, rates: Mapping[nn.Parameter, float] | None = None
+    module: nn.Module,
+    config: OptimizerConfig,
+    rates: Mapping[nn.Parameter, float] | None = None,
+    hidden: Mapping[nn.Parameter, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort trainable parameters by whether they decay and by their learning rate; those that decay come first.
 
@@ -55,16 +72,28 @@ def parameter_groups(
         module: whose parameters.
         config: the decay, and the rate of parameters that have none of their own.
         rates: peaks of some of the parameters.
+        hidden: matrices that Muon updates, which come before all others, and what their rates are multiplied by; None
+            where there is no Muon.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            rate = (rates or {}).get(parameter, config.lr)
-            groups.setdefault((parameter.ndim >= 2, rate), []).append(parameter)
+            rate = (rates or {}).get(parameter, config.lr) * (hidden or {}).get(parameter, 1.0)
+            key = (parameter in (hidden or {}), parameter.ndim >= 2, rate)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": groups[decays, rate], "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
-        for decays, rate in sorted(groups, reverse=True)
+        {"params": groups[of_muon, decays, rate], "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+        | ({} if hidden is None else {HIDDEN: of_muon})
+        for of_muon, decays, rate in sorted(groups, reverse=True)
     ]
+
+
+def muon_matrices(model: DualEncoder, config: OptimizerConfig, tuning: Tuning) -> dict[nn.Parameter, float] | None:
+    """What Muon updates, and what its rate is of the others'; None where another optimizer was asked for."""
+    if tuning.optimizer != "muon":
+        return None
+    factor = (tuning.muon_learning_rate or config.lr) / config.lr
+    return dict.fromkeys(hidden_matrices(model), factor)
 
 
 def tower_rates(model: DualEncoder, tuning: Tuning) -> dict[nn.Parameter, float]:

@@ -8,12 +8,14 @@ from typing import Any, Literal
 from train_clip.errors import UserError
 
 CHOICES = {
-    "optimizer": ("adamw", "sgd"),
+    "optimizer": ("adamw", "sgd", "muon"),
     "distillation": ("transport", "softmax", "none"),
     "equal_captions": ("keep", "mask"),
     "adam_statistics": ("float32", "bfloat16"),
     "half_weights": ("none", "text", "image", "both"),
 }
+MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+USUAL_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class Tuning:
     """The choices of a fine-tuning run. The defaults are those of training from scratch.
 
     Args:
-        optimizer: ``adamw`` or ``sgd``.
-        momentum: of SGD.
+        optimizer: ``adamw``, ``sgd``, or ``muon``: Muon for the matrices within the towers, AdamW for the rest.
+        momentum: of SGD, 0.9 where None, or of Muon, 0.95.
+        muon_learning_rate: of Muon's matrices at its peak; None for that of the rest.
         image_learning_rate: of the image tower at its peak; None for that of the rest. A projection and the temperature
             are the rest.
         text_learning_rate: of the text tower, likewise.
@@ -40,8 +43,9 @@ class Tuning:
         UserError: an unknown choice, or a number that cannot work.
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.9
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
+    momentum: float | None = None
+    muon_learning_rate: float | None = None
     image_learning_rate: float | None = None
     text_learning_rate: float | None = None
     lock_image: bool = False
@@ -56,13 +60,21 @@ class Tuning:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
+        if self.momentum is None:
+            object.__setattr__(self, "momentum", MOMENTUM.get(self.optimizer, USUAL_MOMENTUM))
+        assert self.momentum is not None
         for right, message in (
             (0 <= self.momentum < 1, f"momentum is {self.momentum}; expected from 0 to below 1."),
             (self.kl_coeff >= 0, f"kl_coeff is {self.kl_coeff}; expected 0 or above."),
             (
-                self.optimizer == "adamw" or not self.keeps_halves,
+                self.optimizer != "sgd" or not self.keeps_halves,
                 f"adam_statistics is {self.adam_statistics!r} and half_weights {self.half_weights!r} beside optimizer "
-                f"{self.optimizer!r}; expected 'float32' and 'none', or 'adamw', which alone rounds by chance.",
+                "'sgd', which does not round by chance; expected 'float32' and 'none', or 'adamw' or 'muon'.",
+            ),
+            (
+                self.muon_learning_rate is None or (self.muon_learning_rate > 0 and self.optimizer == "muon"),
+                f"muon_learning_rate is {self.muon_learning_rate} beside optimizer {self.optimizer!r}; expected above "
+                "0, and 'muon'.",
             ),
         ):
             if not right:
