@@ -35,6 +35,7 @@ def test_every_option_reaches_its_dataclass():
         *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out --max_bad 0.1 --val_pairs val.csv".split(),
         *"--pairs train.csv --image_column file --caption_column title --equal_captions mask --pair_by number".split(),
         *"--adam_statistics bfloat16 --half_weights text".split(),
+        *"--optimizer muon --momentum 0.8 --muon_learning_rate 2e-3".split(),
         *("--betas", "[0.8, 0.9]", "--context_length", "20", "--activation", "gelu", "--pretrained", "FILE"),
     )
     assert values["model"] == ModelOptions("RN50", 64, 20, "gelu", "FILE")
@@ -42,7 +43,9 @@ def test_every_option_reaches_its_dataclass():
     assert values["data"] == DataOptions(
         Path("data_dir"), 32, 3, 0.75, False, 0.2, max_bad=0.1, val_pairs=Path("val.csv"), **table
     )
-    assert values["optimizer"] == OptimizerOptions(1e-3, 0.1, (0.8, 0.9), 1e-7, 5, "bfloat16", "text")
+    assert values["optimizer"] == OptimizerOptions(
+        "muon", 0.8, 2e-3, 1e-3, 0.1, (0.8, 0.9), 1e-7, 5, "bfloat16", "text"
+    )
     assert values["objective"] == ObjectiveOptions("mask")
     assert values["run"] == RunOptions(8, 2, 3, True, 7, 3, Path("out"))
 

@@ -323,6 +323,7 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"scaler": True, "gradient_clip_val": 0.1},
         {"tuning": HALVES, "precision": "bf16-mixed", "accumulate_grad_batches": 3},
         {"tuning": HALVES, "scaler": True, "gradient_clip_val": 0.1},
+        {"tuning": {"optimizer": "muon", "adam_statistics": "bfloat16"}, "precision": "bf16-mixed"},
     ],
     ids=lambda how: " ".join(map(str, how)),
 )

@@ -1,24 +1,41 @@
-"""List the presets."""
+"""List the presets, and what an optimizer makes of a model's parameters."""
 
 from __future__ import annotations
+
+import re
+from typing import Literal
 
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
+from train_clip.commands.beginning import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, ResNetConfig, presets, read_config
+from train_clip.training.hidden_matrices import row_blocks
+from train_clip.training.optimizer import HIDDEN, muon_matrices, parameter_groups
+from train_clip.training.tuning import Tuning
 
 WIDTH = 200  # characters, what the widest row takes
+NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
 
 
-def models(show: str | None = None) -> None:
-    """List the models, their parameters, sizes and optimizer numbers.
+def models(
+    show: str | None = None,
+    optimizer: Literal["adamw", "sgd", "muon"] | None = None,
+    model_name: str = DEFAULT_MODEL,
+) -> None:
+    """List the models, their parameters, sizes and optimizer numbers; or what an optimizer does with each parameter.
 
     Args:
         show: print this preset as a YAML file, to start one of your own from
+        optimizer: list the parameters of a model, and which optimizer updates each when this one is asked for
+        model_name: whose, a preset or a YAML file of your own
     """
+    if optimizer is not None:
+        _print(_updates(read_config(model_name), Tuning(optimizer=optimizer)))
+        return
     if show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
         return
@@ -29,8 +46,37 @@ def models(show: str | None = None) -> None:
         table.add_column(heading)
     for config in presets():
         table.add_row(*_row(config))
+    _print(table)
+
+
+def _print(table: Table) -> None:
     # A table that folds its columns to a terminal's width cannot be read or piped.
     Console(width=max(WIDTH, Console().width)).print(table)
+
+
+def _updates(config: ModelConfig, tuning: Tuning) -> Table:
+    """A row for each parameter, those of a tower's blocks together."""
+    with torch.device("meta"):
+        model = CLIP(config)
+    groups = parameter_groups(model, config.optimizer, None, muon_matrices(model, config.optimizer, tuning))
+    of_group = {parameter: group for group in groups for parameter in group["params"]}
+    rows: dict[tuple[str, ...], int] = {}
+    for name, parameter in model.named_parameters():
+        group = of_group[parameter]
+        of_muon = group.get(HIDDEN, False)
+        by = NAMES["adamw" if tuning.optimizer == "muon" and not of_muon else tuning.optimizer]
+        together = row_blocks(parameter) if of_muon else 1
+        row = (
+            re.sub(r"\.\d+\.", ".*.", name),
+            "×".join(map(str, parameter.shape)) or "1",
+            f"{by}, as {together} matrices" if together > 1 else by,
+            f"{group['weight_decay']:g}",
+        )
+        rows[row] = rows.get(row, 0) + 1
+    table = Table("parameters", "tensors", "shape", "optimizer", "decay", box=None, header_style="bold", pad_edge=False)
+    for (name, shape, by, decay), tensors in rows.items():
+        table.add_row(name, str(tensors), shape, by, decay)
+    return table
 
 
 def _row(config: ModelConfig) -> list[str]:

@@ -1,0 +1,233 @@
+"""Muon against PyTorch's own, and against formulas in float64; what goes where, by name; one optimizer in every way."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import TINY
+from train_clip.models.clip import CLIP
+from train_clip.models.config import OptimizerConfig, config_from_dict
+from train_clip.training import half_adamw, muon
+from train_clip.training.hidden_matrices import hidden_matrices, row_blocks
+from train_clip.training.muon import BUFFER, Muon, orthogonalise
+from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
+from train_clip.training.tuning import Tuning
+
+RATE, DECAY = 1e-2, 0.2
+CONFIG = OptimizerConfig(1e-3, (0.9, 0.98), 1e-6, DECAY, 0, 1)
+RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 4}}
+SHAPES = [(12, 12), (12, 48), (48, 12), (36, 12), (20, 12), (36, 12)]  # the fourth and the last hold three blocks
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ours(matrices: list[nn.Parameter], *others: nn.Parameter, **how: Any) -> Muon:
+    rest = torch.optim.AdamW(list(others) or [nn.Parameter(torch.zeros(3))], lr=RATE, weight_decay=0.0)
+    return Muon([{"params": matrices, "lr": RATE, "weight_decay": DECAY}], rest, 0.95, **how)
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(seeded(*shape, seed=place)) for place, shape in enumerate(SHAPES)]
+
+
+def steps(optimizer: Any, matrices: list[nn.Parameter], numbers: range) -> None:
+    """Gradients of a step's number; one matrix has none in the first."""
+    for step in numbers:
+        for place, matrix in enumerate(matrices):
+            late = place == 1 and step == 0
+            matrix.grad = None if late else seeded(*matrix.shape, seed=100 * step + place).to(matrix.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("at_once", [muon.AT_ONCE, 1])
+def test_it_is_pytorchs(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Six steps of high, wide and square matrices, all at once and one by one: the bits of torch.optim.Muon.
+
+    Of a fused projection each third goes alone.
+    """
+    monkeypatch.setattr(muon, "AT_ONCE", at_once)
+    matrices = parameters()
+    theirs = [nn.Parameter(part.clone()) for one in matrices for part in one.detach().chunk(row_blocks(one))]
+    reference = torch.optim.Muon(theirs, lr=RATE, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    optimizer = ours(matrices)
+    for step in range(6):
+        steps(optimizer, matrices, range(step, step + 1))
+        gradients = [
+            part
+            for one in matrices
+            for part in ([None] if one.grad is None else one.grad.clone().chunk(row_blocks(one)))
+        ]
+        for one, gradient in zip(theirs, gradients, strict=True):
+            one.grad = gradient
+        reference.step()
+    found = [part for one in matrices for part in one.detach().chunk(row_blocks(one))]
+    assert len(found) == 10
+    assert all(torch.equal(one, other) for one, other in zip(found, theirs, strict=True))
+
+
+def test_singular_values_move_near_one() -> None:
+    """In float64: the iteration applied to each singular value by itself, and the singular vectors kept, to 1e-10."""
+    blocks = torch.stack([seeded(6, 9, seed=seed).double() for seed in range(3)])
+    u, s, v = torch.linalg.svd(blocks, full_matrices=False)
+    values = s / s.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(orthogonalise(blocks), u @ torch.diag_embed(values) @ v, rtol=0, atol=1e-10)
+    assert (values > 0.6).all()
+    assert (values < 1.3).all()
+
+
+def test_a_matrix_moves_by_what_adamw_moves_it_by() -> None:
+    """The root mean square of an update is about 0.2 η whatever the shape (arXiv 2502.16982, section 2.2)."""
+    for shape in ((64, 64), (64, 256), (192, 64)):
+        matrix = nn.Parameter(torch.zeros(shape))
+        matrix.grad = seeded(*shape)
+        ours([matrix]).step()
+        assert matrix.detach().square().mean().sqrt().item() == pytest.approx(0.2 * RATE, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "beside"),
+    [
+        (TINY, {"visual.proj", "visual.conv1.weight", "visual.positional_embedding"}),
+        (RESNET, {"visual.attnpool.c_proj.weight", "visual.attnpool.positional_embedding"}),
+    ],
+    ids=["ViT", "ResNet"],
+)
+def test_what_goes_to_muon_by_name(values: dict[str, Any], beside: set[str]) -> None:
+    """Attention and MLP of both towers; no embedding, no projection out of a tower, no convolution."""
+    model = CLIP(config_from_dict(values))
+    hidden = hidden_matrices(model)
+    found = {name for name, parameter in model.named_parameters() if parameter in hidden}
+    parts = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    parts += ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    assert found == {name for name, _ in model.named_parameters() if name.endswith(parts)}
+    assert not found & (beside | {"text_projection", "token_embedding.weight", "positional_embedding"})
+    assert {row_blocks(p) for n, p in model.named_parameters() if n.endswith("in_proj_weight")} == {3}
+
+
+def test_groups_keep_rates_and_decay_apart() -> None:
+    """Muon's first, at its own rate, on top of a tower's; each parameter once."""
+    model = CLIP(config_from_dict(TINY))
+    tuning = Tuning(optimizer="muon", muon_learning_rate=4e-3)
+    hidden = muon_matrices(model, CONFIG, tuning)
+    assert hidden is not None
+    rates = dict.fromkeys(model.visual.parameters(), 5e-4)
+    groups = parameter_groups(model, CONFIG, rates, hidden)
+    found = {(group["hidden"], group["weight_decay"], round(group["lr"], 6)): len(group["params"]) for group in groups}
+    assert set(found) == {
+        (True, DECAY, 4e-3), (True, DECAY, 2e-3),
+        (False, DECAY, 1e-3), (False, DECAY, 5e-4), (False, 0.0, 1e-3), (False, 0.0, 5e-4),
+    }  # fmt: skip
+    assert [group["hidden"] for group in groups] == sorted((group["hidden"] for group in groups), reverse=True)
+    assert sum(found.values()) == len(list(model.parameters()))
+    assert muon_matrices(model, CONFIG, Tuning()) is None
+
+
+def made(model: CLIP, **how: Any) -> torch.optim.Optimizer:
+    tuning = Tuning(optimizer="muon", **how)
+    groups = parameter_groups(model, CONFIG, None, muon_matrices(model, CONFIG, tuning))
+    return build_optimizer(groups, CONFIG, tuning, fused=True)
+
+
+def test_the_rest_is_adamw_to_the_bit() -> None:
+    """Of a whole model: what Muon leaves alone has the bits of a fused AdamW beside it, and one schedule moves both."""
+    models = [CLIP(config_from_dict(TINY))]
+    models.append(copy.deepcopy(models[0]))
+    optimizer, reference = (
+        made(models[0]),
+        torch.optim.AdamW(
+            parameter_groups(models[1], CONFIG), lr=CONFIG.lr, betas=CONFIG.betas, eps=CONFIG.eps, fused=True
+        ),
+    )
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in (optimizer, reference)]
+    for step in range(3):
+        for model in models:
+            for place, parameter in enumerate(model.parameters()):
+                parameter.grad = seeded(*parameter.shape, seed=100 * step + place)
+        for one, schedule in zip((optimizer, reference), schedules, strict=True):
+            one.step()
+            schedule.step()
+    hidden = hidden_matrices(models[0])
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other) == (one not in hidden)
+
+
+@pytest.mark.parametrize("how", [{}, {"adam_statistics": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_a_restored_state_goes_on_to_the_same_bits(how: dict[str, Any]) -> None:
+    """Two steps, the state through a dict into a new optimizer, two more: as four. Statistics keep their type."""
+    models = [CLIP(config_from_dict(TINY))]
+    optimizer = made(models[0], **how)
+    steps(optimizer, list(models[0].parameters()), range(2))
+    models.append(copy.deepcopy(models[0]))
+    again = made(models[1], **how)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, model in zip((optimizer, again), models, strict=True):
+        steps(one, list(model.parameters()), range(2, 4))
+    assert isinstance(again, Muon)
+    assert again.rest.state is again.state
+    assert again.rest.param_groups[0] is again.param_groups[1]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    dtypes = {again.state[p][BUFFER].dtype for p in hidden_matrices(models[1])}
+    assert dtypes == {torch.bfloat16 if how else torch.float32}
+
+
+def test_what_is_rounded_by_chance_is_right_on_average() -> None:
+    """One step from bfloat16's numbers, of 200 rounding seeds: the mean of weights and momentum is float32's step."""
+    start, gradient = seeded(12, 16).bfloat16(), seeded(12, 16, seed=1).bfloat16()
+    found: list[list[Tensor]] = [[], []]
+    for seed in range(200):
+        matrix = nn.Parameter(start.clone())
+        optimizer = ours([matrix], half_momentum=True, seed=seed)
+        matrix.grad = gradient
+        optimizer.step()
+        assert matrix.dtype == optimizer.state[matrix][BUFFER].dtype == torch.bfloat16
+        found[0].append(matrix.detach().double())
+        found[1].append(optimizer.state[matrix][BUFFER].double())
+    wide = nn.Parameter(start.float())
+    reference = ours([wide])
+    wide.grad = gradient.float()
+    reference.step()
+    for values, expected in zip(found, (wide.detach(), reference.state[wide][BUFFER]), strict=True):
+        step = 2.0 ** (expected.double().abs().log2().floor() - 7)
+        off = (torch.stack(values).mean(dim=0) - expected) / step
+        # Hoeffding: of 192 numbers one is off by more than 0.2 once in 10³ times.
+        assert off.abs().max() < 0.2
+        assert (torch.stack(values).std(dim=0) > 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_step_that_is_held_back_changes_nothing(monkeypatch: pytest.MonkeyPatch, waits: bool, half: bool) -> None:
+    """``found_inf`` above 0 beside NaN in the gradient: matrices, momentum and the rest keep their bits."""
+    for module in (half_adamw, muon):
+        monkeypatch.setattr(module, "known_at_once", lambda _: not waits)
+    matrix, bias = nn.Parameter(seeded(6, 6)), nn.Parameter(seeded(4))
+    rest = torch.optim.AdamW([bias], lr=RATE, fused=True)
+    groups = [{"params": [matrix], "lr": RATE, "weight_decay": DECAY}]
+    optimizer = Muon(groups, rest, 0.95, half_momentum=half, held_back=True)
+    matrix.grad, bias.grad = seeded(6, 6, seed=1), seeded(4, seed=1)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+
+    def kept() -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in (matrix, bias, optimizer.state[matrix][BUFFER])]
+
+    before = kept()
+    optimizer.found_inf = torch.ones(())
+    matrix.grad[0, 0] = bias.grad[0] = math.nan
+    optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(before, kept(), strict=True))
+    optimizer.found_inf = torch.zeros(())
+    matrix.grad, bias.grad = seeded(6, 6, seed=2), seeded(4, seed=2)
+    optimizer.step()
+    assert not any(torch.equal(one, other) for one, other in zip(before, kept(), strict=True))
