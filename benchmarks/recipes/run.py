@@ -1,0 +1,119 @@
+"""Trains the rows of an experiment and judges them on a split: a table, mean ± standard deviation over seeds.
+
+    python benchmarks/recipes/run.py emoji adamw emoji_dir --output runs/recipes --seeds 3
+
+``splits.py`` has written the tables into the folder. Rows are trained on train.csv and judged on choose.csv, or with
+``--report`` on report.csv, by the state that the run ended in. Runs that are there already are read, those that were
+stopped go on. ``--jobs 2`` trains two at a time. Words after ``--`` go to ``train-clip train``, such as ``--precision
+bf16-mixed``. Times are of processor time, next to the first row's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rows import DATA, EXPERIMENTS, MODEL, Data
+
+sys.path.append(str(Path(__file__).parents[1]))
+from commands import captions_as_classes, evaluate, mean_and_spread, own_and_further, recalls
+
+
+class Result(NamedTuple):
+    """What a run came to.
+
+    Args:
+        score: zero-shot accuracy, or the mean of the six recalls.
+        recalls: R@1, R@5, R@10 image to text, or the accuracy alone.
+        seconds: of processor time.
+    """
+
+    score: float
+    recalls: list[float]
+    seconds: float
+
+
+def main() -> None:
+    """Train what is not there yet, then print the table."""
+    own, further = own_and_further()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=DATA)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args(own)
+    data, table = DATA[options.data], "report" if options.report else "choose"
+    rows = EXPERIMENTS[options.experiment]
+    kinds = captions_as_classes(options.folder, options.output) if data.classes else None
+
+    def result(name: str, seed: int) -> Result:
+        """Train and judge one run."""
+        run = options.output / options.data / f"{name.replace(' ', '_')}-{seed}"
+        where = ("--pairs", options.folder / "train.csv", "--val_pairs", options.folder / "choose.csv")
+        model = () if "--model_name" in further else ("--model_name", MODEL)
+        seconds = train(run, *where, *model, *data.words, "--keep", 1, "--seed", seed, *further, *rows[name].split())
+        found = judge(run, options.folder / f"{table}.csv", data, kinds)
+        print(f"{name:40} seed {seed}  {100 * found[0]:.1f}%  {seconds:.0f} s", file=sys.stderr, flush=True)
+        return Result(*found, seconds)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = {(name, seed): pool.submit(result, name, seed) for seed in range(options.seeds) for name in rows}
+        show(table, {name: [jobs[name, seed].result() for seed in range(options.seeds)] for name in rows})
+
+
+def train(run: Path, *words: Any) -> float:
+    """Train a run that is not there, go on with one that has not ended; its processor time in seconds."""
+    ended = run / "seconds.json"
+    if not ended.exists():
+        there = (run / "checkpoints" / "last.ckpt").exists()
+        call = [sys.executable, "-m", "train_clip.cli", "train"]
+        call += map(str, ("--resume", run) if there else (*words, "--output", run))
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with run.with_suffix(".txt").open("w") as said:
+            process = subprocess.Popen(call, stdout=said, stderr=subprocess.STDOUT)
+            _, status, used = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"{' '.join(call)}\n{run.with_suffix('.txt').read_text()[-3000:]}")
+        ended.write_text(json.dumps(used.ru_utime + used.ru_stime))
+    return float(json.loads(ended.read_text()))
+
+
+def judge(run: Path, table: Path, data: Data, kinds: tuple[Path, Path] | None) -> tuple[float, list[float]]:
+    """The score of a run's last state, and what it is the mean of."""
+    scores = run / f"{table.stem}.json"
+    words = () if kinds is None else ("--classes", kinds[0], "--templates", kinds[1])
+    if not scores.exists():
+        evaluate(run / "checkpoints" / "last.ckpt", "--pairs", table, *words, scores=scores)
+    found = json.loads(scores.read_text(encoding="utf-8"))
+    if data.classes:
+        return found["zero_shot"]["top1"], [found["zero_shot"]["top1"]]
+    both = recalls(found)
+    return statistics.mean(both), both[:3]
+
+
+def show(table: str, results: dict[str, list[Result]]) -> None:
+    """A row of the table for each of the experiment."""
+    first = next(iter(results.values()))
+    print(f"\n| {table}.csv | score, % | against the first | R@1/5/10, or accuracy | time |\n|---|---|---|---|---|")
+    for name, found in results.items():
+        against = [one.score - other.score for one, other in zip(found, first, strict=True)]
+        columns = zip(*(one.recalls for one in found), strict=True)
+        time = statistics.median(one.seconds for one in found) / statistics.median(one.seconds for one in first)
+        print(
+            f"| {name} | {mean_and_spread([one.score for one in found])} | {mean_and_spread(against)} | "
+            f"{' / '.join(f'{100 * statistics.mean(column):.1f}' for column in columns)} | {time:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
