@@ -33,7 +33,7 @@ def test_whole_words_are_counted(flip: str, expected: Named) -> None:
 
 
 def test_the_sample_is_spaced_evenly(tmp_path: Path) -> None:
-    """Three of ten pairs, both of their lines; a file that cannot be read is passed over; more than there are is all."""
+    """Three of ten pairs, both of their lines; what cannot be read is passed over; more than there are is all."""
     folder = write_pairs(tmp_path / "pairs", 10)
     pairs = scan_folder(folder).require_pairs().pairs
     lines = [pair.captions() for pair in pairs]
