@@ -118,9 +118,17 @@ def test_what_is_drawn_has_its_ranges_and_shares() -> None:
         assert (factor.mean(), factor.std()) == pytest.approx((1.0, 0.8 / math.sqrt(12)), abs=5e-3)
     angles = cosines[~kept & ~grey].clamp(max=1).arccos() / (2 * math.pi)
     assert (angles.max(), angles.mean()) == pytest.approx((0.1, 0.05), abs=1e-3)
-    # No two draws of an image go together.
-    table = torch.stack([b, c, draws.mirrored.double(), draws.upended.double(), grey.double()])[:, ~kept]
-    assert (torch.corrcoef(table) - torch.eye(5)).abs().max() < 0.02
+    # No two draws of an image go together. Of red, what becomes green less what becomes blue grows with the angle.
+    flips, turn = (draws.mirrored.double(), draws.upended.double()), plain[:, 1, 0] - plain[:, 2, 0]
+    for table in (torch.stack([b, c, *flips, grey.double()])[:, ~kept], torch.stack([b, c, s, turn])[:, ~kept & ~grey]):
+        assert (torch.corrcoef(table) - torch.eye(len(table))).abs().max() < 0.02
+
+
+def test_no_factor_is_below_none() -> None:
+    """At the greatest strength, 2: brightness from 0, not from -0.6, to 2.6."""
+    draws = draw_batch(BatchAugmentation(2.0), (0, 0), slice(None), 10_000)
+    b = draws.mixes.sum(2)[:, 0] + draws.lifts.sum(1)
+    assert (b.min().item(), b.max().item()) == pytest.approx((0.0, 2.6), abs=5e-3)
 
 
 def test_hue_turns_both_ways() -> None:
