@@ -14,11 +14,18 @@ import pytest
 from tests.conftest import write_pairs
 from train_clip import cli
 from train_clip.commands.finetune import StartOptions, TuningOptions
-from train_clip.commands.options import DataOptions, ModelOptions, ObjectiveOptions, OptimizerOptions, RunOptions
+from train_clip.commands.options import (
+    AugmentationOptions,
+    DataOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    RunOptions,
+)
 from train_clip.commands.prompt_tune import PromptOptions
 from train_clip.errors import UserError
 
-GROUPS = (ModelOptions, DataOptions, OptimizerOptions, ObjectiveOptions, RunOptions)
+GROUPS = (ModelOptions, DataOptions, AugmentationOptions, OptimizerOptions, ObjectiveOptions, RunOptions)
 OWN_OPTIONS = {field.name for group in GROUPS for field in dataclasses.fields(group)}
 
 
@@ -36,6 +43,7 @@ def test_every_option_reaches_its_dataclass():
         *"--pairs train.csv --image_column file --caption_column title --equal_captions mask --pair_by number".split(),
         *"--adam_statistics bfloat16 --half_weights text".split(),
         *"--optimizer muon --momentum 0.8 --muon_learning_rate 2e-3".split(),
+        *"--color_jitter 0.5 --grayscale 0.2 --horizontal_flip 0.4 --vertical_flip 0.1".split(),
         *("--betas", "[0.8, 0.9]", "--context_length", "20", "--activation", "gelu", "--pretrained", "FILE"),
     )
     assert values["model"] == ModelOptions("RN50", 64, 20, "gelu", "FILE")
@@ -45,6 +53,9 @@ def test_every_option_reaches_its_dataclass():
     )
     assert values["optimizer"] == OptimizerOptions(
         "muon", 0.8, 2e-3, 1e-3, 0.1, (0.8, 0.9), 1e-7, 5, "bfloat16", "text"
+    )
+    assert values["augmentation"] == AugmentationOptions(
+        color_jitter=0.5, grayscale=0.2, horizontal_flip=0.4, vertical_flip=0.1
     )
     assert values["objective"] == ObjectiveOptions("mask")
     assert values["run"] == RunOptions(8, 2, 3, True, 7, 3, Path("out"))

@@ -96,6 +96,23 @@ def test_the_choice_depends_on_the_seed(tmp_path: Path) -> None:
     assert len(set(names[0])) == 5
 
 
+def test_crops_are_augmented_as_in_training(tmp_path: Path) -> None:
+    """A red dot at the left of each of 40 crops: some of them grey, some mirrored; without options all as they are."""
+    folder = write_pairs(tmp_path / "pairs", 1, size=8)
+    dot = np.zeros((8, 8, 3), dtype=np.uint8)
+    dot[:4, :4, 0] = 200
+    Image.fromarray(dot).save(folder / "000.png")
+    plain = page(folder, crops=40, image_size=8).pictures
+    assert all(np.array_equal(picture, dot) for picture in plain)
+    seen = page(folder, crops=40, image_size=8, grayscale=0.5, horizontal_flip=0.5).pictures
+    grey = [picture for picture in seen if (picture == picture[..., :1]).all()]
+    mirrored = [picture for picture in seen if not picture[0, 0].any()]
+    assert 8 < len(grey) < 32
+    assert 8 < len(mirrored) < 32
+    with pytest.raises(UserError, match="color_jitter is 9; expected from 0"):
+        page(folder, color_jitter=9)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"number": 0}, {"crops": 0}, {"image_size": 0}, {"context_length": 1}, {"seed": -1}, {"resize_ratio": 0.0}],

@@ -173,6 +173,7 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--betas [0.5,0.5]", r"betas \[0.5, 0.5\], was \[0.9, 0.98\]"),
         ("--warmup_steps 1", r"warmup_steps 1, was None"),
         ("--seed 3", r"seed 3, was 0"),
+        ("--color_jitter 0.5", r"color_jitter 0.5, was 0.0"),
         ("--image_size 32", r"config\.image\.size 32, was 16"),
         ("--pretrained tiny.yaml", r"began without --pretrained, and is to go on with --pretrained tiny.yaml"),
         ("--activation gelu", r"began without --activation"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -75,10 +76,15 @@ def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the demo has run (two epochs, one picture a scene) and ``data_dir`` holds twelve pairs."""
     folder = tmp_path_factory.mktemp("newcomer")
     train = demo_module.train
+
+    def short(*groups: Any) -> Path:
+        *options, run, trainer = groups
+        return train(*options, replace(run, epochs=2), trainer)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(demo_module, "COPIES", 1)
-        patch.setattr(demo_module, "train", lambda *groups: train(*groups[:4], replace(groups[4], epochs=2), groups[5]))
+        patch.setattr(demo_module, "train", short)
         cli.main(["demo"])
     write_pairs(folder / "data_dir", 12)
     save_resnet(folder / "resnet"), save_bert(folder / "bert")

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from train_clip.commands.options import TableOptions, require_least
+from train_clip.commands.options import AugmentationOptions, TableOptions, require_least
+from train_clip.data.batch_augmentation import BatchAugmentation, augment, draw_batch
 from train_clip.data.contact_sheet import SheetEntry, contact_sheet
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.pixels import bytes_to_show
@@ -19,7 +21,7 @@ from train_clip.files import write_text
 
 
 @dataclass(frozen=True)
-class ShowOptions(TableOptions):
+class ShowOptions(AugmentationOptions, TableOptions):
     """What is shown, and as which model sees it.
 
     Args:
@@ -27,7 +29,7 @@ class ShowOptions(TableOptions):
         number: pairs, chosen at random
         crops: of each image, drawn as training draws them
         image_size: side of the model's square in pixels
-        resize_ratio: as `train --resize_ratio`
+        resize_ratio: as `train --resize_ratio`; likewise --color_jitter and the others of images
         context_length: tokens of a caption at most, start and end included
         seed: as `train --seed`; it also chooses the pairs
     """
@@ -76,12 +78,15 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
 def entry(pairs: PairList, place: int, options: ShowOptions) -> SheetEntry:
     """One pair, with crops drawn as training draws them."""
     how = Augmentation(options.image_size, options.resize_ratio, options.seed)
+    changes = BatchAugmentation(options.color_jitter, options.grayscale, options.horizontal_flip, options.vertical_flip)
     name = shown(pairs.names[place])
     captions: list[str] = []
     try:
         captions = pairs[place].captions()
         rng = np.random.default_rng((options.seed, place))
-        crops = [bytes_to_show(draw(pairs[place], how, rng)[0]) for _ in range(options.crops)]
+        drawn = torch.stack([draw(pairs[place], how, rng)[0] for _ in range(options.crops)])
+        draws = draw_batch(changes, (options.seed, place), slice(None), options.crops)
+        crops = [bytes_to_show(crop) for crop in augment(drawn, changes, draws)]
     except BadSample as bad:
         return SheetEntry(name, [], captions, f"{shown(bad.path)}: {bad.reason}")
     return SheetEntry(name, crops, captions)

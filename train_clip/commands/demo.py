@@ -10,6 +10,7 @@ import yaml
 
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.commands.options import (
+    AugmentationOptions,
     DataOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -45,6 +46,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     run = train(
         select(ModelOptions, recipe),
         select(DataOptions, recipe, folder=training),
+        select(AugmentationOptions, recipe),
         select(OptimizerOptions, recipe),
         select(ObjectiveOptions, recipe),
         select(RunOptions, recipe, seed=seed, output=output / "run"),

@@ -12,6 +12,7 @@ from train_clip.checkpoints.encoders import load_image_encoder, load_text_encode
 from train_clip.checkpoints.own_encoders import SOURCE
 from train_clip.commands.beginning import pretrained_weights, require_same_start
 from train_clip.commands.options import (
+    AugmentationOptions,
     DataOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -80,9 +81,10 @@ class TuningOptions(ObjectiveOptions):
     kl_coeff: float = 1.0
 
 
-def finetune(
+def finetune(  # noqa: PLR0913, each is a group of options
     start: StartOptions,
     data: DataOptions,
+    augmentation: AugmentationOptions,
     optimizer: OptimizerOptions,
     tuning: TuningOptions,
     run: RunOptions,
@@ -93,6 +95,7 @@ def finetune(
     Args:
         start: the encoders, or the trained model.
         data: the data.
+        augmentation: of its images.
         optimizer: its numbers.
         tuning: what is trained, and towards what.
         run: length, seed and folder of the run.
@@ -103,7 +106,7 @@ def finetune(
     """
     resumed = begin(run)
     usual = OF_ENCODERS if start.pretrained is None else OF_CLIP
-    given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning)
+    given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning) | dataclasses.asdict(augmentation)
     how = usual | {name: value for name, value in given.items() if value is not None}
     how |= run.step | {"seed": run.seed}
     if resumed is not None:
@@ -125,7 +128,7 @@ def finetune(
             type(group)(**{field.name: module.hparams[field.name] for field in dataclasses.fields(group)})
             for group in (optimizer, tuning)
         ]
-        return start, data, *resolved
+        return start, data, augmentation, *resolved
 
     return train_job(Job("finetune", module, pairs, EPOCHS, options), run, trainer, resumed)
 

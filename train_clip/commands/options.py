@@ -96,6 +96,23 @@ class DataOptions(TableOptions):
     val_pairs: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    """What is done to the images of a training batch, beside their crop.
+
+    Args:
+        color_jitter: strength of SimCLR's changes of brightness, contrast, saturation and hue; its own is 1
+        grayscale: share of the images without colour; SimCLR's is 0.2
+        horizontal_flip: share of the images whose left and right change places; not for captions that name sides
+        vertical_flip: share of the images whose top and bottom change places
+    """
+
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
     """The optimizer.

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from train_clip.checkpoints.weights import Weights, require_no_prompts
 from train_clip.commands.beginning import DEFAULT_MODEL, pretrained_weights, require_same_start
 from train_clip.commands.options import (
+    AugmentationOptions,
     DataOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -27,9 +28,10 @@ from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.data_module import TextImageDataModule
 
 
-def train(
+def train(  # noqa: PLR0913, each is a group of options
     model: ModelOptions,
     data: DataOptions,
+    augmentation: AugmentationOptions,
     optimizer: OptimizerOptions,
     objective: ObjectiveOptions,
     run: RunOptions,
@@ -40,6 +42,7 @@ def train(
     Args:
         model: the model.
         data: the data.
+        augmentation: of its images.
         optimizer: which, and its numbers; the preset's where None.
         objective: what is minimised.
         run: length, seed and folder of the run.
@@ -54,9 +57,8 @@ def train(
         require_same_start(resumed, {"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
     config = choose_config(model) if weights is None else _require_clip(weights)
-    numbers = (
-        dataclasses.asdict(optimizer) | dataclasses.asdict(objective) | {"optimizer": optimizer.optimizer or "adamw"}
-    )
+    numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective) | dataclasses.asdict(augmentation)
+    numbers |= {"optimizer": optimizer.optimizer or "adamw"}
     module = CLIPWrapper(config.name, config, seed=run.seed, **run.step, **numbers)
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
@@ -70,7 +72,7 @@ def train(
             **{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)}
         )
         kept = model if weights is None else dataclasses.replace(model, pretrained=weights.source)
-        return _keep_model(kept, config, folder), data, resolved, objective
+        return _keep_model(kept, config, folder), data, augmentation, resolved, objective
 
     return train_job(Job("train", module, pairs, config.optimizer.epochs, options), run, trainer, resumed)
 

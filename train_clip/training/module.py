@@ -25,6 +25,7 @@ from train_clip.losses.contrastive import Pairs, clip_loss
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder, Texts
 from train_clip.training.arguments import require_same_arguments
+from train_clip.training.augmented import augmented, warn_of_flips
 from train_clip.training.batch import BatchReader, Inputs
 from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
@@ -161,6 +162,7 @@ class ContrastiveModule(L.LightningModule):
         if stage == "fit":
             self.require_precision(self.trainer.precision)
             self._economy.prepare(self.model)
+            warn_of_flips(self._tuning.augmentation, getattr(self.trainer, "datamodule", None))
 
     def configure_model(self) -> None:
         """Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32."""
@@ -221,6 +223,8 @@ class ContrastiveModule(L.LightningModule):
         """Loss of this process's rows against the global batch, () float32."""
         inputs = self._reader.read(batch, self.device)
         self._end_of_step.require_equal_shares(len(inputs.images))
+        images = augmented(inputs.images, self._tuning.augmentation, self._seed, self.consumed_batches)
+        inputs = inputs._replace(images=images)
         pairs = share(*self._towers.embed(self.model, inputs, self.consumed_batches), inputs.captions)
         taught = self._embed_by_teacher(inputs, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from train_clip.data.batch_augmentation import BatchAugmentation
 from train_clip.errors import UserError
 
 CHOICES = {
@@ -38,6 +39,10 @@ class Tuning:
         adam_statistics: what AdamW's two moments are kept in; ``bfloat16`` is rounded by chance (``half_adamw.py``).
         half_weights: towers whose weights are kept in bfloat16 and rounded by chance at each update; ``text`` is the
             paper's (CLIP, section 2.5). Gains and biases stay float32.
+        color_jitter: of the training images; see ``BatchAugmentation`` for this and the next three.
+        grayscale: likewise.
+        horizontal_flip: likewise.
+        vertical_flip: likewise.
 
     Raises:
         UserError: an unknown choice, or a number that cannot work.
@@ -55,6 +60,10 @@ class Tuning:
     equal_captions: Literal["keep", "mask"] = "keep"
     adam_statistics: Literal["float32", "bfloat16"] = "float32"
     half_weights: Literal["none", "text", "image", "both"] = "none"
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -93,6 +102,12 @@ class Tuning:
                     f"half_weights is {self.half_weights!r} beside lock_{tower}: rounding would change a tower that is "
                     "to be kept as it is. Leave one of the two out."
                 )
+        _ = self.augmentation
+
+    @property
+    def augmentation(self) -> BatchAugmentation:
+        """What is done to the images of a training batch."""
+        return BatchAugmentation(self.color_jitter, self.grayscale, self.horizontal_flip, self.vertical_flip)
 
     @property
     def keeps_halves(self) -> bool:
