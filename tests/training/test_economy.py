@@ -131,6 +131,17 @@ def test_two_encoders_compile():
     assert_alike(found[1].model, found[0].model, 2e-5)
 
 
+def test_steps_that_leave_out_patches_compile():
+    """Two steps on half of the patches in chunks, one on all of them: weights to float32's rounding, a few forms."""
+    found = []
+    for how in ({}, {"compile": True}):
+        found.append(wrapper(minibatch_size=3, mask_ratio=0.5, unmasked_share=0.3, **how))
+        fit(found[-1], loader(16))
+    assert_alike(found[1].model, found[0].model, 2e-5)
+    # Of images those of 3 and of 2 rows, of half and of all patches; of captions one.
+    assert counters["stats"]["unique_graphs"] == 5
+
+
 @pytest.mark.parametrize("name", ["minibatch_size", "kept_minibatches", "gradient_checkpointing"])
 def test_numbers_that_cannot_work(name):
     with pytest.raises(UserError, match=f"{name} is -1; expected 0 or above"):

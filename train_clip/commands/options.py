@@ -143,8 +143,22 @@ class OptimizerOptions:
     half_weights: Literal["none", "text", "image", "both"] = "none"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChanceOptions:
+    """What a step leaves out by chance.
+
+    Args:
+        mask_ratio: share of the patches of each image that a step leaves out, such as 0.5; for CLIP's own vision
+            transformers
+        unmasked_share: the last part of the run's optimizer steps, which looks at whole images again
+    """
+
+    mask_ratio: float = 0.0
+    unmasked_share: float = 0.05
+
+
 @dataclass(frozen=True)
-class ObjectiveOptions:
+class ObjectiveOptions(ChanceOptions):
     """What is minimised.
 
     Args:

@@ -1,6 +1,7 @@
 """CLIP's vision transformer (CLIP paper, section 2.4; openai/CLIP, model.py).
 
-B  images      S  side of the image in pixels      P  patches      W  width      D  embedding width
+B  images      S  side of the image in pixels      P  patches      K  patches that are kept      W  width
+D  embedding width
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from train_clip.models.blocks import LayerNorm, Transformer
 from train_clip.models.config import ViTConfig
+from train_clip.models.patches import choose_patches, cut_patches
 
 
 class VisionTransformer(nn.Module):
@@ -21,6 +23,8 @@ class VisionTransformer(nn.Module):
         embed_dim: D.
         activation: ``quick_gelu`` or ``gelu``.
     """
+
+    kept_patches: int = 0  # K: patches of each image that are looked at in training, chosen by chance; 0 for all
 
     def __init__(self, config: ViTConfig, embed_dim: int, activation: str) -> None:
         super().__init__()
@@ -45,28 +49,20 @@ class VisionTransformer(nn.Module):
         return self.read_out(self.transformer(self.embed(images)))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) normalised images to what the first block takes: (B, 1 + P, W), the class token first."""
-        patches = F.linear(cut_patches(images, self.patch), self.conv1.weight.flatten(1))
+        """Map (B, 3, S, S) normalised images to what the first block takes: (B, 1 + P, W), the class token first.
+
+        In training it may be (B, 1 + K, W): patches that are left out are not embedded (FLIP, arXiv 2212.00794).
+        """
+        squares, positions = cut_patches(images, self.patch), self.positional_embedding
+        if self.training and self.kept_patches:
+            squares, places = choose_patches(squares, self.kept_patches)
+            # Looked up in the parameter's own type, in which the gradients of all images are then added.
+            positions = F.embedding(F.pad(places + 1, (1, 0)), positions)
+        patches = F.linear(squares, self.conv1.weight.flatten(1))
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        x = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)
+        x = torch.cat([class_token, patches], dim=1) + positions.to(patches.dtype)
         return self.ln_pre(x)
 
     def read_out(self, x: Tensor) -> Tensor:
         """Map what the last block gives, (B, L, W), the class token first, to (B, W) features."""
         return self.ln_post(x[:, 0])
-
-
-def cut_patches(images: Tensor, side: int) -> Tensor:
-    """Cut images into squares, row by row: a convolution that does not overlap is a product of its squares.
-
-    As a product its weight's gradient is one too; PyTorch's convolution takes many times as long for it on a CPU.
-
-    Args:
-        images: (B, 3, S, S).
-        side: of a square, in pixels; what is left over at the right and at the bottom is dropped, as by a convolution.
-
-    Returns:
-        (B, P, 3 · side²).
-    """
-    squares = images.unfold(2, side, side).unfold(3, side, side)  # (B, 3, S / side, S / side, side, side)
-    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -38,6 +38,7 @@ from train_clip.training.optimizer import (
     tower_rates,
     warmup_for,
 )
+from train_clip.training.patch_dropping import PatchDropping
 from train_clip.training.skips import SkipReport
 from train_clip.training.stand_ins import StandIns
 from train_clip.training.step_figures import step_figures
@@ -98,6 +99,7 @@ class ContrastiveModule(L.LightningModule):
             )
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
         economy.recompute(model)
+        self._patches = PatchDropping(model, tuning)
         self._reader = BatchReader(model, None)
         self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()
@@ -170,7 +172,8 @@ class ContrastiveModule(L.LightningModule):
             narrow(self.model, self._tuning)
 
     def teardown(self, stage: str) -> None:
-        """After training: give the model back in float32."""
+        """After training: give the model back in float32, and looking at whole images."""
+        self._patches.end()
         widen(self.model, self._tuning)
 
     @property
@@ -225,6 +228,7 @@ class ContrastiveModule(L.LightningModule):
         self._end_of_step.require_equal_shares(len(inputs.images))
         images = augmented(inputs.images, self._tuning.augmentation, self._seed, self.consumed_batches)
         inputs = inputs._replace(images=images)
+        self._patches.begin_step(self.trainer.global_step, self._end_of_step.num_steps)
         pairs = share(*self._towers.embed(self.model, inputs, self.consumed_batches), inputs.captions)
         taught = self._embed_by_teacher(inputs, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.

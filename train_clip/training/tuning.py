@@ -43,6 +43,10 @@ class Tuning:
         grayscale: likewise.
         horizontal_flip: likewise.
         vertical_flip: likewise.
+        mask_ratio: share of the patches of each image that a step leaves out, by chance (FLIP, arXiv 2212.00794, which
+            leaves out 0.5 or 0.75).
+        unmasked_share: the last part of the run's optimizer steps, which leaves none out. FLIP's is 0.32 of an epoch
+            after 32, 0.01 (its “unmasked tuning”), of a run that is far longer than most.
 
     Raises:
         UserError: an unknown choice, or a number that cannot work.
@@ -64,6 +68,8 @@ class Tuning:
     grayscale: float = 0.0
     horizontal_flip: float = 0.0
     vertical_flip: float = 0.0
+    mask_ratio: float = 0.0
+    unmasked_share: float = 0.05
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -75,6 +81,13 @@ class Tuning:
         for right, message in (
             (0 <= self.momentum < 1, f"momentum is {self.momentum}; expected from 0 to below 1."),
             (self.kl_coeff >= 0, f"kl_coeff is {self.kl_coeff}; expected 0 or above."),
+            (0 <= self.mask_ratio < 1, f"mask_ratio is {self.mask_ratio}; expected from 0 to below 1."),
+            (0 <= self.unmasked_share <= 1, f"unmasked_share is {self.unmasked_share}; expected from 0 to 1."),
+            (
+                not (self.mask_ratio and self.lock_image),
+                f"mask_ratio is {self.mask_ratio} beside lock_image: a tower that is kept looks at whole images. Leave "
+                "one of the two out.",
+            ),
             (
                 self.optimizer != "sgd" or not self.keeps_halves,
                 f"adam_statistics is {self.adam_statistics!r} and half_weights {self.half_weights!r} beside optimizer "
