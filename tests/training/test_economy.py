@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
+from train_clip.models.blocks import Transformer
 from train_clip.training import stand_ins
 from train_clip.training.economy import Economy, compile_tower
 from train_clip.training.stand_ins import StandIns, _RowsToTable
@@ -140,6 +141,28 @@ def test_steps_that_leave_out_patches_compile():
     assert_alike(found[1].model, found[0].model, 2e-5)
     # Of images those of 3 and of 2 rows, of half and of all patches; of captions one.
     assert counters["stats"]["unique_graphs"] == 5
+
+
+@pytest.mark.parametrize("how", [{}, {"minibatch_size": 5}, {"minibatch_size": 5, "gradient_checkpointing": 1}])
+def test_blocks_that_are_left_out_by_chance_compile(how):
+    """From 4 to 8 rows, whole images at the end: weights to float32's rounding, and one compiled form a tower."""
+    chance = {"stochastic_depth": 0.5, "mask_ratio": 0.5, "unmasked_share": 0.3}
+    plain, compiled = wrapper(**how, **chance), wrapper(compile=True, **how, **chance)
+    for module in (plain, compiled):
+        fit(module, loader(16))
+    assert_alike(compiled.model, plain.model, 2e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_as_many_rows_as_tokens_is_no_form_of_its_own():
+    """8 of 9 rows of 8 tokens, then other numbers before the backward pass: the recomputation meets the same form."""
+    torch.manual_seed(0)
+    tower = Transformer(16, 4, 2, "gelu", causal=False)
+    tower.stochastic_depth, tower.recompute = 0.5, 1
+    compile_tower(tower, dynamic=True)
+    x, y = torch.randn(9, 8, 16, requires_grad=True), torch.randn(6, 5, 16, requires_grad=True)
+    (tower(x).sum() + tower(y).sum()).backward()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", ["minibatch_size", "kept_minibatches", "gradient_checkpointing"])

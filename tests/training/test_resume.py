@@ -29,6 +29,7 @@ from train_clip.training.signals import Stopped
 PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
 BATCHES = 4
 AUGMENTED = {"color_jitter": 1.0, "grayscale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.5}
+CHANCE = {"mask_ratio": 0.5, "unmasked_share": 0.4, "stochastic_depth": 0.5}
 HALVES = {"half_weights": "text", "adam_statistics": "bfloat16"}
 
 
@@ -326,14 +327,15 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"tuning": HALVES, "scaler": True, "gradient_clip_val": 0.1},
         {"tuning": {"optimizer": "muon", "adam_statistics": "bfloat16"}, "precision": "bf16-mixed"},
         {"tuning": AUGMENTED, "max_epochs": -1, "max_steps": 7},
+        {"tuning": CHANCE, "accumulate_grad_batches": 3},
     ],
     ids=lambda how: " ".join(map(str, how)),
 )
 def test_so_does_every_kind_of_run(tmp_path: Path, how: dict[str, Any]) -> None:
     """Accumulation over 3 of 10 batches, validation within epochs, parts of epochs, precisions, clipping, max_steps.
 
-    Weights and moments in bfloat16; images augmented. Resumed from every state that was saved, or of many from every
-    third and the epoch's edge.
+    Weights and moments in bfloat16; images augmented; patches and blocks left out by chance. Resumed from every state
+    that was saved, or of many from every third and the epoch's edge.
     """
     write_pairs(tmp_path / "data", 50)  # 10 held out: 10 batches an epoch
     how = {"max_epochs": 2} | how

@@ -151,10 +151,13 @@ class ChanceOptions:
         mask_ratio: share of the patches of each image that a step leaves out, such as 0.5; for CLIP's own vision
             transformers
         unmasked_share: the last part of the run's optimizer steps, which looks at whole images again
+        stochastic_depth: share of the rows that the last block of each of CLIP's transformers is left out for, falling
+            to 0 towards the first, such as 0.1
     """
 
     mask_ratio: float = 0.0
     unmasked_share: float = 0.05
+    stochastic_depth: float = 0.0
 
 
 @dataclass(frozen=True)

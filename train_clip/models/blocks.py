@@ -38,6 +38,8 @@ class Transformer(BlockStack):
         UserError: the activation is unknown.
     """
 
+    stochastic_depth: float = 0.0  # share of the rows that the last block is left out for in training
+
     def __init__(self, width: int, layers: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -46,7 +48,7 @@ class Transformer(BlockStack):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, W) to (B, L, W)."""
-        return run_blocks(list(self.blocks()), x, self.recompute)
+        return run_blocks(list(self.blocks()), x, self.recompute, self.stochastic_depth if self.training else 0.0)
 
     def blocks(self) -> Iterator[ResidualBlock]:
         """The blocks, first to last."""

@@ -15,8 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from train_clip.errors import UserError
 from train_clip.models.running_statistics import still, training_norms
+from train_clip.models.stochastic_depth import skip_rates, through_some_rows
 
 Block = Callable[[Tensor], Tensor]
+Steps = Sequence[tuple[Block, float]]
+"""Blocks, and the share of the rows that each is left out for."""
 
 
 class BlockStack(nn.Module):
@@ -60,33 +63,35 @@ def recompute_blocks(tower: nn.Module, group: int) -> None:
         )
 
 
-def run_blocks(blocks: Sequence[Block], x: Tensor, group: int) -> Tensor:
+def run_blocks(blocks: Sequence[Block], x: Tensor, group: int, skipping: float = 0.0) -> Tensor:
     """Map x through blocks, one after the other.
 
     Args:
-        blocks: each maps what the one before it gives. Dropout meets the same random state in the recomputation, and
-            running statistics of BatchNorms among them are updated once.
+        blocks: each maps what the one before it gives. Dropout and stochastic depth meet the same random state in the
+            recomputation, and running statistics of BatchNorms among them are updated once.
         x: what the first one takes.
         group: blocks that are recomputed together; 0 to keep everything.
+        skipping: share of the rows that the last block is left out for (``stochastic_depth.py``); 0 for none.
 
     Returns:
         What the last one gives.
     """
+    steps = list(zip(blocks, skip_rates(skipping, len(blocks)), strict=True))
     if group == 0 or not torch.is_grad_enabled():
-        return _run(blocks, x)
-    for start in range(0, len(blocks), group):
-        some = blocks[start : start + group]
+        return _run(steps, x)
+    for start in range(0, len(steps), group):
+        some = steps[start : start + group]
 
-        def contexts(some: Sequence[Block] = some) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        def contexts(some: Steps = some) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             """Of the forward pass and of the recomputation."""
-            modules = [block for block in some if isinstance(block, nn.Module)]
+            modules = [block for block, _ in some if isinstance(block, nn.Module)]
             return nullcontext(), still([norm for module in modules for norm in training_norms(module)])
 
         x = cast(Tensor, checkpoint(_run, some, x, use_reentrant=False, context_fn=contexts))
     return x
 
 
-def _run(blocks: Sequence[Block], x: Tensor) -> Tensor:
-    for block in blocks:
-        x = block(x)
+def _run(steps: Steps, x: Tensor) -> Tensor:
+    for block, rate in steps:
+        x = through_some_rows(block, x, rate) if rate else block(x)
     return x

@@ -53,7 +53,8 @@ class VisionTransformer(nn.Module):
 
         In training it may be (B, 1 + K, W): patches that are left out are not embedded (FLIP, arXiv 2212.00794).
         """
-        squares, positions = cut_patches(images, self.patch), self.positional_embedding
+        squares = cut_patches(images, self.patch)
+        positions: Tensor = self.positional_embedding
         if self.training and self.kept_patches:
             squares, places = choose_patches(squares, self.kept_patches)
             # Looked up in the parameter's own type, in which the gradients of all images are then added.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shapes
 
 from train_clip.errors import UserError
 from train_clip.models.blocks import Transformer
@@ -55,7 +56,9 @@ class Economy:
     def prepare(self, model: DualEncoder) -> None:
         """Compile both towers, where that is asked for. Copies of the model, pickled ones too, are not compiled."""
         if self.compile:
-            compile_tower(model.visual, dynamic=False)
+            # Blocks that are left out by chance see another number of rows each, and would be compiled for each number.
+            stacks = [module for module in model.visual.modules() if isinstance(module, Transformer)]
+            compile_tower(model.visual, dynamic=any(stack.stochastic_depth for stack in stacks))
             compile_tower(model.transformer, dynamic=True)
 
 
@@ -81,10 +84,14 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
 
     Args:
         tower: is changed.
-        dynamic: whether one form serves all shapes, as of captions, or each shape has its own, as of images. What is
+        dynamic: whether one form serves all shapes, as of captions and under stochastic depth, or each shape has its
+            own, as of images. What is
             compiled again once shapes turn out to change would part a chunk from its recomputation.
     """
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
+    # met in the first one's recomputation (tests/training/test_economy.py).
+    shapes.use_duck_shape = False
     stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
     by_block = [stack for stack in stacks if isinstance(stack, Transformer) or stack.recompute]
     for block in (block for stack in by_block for block in stack.blocks()):

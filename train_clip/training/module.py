@@ -27,6 +27,7 @@ from train_clip.models.dual_encoder import DualEncoder, Texts
 from train_clip.training.arguments import require_same_arguments
 from train_clip.training.augmented import augmented, warn_of_flips
 from train_clip.training.batch import BatchReader, Inputs
+from train_clip.training.block_skipping import skip_blocks
 from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_weights import narrow, require_float32, widen
@@ -100,6 +101,7 @@ class ContrastiveModule(L.LightningModule):
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
         economy.recompute(model)
         self._patches = PatchDropping(model, tuning)
+        skip_blocks(model, tuning.stochastic_depth)
         self._reader = BatchReader(model, None)
         self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()

@@ -47,6 +47,8 @@ class Tuning:
             leaves out 0.5 or 0.75).
         unmasked_share: the last part of the run's optimizer steps, which leaves none out. FLIP's is 0.32 of an epoch
             after 32, 0.01 (its “unmasked tuning”), of a run that is far longer than most.
+        stochastic_depth: share of the rows that the last block of a transformer is left out for in training, falling to
+            0 towards the first (Huang et al. 2016, arXiv 1603.09382).
 
     Raises:
         UserError: an unknown choice, or a number that cannot work.
@@ -70,6 +72,7 @@ class Tuning:
     vertical_flip: float = 0.0
     mask_ratio: float = 0.0
     unmasked_share: float = 0.05
+    stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -83,6 +86,10 @@ class Tuning:
             (self.kl_coeff >= 0, f"kl_coeff is {self.kl_coeff}; expected 0 or above."),
             (0 <= self.mask_ratio < 1, f"mask_ratio is {self.mask_ratio}; expected from 0 to below 1."),
             (0 <= self.unmasked_share <= 1, f"unmasked_share is {self.unmasked_share}; expected from 0 to 1."),
+            (
+                0 <= self.stochastic_depth < 1,
+                f"stochastic_depth is {self.stochastic_depth}; expected from 0 to below 1.",
+            ),
             (
                 not (self.mask_ratio and self.lock_image),
                 f"mask_ratio is {self.mask_ratio} beside lock_image: a tower that is kept looks at whole images. Leave "
