@@ -194,7 +194,7 @@ def test_there_is_no_teacher(backbone):
         prompts(backbone, distillation="transport")
 
 
-@pytest.mark.parametrize("how", [{"mask_ratio": 0.5}, {"stochastic_depth": 0.1}])
+@pytest.mark.parametrize("how", [{"mask_ratio": 0.5}, {"stochastic_depth": 0.1}, {"layer_decay": 0.75}])
 def test_the_backbone_runs_as_it_is(backbone, how):
     """What changes how a tower is trained is refused: it is not."""
     with pytest.raises(UserError, match=f"{next(iter(how))} is .*the backbone of prompts stays and runs as it is"):

@@ -71,6 +71,8 @@ class TuningOptions(ObjectiveOptions):
         distillation: a term towards what a running mean of the model makes of the batch, by optimal transport or by
             softmax; transport for two encoders and none for a trained CLIP, if not told
         kl_coeff: weight of that term
+        layer_decay: what the rate is multiplied by for each layer that lies further from a tower's output, such as
+            0.75; 1 for one rate
     """
 
     image_learning_rate: float | None = None
@@ -79,6 +81,7 @@ class TuningOptions(ObjectiveOptions):
     lock_text: bool = False
     distillation: Literal["transport", "softmax", "none"] | None = None
     kl_coeff: float = 1.0
+    layer_decay: float = 1.0
 
 
 def finetune(  # noqa: PLR0913, each is a group of options

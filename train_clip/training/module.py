@@ -31,6 +31,7 @@ from train_clip.training.block_skipping import skip_blocks
 from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_weights import narrow, require_float32, widen
+from train_clip.training.layer_rates import layer_rates
 from train_clip.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -102,6 +103,7 @@ class ContrastiveModule(L.LightningModule):
         economy.recompute(model)
         self._patches = PatchDropping(model, tuning)
         skip_blocks(model, tuning.stochastic_depth)
+        layer_rates(model, tuning.layer_decay, {}, optimizer.lr)  # refuses a model that has no layers
         self._reader = BatchReader(model, None)
         self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()
@@ -206,7 +208,8 @@ class ContrastiveModule(L.LightningModule):
             )
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        rates, hidden = tower_rates(self.model, self._tuning), muon_matrices(self.model, config, self._tuning)
+        rates = layer_rates(self.model, self._tuning.layer_decay, tower_rates(self.model, self._tuning), config.lr)
+        hidden = muon_matrices(self.model, config, self._tuning)
         groups = parameter_groups(self, config, rates, hidden)
         optimizer = build_optimizer(groups, config, self._tuning, self._fuses(), self._seed)
         schedule = build_schedule(optimizer, warmup_steps, num_steps)

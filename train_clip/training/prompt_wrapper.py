@@ -74,7 +74,7 @@ class PromptCLIPWrapper(ContrastiveModule):
             raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
         if choices.has_half_weights:
             raise UserError(f"half_weights is {choices.half_weights!r}; the backbone of prompts stays as it is.")
-        for name, usual in (("mask_ratio", 0), ("stochastic_depth", 0)):
+        for name, usual in (("mask_ratio", 0), ("stochastic_depth", 0), ("layer_decay", 1)):
             if (value := getattr(choices, name)) != usual:
                 raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
         if not isinstance(prompts, PromptConfig):

@@ -49,6 +49,8 @@ class Tuning:
             after 32, 0.01 (its “unmasked tuning”), of a run that is far longer than most.
         stochastic_depth: share of the rows that the last block of a transformer is left out for in training, falling to
             0 towards the first (Huang et al. 2016, arXiv 1603.09382).
+        layer_decay: what a tower's rate is multiplied by for each layer that a parameter lies further from the output
+            (``layer_rates.py``); 1 for one rate.
 
     Raises:
         UserError: an unknown choice, or a number that cannot work.
@@ -73,6 +75,7 @@ class Tuning:
     mask_ratio: float = 0.0
     unmasked_share: float = 0.05
     stochastic_depth: float = 0.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -90,6 +93,7 @@ class Tuning:
                 0 <= self.stochastic_depth < 1,
                 f"stochastic_depth is {self.stochastic_depth}; expected from 0 to below 1.",
             ),
+            (0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; expected above 0, and 1 at most."),
             (
                 not (self.mask_ratio and self.lock_image),
                 f"mask_ratio is {self.mask_ratio} beside lock_image: a tower that is kept looks at whole images. Leave "
