@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def skip_rates(highest: float, number: int) -> list[float]:
-    """The share of rows that each of L blocks is left out for: P · l / L, l = 1 … L (Huang et al., equation 4).
+    """The share of rows that each of L blocks is left out for: P · l / L, l = 1 … L (Huang et al., section 3).
 
     Args:
         highest: P, the last block's, from 0 to below 1.
