@@ -50,12 +50,12 @@ def expected(images: Tensor, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("minibatch_size", [0, 3])
 def test_student_and_teacher_see_one_augmented_batch_and_validation_none(minibatch_size: int) -> None:
-    """Two epochs of two batches: drawn by (seed, batch) whatever the chunks; held-out images as they are."""
+    """Two epochs of two batches, one step each: drawn by (seed, batch) in any chunks; held-out images as they are."""
     module = CustomCLIPWrapper(
         image_tower(), bert(), minibatch_size, avg_word_embs=True, image_size=SIDE, seed=3, kept_minibatches=9, **HOW
     )
     student, teacher = Seen(module.model), Seen(module.distillation.teacher.model)
-    trainer = bare_trainer(max_epochs=2, callbacks=[student, teacher])
+    trainer = bare_trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=[student, teacher])
     trainer.fit(module, loader(PAIRS, BATCH), loader(PAIRS, PAIRS, seed=1))
     images = expected(pixels(PAIRS), seed=3)
     assert torch.equal(torch.cat(student.training), torch.cat(images))
