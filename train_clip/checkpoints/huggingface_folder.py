@@ -39,7 +39,7 @@ def write_huggingface(config: ModelConfig, state: Tensors, folder: Path) -> None
         )
     if config.logit_bias:
         warnings.warn(
-            f"{config.name}: Hugging Face's CLIPModel has no logit_bias, and {state['logit_bias'].item():.4f} is left out. "
+            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {state['logit_bias'].item():.4f} is left out. "
             "Rankings and softmaxes stay as they are; before a sigmoid of its logits add it.",
             stacklevel=2,
         )
