@@ -111,6 +111,7 @@ def test_two_encoders(here, tmp_path, capsys):
     """Built again with their bias by ``load``; trained on with it, and by the softmax loss without."""
     model = train_clip.load(last("joined")).model
     assert torch.equal(model.logit_bias, weights("joined")["model.logit_bias"])
+    assert model.logit_bias.item() != -10  # it was trained, with the teacher beside
     cli.main(["evaluate", last("joined"), "--folder", "data"])
     words = [*SHORT, "--max_steps", "1", "--learning_rate", "1e-30", "--distillation", "none"]
     for loss in ("sigmoid", "softmax"):

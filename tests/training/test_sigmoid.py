@@ -187,6 +187,7 @@ def test_a_run_goes_on_with_its_own_loss_alone(tmp_path):
     with pytest.raises(UserError, match="loss softmax, was sigmoid"):
         trainer(max_epochs=2).fit(wrapper(loss="softmax"), loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     earlier = {name: value for name, value in wrapper(loss="softmax").hparams.items() if name != "loss"}
+    assert "logit_bias" not in earlier["config"] and wrapper().hparams["config"]["logit_bias"] is True
     wrapper(loss="softmax").require_same_model(earlier)
     with pytest.raises(UserError, match="loss sigmoid, was softmax"):
         wrapper().require_same_model(earlier)
