@@ -45,6 +45,7 @@ def test_every_option_reaches_its_dataclass():
         *"--optimizer muon --momentum 0.8 --muon_learning_rate 2e-3".split(),
         *"--color_jitter 0.5 --grayscale 0.2 --horizontal_flip 0.4 --vertical_flip 0.1".split(),
         *"--mask_ratio 0.5 --unmasked_share 0.1 --stochastic_depth 0.2".split(),
+        *"--loss sigmoid".split(),
         *("--betas", "[0.8, 0.9]", "--context_length", "20", "--activation", "gelu", "--pretrained", "FILE"),
     )
     assert values["model"] == ModelOptions("RN50", 64, 20, "gelu", "FILE")
@@ -58,7 +59,8 @@ def test_every_option_reaches_its_dataclass():
     assert values["augmentation"] == AugmentationOptions(
         color_jitter=0.5, grayscale=0.2, horizontal_flip=0.4, vertical_flip=0.1
     )
-    assert values["objective"] == ObjectiveOptions("mask", mask_ratio=0.5, unmasked_share=0.1, stochastic_depth=0.2)
+    rates = {"mask_ratio": 0.5, "unmasked_share": 0.1, "stochastic_depth": 0.2}
+    assert values["objective"] == ObjectiveOptions("mask", "sigmoid", **rates)
     assert values["run"] == RunOptions(8, 2, 3, True, 7, 3, Path("out"))
 
 

@@ -47,6 +47,9 @@ MODELS = {
     "ViT-custom": {"vision_cfg": VIT, "custom_text": True},
     "ViT-custom-quickgelu": {"vision_cfg": VIT, "custom_text": True, "quick_gelu": True},
     "ViT-nonscalar": {"vision_cfg": VIT, "nonscalar_logit_scale": True, "init_logit_scale": 2.0},
+    "ViT-bias": {"vision_cfg": VIT, "init_logit_bias": -10.0, "init_logit_scale": 2.3},
+    "ViT-custom-bias": {"vision_cfg": VIT, "custom_text": True, "init_logit_bias": 0.0},
+    "ViT-nonscalar-bias": {"vision_cfg": VIT, "nonscalar_logit_scale": True, "init_logit_bias": -10.0},
     "RN": {"vision_cfg": RESNET},
     "RN-quickgelu": {"vision_cfg": RESNET, "quick_gelu": True},
     "RN-custom": {"vision_cfg": RESNET, "custom_text": True},
@@ -112,11 +115,16 @@ def inputs(size: int, context: int = CONTEXT) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def check_equal(ours: CLIP, theirs: nn.Module, size: int, context: int = CONTEXT) -> None:
-    """Features within 1e-5, the temperature to the bit."""
+    """Features and logits within 1e-5, the temperature to the bit, and the bias where there is one."""
     images, tokens = inputs(size, context)
     torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), **CLOSE)
     torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), **CLOSE)
     assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape(()))
+    assert (ours.logit_bias is None) == (theirs.logit_bias is None)
+    if ours.logit_bias is not None:
+        assert torch.equal(ours.logit_bias, theirs.logit_bias.reshape(()))
+    for one, other in zip(ours(images, tokens), theirs.get_logits(images, tokens), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
     assert (ours.image_size, ours.context_length, ours.embed_dim) == (size, context, EMBED)
 
 
@@ -243,7 +251,6 @@ OTHER_TOWERS = [
     {"vision_cfg": VIT, "text_cfg": TEXT | {"pool_type": "argmax", "pad_id": 1, "eos_id": 9}},
     {"vision_cfg": VIT, "text_cfg": TEXT | {"tokenizer_kwargs": {"clean": "canonicalize"}}},
     {"vision_cfg": VIT | {"patch_dropout": 0.5}},
-    {"vision_cfg": VIT, "init_logit_bias": -10.0},
 ]
 
 
@@ -276,11 +283,12 @@ def test_other_preprocessing_is_refused(other, theirs, tmp_path):
         load(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("image", SIZES)
-def test_ours_read_there(image, activation, tmp_path):
+def test_ours_read_there(image, activation, bias, tmp_path):
     """create_model of our folder loads strictly; features within 1e-5, and read again here each tensor to the bit."""
-    ours = our_model(image, activation=activation)
+    ours = our_model(image, activation=activation, logit_bias=bias)
     write_model(ours, tmp_path / "out", "open_clip")
     check_equal(ours, open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval(), SIZES[image]["size"])
     back = load(tmp_path / "out").model

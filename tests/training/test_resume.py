@@ -328,6 +328,7 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"tuning": {"optimizer": "muon", "adam_statistics": "bfloat16"}, "precision": "bf16-mixed"},
         {"tuning": AUGMENTED, "max_epochs": -1, "max_steps": 7},
         {"tuning": CHANCE, "accumulate_grad_batches": 3},
+        {"tuning": {"loss": "sigmoid", "equal_captions": "mask"}, "accumulate_grad_batches": 3},
     ],
     ids=lambda how: " ".join(map(str, how)),
 )

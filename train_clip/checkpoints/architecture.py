@@ -46,6 +46,7 @@ def config_from_shapes(tensors: Mapping[str, TensorRecord], path: Path) -> Model
             f"{path}: no CLIP of OpenAI's form, a tensor has another number of dimensions, or positions, than there."
         ) from error
     values = {"name": path.stem, "embed_dim": embed_dim, "image": image, "text": text}
+    values["logit_bias"] = "logit_bias" in shapes
     return named_as_preset(config_from_dict(values, str(path)))
 
 

@@ -32,6 +32,8 @@ def build_custom(arguments: Mapping[str, Any]) -> tuple[CustomCLIP, Tokenizer | 
         build_text_encoder(dict(arguments["text_encoder"])),
     )
     model = CustomCLIP(image, text, arguments["avg_word_embs"], arguments["project"])
+    if arguments.get("loss") == "sigmoid":
+        model.add_bias()
     return model, described_tokenizer(arguments["tokenizer"])
 
 

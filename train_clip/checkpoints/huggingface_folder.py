@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,22 @@ def write_huggingface(config: ModelConfig, state: Tensors, folder: Path) -> None
 
     Raises:
         UserError: a ResNet, which their CLIP does not have.
+
+    Warns:
+        UserWarning: it has a bias, which is left out.
     """
     if isinstance(config.image, ResNetConfig):
         raise UserError(
             f"{config.name}: its image tower is a ResNet, and Hugging Face's CLIPModel has vision transformers only. "
             "Write it --to open_clip or --to safetensors."
         )
+    if config.logit_bias:
+        warnings.warn(
+            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {state['logit_bias'].item():.4f} is left out. "
+            "Rankings and softmaxes stay as they are; before a sigmoid of its logits add it.",
+            stacklevel=2,
+        )
+        state = {name: tensor for name, tensor in state.items() if name != "logit_bias"}
     tensors = {name: tensor.contiguous() for name, tensor in rename_back(state).items()}
     save_file(tensors, folder / HF_WEIGHTS, metadata={"format": "pt"})
     for name, values in _settings(config).items():

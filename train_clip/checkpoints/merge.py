@@ -12,6 +12,8 @@ from torch import Tensor
 
 from train_clip.errors import UserError
 
+OF_LOSS = ("logit_scale", "logit_bias")
+
 
 def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
     """The line between two state dicts.
@@ -38,6 +40,21 @@ def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
         name: _between(start[name], end, weight) if end.is_floating_point() else end.clone()
         for name, end in tuned.items()
     }
+
+
+def of_one_loss(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The start with the tuned model's temperature and bias, where one was trained with the sigmoid loss alone.
+
+    A temperature means another thing in each loss. Which caption fits best depends on neither of the two.
+
+    Args:
+        start: as for ``interpolate``.
+        tuned: likewise.
+    """
+    if ("logit_bias" in start) == ("logit_bias" in tuned):
+        return dict(start)
+    towers = {name: tensor for name, tensor in start.items() if name not in OF_LOSS}
+    return towers | {name: tuned[name] for name in OF_LOSS if name in tuned}
 
 
 def require_weight(weight: float) -> None:

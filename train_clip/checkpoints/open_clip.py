@@ -16,7 +16,7 @@ from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, Contents
 from train_clip.checkpoints.found import Found
 from train_clip.checkpoints.openai import scalar_temperature, unsaid_of
 from train_clip.errors import UserError, first_line
-from train_clip.models.config import ModelConfig, ResNetConfig, config_from_dict
+from train_clip.models.config import START_OF_SIGMOID, ModelConfig, ResNetConfig, config_from_dict
 
 TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training wrote
 TEXT = "text."
@@ -35,7 +35,7 @@ WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
 SIZES = {
     "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
     "text_cfg": {"context_length", "vocab_size", "layers", "width", "heads"},
-    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"},
+    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"},
 }
 RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
 
@@ -90,6 +90,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
                 "heads": text.heads,
                 "layers": text.layers,
             },
+            **({f"init_{name}": value for name, value in START_OF_SIGMOID.items()} if config.logit_bias else {}),
         },
         "preprocess_cfg": {
             "mean": list(config.mean),
@@ -148,6 +149,7 @@ def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[st
             "heads": text.get("heads", 8),
         },
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "logit_bias": model.get("init_logit_bias") is not None,
     }
 
 

@@ -48,9 +48,9 @@ def find_state_dict(contents: Contents) -> Found | None:
 
 
 def scalar_temperature(tensors: Tensors) -> Tensors:
-    """The temperature of some of open_clip's models has one dimension, of size 1."""
-    scale = tensors.get("logit_scale")
-    return tensors if scale is None or scale.numel() != 1 else {**tensors, "logit_scale": scale.reshape(())}
+    """The temperature of some of open_clip's models has one dimension, of size 1, and so has their bias."""
+    found = {name: tensors[name] for name in ("logit_scale", "logit_bias") if name in tensors}
+    return {**tensors, **{name: tensor.reshape(()) for name, tensor in found.items() if tensor.numel() == 1}}
 
 
 def unsaid_of(config: ModelConfig) -> tuple[str, ...]:

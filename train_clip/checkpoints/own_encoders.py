@@ -16,7 +16,7 @@ from train_clip.models.text_tower import TextTower
 
 SOURCE = "train-clip"
 IMAGE_TOWER = "visual."
-OF_BOTH = ("logit_scale",)
+OF_BOTH = ("logit_scale", "logit_bias")
 
 
 def load_image(name: str) -> ImageEncoder:

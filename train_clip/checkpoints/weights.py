@@ -138,7 +138,7 @@ def find_model(source: str | Path, model: ModelConfig) -> Weights:
             raise UserError(
                 f"{source}: another model: its {name} is {getattr(said, name)}, expected {getattr(model, name)}."
             )
-    return Weights(str(source), found, choices, model)
+    return Weights(str(source), found, choices, dataclasses.replace(model, logit_bias=config.logit_bias))
 
 
 def require_no_prompts(found: Found, source: str) -> None:
@@ -231,7 +231,7 @@ def _settled(found: Found, config: ModelConfig, choices: Choices, source: str | 
 def _named(named: ModelConfig, found: Found, config: ModelConfig, choices: Choices, source: str | Path) -> ModelConfig:
     """The model that the user names, where the file leaves its sizes open; the file's own, which it has to equal."""
     if "heads" in found.unsaid:
-        return dataclasses.replace(named, activation=config.activation)
+        return dataclasses.replace(named, activation=config.activation, logit_bias=config.logit_bias)
     # A run's copy of its model has the sizes that were asked for then.
     asked, has = (_sized(one, choices, source) for one in (named, config))
     if (asked.embed_dim, asked.image, asked.text) != (has.embed_dim, has.image, has.text):

@@ -78,8 +78,9 @@ def _model(found: Found) -> dict[str, str]:
         return {name: _encoder(found.arguments.get(name)) for name in ("image_encoder", "text_encoder")} | weights
     config = found.config
     activation = "not said by the file" if "activation" in found.unsaid else config.activation
+    bias = {"logits": "with a bias, of the sigmoid loss"} if config.logit_bias else {}
     heads = "; how many heads is not said by the file" if "heads" in found.unsaid else ""
-    return {"model": config.name, **describe(config), "activation": activation + heads} | weights
+    return {"model": config.name, **describe(config), "activation": activation + heads} | bias | weights
 
 
 def _encoder(description: Any) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.merge import interpolate, require_one_model, require_weight
+from train_clip.checkpoints.merge import interpolate, of_one_loss, require_one_model, require_weight
 from train_clip.checkpoints.reading import read_checkpoint
 from train_clip.checkpoints.weights import Weights, find_model, find_weights
 from train_clip.commands.scoring import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
@@ -102,7 +102,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     end = read_checkpoint(tuned)
     second = _model_of(end, tuned)
     begin = _start(start, end["hyper_parameters"])
-    first = begin.read()
+    first = of_one_loss(begin.read(), second)
     require_one_model(first, second)
     sets = options.sets()
     # Before anything is written: what cannot be scored leaves no files behind, which would be in the next run's way.

@@ -167,9 +167,12 @@ class ObjectiveOptions(ChanceOptions):
     Args:
         equal_captions: whether the other pairs of an equal caption keep their place in a row's denominator, or leave it
             (mask)
+        loss: softmax, CLIP's cross-entropy in both directions, or sigmoid, a yes or no for each image with each caption
+            (SigLIP)
     """
 
     equal_captions: Literal["keep", "mask"] = "keep"
+    loss: Literal["softmax", "sigmoid"] = "softmax"
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class CLIP(DualEncoder):
             config.name, config.embed_dim, config.image.size, text.context, text.vocab, 1 / INITIAL_TEMPERATURE
         )
         self.config = config
+        if config.logit_bias:
+            self.add_bias()
         self.pixel_norm = PixelNorm(config.mean, config.std)
         self.visual: nn.Module
         if isinstance(config.image, ResNetConfig):
@@ -84,9 +86,9 @@ class CLIP(DualEncoder):
         return up_to_end(cast(Tensor, texts))
 
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """All of ``visual``, and all the rest but the temperature."""
+        """All of ``visual``, and all the rest but the temperature and the bias."""
         image = list(self.visual.parameters())
-        other = {id(parameter) for parameter in (*image, self.logit_scale)}
+        other = {id(parameter) for parameter in (*image, *self.temperature())}
         return image, [parameter for parameter in self.parameters() if id(parameter) not in other]
 
     def _initialize_text(self) -> None:

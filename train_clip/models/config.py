@@ -26,6 +26,10 @@ LONGEST_SHOWN = 60  # letters of a value in a message
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+# What the sigmoid loss begins with: few of a batch's pairs belong together, and without the bias the first steps would
+# only bring the others down (SigLIP, arXiv 2303.15343, section 3.2).
+START_OF_SIGMOID = {"logit_scale": math.log(10), "logit_bias": -10.0}
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -137,6 +141,8 @@ class ModelConfig:
         activation: ``quick_gelu`` (OpenAI's models) or ``gelu``.
         mean: of each channel: the image tower takes (x / 255 - mean) / std.
         std: of each channel.
+        logit_bias: whether its logits have a bias, as the sigmoid loss learns one; the loss that it is trained with
+            decides.
     """
 
     name: str
@@ -147,6 +153,7 @@ class ModelConfig:
     activation: str = "quick_gelu"
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    logit_bias: bool = False
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim {self.embed_dim}, expected above 0")
@@ -163,7 +170,9 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
-        return _plain(dataclasses.asdict(self))
+        values = _plain(dataclasses.asdict(self))
+        # Left out where there is none: so are the files and runs of before there could be one.
+        return values if self.logit_bias else {name: value for name, value in values.items() if name != "logit_bias"}
 
 
 def read_config(name: str) -> ModelConfig:
@@ -248,9 +257,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or isinstance(value, bool):
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         # YAML 1.1 takes 5e-4 for a word: it wants the point.
-        hint_name = {"float": "a number such as 5.0e-4", "int": "a whole number"}.get(
+        hint_name = {"float": "a number such as 5.0e-4", "int": "a whole number", "bool": "true or false"}.get(
             getattr(hint, "__name__", ""), "text"
         )
         raise UserError(f"{where} is {_shown(value)}, expected {hint_name}")

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from train_clip.models.config import START_OF_SIGMOID
 from train_clip.models.pixels import PixelNorm
 
 MAX_LOGIT_SCALE = 100.0  # CLIP paper, section 2.5
@@ -48,6 +49,7 @@ class DualEncoder(nn.Module):
     transformer: nn.Module  # of the text tower
     pixel_norm: PixelNorm
     least_log_scale: float | None = None
+    logit_bias: nn.Parameter | None  # of the sigmoid loss
 
     def __init__(
         self,
@@ -65,7 +67,13 @@ class DualEncoder(nn.Module):
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.logit_scale = nn.Parameter(torch.tensor(math.log(initial_scale)))
+        self.register_parameter("logit_bias", None)
         self._locked: tuple[bool, bool] = (False, False)
+
+    def add_bias(self) -> None:
+        """Give logits the bias of the sigmoid loss; bias and temperature are those that it begins with."""
+        for name, value in START_OF_SIGMOID.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed images: (B, 3, S, S), uint8 or float that is already normalised → (B, D), not normalised."""
@@ -91,12 +99,19 @@ class DualEncoder(nn.Module):
             texts: see ``encode_text``.
 
         Returns:
-            Two (B, B) float matrices, scaled cosines: images by captions, and its transpose.
+            Two (B, B) float matrices, logits: scaled cosines, plus the bias where there is one; images by captions, and
+            its transpose.
         """
         image_embeddings = nn.functional.normalize(self.encode_image(images), dim=-1)
         text_embeddings = nn.functional.normalize(self.encode_text(texts), dim=-1)
-        similarity = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
-        return similarity, similarity.T
+        logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
+        return logits, logits.T
+
+    def temperature(self) -> list[Tensor]:
+        """What turns similarities into logits and is in neither tower: the scale, and the bias where there is one."""
+        return [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
 
     @property
     def text_is_fixed(self) -> bool:

@@ -37,7 +37,7 @@ def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
     try:
         with torch.enable_grad():
             embeddings = model.encode_image(images).float().sum() + model.encode_text(texts).float().sum()
-            loss = embeddings + model.logit_scale
+            loss = embeddings + torch.stack(model.temperature()).sum()
             gradients = torch.autograd.grad(loss, [parameter for _, parameter in trainable], allow_unused=True)
     finally:
         for module in training:

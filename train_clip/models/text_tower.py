@@ -14,13 +14,14 @@ class TextTower(nn.Module):
     """The part of a CLIP that embeds captions.
 
     Args:
-        clip: its image tower and temperature are taken off.
+        clip: its image tower, temperature and bias are taken off.
     """
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
         clip.visual = nn.Identity()
         clip.register_parameter("logit_scale", None)
+        clip.register_parameter("logit_bias", None)
         self.clip = clip
 
     def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class CLIPWrapper(ContrastiveModule):
         optimizer = dataclasses.replace(config.optimizer, **told)  # type: ignore[arg-type]
         economy = take_economy(tuning, minibatch_size)
         choices = make_tuning(tuning)
+        config = dataclasses.replace(config, logit_bias=choices.loss == "sigmoid")
         super().__init__(CLIP(config), optimizer, choices, warmup_steps, economy, seed)
         self.tokenizer = Tokenizer(config.text.context)
         # Plain values only: anything else makes the file unloadable without running code.

@@ -107,6 +107,8 @@ class CustomCLIPWrapper(ContrastiveModule):
         economy = take_economy(tuning, minibatch_size)
         choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
         model = CustomCLIP(image, text, avg_word_embs, project)
+        if choices.loss == "sigmoid":
+            model.add_bias()
         super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
         self.tokenizer = _tokenizer(tokenizer, text.context)
         self.save_hyperparameters(

@@ -21,12 +21,14 @@ from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
 from train_clip.gather import gather_with_gradient, world
-from train_clip.losses.contrastive import Pairs, clip_loss
+from train_clip.losses.by_name import LOSSES
+from train_clip.losses.contrastive import Pairs
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder, Texts
 from train_clip.training.arguments import require_same_arguments
 from train_clip.training.augmented import augmented, warn_of_flips
 from train_clip.training.batch import BatchReader, Inputs
+from train_clip.training.bias import begun_with
 from train_clip.training.block_skipping import skip_blocks
 from train_clip.training.economy import PLAIN, Economy
 from train_clip.training.end_of_step import EndOfStep
@@ -94,7 +96,7 @@ class ContrastiveModule(L.LightningModule):
         self.model = model
         self.model.lock(tuning.lock_image, tuning.lock_text)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if all(parameter is model.logit_scale for parameter in trained):
+        if {id(parameter) for parameter in trained} <= {id(parameter) for parameter in model.temperature()}:
             raise UserError(
                 "Both towers are locked and nothing joins them: only the temperature would be trained. Leave out "
                 "lock_image or lock_text."
@@ -112,18 +114,20 @@ class ContrastiveModule(L.LightningModule):
         self._warmup_steps = warmup_steps
         self._economy = economy
         self._seed = seed
-        self._validation_split = ValidationSplit(model.embed_dim)
+        self._loss = LOSSES[tuning.loss]
+        self._validation_split = ValidationSplit(model.embed_dim, self._loss)
 
     def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Begin with weights of the model, the teacher with them too.
 
         Args:
-            weights: a state dict of the model, which has to fit it strictly.
+            weights: a state dict of the model, which has to fit it strictly but for the bias of another loss.
             source: named in messages.
 
         Raises:
             UserError: it does not fit.
         """
+        weights = begun_with(self.model, weights, source)
         fill(self.model, weights, source)
         self._towers.forget()
         if self.distillation is not None:
@@ -239,7 +243,8 @@ class ContrastiveModule(L.LightningModule):
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
             mask = self._tuning.equal_captions == "mask"
-            parts = {"contrastive_loss": clip_loss(pairs, self.model.logit_scale.exp(), mask)}
+            scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+            parts = {"contrastive_loss": self._loss.of(pairs, scale, bias, mask)}
             if self.distillation is not None:
                 parts["distillation_loss"] = self._tuning.kl_coeff * self.distillation(pairs, *taught)
             loss = torch.stack(list(parts.values())).sum()
@@ -303,7 +308,7 @@ class ContrastiveModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Loss over global batches of fixed size, and retrieval, over the whole split."""
         dataset = getattr(self.trainer.val_dataloaders, "dataset", None)
-        figures = self._validation_split.score(self.model.logit_scale.exp(), dataset)
+        figures = self._validation_split.score(self.model.logit_scale.exp(), dataset, self.model.logit_bias)
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
 
@@ -361,12 +366,14 @@ class ContrastiveModule(L.LightningModule):
         due = every and (self.trainer.global_step + 1) % every == 0
         if not due and self.device.type != "cpu":
             return
-        figures = step_figures(pairs, parts, self._tuning.equal_captions == "mask")
+        figures = step_figures(pairs, parts, None if self._tuning.equal_captions == "mask" else self._loss.floor)
         figures |= {
             "train/loss": loss,
             "train/logit_scale": self.model.logit_scale.detach().exp(),
             "train/learning_rate": torch.tensor(self._learning_rate(), device=self.device),
         }
+        if self.model.logit_bias is not None:
+            figures["train/logit_bias"] = self.model.logit_bias.detach()
         if self.distillation is not None:
             figures["train/distillation_scale"] = self.distillation.log_scale.detach().exp()
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))

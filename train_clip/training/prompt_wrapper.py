@@ -86,6 +86,11 @@ class PromptCLIPWrapper(ContrastiveModule):
                 else find_model(backbone, config_from_dict(dict(config), str(backbone)))
             )
         model, found = _model_of(backbone, digest)
+        if choices.loss == "sigmoid" and model.logit_bias is None:
+            raise UserError(
+                f"loss is 'sigmoid', and {backbone.source} has no logit_bias, being trained with the softmax loss. A "
+                "backbone stays as it is: leave the loss out."
+            )
         add_prompts(model, prompts)
         optimizer = OptimizerConfig(learning_rate, (0.9, 0.999), 1e-8, weight_decay, NO_LIMIT, EPOCHS)
         super().__init__(model, optimizer, choices, warmup_steps, economy, seed)

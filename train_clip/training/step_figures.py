@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from train_clip.losses.contrastive import Pairs, accuracy, loss_floor
+from train_clip.losses.contrastive import Pairs, accuracy
 
 
-def step_figures(pairs: Pairs, parts: Mapping[str, Tensor], masks_equal: bool) -> dict[str, Tensor]:
+def step_figures(
+    pairs: Pairs, parts: Mapping[str, Tensor], floor: Callable[[Tensor], Tensor] | None
+) -> dict[str, Tensor]:
     """The loss above its floor, the accuracies, and the loss's parts where it has several.
 
     Args:
         pairs: of the batch, which captions are equal among it.
         parts: () float32 each: ``contrastive_loss``, and what is added to it.
-        masks_equal: whether equal captions leave the denominators, so that the floor is 0.
+        floor: maps the captions to the least that the loss can be; None where it is 0, equal captions being left out.
 
     Returns:
         () float32 each, by the names that they have in a log.
     """
     assert pairs.captions is not None
-    floor = 0.0 if masks_equal else loss_floor(pairs.captions)
+    least = 0.0 if floor is None else floor(pairs.captions)
     figures = {
-        "train/loss_above_floor": parts["contrastive_loss"].detach() - floor,
+        "train/loss_above_floor": parts["contrastive_loss"].detach() - least,
         "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
         "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
     }

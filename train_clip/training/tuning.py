@@ -11,6 +11,7 @@ from train_clip.errors import UserError
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
     "distillation": ("transport", "softmax", "none"),
+    "loss": ("softmax", "sigmoid"),
     "equal_captions": ("keep", "mask"),
     "adam_statistics": ("float32", "bfloat16"),
     "half_weights": ("none", "text", "image", "both"),
@@ -35,7 +36,9 @@ class Tuning:
         distillation: a term towards targets of a teacher, the running mean of the model itself: by optimal
             ``transport`` (OTTER, arXiv 2112.09445), by ``softmax`` (arXiv 2104.08945), or ``none``.
         kl_coeff: weight of that term.
-        equal_captions: ``mask`` leaves the other pairs of an equal caption out of the denominators.
+        loss: ``softmax``, the mean of both directions' cross-entropy (CLIP); or ``sigmoid``, a yes or no for each image
+            with each caption (SigLIP, arXiv 2303.15343), which gives the model a ``logit_bias``.
+        equal_captions: ``mask`` leaves the other pairs of an equal caption out of the denominators, or the sum.
         adam_statistics: what AdamW's two moments are kept in; ``bfloat16`` is rounded by chance (``half_adamw.py``).
         half_weights: towers whose weights are kept in bfloat16 and rounded by chance at each update; ``text`` is the
             paper's (CLIP, section 2.5). Gains and biases stay float32.
@@ -65,6 +68,7 @@ class Tuning:
     lock_text: bool = False
     distillation: Literal["transport", "softmax", "none"] = "none"
     kl_coeff: float = 1.0
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     equal_captions: Literal["keep", "mask"] = "keep"
     adam_statistics: Literal["float32", "bfloat16"] = "float32"
     half_weights: Literal["none", "text", "image", "both"] = "none"

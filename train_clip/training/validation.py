@@ -5,7 +5,7 @@ n  rows of one process's batch      N  pairs of the split      D  embedding widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from train_clip.evaluation.retrieval import retrieval
 from train_clip.gather import gather_all, world
-from train_clip.losses.contrastive import Pairs, clip_loss, loss_floor
+from train_clip.losses.by_name import LOSSES, Loss
+from train_clip.losses.contrastive import Pairs
 
 
 class ValidationSplit:
@@ -21,10 +22,12 @@ class ValidationSplit:
 
     Args:
         embed_dim: D.
+        loss: the one that is trained.
     """
 
-    def __init__(self, embed_dim: int) -> None:
+    def __init__(self, embed_dim: int, loss: Loss = LOSSES["softmax"]) -> None:
         self._embed_dim = embed_dim
+        self._loss = loss
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: Sequence[int] = ()) -> None:
@@ -40,13 +43,14 @@ class ValidationSplit:
         present[list(missing)] = False
         self._batches.append((images, texts, captions, present))
 
-    def score(self, scale: Tensor, dataset: Any = None) -> dict[str, float]:
+    def score(self, scale: Tensor, dataset: Any = None, bias: Tensor | None = None) -> dict[str, float]:
         """Compute the loss and recalls of everything that was added on all processes, and forget it.
 
         Args:
             scale: () float, exp of the learned temperature.
             dataset: what the loader read; where it has a length, repetitions that a sampler added to even out the
                 processes are dropped.
+            bias: () float, where the loss has one.
 
         Returns:
             ``val/loss``, over global batches as large as the first, the remainder weighted by its size;
@@ -66,8 +70,8 @@ class ValidationSplit:
         if not len(images):
             return {}
         found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
-        loss = loss_in_batches(images, texts, scale, batch)
-        floor = sum(loss_floor(part).item() * len(part) for part in captions.split(batch)) / len(captions)
+        loss = loss_in_batches(images, texts, lambda pairs: self._loss.of(pairs, scale.float(), bias, False), batch)
+        floor = sum(self._loss.floor(part).item() * len(part) for part in captions.split(batch)) / len(captions)
         figures = {"val/loss": loss, "val/loss_above_floor": loss - floor}
         for k in found.image_to_text:
             figures[f"val/R@{k}_image_to_text"] = found.image_to_text[k]
@@ -76,19 +80,19 @@ class ValidationSplit:
         return figures | {"val/mean_recall": sum(recalls) / len(recalls)}
 
 
-def loss_in_batches(images: Tensor, texts: Tensor, scale: Tensor, batch: int) -> float:
+def loss_in_batches(images: Tensor, texts: Tensor, loss: Callable[[Pairs], Tensor], batch: int) -> float:
     """Mean over all pairs of their loss among the pairs of their batch.
 
     Args:
         images: (N, D) float, unit norm.
         texts: (N, D) float, unit norm.
-        scale: () float.
+        loss: of a batch.
         batch: pairs of a global batch; the last may hold fewer.
     """
     total = 0.0
     for own_images, own_texts in zip(images.split(batch), texts.split(batch), strict=True):
         pairs = Pairs(own_images, own_texts, own_images, own_texts)
-        total += clip_loss(pairs, scale.float()).item() * len(own_images)
+        total += loss(pairs).item() * len(own_images)
     return total / len(images)
 
 
