@@ -41,7 +41,7 @@ def test_every_option_reaches_its_dataclass():
         *"--resize_ratio 0.75 --shuffle false --val_share 0.2 --learning_rate 1e-3 --weight_decay 0.1".split(),
         *"--eps 1e-7 --warmup_steps 5 --epochs 7 --seed 3 --output out --max_bad 0.1 --val_pairs val.csv".split(),
         *"--pairs train.csv --image_column file --caption_column title --equal_captions mask --pair_by number".split(),
-        *"--adam_statistics bfloat16 --half_weights text".split(),
+        *"--adam_statistics bfloat16 --half_weights text --ema 0.999".split(),
         *"--optimizer muon --momentum 0.8 --muon_learning_rate 2e-3".split(),
         *"--color_jitter 0.5 --grayscale 0.2 --horizontal_flip 0.4 --vertical_flip 0.1".split(),
         *"--mask_ratio 0.5 --unmasked_share 0.1 --stochastic_depth 0.2".split(),
@@ -61,7 +61,7 @@ def test_every_option_reaches_its_dataclass():
     )
     rates = {"mask_ratio": 0.5, "unmasked_share": 0.1, "stochastic_depth": 0.2}
     assert values["objective"] == ObjectiveOptions("mask", "sigmoid", **rates)
-    assert values["run"] == RunOptions(8, 2, 3, True, 7, 3, Path("out"))
+    assert values["run"] == RunOptions(8, 2, 3, True, 7, 3, Path("out"), ema=0.999)
 
 
 def test_the_list_of_options_is_the_documented_one():

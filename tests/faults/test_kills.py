@@ -15,6 +15,7 @@ from command import (
     Result,
     callback,
     consumed,
+    differences,
     last,
     leftovers,
     require_same_state,
@@ -83,6 +84,25 @@ def test_a_kill_before_the_best_state_is_named_loses_no_best_state(words, alone,
     require_same_run(tmp_path / "run", alone(2), BATCHES * 2)
 
 
+def test_kills_while_the_running_mean_is_saved_lose_none(words, tmp_path):
+    """Killed while the mean is written, before it is named the best, and before the state that knows of it is written.
+
+    In the end the newest and the best mean are those of the run that was left alone.
+    """
+    folder, words = tmp_path / "run", [*words, "--ema", "0.5"]
+    killed_in_save(words, folder, None, "ema/last.ckpt", change=6).require(-9)
+    again = ["train", "--resume", str(folder)]
+    for step, path in ((None, "ema/best.ckpt"), (BATCHES, "checkpoints/best.ckpt")):
+        run([*again, *callback("KillAtChange", step=step, path=path, change=1)]).require(-9)
+        assert all(read_checkpoint(file) for file in (folder / "ema").glob("*.ckpt"))
+    run([*again, "--callbacks", "null"]).require(0)
+    run([*words, "--epochs", "2", "--output", str(tmp_path / "alone")]).require(0)
+    require_same_run(folder, tmp_path / "alone", BATCHES * 2)
+    for mean in ("last.ckpt", "best.ckpt"):
+        one, other = (read_checkpoint(tmp_path / which / "ema" / mean) for which in ("run", "alone"))
+        assert differences(one, other) == []
+
+
 def test_kills_around_the_log_lose_no_row(words, alone, tmp_path):
     """Killed as soon as a state is safe, which has the row of its last step; then again while the log is taken over."""
     folder = tmp_path / "run"
@@ -123,7 +143,7 @@ def kill_at(moment: str, process: Command, folder: Path, record: Path, rng: rand
     process.end().require(-9)
 
 
-def killed_in_save(words: list[str], folder: Path, step: int, path: str, change: int = 1) -> Result:
+def killed_in_save(words: list[str], folder: Path, step: int | None, path: str, change: int = 1) -> Result:
     """Two epochs, killed in the save after that step, before one of the changes to paths of that name."""
     kill = callback("KillAtChange", step=step, path=path, change=change)
     return run([*words, "--epochs", "2", "--save_every", str(INTERVAL), "--output", str(folder), *kill])

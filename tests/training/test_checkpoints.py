@@ -49,7 +49,7 @@ class Run:
         self.trainer: Any = SimpleNamespace(
             global_step=0, is_global_zero=True, fast_dev_run=0, is_last_batch=False, num_training_batches=10,
             accumulate_grad_batches=1, should_stop=False, max_steps=-1, sanity_checking=False,
-            callback_metrics={}, loggers=[],
+            callback_metrics={}, loggers=[], lightning_module=None,
             state=SimpleNamespace(fn=TrainerFn.FITTING), strategy=SimpleNamespace(barrier=lambda: None),
             save_checkpoint=self._save,
             _logger_connector=SimpleNamespace(update_train_step_metrics=lambda: None),

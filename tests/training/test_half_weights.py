@@ -28,8 +28,9 @@ from train_clip.training.chunks import Chunks, encode_in_chunks
 from train_clip.training.half_adamw import HalfAdamW
 from train_clip.training.half_weights import narrow, widen
 from train_clip.training.prompt_wrapper import PromptCLIPWrapper
+from train_clip.training.running_mean import RunningMean
 from train_clip.training.stand_ins import StandIns
-from train_clip.training.teacher import Teacher
+from train_clip.training.teacher import MOMENTUM
 from train_clip.training.tuning import Tuning
 
 TEXT, BOTH = Tuning(half_weights="text"), Tuning(half_weights="both", adam_statistics="bfloat16")
@@ -358,7 +359,7 @@ def test_a_poisoned_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_the_teacher_is_the_mean_in_float32() -> None:
     """A student in bfloat16 that moves by less than the teacher's rounding would be: the formula, to 1e-6."""
     student = clip()
-    teacher = Teacher(student)
+    teacher = RunningMean(student, MOMENTUM)
     expected = {name: parameter.detach().double() for name, parameter in student.named_parameters()}
     narrow(student, TEXT)
     for number in range(5):

@@ -147,6 +147,9 @@ def assert_same_state(found: Path, expected: Path) -> None:
         for name, value in other.items():
             same = torch.equal(own[name], value) if isinstance(value, Tensor) else own[name] == value
             assert same, f"{part}{name}"
+    means = [read_checkpoint(mean) for run in (found, expected) if (mean := run / "checkpoints/ema/last.ckpt").exists()]
+    for own, other in zip(tensors(means[0]), tensors(means[1]), strict=True) if means else ():
+        assert torch.equal(own[1], other[1]) if isinstance(own[1], Tensor) else own == other, own[0]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -329,14 +332,16 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
         {"tuning": AUGMENTED, "max_epochs": -1, "max_steps": 7},
         {"tuning": CHANCE, "accumulate_grad_batches": 3},
         {"tuning": {"loss": "sigmoid", "equal_captions": "mask"}, "accumulate_grad_batches": 3},
+        {"tuning": {"ema": 0.5}, "accumulate_grad_batches": 3, "val_check_interval": 2},
+        {"tuning": {"ema": 0.999} | HALVES, "scaler": True},
     ],
     ids=lambda how: " ".join(map(str, how)),
 )
 def test_so_does_every_kind_of_run(tmp_path: Path, how: dict[str, Any]) -> None:
     """Accumulation over 3 of 10 batches, validation within epochs, parts of epochs, precisions, clipping, max_steps.
 
-    Weights and moments in bfloat16; images augmented; patches and blocks left out by chance. Resumed from every state
-    that was saved, or of many from every third and the epoch's edge.
+    Weights and moments in bfloat16; images augmented; patches and blocks left out by chance; a running mean of the
+    weights. Resumed from every state that was saved, or of many from every third and the epoch's edge.
     """
     write_pairs(tmp_path / "data", 50)  # 10 held out: 10 batches an epoch
     how = {"max_epochs": 2} | how

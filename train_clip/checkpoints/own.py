@@ -15,6 +15,13 @@ from train_clip.models.config import config_from_dict
 METADATA = "train_clip"  # under it a .safetensors file holds the model's configuration
 LIGHTNING = "pytorch-lightning_version"
 MODEL = "model."  # before the names of a module's model
+RUNNING_MEAN = "running_mean"  # in a file that holds the running mean of a run's weights: what it followed
+NO_STATE = (
+    "holds the running mean of a run's weights (--ema), and no state to go on from. Expected one of RUN/checkpoints/. "
+    "To begin a run with these weights: --pretrained FILE."
+)
+# Arguments whose tensors are a part of a run and not of the model, as they are in a file that holds a model alone.
+OF_RUN = {"ema": 0.0, "distillation": "none"}
 OF_CUSTOM_WRAPPER = "sink_temp"  # a parameter of train-CLIP's CustomCLIPWrapper
 
 
@@ -73,4 +80,8 @@ def _is_config(config: Any) -> bool:
 def progress(data: Mapping[str, Any]) -> dict[str, Any]:
     """How far a run of Lightning's had come."""
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
-    return {shown: data[name] for name, shown in names.items() if name in data}
+    mean = data.get(RUNNING_MEAN)
+    of_mean = {}
+    if isinstance(mean, Mapping):
+        of_mean["running mean of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
+    return of_mean | {shown: data[name] for name, shown in names.items() if name in data}

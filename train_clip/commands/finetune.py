@@ -111,7 +111,7 @@ def finetune(  # noqa: PLR0913, each is a group of options
     usual = OF_ENCODERS if start.pretrained is None else OF_CLIP
     given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning) | dataclasses.asdict(augmentation)
     how = usual | {name: value for name, value in given.items() if value is not None}
-    how |= run.step | {"seed": run.seed}
+    how |= run.step | {"seed": run.seed, "ema": run.ema}
     if resumed is not None:
         start = _require_same(start, resumed)
         module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)

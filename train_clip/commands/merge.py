@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from train_clip.checkpoints.merge import interpolate, of_one_loss, require_one_model, require_weight
+from train_clip.checkpoints.own import OF_RUN
 from train_clip.checkpoints.reading import read_checkpoint
 from train_clip.checkpoints.weights import Weights, find_model, find_weights
 from train_clip.commands.scoring import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
@@ -112,8 +113,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     for weight, target in zip(options.weights, targets, strict=True):
         merged = {f"model.{name}": value for name, value in interpolate(first, second, weight).items()}
         about = {name: end[name] for name in KEPT if name in end}
-        # A teacher is a part of a run, not of the model.
-        about["hyper_parameters"] = {**about["hyper_parameters"], "distillation": "none"}
+        about["hyper_parameters"] = {**about["hyper_parameters"], **OF_RUN}
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
         if sets and weight not in scores:

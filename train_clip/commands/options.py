@@ -213,6 +213,8 @@ class RunOptions(StepOptions):
         keep: how many of the newest states to keep, beside the best one
         resume: a run's folder, to go on from the newest of its checkpoints that loads, with the options that it began
             with; or one checkpoint; or auto, for the run in --output or the newest below runs/
+        ema: momentum of a running mean of the weights, such as 0.999, which is validated and saved beside them; 0 for
+            none
     """
 
     epochs: int | None = None
@@ -221,6 +223,7 @@ class RunOptions(StepOptions):
     save_every: int | str | None = None
     keep: int = 2
     resume: str | None = None
+    ema: float = 0.0
 
 
 class TrainerOptions(dict[str, Any]):

@@ -94,6 +94,7 @@ def prompt_tune(
         "weight_decay": prompts.weight_decay,
         "warmup_steps": prompts.warmup_steps,
         "seed": run.seed,
+        "ema": run.ema,
     } | run.step
     if resumed is not None:
         prompts = _of_run(model, prompts, resumed)

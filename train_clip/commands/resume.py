@@ -126,9 +126,12 @@ def _written(file: Path) -> int:
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
+    from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
     from train_clip.checkpoints.reading import read_checkpoint
 
     state = read_checkpoint(file)
+    if RUNNING_MEAN in state:
+        raise UserError(f"{file}: {NO_STATE}")
     if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:
         raise UserError(
             f"{file}: holds no state of a run, only weights or something else. Expected a checkpoint of `train-clip "

@@ -59,7 +59,7 @@ def train(  # noqa: PLR0913, each is a group of options
     config = choose_config(model) if weights is None else _require_clip(weights)
     numbers = dataclasses.asdict(optimizer) | dataclasses.asdict(objective) | dataclasses.asdict(augmentation)
     numbers |= {"optimizer": optimizer.optimizer or "adamw"}
-    module = CLIPWrapper(config.name, config, seed=run.seed, **run.step, **numbers)
+    module = CLIPWrapper(config.name, config, seed=run.seed, ema=run.ema, **run.step, **numbers)
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
     pairs = TextImageDataModule(

@@ -89,6 +89,7 @@ def train_job(job: Job, run: RunOptions, trainer: TrainerOptions, resumed: Resum
         None if run.save_every is None else Interval.parse(str(run.save_every)),
         run.keep,
         job.best_by,
+        folder / "ema",
     )
     epochs = _epochs(run, trainer, job.epochs)
     lightning_trainer = build_trainer(options, folder, epochs, saving, first_step=resumed.step if resumed else 0)
@@ -289,6 +290,18 @@ def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> Non
             best = "best.ckpt is as it was before" if "best" in checkpoints else "there is no best.ckpt"
             print(f"No validation was reached, so {best}; --val_check_interval sets how often it comes.")
     print(f"Next: {shlex.join(command)}")
+    _say_mean(trainer, folder)
+
+
+def _say_mean(trainer: L.Trainer, folder: Path) -> None:
+    """Name the running mean's best file, where it has scored better than the weights that were trained."""
+    best = folder / "ema" / "best.ckpt"
+    for saving in trainer.checkpoint_callbacks:
+        if isinstance(saving, Checkpoints) and saving.mean_is_better and best.is_file():
+            print(
+                f"The running mean of the weights scored better: {saving.best_by.figure} {saving.best_mean:.4f}, the "
+                f"trained weights {saving.best:.4f}. Evaluate it by {best} in place of the file above."
+            )
 
 
 def _changed_columns(data: TextImageDataModule) -> list[str]:

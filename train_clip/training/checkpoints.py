@@ -2,7 +2,8 @@
 
 ``last.ckpt`` is the newest state; ``step-00000500.ckpt``, the state after 500 optimizer steps, and ``best.ckpt`` are
 further names of such files (hard links, copies where the file system has none). An older file is deleted only once the
-new one is safe under all its names.
+new one is safe under all its names. With ``--ema`` the running mean of the weights has files of its own
+(``mean_file.py``).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from train_clip.errors import UserError
 from train_clip.files import link, sweep
 from train_clip.gather import host_group, largest
+from train_clip.training.mean_file import BEST, LAST, write_mean
+from train_clip.training.running_mean import of_mean
 from train_clip.training.trainer_state import gradient_pending, last_batch, log_step
-
-LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class Best(NamedTuple):
@@ -77,18 +79,26 @@ class Checkpoints(Checkpoint):
         keep: how many of the newest states to keep, beside the best one.
         best_by: by default the best retrieves best on the held-out pairs, and has not the lowest loss: on small sets
             the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
-            (docs/training.md shows such a run).
+            (docs/training.md shows such a run). The best running mean of the weights is best at its own.
+        mean_folder: of the running mean; ``ema`` below the folder where None.
     """
 
     def __init__(
-        self, folder: str | Path, every: Interval | None = None, keep: int = 2, best_by: Best = BY_RECALL
+        self,
+        folder: str | Path,
+        every: Interval | None = None,
+        keep: int = 2,
+        best_by: Best = BY_RECALL,
+        mean_folder: Path | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.mean_folder = mean_folder or self.folder / "ema"
         self.every = every or Interval()
         self.keep = keep
         self.best_by = best_by
         self.best: float | None = None
-        self._best_is_due = False
+        self.best_mean: float | None = None
+        self._best_is_due = self._best_mean_is_due = False
         self._between_steps = True  # no gradient is pending
         self._epoch_is_whole = False
         self._saved_at = 0.0
@@ -98,6 +108,7 @@ class Checkpoints(Checkpoint):
         """Remove what a crash while saving has left."""
         if trainer.is_global_zero:
             sweep(self.folder)
+            sweep(self.mean_folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -118,7 +129,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note a state that is better than any before; within an epoch it is saved here, else at the epoch's end."""
+        """Note a state or a mean that is better than any before; within an epoch it is saved here, else at its end."""
         value = trainer.callback_metrics.get(self.best_by.figure)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or value is None:
             return
@@ -128,10 +139,13 @@ class Checkpoints(Checkpoint):
                 "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
-        better = bool(value.isfinite()) and (self.best is None or self._improves(float(value), self.best))
-        if better:
+        if self._is_better(value, self.best):
             self.best, self._best_is_due = float(value), True
-        if (better or trainer.should_stop) and not self._epoch_is_whole:
+        mean = trainer.callback_metrics.get(of_mean(self.best_by.figure))
+        if mean is not None and self._is_better(mean, self.best_mean):
+            self.best_mean, self._best_mean_is_due = float(mean), True
+        due = self._best_is_due or self._best_mean_is_due or trainer.should_stop
+        if due and not self._epoch_is_whole:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -155,10 +169,12 @@ class Checkpoints(Checkpoint):
         target = self.folder / (BEST if self._best_is_due else LAST)
         failure: UserError | None = None
         try:
+            # First, for the same reason: the state knows how good the best mean is.
+            write_mean(trainer, self.mean_folder, self._best_mean_is_due)
             trainer.save_checkpoint(target, weights_only=False)
         except UserError as error:
             failure = error
-            # The others wait where ``save_checkpoint`` ends.
+            # The others, if the fault is this process's alone, wait where ``save_checkpoint`` ends.
             trainer.strategy.barrier()
         if trainer.is_global_zero and failure is None:
             try:
@@ -169,16 +185,27 @@ class Checkpoints(Checkpoint):
             raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
-        self._best_is_due, self._saved_at = False, time.monotonic()
+        self._best_is_due = self._best_mean_is_due = False
+        self._saved_at = time.monotonic()
         return self.folder / LAST
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"best": self.best}
+        return {"best": self.best, "best_mean": self.best_mean}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.best = state_dict["best"]
+        self.best, self.best_mean = state_dict["best"], state_dict.get("best_mean")
+
+    @property
+    def mean_is_better(self) -> bool:
+        """Whether the best running mean has scored better than the best trained weights."""
+        if self.best is None or self.best_mean is None:
+            return False
+        return self._improves(self.best_mean, self.best)
+
+    def _is_better(self, value: Tensor, best: float | None) -> bool:
+        return bool(value.isfinite()) and (best is None or self._improves(float(value), best))
 
     def _improves(self, value: float, best: float) -> bool:
         return value < best if self.best_by.lowest else value > best

@@ -20,6 +20,7 @@ PANELS = (
             ("train/loss", "training batch"),
             ("train/distillation_loss", "of it, distillation"),
             ("val/loss", "held out, contrastive"),
+            ("val_ema/loss", "likewise, running mean"),
         ),
     ),
     (
@@ -33,6 +34,8 @@ PANELS = (
             ("val/R@1_text_to_image", "R@1 text → image"),
             ("val/R@5_image_to_text", "R@5 image → text"),
             ("val/R@5_text_to_image", "R@5 text → image"),
+            ("val_ema/R@1_image_to_text", "R@1 image → text, running mean"),
+            ("val_ema/R@1_text_to_image", "R@1 text → image, running mean"),
         ),
     ),
     ("learning rate", (("train/learning_rate", ""),)),
@@ -93,7 +96,7 @@ def draw_curves(metrics: Path, target: Path) -> None:
         panel.grid(alpha=0.3)
         for name, label in lines:
             if name in series:
-                held_out = name.startswith("val/")
+                held_out = name.startswith("val")
                 panel.plot(*series[name], label=label, marker="." if held_out else None, linewidth=1.2)
         if any(label for _, label in lines) and panel.lines:
             panel.legend()

@@ -1,7 +1,7 @@
 """What happens around a step, in this order.
 
-update, clamp, teacher (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks, which
-Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
+update, clamp, running means (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks,
+which Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
 """
 
 from __future__ import annotations

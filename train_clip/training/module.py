@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
@@ -43,6 +44,7 @@ from train_clip.training.optimizer import (
     warmup_for,
 )
 from train_clip.training.patch_dropping import PatchDropping
+from train_clip.training.running_mean import RunningMean, of_mean
 from train_clip.training.skips import SkipReport
 from train_clip.training.stand_ins import StandIns
 from train_clip.training.step_figures import step_figures
@@ -102,6 +104,7 @@ class ContrastiveModule(L.LightningModule):
                 "lock_image or lock_text."
             )
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
+        self.ema = RunningMean(model, tuning.ema) if tuning.ema else None
         economy.recompute(model)
         self._patches = PatchDropping(model, tuning)
         skip_blocks(model, tuning.stochastic_depth)
@@ -115,10 +118,10 @@ class ContrastiveModule(L.LightningModule):
         self._economy = economy
         self._seed = seed
         self._loss = LOSSES[tuning.loss]
-        self._validation_split = ValidationSplit(model.embed_dim, self._loss)
+        self._validation_split, self._ema_split = (ValidationSplit(model.embed_dim, self._loss) for _ in range(2))
 
     def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Begin with weights of the model, the teacher with them too.
+        """Begin with weights of the model, the running means of it with them too.
 
         Args:
             weights: a state dict of the model, which has to fit it strictly but for the bias of another loss.
@@ -130,8 +133,8 @@ class ContrastiveModule(L.LightningModule):
         weights = begun_with(self.model, weights, source)
         fill(self.model, weights, source)
         self._towers.forget()
-        if self.distillation is not None:
-            self.distillation.teacher.model.load_state_dict(weights)
+        for mean in self._means():
+            mean.model.load_state_dict(weights)
 
     def require_batch_size(self, num_pairs: int) -> None:
         """Refuse a global batch that is too large for what is minimised.
@@ -146,7 +149,7 @@ class ContrastiveModule(L.LightningModule):
             require_room(num_pairs)
 
     def require_precision(self, precision: str) -> None:
-        """Refuse a precision in which the teacher of distillation would stand still, or half weights be another thing.
+        """Refuse a precision in which a running mean would stand still, or half weights be another thing.
 
         Args:
             precision: the Trainer's.
@@ -161,10 +164,10 @@ class ContrastiveModule(L.LightningModule):
                 "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
                 "--gradient_checkpointing."
             )
-        if self.distillation is not None and precision in HALF:
+        if self._means() and precision in HALF:
             raise UserError(
                 f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
-                "bf16-mixed or 16-mixed, or --distillation none."
+                "bf16-mixed or 16-mixed, or --distillation none and --ema 0."
             )
 
     def setup(self, stage: str) -> None:
@@ -265,16 +268,21 @@ class ContrastiveModule(L.LightningModule):
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._end_of_step.finite.gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update, clamp the temperature, let the teacher follow."""
+        """Update, clamp the temperature, let the running means follow."""
         super().optimizer_step(*args, **kwargs)
         self.model.clamp_temperature()
         if self.distillation is not None:
             self.distillation.after_update(self.model)
+        # A step that the scaler skipped is no update. One that is held back on a GPU ends the run, and is never saved.
+        if self.ema is not None and not self._end_of_step.finite.skipped_in_a_row:
+            self.ema.follow(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants."""
         self._towers.forget()
         if resuming(self._trainer):
+            if RUNNING_MEAN in checkpoint:
+                raise UserError(f"The checkpoint {NO_STATE}")
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
@@ -304,11 +312,18 @@ class ContrastiveModule(L.LightningModule):
         missing = batch.missing if isinstance(batch, Batch) else ()
         embeddings = self._towers.embed(self.model, inputs, self.consumed_batches)
         self._validation_split.add(*embeddings, inputs.captions, missing)
+        if self.ema is not None:
+            embeddings = self._towers.embed(self.ema.model, inputs, self.consumed_batches)
+            self._ema_split.add(*embeddings, inputs.captions, missing)
 
     def on_validation_epoch_end(self) -> None:
         """Loss over global batches of fixed size, and retrieval, over the whole split."""
         dataset = getattr(self.trainer.val_dataloaders, "dataset", None)
         figures = self._validation_split.score(self.model.logit_scale.exp(), dataset, self.model.logit_bias)
+        if self.ema is not None:
+            mean = self.ema.model
+            of_ema = self._ema_split.score(mean.logit_scale.exp(), dataset, mean.logit_bias)
+            figures |= {of_mean(name): value for name, value in of_ema.items()}
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
 
@@ -342,6 +357,11 @@ class ContrastiveModule(L.LightningModule):
         """
         with StandIns(self.model, self._tuning.has_half_weights).in_place():
             return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+
+    def _means(self) -> list[RunningMean]:
+        """Of the model: the teacher, and the one that ``--ema`` asks for."""
+        teacher = None if self.distillation is None else self.distillation.teacher
+        return [mean for mean in (teacher, self.ema) if mean is not None]
 
     def _fuses(self) -> bool:
         """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""

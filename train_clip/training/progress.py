@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from train_clip.training.running_mean import of_mean
+
 REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -88,6 +90,9 @@ class RunProgress(ProgressBar):
         if self.enabled and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
             self._say(f"{where}, held out:  {_figures(trainer, VALIDATION_FIGURES)}")
+            if of_mean("val/loss") in trainer.callback_metrics:
+                figures = tuple((label, of_mean(name), form) for label, name, form in VALIDATION_FIGURES)
+                self._say(f"{where}, running mean:  {_figures(trainer, figures)}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Close the display, also after an error."""

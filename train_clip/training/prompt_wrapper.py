@@ -111,20 +111,22 @@ class PromptCLIPWrapper(ContrastiveModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained alone."""
+        """Keep what is trained alone, and its mean."""
         super().on_save_checkpoint(checkpoint)
-        trained = self._trained()
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        kept = self._kept()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the backbone, which this module has from its own file, so that loading stays strict."""
         super().on_load_checkpoint(checkpoint)
-        trained = self._trained()
-        frozen = {name: value for name, value in self.state_dict().items() if name not in trained}
+        kept = self._kept()
+        frozen = {name: value for name, value in self.state_dict().items() if name not in kept}
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
 
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _kept(self) -> set[str]:
+        """What is trained, and the running mean of it."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained | {f"ema.{name}" for name in trained} | {"ema._extra_state"}
 
 
 def _model_of(weights: Weights, digest: str | None) -> tuple[CLIP, str]:

@@ -7,10 +7,8 @@ B  pairs on this process      N  pairs of the global batch      D  embedding wid
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from train_clip.gather import gather_with_gradient
 from train_clip.losses.contrastive import Pairs
 from train_clip.losses.distillation import Targets, divergence, softmax_targets, transport_targets
 from train_clip.models.dual_encoder import DualEncoder
+from train_clip.training.running_mean import RunningMean
 
 MOMENTUM = 0.999
 INITIAL_LOG_SCALE = 3.9
@@ -31,46 +30,6 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Targets]] = {
 
 MOST_PAIRS = 16_384  # of a global batch
 MATRICES = 12  # of N² float32 that one process holds at its peak (tests/training/test_teacher.py counts them)
-
-
-class Teacher(nn.Module):
-    """The exponential moving average of a student's weights, with a warm-up; never trained, always in eval mode.
-
-        momentum = min(0.999, (1 + n) / (10 + n))            n  updates so far
-
-    Args:
-        student: the teacher starts as a copy.
-    """
-
-    def __init__(self, student: DualEncoder) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(student).requires_grad_(False)
-        self.num_updates = 0
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def follow(self, student: DualEncoder) -> None:
-        """Move towards the student; its buffers are copied."""
-        momentum = min(MOMENTUM, (1 + self.num_updates) / (10 + self.num_updates))
-        own: list[Tensor] = list(self.model.parameters())
-        # The mean is float32 even where what it is of is kept in bfloat16.
-        theirs = [parameter.detach().to(mean.dtype) for parameter, mean in zip(student.parameters(), own, strict=True)]
-        torch._foreach_lerp_(own, theirs, 1 - momentum)
-        for buffer, theirs_now in zip(self.model.buffers(), student.buffers(), strict=True):
-            buffer.copy_(theirs_now)
-        self.num_updates += 1
-
-    def get_extra_state(self) -> dict[str, int]:
-        """What the state dict holds besides tensors."""
-        return {"num_updates": self.num_updates}
-
-    def set_extra_state(self, state: Any) -> None:
-        """Go on from a state dict."""
-        self.num_updates = state["num_updates"]
 
 
 class Distillation(nn.Module):
@@ -85,7 +44,7 @@ class Distillation(nn.Module):
 
     def __init__(self, student: DualEncoder, kind: str) -> None:
         super().__init__()
-        self.teacher = Teacher(student)
+        self.teacher = RunningMean(student, MOMENTUM)
         self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self._targets = TARGETS[kind]
 

@@ -54,6 +54,7 @@ class Tuning:
             0 towards the first (Huang et al. 2016, arXiv 1603.09382).
         layer_decay: what a tower's rate is multiplied by for each layer that a parameter lies further from the output
             (``layer_rates.py``); 1 for one rate.
+        ema: momentum of a running mean of the weights, which is scored and kept beside them; 0 for none.
 
     Raises:
         UserError: an unknown choice, or a number that cannot work.
@@ -80,6 +81,7 @@ class Tuning:
     unmasked_share: float = 0.05
     stochastic_depth: float = 0.0
     layer_decay: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -90,6 +92,7 @@ class Tuning:
         assert self.momentum is not None
         for right, message in (
             (0 <= self.momentum < 1, f"momentum is {self.momentum}; expected from 0 to below 1."),
+            (0 <= self.ema < 1, f"ema is {self.ema}; expected 0 for none, or a momentum below 1, such as 0.999."),
             (self.kl_coeff >= 0, f"kl_coeff is {self.kl_coeff}; expected 0 or above."),
             (0 <= self.mask_ratio < 1, f"mask_ratio is {self.mask_ratio}; expected from 0 to below 1."),
             (0 <= self.unmasked_share <= 1, f"unmasked_share is {self.unmasked_share}; expected from 0 to 1."),
