@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from rows import BATCH, MODEL
+from rows import BATCH, DATA
 
 HERE = Path(__file__).parent
+MODEL = DATA["emoji"].model
 BACKGROUND = (255, 255, 255)  # train-clip's; open_clip leaves what lies beneath transparent pixels
 
 

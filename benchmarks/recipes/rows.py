@@ -9,30 +9,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-MODEL = Path(__file__).with_name("tiny-16-64px.yaml")
+HERE = Path(__file__).parent
+BATCH = 256
 
 
 class Data(NamedTuple):
-    """A data set and how long is trained on it while choosing.
+    """A data set, and how a small model is trained on it while choosing.
 
     Args:
+        model: its configuration.
         words: for every row.
         classes: whether captions are classes, and what is judged is zero-shot accuracy, not retrieval.
     """
 
+    model: Path
     words: tuple[str, ...]
     classes: bool
 
 
+SHARED = f"--batch_size {BATCH} --resize_ratio 0.75"
 DATA = {
-    "emoji": Data((*"--batch_size 256 --epochs 40 --resize_ratio 0.75".split(),), False),
-    "cifar": Data((*"--batch_size 256 --epochs 4 --image_size 32 --resize_ratio 0.75".split(),), True),
+    "emoji": Data(HERE / "tiny-16-64px.yaml", (*SHARED.split(), "--epochs", "40"), False),
+    "cifar": Data(HERE / "tiny-8-32px.yaml", (*SHARED.split(), "--epochs", "4"), True),
 }
 
 Rows = dict[str, str]
-MUON = "--optimizer muon --learning_rate 1e-3"
+
+
+def rates(optimizer: str, *values: str) -> Rows:
+    """A row a learning rate."""
+    return {f"{optimizer} {value}": f"--optimizer {optimizer} --learning_rate {value}" for value in values}
+
 
 EXPERIMENTS: dict[str, Rows] = {
-    "adamw": {f"adamw {rate}": f"--learning_rate {rate}" for rate in ("1e-3", "5e-4", "2e-3", "4e-3")},
-    "muon": {f"muon {rate}": f"--optimizer muon --learning_rate {rate}" for rate in ("1e-3", "5e-4", "2e-3", "4e-3")},
+    "adamw": rates("adamw", "1e-3", "5e-4", "2e-3", "4e-3"),
+    "muon": rates("muon", "4e-3", "1e-3", "2e-3", "8e-3"),
+    "cifar-muon": rates("muon", "4e-3", "1e-3", "2e-3", "8e-3", "16e-3"),
 }

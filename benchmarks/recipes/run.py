@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rows import DATA, EXPERIMENTS, MODEL, Data
+from rows import DATA, EXPERIMENTS, Data
 
 sys.path.append(str(Path(__file__).parents[1]))
 from commands import captions_as_classes, evaluate, mean_and_spread, own_and_further, recalls
@@ -60,7 +60,7 @@ def main() -> None:
         """Train and judge one run."""
         run = options.output / options.data / f"{name.replace(' ', '_')}-{seed}"
         where = ("--pairs", options.folder / "train.csv", "--val_pairs", options.folder / "choose.csv")
-        model = () if "--model_name" in further else ("--model_name", MODEL)
+        model = () if "--model_name" in further else ("--model_name", data.model)
         seconds = train(run, *where, *model, *data.words, "--keep", 1, "--seed", seed, *further, *rows[name].split())
         found = judge(run, options.folder / f"{table}.csv", data, kinds)
         print(f"{name:40} seed {seed}  {100 * found[0]:.1f}%  {seconds:.0f} s", file=sys.stderr, flush=True)
