@@ -30,7 +30,6 @@ OF_OPEN_CLIP = {
     "a setting that is unknown": (("model_cfg", "vision_cfg", "no_such_setting"), 1, "no_such_setting"),
     "another pooling": (("model_cfg", "vision_cfg", "pool_type"), "avg", "pool_type"),
     "another ratio": (("model_cfg", "text_cfg", "mlp_ratio"), 2.0, "mlp_ratio"),
-    "SigLIP's": (("model_cfg", "init_logit_bias"), -10, "init_logit_bias"),
     "another interpolation": (("preprocess_cfg", "interpolation"), "bilinear", "bilinear"),
     "another resizing": (("preprocess_cfg", "resize_mode"), "squash", "squash"),
 }
@@ -42,6 +41,13 @@ def test_open_clips_of_other_kinds(tmp_path: Path, name: str) -> None:
     places, value, expected = OF_OPEN_CLIP[name]
     set_in(tmp_path / "a", "open_clip", places, value)
     refused(tmp_path / "a", "open_clip_config.json", expected)
+
+
+@pytest.mark.parametrize("value", [-10, 0])
+def test_a_bias_that_open_clips_settings_promise_is_there(tmp_path: Path, value: float) -> None:
+    """``init_logit_bias`` beside weights that have none, where open_clip would put a zero."""
+    set_in(tmp_path / "a", "open_clip", ("model_cfg", "init_logit_bias"), value)
+    refused(tmp_path / "a", "lacks logit_bias")
 
 
 OF_HUGGING_FACE = {
