@@ -71,6 +71,7 @@ class Loop(L.Callback):
         {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
         {"half_weights": "both", "adam_statistics": "bfloat16", "precision": "bf16-mixed"},
         {"minibatch_size": 3, "gradient_checkpointing": 1},
+        {"loss": "sigmoid"},
     ],
     ids=lambda how: " ".join(map(str, how)) or "plain",
 )
