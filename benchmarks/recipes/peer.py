@@ -1,4 +1,4 @@
-"""open_clip's side of ``compare.py``: its own training program on the same pairs, judged by the same command."""
+"""open_clip's rows: its own training program on the same pairs, from scratch, judged by the same command as ours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from rows import BATCH, DATA
+from rows import BATCH
+
+from train_clip.models.config import ViTConfig, read_config
 
 HERE = Path(__file__).parent
-MODEL = DATA["emoji"].model
 BACKGROUND = (255, 255, 255)  # train-clip's; open_clip leaves what lies beneath transparent pixels
 
 
@@ -26,13 +27,36 @@ class Peer:
         python: of an environment that has open_clip_torch, timm and pandas.
         table: its pairs, a row a caption.
         model: its configuration file.
-        precision: ``amp_bf16`` or ``fp32``.
     """
 
     python: Path
     table: Path
     model: Path
-    precision: str
+
+    @staticmethod
+    def of(python: Path, folder: Path, output: Path, model: Path) -> Peer:
+        """Write what open_clip trains on: pictures on white, their table, and the model's configuration.
+
+        Args:
+            python: of its environment.
+            folder: with train.csv.
+            output: where to write.
+            model: our configuration of the model.
+        """
+        (output / "pictures").mkdir(parents=True, exist_ok=True)
+        with (folder / "train.csv").open(encoding="utf-8", newline="") as source:
+            pairs = [(row["image"], row["caption"]) for row in csv.DictReader(source)]
+        table, theirs = output / "train.csv", output / f"{model.stem}.json"
+        with table.open("w", encoding="utf-8", newline="") as target:
+            rows = csv.writer(target)
+            rows.writerow(("image", "caption"))
+            for image, caption in pairs:
+                picture = output / "pictures" / f"{Path(image).stem}.png"
+                if not picture.exists():
+                    on_white(folder / image).save(picture)
+                rows.writerow((picture.resolve(), caption))
+        theirs.write_text(json.dumps(configuration(model), indent=2))
+        return Peer(python, table.resolve(), theirs.resolve())
 
     def train(self, run: Path, samples: int, warmup: float, seed: int, words: str) -> tuple[Path, float]:
         """Train from scratch.
@@ -55,7 +79,7 @@ class Peer:
             call = [str(self.python), str(HERE / "their_training.py"), str(self.model), "--model", self.model.stem]
             call += ["--train-data", str(self.table), "--dataset-type", "csv", "--csv-separator", ","]
             call += ["--csv-img-key", "image", "--csv-caption-key", "caption", "--device", "cpu", "--workers", "0"]
-            call += ["--precision", self.precision, "--batch-size", str(BATCH), "--epochs", str(epochs)]
+            call += ["--precision", "amp_bf16", "--batch-size", str(BATCH), "--epochs", str(epochs)]
             call += [
                 "--save-frequency",
                 str(epochs),
@@ -77,24 +101,6 @@ class Peer:
         return checkpoint, float(json.loads(ended.read_text()))
 
 
-def peer_of(python: Path, folder: Path, output: Path, precision: str) -> Peer:
-    """Write what open_clip trains on: pictures on white, their table, and the model's configuration."""
-    pictures = output / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    table = output / "train.csv"
-    with (folder / "train.csv").open(encoding="utf-8", newline="") as source, table.open("w", newline="") as target:
-        rows = csv.writer(target)
-        rows.writerow(("image", "caption"))
-        for row in csv.DictReader(source):
-            picture = pictures / f"{Path(row['image']).stem}.png"
-            if not picture.exists():
-                on_white(folder / row["image"]).save(picture)
-            rows.writerow((picture.resolve(), row["caption"]))
-    model = output / f"{MODEL.stem}.json"
-    model.write_text(json.dumps(configuration(), indent=2))
-    return Peer(python, table.resolve(), model.resolve(), precision)
-
-
 def on_white(file: Path) -> Image.Image:
     """A picture without transparency."""
     layer = Image.open(file).convert("RGBA")
@@ -103,11 +109,9 @@ def on_white(file: Path) -> Image.Image:
     return canvas
 
 
-def configuration() -> dict[str, object]:
-    """The model as open_clip's configuration files have it."""
-    from train_clip.models.config import ViTConfig, read_config
-
-    config = read_config(str(MODEL))
+def configuration(model: Path) -> dict[str, object]:
+    """A model of ours, which has a ViT, as open_clip's configuration files have it."""
+    config = read_config(str(model))
     assert isinstance(config.image, ViTConfig)
     image, text = config.image, config.text
     return {

@@ -6,6 +6,7 @@ but for the rate: 1e-3, the best of 5e-4 to 4e-3 (experiment ``adamw``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,22 @@ DATA = {
     "cifar": Data(HERE / "tiny-8-32px.yaml", (*SHARED.split(), "--epochs", "4"), True),
 }
 
-Rows = dict[str, str]
+
+class Theirs(NamedTuple):
+    """A row of open_clip's own program.
+
+    Args:
+        words: its options, beside model, data and batch size.
+        warmup: its share of the steps; 0 for open_clip's own 10,000 steps.
+        samples: captions to be seen, each with its image, to the next whole epoch.
+    """
+
+    words: str
+    warmup: float = 0.1
+    samples: int = 51_200  # 40 epochs of 5 batches of 256, as ours
+
+
+Rows = Mapping[str, str | Theirs]
 
 
 def rates(optimizer: str, *values: str) -> Rows:

@@ -1,11 +1,12 @@
 """Trains the rows of an experiment and judges them on a split: a table, mean ± standard deviation over seeds.
 
-    python benchmarks/recipes/run.py emoji adamw emoji_dir --output runs/recipes --seeds 3
+    python benchmarks/recipes/run.py emoji optimizers emoji_dir --output runs/recipes --seeds 3
 
 ``splits.py`` has written the tables into the folder. Rows are trained on train.csv and judged on choose.csv, or with
 ``--report`` on report.csv, by the state that the run ended in. Runs that are there already are read, those that were
 stopped go on. ``--jobs 2`` trains two at a time. Words after ``--`` go to ``train-clip train``, such as ``--precision
-bf16-mixed``. Times are of processor time, next to the first row's.
+bf16-mixed``. Rows of open_clip are trained by its own program, in the environment that ``--peer ENV/bin/python`` names
+(``open_clip_torch[training]``, timm). Times are of processor time, next to the first row's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rows import DATA, EXPERIMENTS, Data
+from peer import Peer
+from rows import DATA, EXPERIMENTS, Data, Theirs
 
 sys.path.append(str(Path(__file__).parents[1]))
 from commands import captions_as_classes, evaluate, mean_and_spread, own_and_further, recalls
@@ -51,18 +53,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--peer", type=Path)
     options = parser.parse_args(own)
     data, table = DATA[options.data], "report" if options.report else "choose"
     rows = EXPERIMENTS[options.experiment]
     kinds = captions_as_classes(options.folder, options.output) if data.classes else None
+    theirs = any(isinstance(row, Theirs) for row in rows.values())
+    if theirs and options.peer is None:
+        parser.error(f"{options.experiment} has rows of open_clip: give --peer ENV/bin/python")
+    peer = Peer.of(options.peer, options.folder, options.output / "peer", data.model) if theirs else None
 
     def result(name: str, seed: int) -> Result:
         """Train and judge one run."""
-        run = options.output / options.data / f"{name.replace(' ', '_')}-{seed}"
-        where = ("--pairs", options.folder / "train.csv", "--val_pairs", options.folder / "choose.csv")
-        model = () if "--model_name" in further else ("--model_name", data.model)
-        seconds = train(run, *where, *model, *data.words, "--keep", 1, "--seed", seed, *further, *rows[name].split())
-        found = judge(run, options.folder / f"{table}.csv", data, kinds)
+        run, row = options.output / options.data / f"{name.replace(' ', '_')}-{seed}", rows[name]
+        if isinstance(row, Theirs):
+            assert peer is not None
+            state, seconds = peer.train(run, row.samples, row.warmup, seed, row.words)
+            reading: tuple[Any, ...] = ("--model_name", data.model, "--activation", "quick_gelu")
+        else:
+            where = ("--pairs", options.folder / "train.csv", "--val_pairs", options.folder / "choose.csv")
+            model = () if "--model_name" in further else ("--model_name", data.model)
+            words = (*where, *model, *data.words, "--keep", 1, "--seed", seed, *further, *row.split())
+            state, reading = run / "checkpoints" / "last.ckpt", ()
+            seconds = train(run, *words)
+        found = judge(run, state, options.folder / f"{table}.csv", data, kinds, reading)
         print(f"{name:40} seed {seed}  {100 * found[0]:.1f}%  {seconds:.0f} s", file=sys.stderr, flush=True)
         return Result(*found, seconds)
 
@@ -88,12 +102,14 @@ def train(run: Path, *words: Any) -> float:
     return float(json.loads(ended.read_text()))
 
 
-def judge(run: Path, table: Path, data: Data, kinds: tuple[Path, Path] | None) -> tuple[float, list[float]]:
+def judge(
+    run: Path, state: Path, table: Path, data: Data, kinds: tuple[Path, Path] | None, reading: tuple[Any, ...]
+) -> tuple[float, list[float]]:
     """The score of a run's last state, and what it is the mean of."""
     scores = run / f"{table.stem}.json"
     words = () if kinds is None else ("--classes", kinds[0], "--templates", kinds[1])
     if not scores.exists():
-        evaluate(run / "checkpoints" / "last.ckpt", "--pairs", table, *words, scores=scores)
+        evaluate(state, "--pairs", table, *words, *reading, scores=scores)
     found = json.loads(scores.read_text(encoding="utf-8"))
     if data.classes:
         return found["zero_shot"]["top1"], [found["zero_shot"]["top1"]]

@@ -19,13 +19,15 @@ from train_clip.commands.options import (
     RunOptions,
     TrainerOptions,
 )
-from train_clip.commands.training_run import Job, begin, train_job
+from train_clip.commands.training_run import Job, begin, no_advice, train_job
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.data_module import TextImageDataModule
+
+RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for at most (docs/recipes.md)
 
 
 def train(  # noqa: PLR0913, each is a group of options
@@ -74,7 +76,22 @@ def train(  # noqa: PLR0913, each is a group of options
         kept = model if weights is None else dataclasses.replace(model, pretrained=weights.source)
         return _keep_model(kept, config, folder), data, augmentation, resolved, objective
 
-    return train_job(Job("train", module, pairs, config.optimizer.epochs, options), run, trainer, resumed)
+    advice = recipe_for if optimizer.optimizer is None else no_advice
+    job = Job("train", module, pairs, config.optimizer.epochs, options, advice=advice)
+    return train_job(job, run, trainer, resumed)
+
+
+def recipe_for(num_pairs: int) -> str | None:
+    """What there is to say of so few pairs, where no optimizer was chosen: which recipe is made for them.
+
+    Args:
+        num_pairs: to train on.
+    """
+    recipe = next((name for name, most in RECIPES.items() if num_pairs <= most), None)
+    return recipe and (
+        f"{num_pairs:,} pairs: the defaults are the paper's, made for 400 million. `--config {recipe}` learns more "
+        "from as few (docs/recipes.md); `--optimizer adamw` keeps to the defaults without this line."
+    )
 
 
 def choose_config(model: ModelOptions) -> ModelConfig:

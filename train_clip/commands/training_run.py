@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from train_clip.commands.options import RunOptions, TrainerOptions, require_least
 from train_clip.commands.quiet import quiet
@@ -35,6 +36,10 @@ LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
 
 
+def no_advice(_: int) -> None:
+    """Nothing to say of any number of pairs."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What a verb trains.
@@ -46,6 +51,7 @@ class Job:
         epochs: where neither ``--epochs`` nor ``--max_steps`` is given.
         options: the verb's own options as the run's ``config.yaml`` keeps them, resolved, given the run's folder.
         best_by: what its ``best.ckpt`` is best at.
+        advice: a line to begin a run on so many pairs with, if there is something to say.
     """
 
     verb: str
@@ -54,6 +60,7 @@ class Job:
     epochs: int
     options: Callable[[Path], tuple[Any, ...]]
     best_by: Best = BY_RECALL
+    advice: Callable[[int], str | None] = no_advice
 
 
 def begin(run: RunOptions) -> Resumption | None:
@@ -96,6 +103,8 @@ def train_job(job: Job, run: RunOptions, trainer: TrainerOptions, resumed: Resum
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = lightning_trainer
     data.setup()
+    if resumed is None and (line := job.advice(len(data.training_pairs))):
+        rank_zero_info(line)
     module.require_batch_size(data.batch_size)
     module.require_precision(lightning_trainer.precision)
     num_steps = _num_steps(data, lightning_trainer)
