@@ -57,8 +57,41 @@ def rates(optimizer: str, *values: str) -> Rows:
     return {f"{optimizer} {value}": f"--optimizer {optimizer} --learning_rate {value}" for value in values}
 
 
+PAPER = "--optimizer adamw --learning_rate 1e-3"
+MUON = "--optimizer muon --learning_rate 4e-3"
+
+
+def on_top(base: str, **further: str) -> Rows:
+    """A base, then a row for each addition to it."""
+    rows = {"muon": base}
+    return rows | {f"muon, {name.replace('_', ' ')}": f"{base} {words}" for name, words in further.items()}
+
+
 EXPERIMENTS: dict[str, Rows] = {
+    # Rates, of the first seed.
     "adamw": rates("adamw", "1e-3", "5e-4", "2e-3", "4e-3"),
-    "muon": rates("muon", "4e-3", "1e-3", "2e-3", "8e-3"),
-    "cifar-muon": rates("muon", "4e-3", "1e-3", "2e-3", "8e-3", "16e-3"),
+    "muon": rates("muon", "4e-3", "1e-3", "2e-3", "8e-3", "16e-3"),
+    "open_clip": {
+        "open_clip adamw 1e-3": Theirs("--lr 1e-3"),
+        "open_clip adamw 2e-3": Theirs("--lr 2e-3"),
+        "open_clip timm muon 2e-3": Theirs("--opt timm/muon --lr 2e-3"),
+        "open_clip timm muon 4e-3": Theirs("--opt timm/muon --lr 4e-3"),
+        "open_clip timm muon 8e-3": Theirs("--opt timm/muon --lr 8e-3"),
+        "open_clip timm nadamuon 2e-3": Theirs("--opt timm/nadamuon --lr 2e-3"),
+    },
+    # What Muon brings, and what each further thing does on top of it.
+    "optimizers": {"paper": PAPER, "muon": MUON},
+    "on-top": on_top(
+        MUON,
+        jitter="--color_jitter 0.5",
+        grey="--grayscale 0.2",
+        flips="--horizontal_flip 0.5",
+        crops_from_0_4="--resize_ratio 0.4",
+        batches_of_128="--batch_size 128",
+        batches_of_64="--batch_size 64",
+        decay_0_5="--weight_decay 0.5",
+        stochastic_depth="--stochastic_depth 0.2",
+        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
+        sigmoid="--loss sigmoid",
+    ),
 }
