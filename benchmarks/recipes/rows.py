@@ -61,10 +61,9 @@ PAPER = "--optimizer adamw --learning_rate 1e-3"
 MUON = "--optimizer muon --learning_rate 4e-3"
 
 
-def on_top(base: str, **further: str) -> Rows:
+def on_top(base: str, **further: str) -> dict[str, str | Theirs]:
     """A base, then a row for each addition to it."""
-    rows = {"muon": base}
-    return rows | {f"muon, {name.replace('_', ' ')}": f"{base} {words}" for name, words in further.items()}
+    return {"muon": base} | {f"muon, {name.replace('_', ' ')}": f"{base} {words}" for name, words in further.items()}
 
 
 EXPERIMENTS: dict[str, Rows] = {
@@ -81,6 +80,17 @@ EXPERIMENTS: dict[str, Rows] = {
     },
     # What Muon brings, and what each further thing does on top of it.
     "optimizers": {"paper": PAPER, "muon": MUON},
+    # Few passes over the pairs, as over a few million (CIFAR).
+    "few-passes": {"paper": PAPER}
+    | on_top(
+        MUON,
+        jitter="--color_jitter 0.5",
+        flips="--horizontal_flip 0.5",
+        crops_from_0_4="--resize_ratio 0.4",
+        batches_of_128="--batch_size 128",
+        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
+        sigmoid="--loss sigmoid",
+    ),
     "on-top": on_top(
         MUON,
         jitter="--color_jitter 0.5",
