@@ -78,6 +78,12 @@ EXPERIMENTS: dict[str, Rows] = {
         "open_clip timm muon 8e-3": Theirs("--opt timm/muon --lr 8e-3"),
         "open_clip timm nadamuon 2e-3": Theirs("--opt timm/nadamuon --lr 2e-3"),
     },
+    # Whether what Muon leaves to AdamW wants Muon's rate too.
+    "rates-apart": {
+        "muon": MUON,
+        "muon 4e-3, rest 1e-3": "--optimizer muon --learning_rate 1e-3 --muon_learning_rate 4e-3",
+        "muon 8e-3, rest 1e-3": "--optimizer muon --learning_rate 1e-3 --muon_learning_rate 8e-3",
+    },
     # What Muon brings, and what each further thing does on top of it.
     "optimizers": {"paper": PAPER, "muon": MUON},
     # Few passes over the pairs, as over a few million (CIFAR).
