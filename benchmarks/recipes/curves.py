@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from run import PLAIN
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in options.rows:
-        runs = sorted(options.runs.glob(f"{name.replace(' ', '_')}-[0-9]"))
+        runs = sorted(options.runs.glob(f"{name.translate(PLAIN)}-[0-9]"))
         values = np.array([read(run, options.figure) for run in runs])
         epochs, mean, spread = np.arange(1, values.shape[1] + 1), values.mean(axis=0), values.std(axis=0)
         (line,) = axes.plot(epochs, mean, label=f"{name} ({len(runs)} seeds)")

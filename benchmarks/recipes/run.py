@@ -28,6 +28,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from commands import captions_as_classes, evaluate, mean_and_spread, own_and_further, recalls
 
 
+PLAIN = str.maketrans(" ,", "_-", "'")  # of a row's name, what a folder is called
+
+
 class Result(NamedTuple):
     """What a run came to.
 
@@ -65,7 +68,7 @@ def main() -> None:
 
     def result(name: str, seed: int) -> Result:
         """Train and judge one run."""
-        run, row = options.output / options.data / f"{name.replace(' ', '_')}-{seed}", rows[name]
+        run, row = options.output / options.data / f"{name.translate(PLAIN)}-{seed}", rows[name]
         if isinstance(row, Theirs):
             assert peer is not None
             state, seconds = peer.train(run, row.samples, row.warmup, seed, row.words)
