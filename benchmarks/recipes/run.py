@@ -27,7 +27,6 @@ from rows import DATA, EXPERIMENTS, Data, Theirs
 sys.path.append(str(Path(__file__).parents[1]))
 from commands import captions_as_classes, evaluate, mean_and_spread, own_and_further, recalls
 
-
 PLAIN = str.maketrans(" ,", "_-", "'")  # of a row's name, what a folder is called
 
 
