@@ -52,60 +52,63 @@ class Theirs(NamedTuple):
 Rows = Mapping[str, str | Theirs]
 
 
-def rates(optimizer: str, *values: str) -> Rows:
-    """A row a learning rate."""
-    return {f"{optimizer} {value}": f"--optimizer {optimizer} --learning_rate {value}" for value in values}
-
-
 PAPER = "--optimizer adamw --learning_rate 1e-3"
-MUON = "--optimizer muon --learning_rate 4e-3"
+MUON = "--optimizer muon --learning_rate 1e-3"
+SHARED_RATE = "--optimizer muon --learning_rate {0} --muon_learning_rate {0}"
 
 
-def on_top(base: str, **further: str) -> dict[str, str | Theirs]:
+def on_top(name: str, base: str, **further: str) -> dict[str, str | Theirs]:
     """A base, then a row for each addition to it."""
-    return {"muon": base} | {f"muon, {name.replace('_', ' ')}": f"{base} {words}" for name, words in further.items()}
+    return {name: base} | {f"{name}, {what.replace('_', ' ')}": f"{base} {words}" for what, words in further.items()}
 
 
 EXPERIMENTS: dict[str, Rows] = {
-    # Rates, of the first seed.
-    "adamw": rates("adamw", "1e-3", "5e-4", "2e-3", "4e-3"),
-    "muon": rates("muon", "4e-3", "1e-3", "2e-3", "8e-3", "16e-3"),
+    # AdamW's rate. The paper's is for batches 128 times as large.
+    "adamw": {
+        f"adamw {rate}": f"--optimizer adamw --learning_rate {rate}" for rate in ("1e-3", "5e-4", "2e-3", "4e-3")
+    },
+    # Muon's rate, first for everything, then with AdamW's own for what is left to AdamW.
+    "muon": {f"muon {rate}": SHARED_RATE.format(rate) for rate in ("4e-3", "1e-3", "2e-3", "8e-3", "16e-3")},
+    "rates-apart": {
+        "muon": SHARED_RATE.format("4e-3"),
+        "muon 4e-3, rest 1e-3": f"{MUON} --muon_learning_rate 4e-3",
+        "muon 8e-3, rest 1e-3": f"{MUON} --muon_learning_rate 8e-3",
+        "muon 16e-3, rest 1e-3": f"{MUON} --muon_learning_rate 16e-3",
+    },
+    "recipe": {"paper": PAPER, "small": f"{MUON} --config small"},
+    # What each further thing does on top of the recipe.
+    "on-top": on_top(
+        "small",
+        f"{MUON} --config small",
+        jitter="--color_jitter 0.5",
+        grey="--grayscale 0.2",
+        flips="--horizontal_flip 0.5",
+        crops_from_0_4="--resize_ratio 0.4",
+        the_paper_s_crop="--resize_ratio null",
+        batches_of_128="--batch_size 128",
+        decay_0_5="--weight_decay 0.5",
+        stochastic_depth="--stochastic_depth 0.2",
+        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
+        sigmoid="--loss sigmoid",
+        twenty_epochs="--epochs 20",
+    ),
+    # Few passes over the pairs, as over a few million (CIFAR).
+    "few-passes": {"paper": PAPER}
+    | on_top(
+        "muon",
+        SHARED_RATE.format("4e-3"),
+        jitter="--color_jitter 0.5",
+        flips="--horizontal_flip 0.5",
+        crops_from_0_4="--resize_ratio 0.4",
+        batches_of_128="--batch_size 128",
+        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
+        sigmoid="--loss sigmoid",
+    ),
+    # open_clip's rates, then its best beside the recipe.
     "open_clip": {
         "open_clip, AdamW 1e-3": Theirs("--lr 1e-3"),
         "open_clip, timm's Muon 4e-3": Theirs("--opt timm/muon --lr 4e-3"),
         "open_clip, timm's Muon 2e-3": Theirs("--opt timm/muon --lr 2e-3"),
         "open_clip, timm's NAdaMuon 2e-3": Theirs("--opt timm/nadamuon --lr 2e-3"),
     },
-    # Whether what Muon leaves to AdamW wants Muon's rate too.
-    "rates-apart": {
-        "muon": MUON,
-        "muon 4e-3, rest 1e-3": "--optimizer muon --learning_rate 1e-3 --muon_learning_rate 4e-3",
-        "muon 8e-3, rest 1e-3": "--optimizer muon --learning_rate 1e-3 --muon_learning_rate 8e-3",
-    },
-    # What Muon brings, and what each further thing does on top of it.
-    "optimizers": {"paper": PAPER, "muon": MUON},
-    # Few passes over the pairs, as over a few million (CIFAR).
-    "few-passes": {"paper": PAPER}
-    | on_top(
-        MUON,
-        jitter="--color_jitter 0.5",
-        flips="--horizontal_flip 0.5",
-        crops_from_0_4="--resize_ratio 0.4",
-        batches_of_128="--batch_size 128",
-        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
-        sigmoid="--loss sigmoid",
-    ),
-    "on-top": on_top(
-        MUON,
-        jitter="--color_jitter 0.5",
-        grey="--grayscale 0.2",
-        flips="--horizontal_flip 0.5",
-        crops_from_0_4="--resize_ratio 0.4",
-        batches_of_128="--batch_size 128",
-        batches_of_64="--batch_size 64",
-        decay_0_5="--weight_decay 0.5",
-        stochastic_depth="--stochastic_depth 0.2",
-        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
-        sigmoid="--loss sigmoid",
-    ),
 }

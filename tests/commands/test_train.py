@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
+from train_clip.commands.train import recipe_for
 from train_clip.commands.training_run import default_precision
 
 
@@ -293,3 +294,24 @@ def test_a_run_keeps_the_model_it_was_trained_with(pair_folder, model_file, tmp_
     model_file.unlink()
     cli.main(["train", "--config", str(run / "config.yaml"), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [((), True), (("--config", "small", "--epochs", "1"), False), (("--optimizer", "adamw"), False)]
+)
+def test_few_pairs_are_told_of_their_recipe(pair_folder, model_file, tmp_path, caplog, words, said):
+    """In one line, where no optimizer was chosen; a recipe brings one."""
+    with caplog.at_level("INFO"):
+        run_train(pair_folder, model_file, tmp_path / "run", *words)
+    assert [line for line in caplog.messages if "--config small" in line] == [
+        "9 pairs: the defaults are the paper's, made for 400 million. `--config small` learns more from as few "
+        "(docs/recipes.md); `--optimizer adamw` keeps to the defaults without this line."
+    ] * said
+
+
+def test_which_recipe_is_for_how_many():
+    """Up to 300,000 pairs, up to 5 million, none."""
+    found = [recipe_for(number) for number in (12, 300_000, 300_001, 5_000_000, 5_000_001)]
+    assert [line and line.split("--config ")[1].split("`")[0] for line in found] == [
+        "small", "small", "medium", "medium", None
+    ]  # fmt: skip

@@ -130,6 +130,8 @@ def test_groups_keep_rates_and_decay_apart() -> None:
     assert [group["hidden"] for group in groups] == sorted((group["hidden"] for group in groups), reverse=True)
     assert sum(found.values()) == len(list(model.parameters()))
     assert muon_matrices(model, CONFIG, Tuning()) is None
+    usual = muon_matrices(model, CONFIG, Tuning(optimizer="muon"))
+    assert {group["lr"] for group in parameter_groups(model, CONFIG, None, usual)} == {8e-3, 1e-3}
 
 
 def made(model: CLIP, **how: Any) -> torch.optim.Optimizer:

@@ -121,7 +121,7 @@ class OptimizerOptions:
         optimizer: adamw; sgd; or muon, which is Muon for the matrices within the towers and AdamW for the rest. If not
             told, sgd for `finetune` on two encoders, and adamw
         momentum: of SGD, 0.9 if not told, or of Muon, 0.95
-        muon_learning_rate: of Muon's matrices at its peak, if not that of the rest
+        muon_learning_rate: of Muon's matrices at its peak, if not 8 times that of the rest
         learning_rate: at its peak, if not the model's own
         weight_decay: on matrices and convolutions, if not the model's own
         betas: decay of both moments, such as "[0.9, 0.98]", if not the model's own

@@ -27,7 +27,7 @@ class Tuning:
     Args:
         optimizer: ``adamw``, ``sgd``, or ``muon``: Muon for the matrices within the towers, AdamW for the rest.
         momentum: of SGD, 0.9 where None, or of Muon, 0.95.
-        muon_learning_rate: of Muon's matrices at its peak; None for that of the rest.
+        muon_learning_rate: of Muon's matrices at its peak; None for 8 times that of the rest.
         image_learning_rate: of the image tower at its peak; None for that of the rest. A projection and the temperature
             are the rest.
         text_learning_rate: of the text tower, likewise.
