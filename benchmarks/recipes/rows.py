@@ -90,7 +90,6 @@ EXPERIMENTS: dict[str, Rows] = {
         stochastic_depth="--stochastic_depth 0.2",
         half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
         sigmoid="--loss sigmoid",
-        twenty_epochs="--epochs 20",
     ),
     # Few passes over the pairs, as over a few million (CIFAR).
     "few-passes": {"paper": PAPER}

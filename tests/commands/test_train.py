@@ -304,7 +304,7 @@ def test_few_pairs_are_told_of_their_recipe(pair_folder, model_file, tmp_path, c
     with caplog.at_level("INFO"):
         run_train(pair_folder, model_file, tmp_path / "run", *words)
     assert [line for line in caplog.messages if "--config small" in line] == [
-        "9 pairs: the defaults are the paper's, made for 400 million. `--config small` learns more from as few "
+        "12 pairs: the defaults are the paper's, made for 400 million. `--config small` learns more from as few "
         "(docs/recipes.md); `--optimizer adamw` keeps to the defaults without this line."
     ] * said
 
