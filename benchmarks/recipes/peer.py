@@ -46,7 +46,7 @@ class Peer:
         (output / "pictures").mkdir(parents=True, exist_ok=True)
         with (folder / "train.csv").open(encoding="utf-8", newline="") as source:
             pairs = [(row["image"], row["caption"]) for row in csv.DictReader(source)]
-        table, theirs = output / "train.csv", output / f"{model.stem}.json"
+        table, theirs = output / "train.csv", output / f"ViT-{model.stem}.json"  # it chooses by the name
         with table.open("w", encoding="utf-8", newline="") as target:
             rows = csv.writer(target)
             rows.writerow(("image", "caption"))

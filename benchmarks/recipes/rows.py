@@ -54,6 +54,8 @@ Rows = Mapping[str, str | Theirs]
 
 PAPER = "--optimizer adamw --learning_rate 1e-3"
 MUON = "--optimizer muon --learning_rate 1e-3"
+ADAMW_OF_PEER = "--lr {0}"
+MUON_OF_PEER = "--opt timm/{0} --lr {1} --eps 1e-7"  # without an eps it fails
 SHARED_RATE = "--optimizer muon --learning_rate {0} --muon_learning_rate {0}"
 
 
@@ -103,11 +105,22 @@ EXPERIMENTS: dict[str, Rows] = {
         half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
         sigmoid="--loss sigmoid",
     ),
-    # open_clip's rates, then its best beside the recipe.
+    # open_clip's rates, of the first seed.
     "open_clip": {
-        "open_clip, AdamW 1e-3": Theirs("--lr 1e-3"),
-        "open_clip, timm's Muon 4e-3": Theirs("--opt timm/muon --lr 4e-3"),
-        "open_clip, timm's Muon 2e-3": Theirs("--opt timm/muon --lr 2e-3"),
-        "open_clip, timm's NAdaMuon 2e-3": Theirs("--opt timm/nadamuon --lr 2e-3"),
+        "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),
+        "open_clip, AdamW 2e-3": Theirs(ADAMW_OF_PEER.format("2e-3")),
+        "open_clip, timm's Muon": Theirs(MUON_OF_PEER.format("muon", "4e-3")),
+        "open_clip, timm's Muon 2e-3": Theirs(MUON_OF_PEER.format("muon", "2e-3")),
+        "open_clip, timm's Muon 8e-3": Theirs(MUON_OF_PEER.format("muon", "8e-3")),
+        "open_clip, timm's NAdaMuon 2e-3": Theirs(MUON_OF_PEER.format("nadamuon", "2e-3")),
+    },
+    # Half as long as on-top: all see as many pairs; then the recipe with the time of open_clip's AdamW.
+    "compare": {
+        "paper, 20 epochs": f"{PAPER} --epochs 20",
+        "small, 20 epochs": f"{MUON} --config small --epochs 20",
+        "open_clip, its defaults": Theirs("", 0.0),
+        "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),
+        "open_clip, timm's Muon": Theirs(MUON_OF_PEER.format("muon", "4e-3")),
+        "small, 45 epochs": f"{MUON} --config small --epochs 45",
     },
 }
