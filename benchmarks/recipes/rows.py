@@ -56,7 +56,11 @@ PAPER = "--optimizer adamw --learning_rate 1e-3"
 MUON = "--optimizer muon --learning_rate 1e-3"
 ADAMW_OF_PEER = "--lr {0}"
 MUON_OF_PEER = "--opt timm/{0} --lr {1} --eps 1e-7"  # without an eps it fails
-SHARED_RATE = "--optimizer muon --learning_rate {0} --muon_learning_rate {0}"
+
+
+def alone(name: str, words: str, values: str) -> dict[str, str | Theirs]:
+    """A row for each value of one option."""
+    return {f"{name} {value}": words.format(value) for value in values.split()}
 
 
 def on_top(name: str, base: str, **further: str) -> dict[str, str | Theirs]:
@@ -66,24 +70,24 @@ def on_top(name: str, base: str, **further: str) -> dict[str, str | Theirs]:
 
 EXPERIMENTS: dict[str, Rows] = {
     # AdamW's rate. The paper's is for batches 128 times as large.
-    "adamw": {
-        f"adamw {rate}": f"--optimizer adamw --learning_rate {rate}" for rate in ("1e-3", "5e-4", "2e-3", "4e-3")
+    "adamw": alone("adamw", "--optimizer adamw --learning_rate {0}", "1e-3 5e-4 2e-3 4e-3"),
+    # Muon's rate, where it is everything's.
+    "one-rate": alone(
+        "one rate", "--optimizer muon --learning_rate {0} --muon_learning_rate {0}", "4e-3 1e-3 2e-3 8e-3 16e-3"
+    ),
+    # Muon's rate, where what is left to AdamW keeps AdamW's own. By itself it is 8 times that.
+    "rates": {
+        "paper": PAPER,
+        "one rate 4e-3": "--optimizer muon --learning_rate 4e-3 --muon_learning_rate 4e-3",
+        "muon, 4 times": f"{MUON} --muon_learning_rate 4e-3",
+        "muon": MUON,
+        "muon, 16 times": f"{MUON} --muon_learning_rate 16e-3",
     },
-    # Muon's rate, first for everything, then with AdamW's own for what is left to AdamW.
-    "muon": {f"muon {rate}": SHARED_RATE.format(rate) for rate in ("4e-3", "1e-3", "2e-3", "8e-3", "16e-3")},
-    "rates-apart": {
-        "muon": SHARED_RATE.format("4e-3"),
-        "muon 4e-3, rest 1e-3": f"{MUON} --muon_learning_rate 4e-3",
-        "muon 8e-3, rest 1e-3": f"{MUON} --muon_learning_rate 8e-3",
-        "muon 16e-3, rest 1e-3": f"{MUON} --muon_learning_rate 16e-3",
-    },
-    "recipe": {"paper": PAPER, "small": f"{MUON} --config small"},
-    # What each further thing does on top of the recipe.
+    # What each further thing does on top of Muon.
     "on-top": on_top(
-        "small",
-        f"{MUON} --config small",
+        "muon",
+        MUON,
         jitter="--color_jitter 0.5",
-        grey="--grayscale 0.2",
         flips="--horizontal_flip 0.5",
         crops_from_0_4="--resize_ratio 0.4",
         the_paper_s_crop="--resize_ratio null",
@@ -92,18 +96,7 @@ EXPERIMENTS: dict[str, Rows] = {
         stochastic_depth="--stochastic_depth 0.2",
         half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
         sigmoid="--loss sigmoid",
-    ),
-    # Few passes over the pairs, as over a few million (CIFAR).
-    "few-passes": {"paper": PAPER}
-    | on_top(
-        "muon",
-        SHARED_RATE.format("4e-3"),
-        jitter="--color_jitter 0.5",
-        flips="--horizontal_flip 0.5",
-        crops_from_0_4="--resize_ratio 0.4",
-        batches_of_128="--batch_size 128",
-        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
-        sigmoid="--loss sigmoid",
+        ema="--ema 0.99",
     ),
     # open_clip's rates, of the first seed.
     "open_clip": {
@@ -114,13 +107,13 @@ EXPERIMENTS: dict[str, Rows] = {
         "open_clip, timm's Muon 8e-3": Theirs(MUON_OF_PEER.format("muon", "8e-3")),
         "open_clip, timm's NAdaMuon 2e-3": Theirs(MUON_OF_PEER.format("nadamuon", "2e-3")),
     },
-    # Half as long as on-top: all see as many pairs; then the recipe with the time of open_clip's AdamW.
+    # Half as many epochs as above: all see as many pairs; then the recipe with the time of open_clip's AdamW.
     "compare": {
         "paper, 20 epochs": f"{PAPER} --epochs 20",
-        "small, 20 epochs": f"{MUON} --config small --epochs 20",
+        "small, 20 epochs": "--config small --learning_rate 1e-3 --epochs 20",
         "open_clip, its defaults": Theirs("", 0.0),
         "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),
         "open_clip, timm's Muon": Theirs(MUON_OF_PEER.format("muon", "4e-3")),
-        "small, 45 epochs": f"{MUON} --config small --epochs 45",
+        "small, 45 epochs": "--config small --learning_rate 1e-3 --epochs 45",
     },
 }
