@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -254,3 +255,16 @@ def select(kind: type[T], values: dict[str, Any], **rest: Any) -> T:
     """Build an options dataclass from those of the values that are its fields; ``rest`` wins."""
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in values.items() if key in fields} | rest)
+
+
+def resolve_optimizer(options: OptimizerOptions, arguments: Mapping[str, Any]) -> OptimizerOptions:
+    """The options with what they leave open, as a run's ``config.yaml`` keeps them.
+
+    AdamW has no momentum. One that nobody asked for stays open, so that another optimizer beside that file has its own.
+
+    Args:
+        options: as they were given.
+        arguments: the module's ``hparams``.
+    """
+    found = select(OptimizerOptions, dict(arguments))
+    return dataclasses.replace(found, momentum=options.momentum) if found.optimizer == "adamw" else found
