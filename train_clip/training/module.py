@@ -109,6 +109,7 @@ class ContrastiveModule(L.LightningModule):
         self._patches = PatchDropping(model, tuning)
         skip_blocks(model, tuning.stochastic_depth)
         layer_rates(model, tuning.layer_decay, {}, optimizer.lr)  # refuses a model that has no layers
+        muon_matrices(model, optimizer, tuning)  # refuses one that has nothing for Muon
         self._reader = BatchReader(model, None)
         self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from train_clip.errors import UserError
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.training.half_adamw import HalfAdamW
@@ -92,11 +93,21 @@ def parameter_groups(
 
 
 def muon_matrices(model: DualEncoder, config: OptimizerConfig, tuning: Tuning) -> dict[nn.Parameter, float] | None:
-    """What Muon updates, and what its rate is of the others'; None where another optimizer was asked for."""
+    """What Muon updates, and what its rate is of the others'; None where another optimizer was asked for.
+
+    Raises:
+        UserError: nothing that is trained is for Muon.
+    """
     if tuning.optimizer != "muon":
         return None
+    found = [matrix for matrix in hidden_matrices(model) if matrix.requires_grad]
+    if not found:
+        raise UserError(
+            "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained. Expected "
+            "a tower that is; for prompts, or a projection alone: adamw or sgd."
+        )
     factor = MUON_RATE if tuning.muon_learning_rate is None else tuning.muon_learning_rate / config.lr
-    return dict.fromkeys(hidden_matrices(model), factor)
+    return dict.fromkeys(found, factor)
 
 
 def tower_rates(model: DualEncoder, tuning: Tuning) -> dict[nn.Parameter, float]:
