@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from train_clip.training.finite import known_at_once
 from train_clip.training.rounding import draw, reseed, round_stochastically
+from train_clip.transfer import sent
 
 # Numbers updated at a time, which bounds what is held in float32: on a CPU such pieces stay in the cache.
 PIECE = {"cpu": 1 << 17}
@@ -90,7 +91,7 @@ class HalfAdamW(Optimizer):
                     state["step"] += 1
                     key = (state["step"], parameter.device)
                     if key not in numbers:
-                        numbers[key] = torch.tensor(numbers_of(group, state["step"]), device=parameter.device)
+                        numbers[key] = sent(torch.tensor(numbers_of(group, state["step"])), parameter.device)
                     self._step_one(parameter, place, numbers[key])
                 place += 1
         return loss

@@ -8,9 +8,10 @@ was trained with weights that are "rounded up or down at random by their distanc
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from train_clip.training.seeds import seed_of
 
 HALF_STEP = 1 << 15  # of the 2^16 float32 numbers from one bfloat16 number to the next
 TOP_16_BITS = -(1 << 16)
@@ -37,7 +38,7 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
 
 def reseed(generator: torch.Generator, *key: int) -> None:
     """Set a generator to the start of the stream that a key of numbers, 0 or above, stands for."""
-    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    generator.manual_seed(seed_of(*key))
 
 
 def draw(generator: torch.Generator, rows: int, length: int) -> Tensor:
