@@ -166,8 +166,7 @@ class ObjectiveOptions(ChanceOptions):
     """What is minimised.
 
     Args:
-        equal_captions: whether the other pairs of an equal caption keep their place in a row's denominator, or leave it
-            (mask)
+        equal_captions: whether the other pairs of an equal caption keep their place in the loss, or leave it (mask)
         loss: softmax, CLIP's cross-entropy in both directions, or sigmoid, a yes or no for each image with each caption
             (SigLIP)
     """
