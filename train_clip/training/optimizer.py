@@ -17,6 +17,7 @@ from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.training.half_adamw import HalfAdamW
 from train_clip.training.hidden_matrices import hidden_matrices
+from train_clip.training.layer_rates import layer_rates
 from train_clip.training.muon import Muon
 from train_clip.training.tuning import Tuning
 
@@ -114,6 +115,25 @@ def tower_rates(model: DualEncoder, tuning: Tuning) -> dict[nn.Parameter, float]
     """The rates of towers that have one of their own."""
     of_towers = zip(model.towers(), (tuning.image_learning_rate, tuning.text_learning_rate), strict=True)
     return {parameter: rate for tower, rate in of_towers if rate is not None for parameter in tower}
+
+
+def rates_and_matrices(
+    model: DualEncoder, config: OptimizerConfig, tuning: Tuning
+) -> tuple[dict[nn.Parameter, float], dict[nn.Parameter, float] | None]:
+    """What ``parameter_groups`` takes of a model: rates of its own, and what Muon updates.
+
+    Raises:
+        UserError: the rates are to fall by layer in a tower that has none, or nothing that is trained is for Muon.
+    """
+    rates = layer_rates(model, tuning.layer_decay, tower_rates(model, tuning), config.lr)
+    return rates, muon_matrices(model, config, tuning)
+
+
+def usual_rate(optimizer: Optimizer, config: OptimizerConfig) -> float:
+    """The rate, at this step, of what has none of its own, the temperature among it."""
+    groups = optimizer.param_groups
+    rate: float = next((group["lr"] for group in groups if group["initial_lr"] == config.lr), groups[0]["lr"])
+    return rate
 
 
 def build_schedule(optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
