@@ -22,7 +22,7 @@ from train_clip.losses.contrastive import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.training.chunks import Chunks, encode_in_chunks
-from train_clip.training.module import share
+from train_clip.training.towers import share
 
 pytestmark = pytest.mark.gpu
 

@@ -95,8 +95,8 @@ def test_widened_they_are_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"optimizer": "sgd", "half_weights": "text"}, "beside optimizer 'sgd'; expected 'float32' and 'none'"),
-        ({"optimizer": "sgd", "adam_statistics": "bfloat16"}, "or 'adamw', which alone rounds by chance"),
+        ({"optimizer": "sgd", "half_weights": "text"}, "beside optimizer 'sgd', which does not round by chance"),
+        ({"optimizer": "sgd", "adam_statistics": "bfloat16"}, "expected 'float32' and 'none', or 'adamw' or 'muon'"),
         ({"lock_text": True, "half_weights": "both"}, "half_weights is 'both' beside lock_text"),
         ({"lock_image": True, "half_weights": "image"}, "half_weights is 'image' beside lock_image"),
         ({"half_weights": "all"}, "half_weights is 'all'; expected one of none, text, image, both"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TINY
+from tests.training.tiny_encoders import SIDE, WIDTH, bert, image_tower
+from train_clip import CustomCLIPWrapper, PromptCLIPWrapper
+from train_clip.checkpoints.write import write_model
+from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
+from train_clip.models.prompt_config import PromptConfig
 from train_clip.training import half_adamw, muon
 from train_clip.training.hidden_matrices import hidden_matrices, row_blocks
 from train_clip.training.muon import BUFFER, Muon, orthogonalise
@@ -132,6 +138,24 @@ def test_groups_keep_rates_and_decay_apart() -> None:
     assert muon_matrices(model, CONFIG, Tuning()) is None
     usual = muon_matrices(model, CONFIG, Tuning(optimizer="muon"))
     assert {group["lr"] for group in parameter_groups(model, CONFIG, None, usual)} == {8e-3, 1e-3}
+
+
+def test_it_is_refused_where_it_would_update_nothing(tmp_path: Path) -> None:
+    """Both towers locked beside a projection that is trained; prompts. Of locked towers nothing is found."""
+    module = CustomCLIPWrapper(image_tower(), bert(), image_size=SIDE, optimizer="muon", lock_image=True)
+    found = muon_matrices(module.model, CONFIG, Tuning(optimizer="muon"))
+    assert found and not set(found) & set(module.model.visual.parameters())
+    message = "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained"
+    with pytest.raises(UserError, match=message):
+        CustomCLIPWrapper(
+            image_tower(WIDTH + 1), bert(), project=True, image_size=SIDE, optimizer="muon",
+            lock_image=True, lock_text=True,
+        )  # fmt: skip
+    write_model(CLIP(config_from_dict(TINY)), tmp_path / "clip.safetensors", "safetensors")
+    with pytest.raises(UserError, match=message):
+        PromptCLIPWrapper(
+            tmp_path / "clip.safetensors", PromptConfig(2, (0,), 0.0, class_token=False), optimizer="muon"
+        )
 
 
 def made(model: CLIP, **how: Any) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from train_clip.training.optimizer import (
     build_optimizer,
     build_schedule,
     cosine_with_warmup,
+    muon_matrices,
     parameter_groups,
     warmup_for,
 )
@@ -274,3 +275,26 @@ def test_the_rate_goes_on_after_a_resume(tmp_path: Path) -> None:
     assert whole == pytest.approx(formula(8, 3))
     # Within an epoch a plain loader begins anew; TextImageDataModule does not (test_a_run_goes_on_where_it_was_saved).
     assert rates(tmp_path, 4, ckpt_path=tmp_path / "kept" / "step=4.ckpt", **how) == pytest.approx(whole[4:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "how",
+    [{"adam_statistics": "bfloat16"}, {"optimizer": "muon"}, {"optimizer": "muon", "adam_statistics": "bfloat16"}],
+    ids=lambda how: " ".join(how.values()),
+)
+def test_an_update_waits_for_no_device(how: dict[str, Any]) -> None:
+    """The second update, which has its state already, and may be held back: it synchronises nothing."""
+    model = CLIP(config()).cuda()
+    tuning = Tuning(**how)
+    groups = parameter_groups(model, adamw(), None, muon_matrices(model, adamw(), tuning))
+    optimizer = build_optimizer(groups, adamw(), tuning, fused=True)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -19,6 +19,8 @@ from train_clip.commands.options import (
     OptimizerOptions,
     RunOptions,
     TrainerOptions,
+    resolve_optimizer,
+    select,
 )
 from train_clip.commands.resume import Resumption
 from train_clip.commands.training_run import Job, begin, train_job
@@ -127,10 +129,7 @@ def finetune(  # noqa: PLR0913, each is a group of options
 
     def options(_: Path) -> tuple[object, ...]:
         """What the run's ``config.yaml`` keeps."""
-        resolved = [
-            type(group)(**{field.name: module.hparams[field.name] for field in dataclasses.fields(group)})
-            for group in (optimizer, tuning)
-        ]
+        resolved = resolve_optimizer(optimizer, module.hparams), select(TuningOptions, dict(module.hparams))
         return start, data, augmentation, *resolved
 
     return train_job(Job("finetune", module, pairs, EPOCHS, options), run, trainer, resumed)

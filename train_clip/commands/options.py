@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -165,8 +166,7 @@ class ObjectiveOptions(ChanceOptions):
     """What is minimised.
 
     Args:
-        equal_captions: whether the other pairs of an equal caption keep their place in a row's denominator, or leave it
-            (mask)
+        equal_captions: whether the other pairs of an equal caption keep their place in the loss, or leave it (mask)
         loss: softmax, CLIP's cross-entropy in both directions, or sigmoid, a yes or no for each image with each caption
             (SigLIP)
     """
@@ -254,3 +254,16 @@ def select(kind: type[T], values: dict[str, Any], **rest: Any) -> T:
     """Build an options dataclass from those of the values that are its fields; ``rest`` wins."""
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{key: value for key, value in values.items() if key in fields} | rest)
+
+
+def resolve_optimizer(options: OptimizerOptions, arguments: Mapping[str, Any]) -> OptimizerOptions:
+    """The options with what they leave open, as a run's ``config.yaml`` keeps them.
+
+    AdamW has no momentum. One that nobody asked for stays open, so that another optimizer beside that file has its own.
+
+    Args:
+        options: as they were given.
+        arguments: the module's ``hparams``.
+    """
+    found = select(OptimizerOptions, dict(arguments))
+    return dataclasses.replace(found, momentum=options.momentum) if found.optimizer == "adamw" else found

@@ -18,6 +18,7 @@ from train_clip.commands.options import (
     OptimizerOptions,
     RunOptions,
     TrainerOptions,
+    resolve_optimizer,
 )
 from train_clip.commands.training_run import Job, begin, no_advice, train_job
 from train_clip.data.tokenizer import Tokenizer
@@ -70,10 +71,8 @@ def train(  # noqa: PLR0913, each is a group of options
 
     def options(folder: Path) -> tuple[object, ...]:
         """What the run's ``config.yaml`` keeps."""
-        resolved = OptimizerOptions(
-            **{field.name: module.hparams[field.name] for field in dataclasses.fields(optimizer)}
-        )
         kept = model if weights is None else dataclasses.replace(model, pretrained=weights.source)
+        resolved = resolve_optimizer(optimizer, module.hparams)
         return _keep_model(kept, config, folder), data, augmentation, resolved, objective
 
     advice = recipe_for if optimizer.optimizer is None else no_advice

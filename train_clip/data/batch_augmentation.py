@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train_clip.errors import UserError
+from train_clip.transfer import sent
 
 LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
 # B − Y and R − Y, scaled as a PAL or NTSC signal carries them (ITU-R BT.470).
@@ -98,10 +99,7 @@ class Draws:
 
     def on(self, device: torch.device) -> Draws:
         """The same on a device, without waiting for it."""
-        tensors = (self.mixes, self.lifts, self.mirrored, self.upended)
-        if device.type == "cuda":
-            return Draws(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
-        return Draws(*(tensor.to(device) for tensor in tensors))
+        return Draws(*(sent(tensor, device) for tensor in (self.mixes, self.lifts, self.mirrored, self.upended)))
 
 
 def draw_batch(how: BatchAugmentation, place: tuple[int, int], rows: slice, number: int) -> Draws:

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from train_clip.models.running_statistics import training_norms
 from train_clip.training.pooled_norms import PooledNorms
+from train_clip.training.seeds import seed_of
+from train_clip.transfer import sent
 
 # Captions in the order of their lengths are cut into so many pieces at most, of so many rows at least. Few lengths save
 # nearly all the padding, and each piece reads the weights once more (benchmarks/padding.py).
@@ -118,9 +120,7 @@ def _cut(batch: Rows, number: int, lengths: NDArray[np.int64] | None) -> tuple[l
         return [batch[:, : int(lengths.max())] if batch.ndim > 1 else batch], None
     places = np.argsort(lengths, kind="stable")
     longest = [int(lengths[some[-1]]) for some in np.array_split(places, number)]
-    order = torch.from_numpy(places)
-    if batch.is_cuda:
-        order = order.pin_memory().to(batch.device, non_blocking=True)
+    order = sent(torch.from_numpy(places), batch.device)
     chunks = zip(batch[order].tensor_split(number), longest, strict=True)
     return [rows[:, :end] if rows.ndim > 1 else rows for rows, end in chunks], order
 
@@ -132,7 +132,7 @@ def _in_its_random_state(encode: Callable[[Any], Tensor], seed: tuple[int, ...],
     def seeded(chunk: Any, number: int) -> Tensor:
         """Map (b, …) rows to (b, D)."""
         with torch.random.fork_rng(devices):
-            torch.manual_seed(int(np.random.SeedSequence((*seed, number)).generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(seed_of(*seed, number))
             return encode(chunk)
 
     return seeded

@@ -85,8 +85,8 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
     Args:
         tower: is changed.
         dynamic: whether one form serves all shapes, as of captions and under stochastic depth, or each shape has its
-            own, as of images. What is
-            compiled again once shapes turn out to change would part a chunk from its recomputation.
+            own, as of images. What is compiled again once shapes turn out to change would part a chunk from its
+            recomputation.
     """
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
     # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from train_clip.training.finite import known_at_once
-from train_clip.training.rounding import draw, reseed, round_stochastically
+from train_clip.training.rounding import Noise, draw, round_stochastically
+from train_clip.training.shards import local, shard_of
+from train_clip.transfer import sent
 
 # Numbers updated at a time, which bounds what is held in float32: on a CPU such pieces stay in the cache.
 PIECE = {"cpu": 1 << 17}
@@ -66,10 +67,9 @@ class HalfAdamW(Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._half_moments = half_moments
-        self._seed = seed
         self._step_supports_amp_scaling = held_back
         self._update = torch.compile(update, dynamic=True) if compiled else update
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._noise = Noise(seed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -90,7 +90,7 @@ class HalfAdamW(Optimizer):
                     state["step"] += 1
                     key = (state["step"], parameter.device)
                     if key not in numbers:
-                        numbers[key] = torch.tensor(numbers_of(group, state["step"]), device=parameter.device)
+                        numbers[key] = sent(torch.tensor(numbers_of(group, state["step"])), parameter.device)
                     self._step_one(parameter, place, numbers[key])
                 place += 1
         return loss
@@ -115,10 +115,7 @@ class HalfAdamW(Optimizer):
         kept = [local(parameter.detach()), *(local(state[name]) for name in MOMENTS)]
         flat = [tensor.reshape(-1) for tensor in kept]
         num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
-        if parameter.device not in self._generators:
-            self._generators[parameter.device] = torch.Generator(parameter.device)
-        generator = self._generators[parameter.device]
-        reseed(generator, self._seed, state["step"], place, *shard_of(parameter))
+        generator = self._noise.at(parameter.device, state["step"], place, *shard_of(parameter))
         size = PIECE.get(parameter.device.type, LARGE_PIECE)
         for now, piece in zip(
             zip(*(tensor.split(size) for tensor in flat), strict=True),
@@ -147,21 +144,6 @@ def keep_types(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         for name, kept in state_dict["state"].get(place, {}).items():
             if isinstance(kept, Tensor) and name != "step":
                 optimizer.state[parameter][name] = kept.to(parameter.device, copy=True)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_of(parameter: Tensor) -> tuple[int, ...]:
-    """Which part of a parameter lies on this process, the same number on those that hold the same part."""
-    if not isinstance(parameter, DTensor):
-        return (0,)
-    coordinate = parameter.device_mesh.get_coordinate() or ()
-    return tuple(
-        place for place, placement in zip(coordinate, parameter.placements, strict=True) if not placement.is_replicate()
-    )
 
 
 def numbers_of(group: dict[str, Any], step: int) -> tuple[float, ...]:

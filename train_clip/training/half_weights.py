@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from train_clip.errors import UserError
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.training.tuning import Tuning
-
-FLOAT32_WEIGHTS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 def narrow(model: DualEncoder, tuning: Tuning) -> None:
@@ -30,16 +27,3 @@ def widen(model: nn.Module, tuning: Tuning) -> None:
     for parameter in model.parameters():
         if tuning.has_half_weights and parameter.dtype == torch.bfloat16:
             parameter.data, parameter.grad = parameter.data.float(), None
-
-
-def require_float32(tuning: Tuning, precision: str) -> None:
-    """Refuse what is kept in bfloat16 beside a precision that changes the type of all weights.
-
-    Raises:
-        UserError: it does.
-    """
-    if tuning.keeps_halves and precision not in FLOAT32_WEIGHTS:
-        raise UserError(
-            f"--precision {precision}: --half_weights and --adam_statistics are for weights that are float32 "
-            f"otherwise. Use one of {', '.join(FLOAT32_WEIGHTS)}, or leave the two options out."
-        )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -20,49 +20,46 @@ from torch.optim import Optimizer
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
-from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
-from train_clip.gather import gather_with_gradient, world
 from train_clip.losses.by_name import LOSSES
 from train_clip.losses.contrastive import Pairs
 from train_clip.models.config import OptimizerConfig
-from train_clip.models.dual_encoder import DualEncoder, Texts
+from train_clip.models.dual_encoder import DualEncoder
 from train_clip.training.arguments import require_same_arguments
 from train_clip.training.augmented import augmented, warn_of_flips
-from train_clip.training.batch import BatchReader, Inputs
+from train_clip.training.batch import Inputs
 from train_clip.training.bias import begun_with
 from train_clip.training.block_skipping import skip_blocks
 from train_clip.training.economy import PLAIN, Economy
+from train_clip.training.embedding_module import EmbeddingModule
 from train_clip.training.end_of_step import EndOfStep
-from train_clip.training.half_weights import narrow, require_float32, widen
-from train_clip.training.layer_rates import layer_rates
+from train_clip.training.half_weights import narrow, widen
 from train_clip.training.optimizer import (
     build_optimizer,
     build_schedule,
-    muon_matrices,
     parameter_groups,
-    tower_rates,
+    rates_and_matrices,
+    usual_rate,
     warmup_for,
 )
 from train_clip.training.patch_dropping import PatchDropping
+from train_clip.training.precision import require_precision
 from train_clip.training.running_mean import RunningMean, of_mean
 from train_clip.training.skips import SkipReport
-from train_clip.training.stand_ins import StandIns
-from train_clip.training.step_figures import step_figures
+from train_clip.training.step_figures import learned_figures, step_figures
 from train_clip.training.teacher import Distillation, require_room
-from train_clip.training.towers import TowerRuns
+from train_clip.training.towers import TowerRuns, share
 from train_clip.training.trainer_state import gradient_scaler, resuming
 from train_clip.training.tuning import Tuning
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
-HALF = ("bf16-true", "16-true")
 LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than the one that measures captions
 
 # Under a Trainer with this package's data module the hook below is as welcome as anywhere.
 warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 
-class ContrastiveModule(L.LightningModule):
+class ContrastiveModule(EmbeddingModule):
     """Trains a model of two towers on batches that start with images and texts.
 
     Works under any ``Trainer`` and with any loader. Images are uint8, or float that is already normalised; texts are
@@ -91,11 +88,10 @@ class ContrastiveModule(L.LightningModule):
         economy: Economy = PLAIN,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(model, tuning.has_half_weights)
         for name, value in (("warmup_steps", warmup_steps or 0), ("seed", seed)):
             if value < 0:
                 raise UserError(f"{name} is {value}; expected 0 or above.")
-        self.model = model
         self.model.lock(tuning.lock_image, tuning.lock_text)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if {id(parameter) for parameter in trained} <= {id(parameter) for parameter in model.temperature()}:
@@ -108,8 +104,7 @@ class ContrastiveModule(L.LightningModule):
         economy.recompute(model)
         self._patches = PatchDropping(model, tuning)
         skip_blocks(model, tuning.stochastic_depth)
-        layer_rates(model, tuning.layer_decay, {}, optimizer.lr)  # refuses a model that has no layers
-        self._reader = BatchReader(model, None)
+        rates_and_matrices(model, optimizer, tuning)  # refuses a model that has no layers, or nothing for Muon
         self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
@@ -157,18 +152,7 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             UserError: it is one, for what is trained.
         """
-        require_float32(self._tuning, precision)
-        if self._tuning.has_half_weights and self._economy.gradient_checkpointing and precision != "bf16-mixed":
-            raise UserError(
-                f"--precision {precision}: blocks that are recomputed take half weights as they are, which bf16-mixed "
-                "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
-                "--gradient_checkpointing."
-            )
-        if self._means() and precision in HALF:
-            raise UserError(
-                f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
-                "bf16-mixed or 16-mixed, or --distillation none and --ema 0."
-            )
+        require_precision(precision, self._tuning, self._economy)
 
     def setup(self, stage: str) -> None:
         """Hold the Trainer against what is minimised."""
@@ -186,15 +170,6 @@ class ContrastiveModule(L.LightningModule):
         """After training: give the model back in float32, and looking at whole images."""
         self._patches.end()
         widen(self.model, self._tuning)
-
-    @property
-    def tokenizer(self) -> Any:
-        """For captions that are strings: its ``batch`` gives tokens, and the number of captions that were cut."""
-        return self._reader.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._reader.tokenizer = tokenizer
 
     @property
     def consumed_batches(self) -> int:
@@ -215,9 +190,7 @@ class ContrastiveModule(L.LightningModule):
             )
         num_steps, config = int(num_steps), self._optimizer_config
         warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        rates = layer_rates(self.model, self._tuning.layer_decay, tower_rates(self.model, self._tuning), config.lr)
-        hidden = muon_matrices(self.model, config, self._tuning)
-        groups = parameter_groups(self, config, rates, hidden)
+        groups = parameter_groups(self, config, *rates_and_matrices(self.model, config, self._tuning))
         optimizer = build_optimizer(groups, config, self._tuning, self._fuses(), self._seed)
         schedule = build_schedule(optimizer, warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -228,11 +201,6 @@ class ContrastiveModule(L.LightningModule):
         if not any(is_overridden(hook, owner) for hook in LATER_HOOKS for owner in owners):
             self._reader.measure(batch)
         return batch
-
-    def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Score every image against every caption, as ``DualEncoder.forward``."""
-        with StandIns(self.model, self._tuning.has_half_weights).in_place():
-            return self.model(images, texts)
 
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
@@ -327,37 +295,6 @@ class ContrastiveModule(L.LightningModule):
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
 
-    def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed images for search and comparison, with the model in eval mode.
-
-        Args:
-            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-                uint8 or already normalised.
-            batch_size: images at a time.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
-            of their embeddings.
-
-        Raises:
-            BadSample: a file that cannot be read as an image.
-        """
-        with StandIns(self.model, self._tuning.has_half_weights).in_place():
-            return embed_images(self.model, images, batch_size)
-
-    def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed captions, with the model in eval mode.
-
-        Args:
-            texts: one caption or several; what is over the context length is cut.
-            batch_size: captions at a time.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device.
-        """
-        with StandIns(self.model, self._tuning.has_half_weights).in_place():
-            return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
-
     def _means(self) -> list[RunningMean]:
         """Of the model: the teacher, and the one that ``--ema`` asks for."""
         teacher = None if self.distillation is None else self.distillation.teacher
@@ -375,11 +312,6 @@ class ContrastiveModule(L.LightningModule):
         require_room(num_pairs)
         return self._towers.embed(self.distillation.teacher.model, inputs, self.consumed_batches)
 
-    def _learning_rate(self) -> float:
-        """That of what has no rate of its own, the temperature among it."""
-        groups, peak = self.trainer.optimizers[0].param_groups, self._optimizer_config.lr
-        return next((group["lr"] for group in groups if group["initial_lr"] == peak), groups[0]["lr"])
-
     def _log_step(self, loss: Tensor, parts: dict[str, Tensor], pairs: Pairs) -> None:
         """Log the global batch's figures, on the steps that reach a logger: reading them waits for the device."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -387,26 +319,7 @@ class ContrastiveModule(L.LightningModule):
         if not due and self.device.type != "cpu":
             return
         figures = step_figures(pairs, parts, None if self._tuning.equal_captions == "mask" else self._loss.floor)
-        figures |= {
-            "train/loss": loss,
-            "train/logit_scale": self.model.logit_scale.detach().exp(),
-            "train/learning_rate": torch.tensor(self._learning_rate(), device=self.device),
-        }
-        if self.model.logit_bias is not None:
-            figures["train/logit_bias"] = self.model.logit_bias.detach()
-        if self.distillation is not None:
-            figures["train/distillation_scale"] = self.distillation.log_scale.detach().exp()
+        rate = usual_rate(self.trainer.optimizers[0], self._optimizer_config)
+        figures |= learned_figures(self.model, self.distillation)
+        figures |= {"train/loss": loss, "train/learning_rate": torch.tensor(rate, device=self.device)}
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
-
-
-def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pairs:
-    """Gather everyone's embeddings, with gradient, around this process's.
-
-    Args:
-        images: (B, D) float, unit norm.
-        texts: (B, D) float, unit norm.
-        captions: (B,) int64, equal for equal captions.
-    """
-    all_captions = None if captions is None else gather_with_gradient(captions)
-    offset = world()[0] * len(images)
-    return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)

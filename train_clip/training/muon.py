@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from train_clip.training.finite import known_at_once
-from train_clip.training.half_adamw import keep_types, local, shard_of
+from train_clip.training.half_adamw import keep_types
 from train_clip.training.hidden_matrices import row_blocks
-from train_clip.training.rounding import draw, reseed, round_stochastically
+from train_clip.training.rounding import Noise, draw, round_stochastically
+from train_clip.training.shards import local, shard_of
 
 RMS_OF_ADAMW = 0.2  # arXiv 2502.16982, equation 4
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Tuning the coefficients"
@@ -65,9 +66,8 @@ class Muon(Optimizer):
         super().__init__(groups, {"momentum": momentum, "weight_decay": 0.0})
         self._num_groups = len(self.param_groups)
         self._half_momentum = half_momentum
-        self._seed = seed
         self._step_supports_amp_scaling = held_back
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._noise = Noise(seed)
         self.rest = rest
         self.__setstate__({"state": self.state, "param_groups": [*self.param_groups, *rest.param_groups]})
 
@@ -143,8 +143,8 @@ class Muon(Optimizer):
         """Keep float32 values where they belong, rounded by chance if that is bfloat16."""
         kept = local(tensor)
         if kept.dtype == torch.bfloat16:
-            generator = self._generators.setdefault(kept.device, torch.Generator(kept.device))
-            reseed(generator, self._seed, *key[:2], *shard_of(tensor), STREAM, key[2])
+            step, place, which = key
+            generator = self._noise.at(kept.device, step, place, *shard_of(tensor), STREAM, which)
             noise = draw(generator, 1, values.numel()).view(values.shape)
             values = round_stochastically(values.contiguous(), noise)
         kept.copy_(values if self.found_inf is None else torch.where(self.found_inf > 0, kept, values))

@@ -12,10 +12,12 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from train_clip.errors import UserError
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.dual_encoder import DualEncoder
 from train_clip.training.half_adamw import HalfAdamW
 from train_clip.training.hidden_matrices import hidden_matrices
+from train_clip.training.layer_rates import layer_rates
 from train_clip.training.muon import Muon
 from train_clip.training.tuning import Tuning
 
@@ -92,17 +94,46 @@ def parameter_groups(
 
 
 def muon_matrices(model: DualEncoder, config: OptimizerConfig, tuning: Tuning) -> dict[nn.Parameter, float] | None:
-    """What Muon updates, and what its rate is of the others'; None where another optimizer was asked for."""
+    """What Muon updates, and what its rate is of the others'; None where another optimizer was asked for.
+
+    Raises:
+        UserError: nothing that is trained is for Muon.
+    """
     if tuning.optimizer != "muon":
         return None
+    found = [matrix for matrix in hidden_matrices(model) if matrix.requires_grad]
+    if not found:
+        raise UserError(
+            "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained. Expected "
+            "a tower that is; for prompts, or a projection alone: adamw or sgd."
+        )
     factor = MUON_RATE if tuning.muon_learning_rate is None else tuning.muon_learning_rate / config.lr
-    return dict.fromkeys(hidden_matrices(model), factor)
+    return dict.fromkeys(found, factor)
 
 
 def tower_rates(model: DualEncoder, tuning: Tuning) -> dict[nn.Parameter, float]:
     """The rates of towers that have one of their own."""
     of_towers = zip(model.towers(), (tuning.image_learning_rate, tuning.text_learning_rate), strict=True)
     return {parameter: rate for tower, rate in of_towers if rate is not None for parameter in tower}
+
+
+def rates_and_matrices(
+    model: DualEncoder, config: OptimizerConfig, tuning: Tuning
+) -> tuple[dict[nn.Parameter, float], dict[nn.Parameter, float] | None]:
+    """What ``parameter_groups`` takes of a model: rates of its own, and what Muon updates.
+
+    Raises:
+        UserError: the rates are to fall by layer in a tower that has none, or nothing that is trained is for Muon.
+    """
+    rates = layer_rates(model, tuning.layer_decay, tower_rates(model, tuning), config.lr)
+    return rates, muon_matrices(model, config, tuning)
+
+
+def usual_rate(optimizer: Optimizer, config: OptimizerConfig) -> float:
+    """The rate, at this step, of what has none of its own, the temperature among it."""
+    groups = optimizer.param_groups
+    rate: float = next((group["lr"] for group in groups if group["initial_lr"] == config.lr), groups[0]["lr"])
+    return rate
 
 
 def build_schedule(optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:

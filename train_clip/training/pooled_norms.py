@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from train_clip.gather import world
 from train_clip.models.running_statistics import get_statistics, momentum, set_statistics, still, training_norms
+from train_clip.transfer import sent
 
 
 class PooledNorms:
@@ -77,7 +78,7 @@ def _update(norm: _BatchNorm, chunks: list[tuple[int, Tensor, Tensor]]) -> None:
     """Give a norm one update from the pooled statistics of its chunks."""
     mean_before, variance_before, tracked = get_statistics(norm)
     wide = torch.promote_types(mean_before.dtype, torch.float32)
-    counts = torch.tensor([count for count, _, _ in chunks], dtype=wide, device=mean_before.device)[:, None]
+    counts = sent(torch.tensor([count for count, _, _ in chunks], dtype=wide), mean_before.device)[:, None]
     means = torch.stack([mean for _, mean, _ in chunks]).to(wide)
     variances = torch.stack([variance for _, _, variance in chunks]).to(wide)
     total = counts.sum()

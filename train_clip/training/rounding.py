@@ -8,9 +8,10 @@ was trained with weights that are "rounded up or down at random by their distanc
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from train_clip.training.seeds import seed_of
 
 HALF_STEP = 1 << 15  # of the 2^16 float32 numbers from one bfloat16 number to the next
 TOP_16_BITS = -(1 << 16)
@@ -35,9 +36,28 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     return carried.view(torch.float32).mul_(values.clamp(1.0, 1.0)).to(torch.bfloat16)
 
 
+class Noise:
+    """Random numbers of a run that follow from its seed and a key alone, drawn on whichever device they are for.
+
+    Args:
+        seed: 0 or above.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def at(self, device: torch.device, *key: int) -> torch.Generator:
+        """A device's generator, at the start of the stream that a key of numbers, 0 or above, stands for."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        reseed(self._generators[device], self._seed, *key)
+        return self._generators[device]
+
+
 def reseed(generator: torch.Generator, *key: int) -> None:
     """Set a generator to the start of the stream that a key of numbers, 0 or above, stands for."""
-    generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    generator.manual_seed(seed_of(*key))
 
 
 def draw(generator: torch.Generator, rows: int, length: int) -> Tensor:

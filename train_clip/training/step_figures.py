@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from train_clip.losses.contrastive import Pairs, accuracy
+from train_clip.models.dual_encoder import DualEncoder
+from train_clip.training.teacher import Distillation
 
 
 def step_figures(
@@ -31,4 +33,22 @@ def step_figures(
     }
     if len(parts) > 1:
         figures |= {f"train/{name}": part.detach() for name, part in parts.items()}
+    return figures
+
+
+def learned_figures(model: DualEncoder, distillation: Distillation | None) -> dict[str, Tensor]:
+    """The temperature, and the bias and the temperature towards the teacher where there are such.
+
+    Args:
+        model: that is trained.
+        distillation: of it, if any.
+
+    Returns:
+        () each, by the names that they have in a log.
+    """
+    figures = {"train/logit_scale": model.logit_scale.detach().exp()}
+    if model.logit_bias is not None:
+        figures["train/logit_bias"] = model.logit_bias.detach()
+    if distillation is not None:
+        figures["train/distillation_scale"] = distillation.log_scale.detach().exp()
     return figures

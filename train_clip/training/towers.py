@@ -1,4 +1,4 @@
-"""What a batch holds → embeddings of both sides, by the towers of a model.
+"""What a batch holds → embeddings of both sides, by the towers of a model, and everyone's around them.
 
 B  pairs on this process      D  embedding width
 """
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train_clip.evaluation.embed import unit_norm
-from train_clip.gather import world
+from train_clip.gather import gather_with_gradient, world
+from train_clip.losses.contrastive import Pairs
 from train_clip.models.clip import CLIP
 from train_clip.models.dual_encoder import DualEncoder, Texts
 from train_clip.training.batch import BatchReader, Inputs
@@ -75,3 +76,16 @@ class TowerRuns:
     def _chunks(self, batch: int, tower: int) -> Chunks:
         economy = self.economy
         return Chunks(economy.minibatch_size, economy.kept_minibatches, (self.seed, batch, world()[0], tower))
+
+
+def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pairs:
+    """Gather everyone's embeddings, with gradient, around this process's.
+
+    Args:
+        images: (B, D) float, unit norm.
+        texts: (B, D) float, unit norm.
+        captions: (B,) int64, equal for equal captions.
+    """
+    all_captions = None if captions is None else gather_with_gradient(captions)
+    offset = world()[0] * len(images)
+    return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)
