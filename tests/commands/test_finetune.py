@@ -297,3 +297,14 @@ def test_a_real_sentence_encoder(here):
     said = module.embed_texts(sentences)
     similarity = said @ said.T
     assert similarity[0, 1] > 0.4 > 0.2 > similarity[0, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"), [((), 3e-3), (("--optimizer", "muon"), 3e-4), (("--optimizer", "adamw"), 3e-4)]
+)
+def test_two_encoders_have_a_rate_for_each_optimizer(here, words, rate):
+    """SGD's is OTTER's, the others' a tenth of it; the run's configuration keeps it."""
+    finetune(*words, "--max_steps", "1", "--output", "rated")
+    kept = yaml.safe_load(Path("rated/config.yaml").read_text())
+    assert kept["learning_rate"] == rate
+    assert kept["optimizer"] == (words[1] if words else "sgd")
