@@ -37,7 +37,7 @@ from train_clip.training.module import ContrastiveModule
 OF_CLIP = {"optimizer": "adamw", "distillation": "none", "learning_rate": 3e-5, "weight_decay": 0.0}
 OF_ENCODERS = {"optimizer": "sgd", "distillation": "transport"}
 # SGD's rate is far too high for the others (the rate of benchmarks/distillation.py in docs/finetuning.md).
-ADAPTIVE = dict.fromkeys(("adamw", "muon"), {"learning_rate": 3e-4})
+OF_OPTIMIZER = {"adamw": {"learning_rate": 3e-4}, "muon": {"learning_rate": 3e-4}}
 # What two encoders are joined of where nothing else is asked for.
 ENCODERS = {
     "image_encoder": "hf:microsoft/resnet-50",
@@ -112,7 +112,9 @@ def finetune(  # noqa: PLR0913, each is a group of options
         The run's folder.
     """
     resumed = begin(run)
-    usual = OF_CLIP if start.pretrained is not None else OF_ENCODERS | ADAPTIVE.get(optimizer.optimizer or "sgd", {})
+    usual = (
+        OF_CLIP if start.pretrained is not None else OF_ENCODERS | OF_OPTIMIZER.get(optimizer.optimizer or "sgd", {})
+    )
     given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning) | dataclasses.asdict(augmentation)
     how = usual | {name: value for name, value in given.items() if value is not None}
     how |= run.step | {"seed": run.seed, "ema": run.ema}
