@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image
 from rows import BATCH
 
-from train_clip.models.config import ViTConfig, read_config
+from train_clip.checkpoints.open_clip import write_config
+from train_clip.models.config import read_config
 
 HERE = Path(__file__).parent
 BACKGROUND = (255, 255, 255)  # train-clip's; open_clip leaves what lies beneath transparent pixels
@@ -55,7 +56,7 @@ class Peer:
                 if not picture.exists():
                     on_white(folder / image).save(picture)
                 rows.writerow((picture.resolve(), caption))
-        theirs.write_text(json.dumps(configuration(model), indent=2))
+        theirs.write_text(json.dumps(write_config(read_config(str(model)))["model_cfg"], indent=2))
         return Peer(python, table.resolve(), theirs.resolve())
 
     def train(self, run: Path, samples: int, warmup: float, seed: int, words: str) -> tuple[Path, float]:
@@ -107,28 +108,3 @@ def on_white(file: Path) -> Image.Image:
     canvas = Image.new("RGB", layer.size, BACKGROUND)
     canvas.paste(layer, mask=layer)
     return canvas
-
-
-def configuration(model: Path) -> dict[str, object]:
-    """A model of ours, which has a ViT, as open_clip's configuration files have it."""
-    config = read_config(str(model))
-    assert isinstance(config.image, ViTConfig)
-    image, text = config.image, config.text
-    return {
-        "embed_dim": config.embed_dim,
-        "quick_gelu": config.activation == "quick_gelu",
-        "vision_cfg": {
-            "image_size": image.size,
-            "layers": image.layers,
-            "width": image.width,
-            "patch_size": image.patch,
-            "head_width": image.width // image.heads,
-        },
-        "text_cfg": {
-            "context_length": text.context,
-            "vocab_size": text.vocab,
-            "width": text.width,
-            "heads": text.heads,
-            "layers": text.layers,
-        },
-    }
