@@ -173,7 +173,9 @@ def test_trainer_options_pass_through():
 
 def test_an_unknown_recipe_lists_the_known_ones():
     """A recipe that is neither shipped nor a file."""
-    with pytest.raises(UserError, match=r"--config nothing: .*cpu, demo, finetune, finetune-clip, scratch"):
+    with pytest.raises(
+        UserError, match=r"--config nothing: .*cpu, demo, finetune, finetune-clip, medium, scratch, small"
+    ):
         parsed("--config", "nothing")
 
 

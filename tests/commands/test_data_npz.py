@@ -202,7 +202,7 @@ def test_no_room(folder: Path) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interruption_loses_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     """Ctrl-C and a kill in the middle: every array that is there is whole, and the next run makes the others alone."""
-    folder = write_pairs(tmp_path / "pairs", 900, size=200)
+    folder = write_pairs(tmp_path / "pairs", 1500, size=200)
     age(folder)
     words = ["data", "npz", str(folder), "--image_size", "100", "--num_workers", "2"]
     process = subprocess.Popen(
@@ -218,15 +218,15 @@ def test_an_interruption_loses_nothing(tmp_path: Path, stop: signal.Signals) -> 
     os.killpg(process.pid, stop)
     _, errors = process.communicate(timeout=60)
     made = list(folder.glob("npz/*.npz"))
-    assert 20 <= len(made) < 900
+    assert 20 <= len(made) < 1500
     for array in made:
         assert np.load(array)["data"].shape[0] == 3
     if stop == signal.SIGINT:
         assert process.returncode == 130
         assert "Traceback" not in errors
     (folder / "npz" / "left.npz.tmp-123").write_bytes(b"half")
-    assert make(folder, size=100) == (900 - len(made), len(made), 0)
-    assert len(list((folder / "npz").iterdir())) == 900
+    assert make(folder, size=100) == (1500 - len(made), len(made), 0)
+    assert len(list((folder / "npz").iterdir())) == 1500
 
 
 def test_nothing_to_do(tmp_path: Path, folder: Path) -> None:

@@ -202,13 +202,16 @@ class ContrastiveModule(EmbeddingModule):
             self._reader.measure(batch)
         return batch
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Settle what the towers look at in this step, and in the recomputation of its backward pass."""
+        self._patches.begin_step(self.trainer.global_step, self._end_of_step.num_steps)
+
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's rows against the global batch, () float32."""
         inputs = self._reader.read(batch, self.device)
         self._end_of_step.require_equal_shares(len(inputs.images))
         images = augmented(inputs.images, self._tuning.augmentation, self._seed, self.consumed_batches)
         inputs = inputs._replace(images=images)
-        self._patches.begin_step(self.trainer.global_step, self._end_of_step.num_steps)
         pairs = share(*self._towers.embed(self.model, inputs, self.consumed_batches), inputs.captions)
         taught = self._embed_by_teacher(inputs, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
