@@ -54,6 +54,7 @@ Rows = Mapping[str, str | Theirs]
 
 PAPER = "--optimizer adamw --learning_rate 1e-3"
 MUON = "--optimizer muon --learning_rate 1e-3"
+ONE_RATE = "--optimizer muon --learning_rate {0} --muon_learning_rate {0}"
 ADAMW_OF_PEER = "--lr {0}"
 MUON_OF_PEER = "--opt timm/{0} --lr {1} --eps 1e-7"  # without an eps it fails
 
@@ -63,41 +64,41 @@ def alone(name: str, words: str, values: str) -> dict[str, str | Theirs]:
     return {f"{name} {value}": words.format(value) for value in values.split()}
 
 
-def on_top(name: str, base: str, **further: str) -> dict[str, str | Theirs]:
+ADDITIONS = {
+    "jitter": "--color_jitter 0.5",
+    "flips": "--horizontal_flip 0.5",
+    "crops from 0.4": "--resize_ratio 0.4",
+    "the paper's crop": "--resize_ratio null",
+    "batches of 128": "--batch_size 128",
+    "decay 0.5": "--weight_decay 0.5",
+    "stochastic depth": "--stochastic_depth 0.2",
+    "half the patches": "--mask_ratio 0.5 --unmasked_share 0.1",
+    "sigmoid": "--loss sigmoid",
+    "ema": "--ema 0.99",
+}
+
+
+def on_top(name: str, base: str) -> dict[str, str | Theirs]:
     """A base, then a row for each addition to it."""
-    return {name: base} | {f"{name}, {what.replace('_', ' ')}": f"{base} {words}" for what, words in further.items()}
+    return {name: base} | {f"{name}, {what}": f"{base} {words}" for what, words in ADDITIONS.items()}
 
 
 EXPERIMENTS: dict[str, Rows] = {
     # AdamW's rate. The paper's is for batches 128 times as large.
     "adamw": alone("adamw", "--optimizer adamw --learning_rate {0}", "1e-3 5e-4 2e-3 4e-3"),
     # Muon's rate, where it is everything's.
-    "one-rate": alone(
-        "one rate", "--optimizer muon --learning_rate {0} --muon_learning_rate {0}", "4e-3 1e-3 2e-3 8e-3 16e-3"
-    ),
+    "one-rate": alone("one rate", ONE_RATE, "4e-3 1e-3 2e-3 8e-3 16e-3"),
     # Muon's rate, where what is left to AdamW keeps AdamW's own. By itself it is 8 times that.
     "rates": {
         "paper": PAPER,
-        "one rate 4e-3": "--optimizer muon --learning_rate 4e-3 --muon_learning_rate 4e-3",
+        "one rate 4e-3": ONE_RATE.format("4e-3"),
         "muon, 4 times": f"{MUON} --muon_learning_rate 4e-3",
         "muon": MUON,
         "muon, 16 times": f"{MUON} --muon_learning_rate 16e-3",
     },
-    # What each further thing does on top of Muon.
-    "on-top": on_top(
-        "muon",
-        MUON,
-        jitter="--color_jitter 0.5",
-        flips="--horizontal_flip 0.5",
-        crops_from_0_4="--resize_ratio 0.4",
-        the_paper_s_crop="--resize_ratio null",
-        batches_of_128="--batch_size 128",
-        decay_0_5="--weight_decay 0.5",
-        stochastic_depth="--stochastic_depth 0.2",
-        half_the_patches="--mask_ratio 0.5 --unmasked_share 0.1",
-        sigmoid="--loss sigmoid",
-        ema="--ema 0.99",
-    ),
+    # What each further thing does on top of Muon; the second was run before the rates were parted.
+    "on-top": on_top("muon", MUON),
+    "on-top-of-one-rate": on_top("one rate 4e-3", ONE_RATE.format("4e-3")),
     # open_clip's rates, of the first seed.
     "open_clip": {
         "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),
