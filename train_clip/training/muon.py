@@ -4,7 +4,7 @@
     W ← W (1 - ηλ) - 0.2 η √max(A, B) O
 
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon. The factor is that of Liu et al. 2025, arXiv 2502.16982,
-section 2.2: the numbers of a matrix move by as much as under AdamW, so that rate and decay can be AdamW's.) The same as
+section 2.2: at one rate the numbers of a matrix move by as much as under AdamW.) The same as
 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, many matrices of one shape at a time.
 
 A, B  rows and columns of a matrix      K  matrices of one shape
@@ -182,7 +182,7 @@ def standing(blocks: Tensor, parameter: Tensor) -> Tensor:
 
 
 def orthogonalise(blocks: Tensor) -> Tensor:
-    """Move all singular values of matrices near 1 (0.7 to 1.2), by a polynomial that needs no decomposition.
+    """Move singular values near 1 (0.7 to 1.2, Jordan et al. 2024) by a polynomial, without a decomposition.
 
         X ← X / ‖X‖        five times:  X ← a X + (b G + c G²) X,   G = X Xᵀ
 
