@@ -99,6 +99,13 @@ EXPERIMENTS: dict[str, Rows] = {
     # What each further thing does on top of Muon; the second was run before the rates were parted.
     "on-top": on_top("muon", MUON),
     "on-top-of-one-rate": on_top("one rate 4e-3", ONE_RATE.format("4e-3")),
+    # What colour jitter does with either. Tried with a wider model too: ``-- --model_name mini-8-64px --epochs 20``.
+    "jitter": {
+        "paper": PAPER,
+        "paper, jitter": f"{PAPER} {ADDITIONS['jitter']}",
+        "muon": MUON,
+        "muon, jitter": f"{MUON} {ADDITIONS['jitter']}",
+    },
     # open_clip's rates, of the first seed.
     "open_clip": {
         "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),

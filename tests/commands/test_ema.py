@@ -21,7 +21,7 @@ from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, CustomCLIPWrapper, TextImageDataModule, cli
 from train_clip.checkpoints.reading import read_checkpoint
 from train_clip.commands.prompt_tune import BY_LOSS
-from train_clip.commands.training_run import _say_mean
+from train_clip.commands.run_report import say_mean
 from train_clip.training.checkpoints import BY_RECALL, Checkpoints
 
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.25 --log_every_n_steps 1".split()
@@ -153,7 +153,7 @@ def test_what_is_said(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for best_mean, by, shown in ((0.5, BY_RECALL, True), (0.4, BY_RECALL, False), (0.5, BY_LOSS, False)):
         saving = Checkpoints(tmp_path, best_by=by)
         saving.load_state_dict({"best": 0.4, "best_mean": best_mean})
-        _say_mean(SimpleNamespace(checkpoint_callbacks=[saving]), tmp_path)
+        say_mean(SimpleNamespace(checkpoint_callbacks=[saving]), tmp_path)
         expected = (
             f"better: val/mean_recall 0.5000, the trained weights 0.4000. Evaluate it by {tmp_path}/ema/best.ckpt"
         )

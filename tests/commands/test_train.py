@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
+from train_clip.commands.lightning_trainer import default_precision
 from train_clip.commands.train import recipe_for
-from train_clip.commands.training_run import default_precision
 
 
 @pytest.fixture

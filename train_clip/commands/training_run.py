@@ -1,4 +1,4 @@
-"""A training run, whatever verb asked for it: its folder, its Trainer, what it says, and how it goes on."""
+"""A training run, whatever verb asked for it: its folder, its configuration, its length, and how it goes on."""
 
 from __future__ import annotations
 
@@ -11,26 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import instantiate_class
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from train_clip.commands.lightning_trainer import build_trainer, resolve_trainer
 from train_clip.commands.options import RunOptions, TrainerOptions, require_least
 from train_clip.commands.quiet import quiet
 from train_clip.commands.resume import Resumption, find_checkpoint
 from train_clip.commands.run_folder import choose_run_folder, write_run_files
+from train_clip.commands.run_report import count, say_end, say_start
 from train_clip.errors import UserError
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.checkpoints import BY_RECALL, Best, Checkpoints, Interval
-from train_clip.training.curves import Curves
 from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.metrics_log import MetricsLog
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.progress import RunProgress
 from train_clip.training.signals import Stopped, end_with_starter
-from train_clip.training.throughput import Throughput
 
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
@@ -116,84 +110,13 @@ def train_job(job: Job, run: RunOptions, trainer: TrainerOptions, resumed: Resum
     write_run_files(
         folder,
         _config(*job.options(folder), resolved, options),
-        {"verb": job.verb, "parameters": _count(module.model), "pairs": len(data.training_pairs)},
+        {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)},
         resumed,
     )
-    _say_start(module, lightning_trainer, folder, resumed)
+    say_start(module, lightning_trainer, folder, resumed)
     _fit(lightning_trainer, job, resumed, folder)
-    _say_end(lightning_trainer, folder, data)
+    say_end(lightning_trainer, folder, data)
     return folder
-
-
-def resolve_trainer(options: TrainerOptions) -> dict[str, Any]:
-    """Fill in the default that differs from Lightning's: precision by device."""
-    resolved = dict(options)
-    if resolved.get("precision") is None:
-        resolved["precision"] = default_precision(resolved.get("accelerator", "auto"))
-    return resolved
-
-
-def default_precision(accelerator: Any) -> str:
-    """bf16-mixed where the GPU has it, otherwise 16-mixed; float32 without a CUDA device."""
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
-def build_trainer(
-    options: dict[str, Any], folder: Path, epochs: int, saving: Checkpoints, first_step: int = 0
-) -> L.Trainer:
-    """Make Lightning's Trainer with this package's callbacks beside the user's.
-
-    Args:
-        options: the Trainer's arguments as plain values, resolved.
-        folder: the run's.
-        epochs: passes over the data.
-        saving: when to save, and what to keep.
-        first_step: optimizer steps that a run which is resumed has done.
-
-    Raises:
-        UserError: options that do not go together, or that need what is not there.
-    """
-    made = {name: _instantiate(value) for name, value in options.items()}
-    callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
-    if made.get("enable_progress_bar") is not False:
-        callbacks.append(RunProgress())
-    if made.get("enable_checkpointing") is not False:
-        callbacks.append(saving)
-    own = made.get("callbacks") or []
-    made["callbacks"] = callbacks + (own if isinstance(own, list) else [own])
-    plugins = made.get("plugins") or []
-    made["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-    made["logger"] = _loggers(made.get("logger"), folder, first_step)
-    if made.get("enable_model_summary") is None:
-        made["enable_model_summary"] = False
-    try:
-        return L.Trainer(**made, max_epochs=epochs, default_root_dir=folder)
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
-
-
-def _loggers(asked: Any, folder: Path, first_step: int) -> list[Logger] | bool:
-    """CSV always, for the curves; TensorBoard where the user names no other logger; none for ``--logger false``."""
-    if asked is False:
-        return False
-    csv = MetricsLog(folder, first_step)
-    if asked in (None, True):
-        return [csv, TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)]
-    return [csv, *(asked if isinstance(asked, list) else [asked])]
-
-
-def _instantiate(value: Any) -> Any:
-    """Turn ``{class_path, init_args}`` into an object, also within a list; leave the rest as it is."""
-    if isinstance(value, list):
-        return [_instantiate(item) for item in value]
-    if not isinstance(value, dict) or "class_path" not in value:
-        return value
-    try:
-        return instantiate_class((), value)
-    except ImportError as error:
-        raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
 
 
 def _epochs(run: RunOptions, trainer: TrainerOptions, usual: int) -> int:
@@ -256,69 +179,3 @@ def _config(*groups: Any) -> dict[str, Any]:
     for group in groups:
         flat |= group if isinstance(group, dict) else dataclasses.asdict(group)
     return {name: str(value) if isinstance(value, Path) else value for name, value in flat.items()}
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resumed: Resumption | None) -> None:
-    if trainer.is_global_zero:
-        if resumed is not None:
-            for reason in resumed.passed_over:
-                print(f"Passed over {reason}")
-            batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
-            print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
-        device, model = trainer.strategy.root_device.type, module.model
-        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        share = "" if trained >= _count(model) else f" ({trained:,} of them trained)"
-        print(
-            f"{model.name}: {_count(model):,} parameters{share}, {model.image_size}×{model.image_size} pixels; "
-            f"{trainer.world_size} × {device}, {trainer.precision}. Everything goes to {folder}/."
-        )
-
-
-def _say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None:
-    if not trainer.is_global_zero:
-        return
-    print(f"Done after {trainer.global_step:,} steps. What the run left is in {folder}/.")
-    checkpoints = {file.stem: file for file in (folder / "checkpoints").glob("*.ckpt")}
-    if not checkpoints:
-        return
-    command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
-    table = data.val_table or data.table
-    command += ["--folder", str(data.folder)] if table is None else ["--pairs", str(table)]
-    if table is not None:
-        command += _changed_columns(data)
-    elif data.pair_by != "stem":
-        command += ["--pair_by", data.pair_by]
-    if data.validation_pairs:
-        if data.val_table is None:
-            command += ["--split", "held_out", "--val_share", str(data.val_share)]
-        if "val/loss" not in trainer.callback_metrics:
-            best = "best.ckpt is as it was before" if "best" in checkpoints else "there is no best.ckpt"
-            print(f"No validation was reached, so {best}; --val_check_interval sets how often it comes.")
-    print(f"Next: {shlex.join(command)}")
-    _say_mean(trainer, folder)
-
-
-def _say_mean(trainer: L.Trainer, folder: Path) -> None:
-    """Name the running mean's best file, where it has scored better than the weights that were trained."""
-    best = folder / "ema" / "best.ckpt"
-    for saving in trainer.checkpoint_callbacks:
-        if isinstance(saving, Checkpoints) and saving.mean_is_better and best.is_file():
-            print(
-                f"The running mean of the weights scored better: {saving.best_by.figure} {saving.best_mean:.4f}, the "
-                f"trained weights {saving.best:.4f}. Evaluate it by {best} in place of the file above."
-            )
-
-
-def _changed_columns(data: TextImageDataModule) -> list[str]:
-    """The options that name a table's columns, where they are not called what they are called by default."""
-    named = (("--image_column", "image"), ("--caption_column", "caption"))
-    return [
-        word
-        for option, column in named
-        if getattr(data.columns, column) != column
-        for word in (option, getattr(data.columns, column))
-    ]
