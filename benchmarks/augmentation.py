@@ -14,10 +14,10 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from clock import now
 from torch import Tensor
 
 ROUNDS, BATCH, SIZES = 5, 256, (64, 224)
@@ -110,14 +110,6 @@ def median(once: Callable[[], object]) -> float:
         once()
         times.append(now() - started)
     return statistics.median(times[1:])
-
-
-def now() -> float:
-    """Processor time on a CPU, which others do not change; wall clock once a GPU is done."""
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

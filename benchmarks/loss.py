@@ -13,10 +13,10 @@ import itertools
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from clock import now
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,9 +66,9 @@ def measure(pairs: int, loss: str, way: str) -> None:
     for _ in range(ROUNDS):
         for leaf in (*sides, scale, bias):
             leaf.grad = None
-        started = now(device)
+        started = now()
         compute(*sides, scale, bias).backward()
-        times.append(now(device) - started)
+        times.append(now() - started)
     print((peak(device) - before) / MIB, min(times))
 
 
@@ -107,14 +107,6 @@ def peak(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def now(device: str) -> float:
-    """Seconds: of the processor on a CPU, of the clock on a device."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

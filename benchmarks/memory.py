@@ -12,7 +12,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from typing import Any
 
 BATCH, STEPS = 32, 2
@@ -48,6 +47,7 @@ def train(folder: str, model: str, way: dict[str, Any]) -> None:
     """Train here, and print what was held before the first batch, the peak, the second step's seconds and its loss."""
     import lightning as L
     import torch
+    from clock import now
 
     from train_clip import CLIPWrapper
     from train_clip.training.data_module import TextImageDataModule
@@ -60,12 +60,6 @@ def train(folder: str, model: str, way: dict[str, Any]) -> None:
 
         def on_train_batch_end(self, *_: Any) -> None:
             self.seconds = now() - self.started
-
-    def now() -> float:
-        if not torch.cuda.is_available():
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
 
     def peak() -> float:
         if torch.cuda.is_available():

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from clock import now
 
 from train_clip import CLIPWrapper
 from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
@@ -74,20 +74,17 @@ def measure(name: str, batch: int, device: torch.device, rounds: int) -> Times:
 
     times = Times([], [], [])
     for number in range(rounds + 1):
-        found = [milliseconds(part, device) for part in (step, optimizers[0].step, optimizers[1].step)]
+        found = [milliseconds(part) for part in (step, optimizers[0].step, optimizers[1].step)]
         for values, value in zip((times.step, times.adamw, times.muon), found, strict=True):
             values += [value] if number else []
     return times
 
 
-def milliseconds(part: Callable[[], object], device: torch.device) -> float:
-    """Processor time of a part on a CPU, else the time until the device is done."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    start = clock()
+def milliseconds(part: Callable[[], object]) -> float:
+    """Time of a part."""
+    start = now()
     part()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (clock() - start)
+    return 1000 * (now() - start)
 
 
 if __name__ == "__main__":

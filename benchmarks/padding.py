@@ -12,12 +12,12 @@ from __future__ import annotations
 import random
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from clock import now
 from torch import Tensor
 
 from train_clip.data.folder import scan_folder
@@ -67,14 +67,6 @@ def one_pass(model: CLIP, tokens: Tensor, lengths: np.ndarray[Any, Any], pieces:
     taken = now() - started
     model.zero_grad()
     return taken
-
-
-def now() -> float:
-    """Seconds: of the processor on a CPU, of the clock on a device."""
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":
