@@ -124,4 +124,10 @@ EXPERIMENTS: dict[str, Rows] = {
         "open_clip, timm's Muon": Theirs(MUON_OF_PEER.format("muon", "4e-3")),
         "small, 45 epochs": "--config small --learning_rate 1e-3 --epochs 45",
     },
+    # The recipe's own 40 epochs, and as many pairs for open_clip.
+    "compare-40": {
+        "paper": PAPER,
+        "muon": MUON,
+        "open_clip, timm's Muon, 40 epochs": Theirs(MUON_OF_PEER.format("muon", "4e-3"), samples=51_200),
+    },
 }
