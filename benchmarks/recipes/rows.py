@@ -70,6 +70,7 @@ ADDITIONS = {
     "crops from 0.4": "--resize_ratio 0.4",
     "the paper's crop": "--resize_ratio null",
     "batches of 128": "--batch_size 128",
+    "batches of 512": "--batch_size 512",
     "decay 0.5": "--weight_decay 0.5",
     "stochastic depth": "--stochastic_depth 0.2",
     "half the patches": "--mask_ratio 0.5 --unmasked_share 0.1",

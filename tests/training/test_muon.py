@@ -231,6 +231,20 @@ def test_what_is_rounded_by_chance_is_right_on_average() -> None:
         assert (torch.stack(values).std(dim=0) > 0).float().mean() > 0.5
 
 
+def test_matrices_of_two_groups_are_rounded_each_by_its_own_chance() -> None:
+    """Alike in all but the group that they are in, in bfloat16, they differ after a step, and in their momentum."""
+    pair = [nn.Parameter(seeded(24, 24).bfloat16()) for _ in range(2)]
+    rest = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])
+    optimizer = Muon(
+        [{"params": [matrix], "lr": RATE, "weight_decay": DECAY} for matrix in pair], rest, 0.95, half_momentum=True
+    )
+    for matrix in pair:
+        matrix.grad = seeded(24, 24, seed=1).bfloat16()
+    optimizer.step()
+    assert not torch.equal(*pair)
+    assert not torch.equal(*(optimizer.state[matrix][BUFFER] for matrix in pair))
+
+
 @pytest.mark.parametrize("waits", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_step_that_is_held_back_changes_nothing(monkeypatch: pytest.MonkeyPatch, waits: bool, half: bool) -> None:
@@ -253,6 +267,8 @@ def test_a_step_that_is_held_back_changes_nothing(monkeypatch: pytest.MonkeyPatc
     matrix.grad[0, 0] = bias.grad[0] = math.nan
     optimizer.step()
     assert all(torch.equal(one, other) for one, other in zip(before, kept(), strict=True))
+    # Where it is known at once the step was none; a GPU's is counted, and the run ends.
+    assert optimizer.state[matrix]["step"] == 1 + waits
     optimizer.found_inf = torch.zeros(())
     matrix.grad, bias.grad = seeded(6, 6, seed=2), seeded(4, seed=2)
     optimizer.step()
