@@ -15,6 +15,7 @@ from train_clip.errors import UserError
 from train_clip.training import checkpoints as module
 from train_clip.training.checkpoint_io import AtomicCheckpointIO
 from train_clip.training.checkpoints import BY_RECALL, Checkpoints, Interval
+from train_clip.training.running_mean import of_mean
 
 
 @pytest.mark.parametrize(
@@ -67,8 +68,9 @@ class Run:
         self.trainer.global_step += 1
         self.saving.on_train_batch_end(self.trainer, None, None, None, batch)
 
-    def validated(self, value: float) -> None:
-        self.trainer.callback_metrics = {BY_RECALL.figure: torch.tensor(value)}
+    def validated(self, value: float, mean: float = 0.0) -> None:
+        figure = BY_RECALL.figure
+        self.trainer.callback_metrics = {figure: torch.tensor(value), of_mean(figure): torch.tensor(mean)}
         self.saving.on_validation_end(self.trainer, None)  # type: ignore[arg-type]
 
     def epoch_ends(self) -> None:
@@ -146,6 +148,17 @@ def test_the_best_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
     run.step(LAST)
     run.epoch_ends()
     assert run.states() == {"best.ckpt": 1, "last.ckpt": 2, "step-00000001.ckpt": 1, "step-00000002.ckpt": 2}
+
+
+def test_the_best_mean_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
+    """Also where the weights that are trained were better before."""
+    run = Run(tmp_path)
+    for value, mean, saves in ((0.4, 0.3, 1), (0.3, 0.35, 2), (0.2, 0.35, 2)):
+        run.step()
+        run.validated(value, mean)
+        assert run.saves == saves
+    assert run.states()["best.ckpt"] == 1
+    assert run.saving.best_mean == pytest.approx(0.35)
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
