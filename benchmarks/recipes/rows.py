@@ -100,7 +100,9 @@ EXPERIMENTS: dict[str, Rows] = {
     # What each further thing does on top of Muon; the second was run before the rates were parted.
     "on-top": on_top("muon", MUON),
     "on-top-of-one-rate": on_top("one rate 4e-3", ONE_RATE.format("4e-3")),
-    # What colour jitter does with either. Tried with a wider model too: ``-- --model_name mini-8-64px --epochs 20``.
+    # What the recipes change. This and the next were tried with a wider model too: ``-- --model_name mini-8-64px``.
+    "muon": {"paper": PAPER, "muon": MUON},
+    # What colour jitter does with either.
     "jitter": {
         "paper": PAPER,
         "paper, jitter": f"{PAPER} {ADDITIONS['jitter']}",
