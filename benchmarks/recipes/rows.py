@@ -54,9 +54,11 @@ Rows = Mapping[str, str | Theirs]
 
 PAPER = "--optimizer adamw --learning_rate 1e-3"
 MUON = "--optimizer muon --learning_rate 1e-3"
+SMALL = "--config small --learning_rate 1e-3"
 ONE_RATE = "--optimizer muon --learning_rate {0} --muon_learning_rate {0}"
 ADAMW_OF_PEER = "--lr {0}"
 MUON_OF_PEER = "--opt timm/{0} --lr {1} --eps 1e-7"  # without an eps it fails
+THEIR_MUON = Theirs(MUON_OF_PEER.format("muon", "4e-3"))
 
 
 def alone(name: str, words: str, values: str) -> dict[str, str | Theirs]:
@@ -79,11 +81,6 @@ ADDITIONS = {
 }
 
 
-def on_top(name: str, base: str) -> dict[str, str | Theirs]:
-    """A base, then a row for each addition to it."""
-    return {name: base} | {f"{name}, {what}": f"{base} {words}" for what, words in ADDITIONS.items()}
-
-
 EXPERIMENTS: dict[str, Rows] = {
     # AdamW's rate. The paper's is for batches 128 times as large.
     "adamw": alone("adamw", "--optimizer adamw --learning_rate {0}", "1e-3 5e-4 2e-3 4e-3"),
@@ -97,9 +94,8 @@ EXPERIMENTS: dict[str, Rows] = {
         "muon": MUON,
         "muon, 16 times": f"{MUON} --muon_learning_rate 16e-3",
     },
-    # What each further thing does on top of Muon; the second was run before the rates were parted.
-    "on-top": on_top("muon", MUON),
-    "on-top-of-one-rate": on_top("one rate 4e-3", ONE_RATE.format("4e-3")),
+    # What each further thing does on top of Muon.
+    "on-top": {"muon": MUON} | {f"muon, {what}": f"{MUON} {words}" for what, words in ADDITIONS.items()},
     # What the recipes change. This and the next were tried with a wider model too: ``-- --model_name mini-8-64px``.
     "muon": {"paper": PAPER, "muon": MUON},
     # What colour jitter does with either.
@@ -113,7 +109,7 @@ EXPERIMENTS: dict[str, Rows] = {
     "open_clip": {
         "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),
         "open_clip, AdamW 2e-3": Theirs(ADAMW_OF_PEER.format("2e-3")),
-        "open_clip, timm's Muon": Theirs(MUON_OF_PEER.format("muon", "4e-3")),
+        "open_clip, timm's Muon": THEIR_MUON,
         "open_clip, timm's Muon 2e-3": Theirs(MUON_OF_PEER.format("muon", "2e-3")),
         "open_clip, timm's Muon 8e-3": Theirs(MUON_OF_PEER.format("muon", "8e-3")),
         "open_clip, timm's NAdaMuon 2e-3": Theirs(MUON_OF_PEER.format("nadamuon", "2e-3")),
@@ -121,16 +117,18 @@ EXPERIMENTS: dict[str, Rows] = {
     # Half as many epochs as above: all see as many pairs; then the recipe with the time of open_clip's AdamW.
     "compare": {
         "paper, 20 epochs": f"{PAPER} --epochs 20",
-        "small, 20 epochs": "--config small --learning_rate 1e-3 --epochs 20",
+        "small, 20 epochs": f"{SMALL} --epochs 20",
         "open_clip, its defaults": Theirs("", 0.0),
         "open_clip, AdamW": Theirs(ADAMW_OF_PEER.format("1e-3")),
-        "open_clip, timm's Muon": Theirs(MUON_OF_PEER.format("muon", "4e-3")),
-        "small, 45 epochs": "--config small --learning_rate 1e-3 --epochs 45",
+        "open_clip, timm's Muon": THEIR_MUON,
+        "small, 45 epochs": f"{SMALL} --epochs 45",
     },
-    # The recipe's own 40 epochs, and as many pairs for open_clip.
+    # Both Muons by themselves, for more seeds.
+    "muons": {"small, 20 epochs": f"{SMALL} --epochs 20", "open_clip, timm's Muon": THEIR_MUON},
+    # The recipe's own 40 epochs, which the row "muon" is, and as many pairs for open_clip.
     "compare-40": {
         "paper": PAPER,
         "muon": MUON,
-        "open_clip, timm's Muon, 40 epochs": Theirs(MUON_OF_PEER.format("muon", "4e-3"), samples=51_200),
+        "open_clip, timm's Muon, 40 epochs": THEIR_MUON._replace(samples=51_200),
     },
 }

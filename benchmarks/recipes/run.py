@@ -76,7 +76,8 @@ def main() -> None:
             where = ("--pairs", options.folder / "train.csv", "--val_pairs", options.folder / "choose.csv")
             model = () if "--model_name" in further else ("--model_name", data.model)
             words = (*where, *model, *data.words, "--keep", 1, "--seed", seed, *further, *row.split())
-            state, reading = run / "checkpoints" / "last.ckpt", ()
+            # Of a run with a running mean it is the mean that is judged.
+            state, reading = run / ("ema" if "--ema" in words else "checkpoints") / "last.ckpt", ()
             seconds = train(run, *words)
         found = judge(run, state, options.folder / f"{table}.csv", data, kinds, reading)
         print(f"{name:40} seed {seed}  {100 * found[0]:.1f}%  {seconds:.0f} s", file=sys.stderr, flush=True)
