@@ -16,6 +16,10 @@ from train_clip.errors import UserError
 
 PIXELS = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CAPTIONS = [f"picture {index} of eight" for index in range(8)]
+EVERYTHING = {
+    "optimizer": "muon", "adam_statistics": "bfloat16", "loss": "sigmoid", "color_jitter": 0.5, "horizontal_flip": 0.5,
+    "ema": 0.9,
+}  # fmt: skip
 
 
 class Listed(Dataset[Any]):
@@ -44,8 +48,8 @@ def bare_trainer(**how: Any) -> L.Trainer:
 def first_loss(config: Any, loader: Any, **how: Any) -> float:
     """Train one step on a fresh model and return its loss."""
     torch.manual_seed(0)
-    trainer = bare_trainer(max_steps=1, **how)
-    trainer.fit(CLIPWrapper("tiny", config), loader)
+    trainer = bare_trainer(max_steps=1)
+    trainer.fit(CLIPWrapper("tiny", config, **how), loader)
     return trainer.callback_metrics["train/loss"].item()
 
 
@@ -181,21 +185,25 @@ def test_train_clips_own_configuration_builds_the_same_model(tiny_config):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
-def test_a_gpu_steps_as_a_cpu(tiny_config, precision):
-    """Chunks of 3 on a CUDA device, in each precision, against float32 on the CPU: the same first loss, to rounding."""
+@pytest.mark.parametrize("how", [{}, EVERYTHING], ids=["the paper's", "everything"])
+def test_a_gpu_steps_as_a_cpu(tiny_config, precision, how):
+    """Chunks of 3 on a CUDA device, in each precision, against float32 on the CPU: the same first loss, to rounding.
+
+    Augmentation is drawn on the host, so that it is the same too.
+    """
     loader = DataLoader(Listed(PIXELS, CAPTIONS), batch_size=8)
-    expected = first_loss(tiny_config, loader)
+    expected = first_loss(tiny_config, loader, **how)
     torch.manual_seed(0)
     trainer = L.Trainer(
         accelerator="gpu", devices=1, max_steps=3, precision=precision, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, log_every_n_steps=1, gradient_clip_val=1.0,
     )  # fmt: skip
-    module = CLIPWrapper("tiny", tiny_config, minibatch_size=3)
+    module = CLIPWrapper("tiny", tiny_config, minibatch_size=3, **how)
     losses: list[float] = []
     original = module.training_step
 
-    def step(batch: Any, index: int) -> torch.Tensor:
-        loss = original(batch, index)
+    def step(batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = original(batch, batch_idx)
         losses.append(loss.item())
         return loss
 
