@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from once import run_once
 from PIL import Image
 from rows import BATCH
 
@@ -75,31 +73,14 @@ class Peer:
         with self.table.open(encoding="utf-8") as file:
             an_epoch = (sum(1 for _ in csv.reader(file)) - 1) // BATCH
         epochs = -(-samples // (an_epoch * BATCH))
-        checkpoint, ended = run / "checkpoints" / f"epoch_{epochs}.pt", run / "seconds.json"
-        if not ended.exists():
-            call = [str(self.python), str(HERE / "their_training.py"), str(self.model), "--model", self.model.stem]
-            call += ["--train-data", str(self.table), "--dataset-type", "csv", "--csv-separator", ","]
-            call += ["--csv-img-key", "image", "--csv-caption-key", "caption", "--device", "cpu", "--workers", "0"]
-            call += ["--precision", "amp_bf16", "--batch-size", str(BATCH), "--epochs", str(epochs)]
-            call += [
-                "--save-frequency",
-                str(epochs),
-                "--logs",
-                str(run.parent),
-                "--name",
-                run.name,
-                "--seed",
-                str(seed),
-            ]
-            call += ["--warmup", str(int(warmup * epochs * an_epoch))] if warmup else []
-            run.parent.mkdir(parents=True, exist_ok=True)
-            with run.with_suffix(".txt").open("w") as said:
-                process = subprocess.Popen([*call, *words.split()], stdout=said, stderr=subprocess.STDOUT)
-                _, status, used = os.wait4(process.pid, 0)
-            if status or not checkpoint.exists():
-                sys.exit(f"{' '.join(call)}\n{run.with_suffix('.txt').read_text()[-3000:]}")
-            ended.write_text(json.dumps(used.ru_utime + used.ru_stime))
-        return checkpoint, float(json.loads(ended.read_text()))
+        call = [str(self.python), str(HERE / "their_training.py"), str(self.model), "--model", self.model.stem]
+        call += ["--train-data", str(self.table), "--dataset-type", "csv", "--csv-separator", ","]
+        call += ["--csv-img-key", "image", "--csv-caption-key", "caption", "--device", "cpu", "--workers", "0"]
+        call += ["--precision", "amp_bf16", "--batch-size", str(BATCH), "--epochs", str(epochs)]
+        call += ["--save-frequency", str(epochs), "--logs", str(run.parent), "--name", run.name, "--seed", str(seed)]
+        call += ["--warmup", str(int(warmup * epochs * an_epoch))] if warmup else []
+        seconds = run_once(run, [*call, *words.split()])
+        return run / "checkpoints" / f"epoch_{epochs}.pt", seconds
 
 
 def on_white(file: Path) -> Image.Image:

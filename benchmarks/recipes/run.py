@@ -1,10 +1,10 @@
 """Trains the rows of an experiment and judges them on a split: a table, mean ± standard deviation over seeds.
 
-    python benchmarks/recipes/run.py emoji optimizers emoji_dir --output runs/recipes --seeds 3
+    python benchmarks/recipes/run.py emoji rates emoji_dir --output runs/recipes --seeds 3
 
 ``splits.py`` has written the tables into the folder. Rows are trained on train.csv and judged on choose.csv, or with
 ``--report`` on report.csv, by the state that the run ended in. Runs that are there already are read, those that were
-stopped go on. ``--jobs 2`` trains two at a time. Words after ``--`` go to ``train-clip train``, such as ``--precision
+stopped begin anew. ``--jobs 2`` trains two at a time. Words after ``--`` go to ``train-clip train``, such as ``--precision
 bf16-mixed``. Rows of open_clip are trained by its own program, in the environment that ``--peer ENV/bin/python`` names
 (``open_clip_torch[training]``, timm). Times are of processor time, next to the first row's.
 """
@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from once import run_once
 from peer import Peer
 from rows import DATA, EXPERIMENTS, Data, Theirs
 
 sys.path.append(str(Path(__file__).parents[1]))
 from commands import captions_as_classes, evaluate, mean_and_spread, own_and_further, recalls
 
-PLAIN = str.maketrans(" ,", "_-", "'")  # of a row's name, what a folder is called
+PLAIN = str.maketrans(" ,.", "_-_", "'")  # of a row's name, what a folder is called
 
 
 class Result(NamedTuple):
@@ -63,6 +62,8 @@ def main() -> None:
     theirs = any(isinstance(row, Theirs) for row in rows.values())
     if theirs and options.peer is None:
         parser.error(f"{options.experiment} has rows of open_clip: give --peer ENV/bin/python")
+    if theirs and (data.classes or "--model_name" in further):
+        parser.error(f"{options.experiment} has rows of open_clip, whose lengths and model are for the emoji alone")
     peer = Peer.of(options.peer, options.folder, options.output / "peer", data.model) if theirs else None
 
     def result(name: str, seed: int) -> Result:
@@ -78,31 +79,18 @@ def main() -> None:
             words = (*where, *model, *data.words, "--keep", 1, "--seed", seed, *further, *row.split())
             # Of a run with a running mean it is the mean that is judged.
             state, reading = run / ("ema" if "--ema" in words else "checkpoints") / "last.ckpt", ()
-            seconds = train(run, *words)
+            call = map(str, (sys.executable, "-m", "train_clip.cli", "train", *words, "--output", run))
+            seconds = run_once(run, list(call))
         found = judge(run, state, options.folder / f"{table}.csv", data, kinds, reading)
         print(f"{name:40} seed {seed}  {100 * found[0]:.1f}%  {seconds:.0f} s", file=sys.stderr, flush=True)
         return Result(*found, seconds)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = {(name, seed): pool.submit(result, name, seed) for seed in range(options.seeds) for name in rows}
-        show(table, {name: [jobs[name, seed].result() for seed in range(options.seeds)] for name in rows})
-
-
-def train(run: Path, *words: Any) -> float:
-    """Train a run that is not there, go on with one that has not ended; its processor time in seconds."""
-    ended = run / "seconds.json"
-    if not ended.exists():
-        there = (run / "checkpoints" / "last.ckpt").exists()
-        call = [sys.executable, "-m", "train_clip.cli", "train"]
-        call += map(str, ("--resume", run) if there else (*words, "--output", run))
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with run.with_suffix(".txt").open("w") as said:
-            process = subprocess.Popen(call, stdout=said, stderr=subprocess.STDOUT)
-            _, status, used = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"{' '.join(call)}\n{run.with_suffix('.txt').read_text()[-3000:]}")
-        ended.write_text(json.dumps(used.ru_utime + used.ru_stime))
-    return float(json.loads(ended.read_text()))
+        try:
+            show(table, {name: [jobs[name, seed].result() for seed in range(options.seeds)] for name in rows})
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def judge(

@@ -68,7 +68,7 @@ def test_what_the_run_leaves(here, capsys):
         "optimizer": "sgd",
         "distillation": "transport",
     }
-    assert (config["learning_rate"], config["momentum"], config["weight_decay"]) == (3e-3, 0.9, 0.0)
+    assert (config["learning_rate"], config["momentum"], config["weight_decay"]) == (3e-3, None, 0.0)
     with Path("run/logs/metrics.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["train/loss"])
     parts = float(row["train/contrastive_loss"]) + float(row["train/distillation_loss"])

@@ -16,12 +16,13 @@ from train_clip.commands.options import OptimizerOptions, resolve_optimizer
     [
         ({"optimizer": "adamw"}, None),
         ({"optimizer": "adamw", "momentum": 0.8}, 0.8),
-        ({"optimizer": "sgd"}, 0.9),
-        ({"optimizer": "muon"}, 0.95),
+        ({"optimizer": "sgd"}, None),
+        ({"optimizer": "muon"}, None),
+        ({"optimizer": "muon", "momentum": 0.9}, 0.9),
     ],
 )
 def test_the_momentum_that_is_kept(given: dict[str, Any], kept: float | None) -> None:
-    """Of AdamW, which has none, the one that was given: by its file Muon has its own, and the run itself goes on."""
+    """The one that was given, or none: by its file Muon and SGD have their own, and the run itself goes on."""
     module = CLIPWrapper("tiny", TINY, **given)
     resolved = resolve_optimizer(OptimizerOptions(**given), module.hparams)
     assert (resolved.optimizer, resolved.momentum) == (given["optimizer"], kept)
@@ -29,5 +30,6 @@ def test_the_momentum_that_is_kept(given: dict[str, Any], kept: float | None) ->
     again = CLIPWrapper("tiny", TINY, **(given | {"momentum": resolved.momentum}))
     again.require_same_model(module.hparams)
     if kept is None:
-        by_that_file = CLIPWrapper("tiny", TINY, optimizer="muon", momentum=resolved.momentum)
-        assert by_that_file.hparams["momentum"] == 0.95
+        for optimizer, own in (("muon", 0.95), ("sgd", 0.9)):
+            by_that_file = CLIPWrapper("tiny", TINY, optimizer=optimizer, momentum=resolved.momentum)
+            assert by_that_file.hparams["momentum"] == own

@@ -245,6 +245,27 @@ def test_matrices_of_two_groups_are_rounded_each_by_its_own_chance() -> None:
     assert not torch.equal(*(optimizer.state[matrix][BUFFER] for matrix in pair))
 
 
+def test_what_is_added_later_is_trained() -> None:
+    """As a callback that unfreezes adds it: the other optimizer updates it, and its state is kept and restored."""
+    matrix, later = nn.Parameter(seeded(6, 6)), nn.Parameter(seeded(6, 6, seed=1))
+    optimizer = ours([matrix])
+    optimizer.add_param_group({"params": [later], "lr": RATE})
+    expected = copy.deepcopy(later)
+    reference = torch.optim.AdamW([expected], lr=RATE, weight_decay=0.0)
+    for step in range(2):
+        if step:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        later.grad = seeded(6, 6, seed=2 + step)
+        expected.grad = later.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert torch.equal(later, expected)
+    assert len(optimizer.param_groups) == 3
+    optimizer.param_groups[-1]["lr"] = 0.0  # as a schedule sets it
+    optimizer.step()
+    assert torch.equal(later, expected)
+
+
 @pytest.mark.parametrize("waits", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_step_that_is_held_back_changes_nothing(monkeypatch: pytest.MonkeyPatch, waits: bool, half: bool) -> None:

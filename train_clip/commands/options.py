@@ -259,11 +259,10 @@ def select(kind: type[T], values: dict[str, Any], **rest: Any) -> T:
 def resolve_optimizer(options: OptimizerOptions, arguments: Mapping[str, Any]) -> OptimizerOptions:
     """The options with what they leave open, as a run's ``config.yaml`` keeps them.
 
-    AdamW has no momentum. One that nobody asked for stays open, so that another optimizer beside that file has its own.
+    A momentum that nobody asked for stays open, so that another optimizer beside that file has its own.
 
     Args:
         options: as they were given.
         arguments: the module's ``hparams``.
     """
-    found = select(OptimizerOptions, dict(arguments))
-    return dataclasses.replace(found, momentum=options.momentum) if found.optimizer == "adamw" else found
+    return dataclasses.replace(select(OptimizerOptions, dict(arguments)), momentum=options.momentum)

@@ -75,13 +75,13 @@ def train(  # noqa: PLR0913, each is a group of options
         resolved = resolve_optimizer(optimizer, module.hparams)
         return _keep_model(kept, config, folder), data, augmentation, resolved, objective
 
-    advice = recipe_for if optimizer.optimizer is None else no_advice
+    advice = recipe_for if optimizer.optimizer is None and weights is None else no_advice
     job = Job("train", module, pairs, config.optimizer.epochs, options, advice=advice)
     return train_job(job, run, trainer, resumed)
 
 
 def recipe_for(num_pairs: int) -> str | None:
-    """What there is to say of so few pairs, where no optimizer was chosen: which recipe is made for them.
+    """What there is to say of so few pairs, from scratch and by no chosen optimizer: which recipe is made for them.
 
     Args:
         num_pairs: to train on.

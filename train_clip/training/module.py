@@ -241,11 +241,13 @@ class ContrastiveModule(EmbeddingModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update, clamp the temperature, let the running means follow."""
         super().optimizer_step(*args, **kwargs)
+        # A step that the scaler skipped is no update. One that is held back on a GPU ends the run, and is never saved.
+        if self._end_of_step.finite.skipped_in_a_row:
+            return
         self.model.clamp_temperature()
         if self.distillation is not None:
             self.distillation.after_update(self.model)
-        # A step that the scaler skipped is no update. One that is held back on a GPU ends the run, and is never saved.
-        if self.ema is not None and not self._end_of_step.finite.skipped_in_a_row:
+        if self.ema is not None:
             self.ema.follow(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

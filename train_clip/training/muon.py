@@ -76,6 +76,15 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self.rest.__setstate__({"state": self.state, "param_groups": self.param_groups[self._num_groups :]})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters later, such as those that a callback unfreezes: to the other optimizer, whatever they are."""
+        if not hasattr(self, "rest"):
+            super().add_param_group(param_group)
+            return
+        self.rest.add_param_group(param_group)
+        groups = [*self.param_groups[: self._num_groups], *self.rest.param_groups]
+        self.__setstate__({"state": self.state, "param_groups": groups})
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, whose statistics keep the type that they have there."""
         super().load_state_dict(state_dict)
