@@ -31,11 +31,8 @@ def main() -> None:
     for name in options.rows:
         runs = sorted(options.runs.glob(f"{name.translate(PLAIN)}-[0-9]"))
         values = np.array([read(run, options.figure) for run in runs])
-        epochs, mean, spread = (
-            np.arange(1, values.shape[1] + 1),
-            values.mean(axis=0),
-            values.std(axis=0, ddof=min(1, len(runs) - 1)),
-        )
+        epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(axis=0)
+        spread = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros_like(mean)
         (line,) = axes.plot(epochs, mean, label=f"{name} ({len(runs)} seeds)")
         axes.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="epoch", ylabel="mean recall on the held-out pairs, %")

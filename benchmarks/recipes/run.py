@@ -4,9 +4,10 @@
 
 ``splits.py`` has written the tables into the folder. Rows are trained on train.csv and judged on choose.csv, or with
 ``--report`` on report.csv, by the state that the run ended in. Runs that are there already are read, those that were
-stopped begin anew. ``--jobs 2`` trains two at a time. Words after ``--`` go to ``train-clip train``, such as ``--precision
-bf16-mixed``. Rows of open_clip are trained by its own program, in the environment that ``--peer ENV/bin/python`` names
-(``open_clip_torch[training]``, timm). Times are of processor time, next to the first row's.
+stopped begin anew, and those that other words have left are refused. ``--jobs 2`` trains two at a time. Words after
+``--`` go to ``train-clip train``, such as ``--precision bf16-mixed``. Rows of open_clip are trained by its own program,
+in the environment that ``--peer ENV/bin/python`` names (``open_clip_torch[training]``, timm). Times are of processor
+time, next to the first row's.
 """
 
 from __future__ import annotations
