@@ -97,7 +97,7 @@ EXPERIMENTS: dict[str, Rows] = {
     # What each further thing does on top of Muon.
     "on-top": {"muon": MUON} | {f"muon, {what}": f"{MUON} {words}" for what, words in ADDITIONS.items()},
     # What the recipes change. This and the next were tried with a wider model too: ``-- --model_name mini-8-64px``.
-    "muon": {"paper": PAPER, "muon": MUON},
+    "muon": {"paper": PAPER, "muon": MUON, "paper, its own crop": f"{PAPER} --resize_ratio null"},
     # What colour jitter does with either.
     "jitter": {
         "paper": PAPER,
@@ -114,7 +114,7 @@ EXPERIMENTS: dict[str, Rows] = {
         "open_clip, timm's Muon 8e-3": Theirs(MUON_OF_PEER.format("muon", "8e-3")),
         "open_clip, timm's NAdaMuon 2e-3": Theirs(MUON_OF_PEER.format("nadamuon", "2e-3")),
     },
-    # Half as many epochs as above: all see as many pairs; then the recipe with the time of open_clip's AdamW.
+    # Half as many epochs as above: all see as many pairs; then the recipe in about twice the time.
     "compare": {
         "paper, 20 epochs": f"{PAPER} --epochs 20",
         "small, 20 epochs": f"{SMALL} --epochs 20",
