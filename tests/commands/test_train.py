@@ -103,7 +103,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew(pair_folder, model_file, tmp_p
 
 def test_the_saved_config_runs_again_to_the_same_weights(pair_folder, model_file, tmp_path):
     """``--config RUN/config.yaml`` alone repeats a run bit for bit."""
-    first = run_train(pair_folder, model_file, tmp_path / "first", "--resize_ratio", "0.5")
+    run_train(pair_folder, model_file, tmp_path / "first", "--resize_ratio", "0.5")
     cli.main(["train", "--config", str(first / "config.yaml"), "--output", str(tmp_path / "second")])
     a, b = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("first", "second"))
     assert a["state_dict"].keys() == b["state_dict"].keys()
@@ -307,6 +307,16 @@ def test_few_pairs_are_told_of_their_recipe(pair_folder, model_file, tmp_path, c
         "12 pairs: the defaults are the paper's, made for 400 million. `--config small` learns more from as few "
         "(docs/recipes.md); `--optimizer adamw` keeps to the defaults without this line."
     ] * said
+
+
+def test_weights_that_are_given_are_told_of_no_recipe(pair_folder, model_file, tmp_path, caplog):
+    """A recipe is for training from scratch."""
+    run_train(pair_folder, model_file, tmp_path / "first", "--optimizer", "adamw")
+    with caplog.at_level("INFO"):
+        words = ["--folder", str(pair_folder), "--batch_size", "4", "--max_steps", "1", "--accelerator", "cpu"]
+        pretrained = str(tmp_path / "first/checkpoints/last.ckpt")
+        cli.main(["train", "--pretrained", pretrained, *words, "--output", str(tmp_path / "run")])
+    assert not [line for line in caplog.messages if "--config small" in line]
 
 
 def test_which_recipe_is_for_how_many():
