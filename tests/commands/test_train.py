@@ -103,7 +103,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew(pair_folder, model_file, tmp_p
 
 def test_the_saved_config_runs_again_to_the_same_weights(pair_folder, model_file, tmp_path):
     """``--config RUN/config.yaml`` alone repeats a run bit for bit."""
-    run_train(pair_folder, model_file, tmp_path / "first", "--resize_ratio", "0.5")
+    first = run_train(pair_folder, model_file, tmp_path / "first", "--resize_ratio", "0.5")
     cli.main(["train", "--config", str(first / "config.yaml"), "--output", str(tmp_path / "second")])
     a, b = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("first", "second"))
     assert a["state_dict"].keys() == b["state_dict"].keys()

@@ -128,7 +128,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_a_skipped_step_is_no_update() -> None:
-    """Under 16-mixed's scaler, NaN in the third batch of five: mean and count stay, the teacher's too; all is finite."""
+    """Under 16-mixed's scaler, NaN in the third batch: mean and count stay, the teacher's too; all is finite."""
     torch.manual_seed(0)
     module, means = CLIPWrapper("tiny", RESNET, warmup_steps=0, ema=MOMENTUM, distillation="transport"), Means()
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
