@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,3 +204,20 @@ def test_help_imports_nothing_heavy():
     verbs, modules = printed.rsplit("\n", 2)[0], printed.rsplit("\n", 2)[1]
     assert all(verb in verbs for verb in cli.VERBS)
     assert not {"'torch'", "'lightning'", "'numpy'"} & set(modules.strip("[]").split(", "))
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.ENOSPC, "Expected room for what is written; free some"), (errno.EISDIR, "a path")]
+)
+def test_a_file_that_fails_is_told_in_a_line(monkeypatch, number, expected):
+    """Where the system does not name the file too, as with a full disk; other errors of the system are raised."""
+
+    def fail(_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cli, "_run", fail)
+    with pytest.raises(SystemExit, match=f"train-clip: a file: {os.strerror(number)}. .*{expected}"):
+        cli.main([])
+    number = errno.ECONNRESET
+    with pytest.raises(OSError, match=os.strerror(number)):
+        cli.main([])

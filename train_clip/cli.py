@@ -59,10 +59,9 @@ OF_FILES = (
     errno.EISDIR,
     errno.ENOTDIR,
     errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.EDQUOT,
     errno.EROFS,
 )
+OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,11 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as shells report it
     except OSError as error:
-        if error.errno not in OF_FILES:
+        if error.errno in OF_FULL_DISKS:
+            expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
+        elif error.errno in OF_FILES:
+            expected = "a path that can be read or written"
+        else:
             raise
-        sys.exit(
-            f"train-clip: {error.filename or 'a file'}: {error.strerror}. Expected a path that can be read or written."
-        )
+        sys.exit(f"train-clip: {error.filename or 'a file'}: {error.strerror}. Expected {expected}.")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns a Ctrl-C that comes before the first batch into an exit of 1.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
