@@ -5,7 +5,7 @@
 
 ``emoji``: pictures whose third caption line ends with its subcategory. Whole subcategories make up report.csv, so that
 nothing of them is met in training; apart from them a random tenth is choose.csv. ``cifar``: 2,000 pairs are held out,
-half of them in each table. Settings are chosen on choose.csv, and what is told of them was seen on report.csv.
+half of them in each table. Settings are chosen on choose.csv; docs/recipes.md tells both.
 
 Who comes first is decided by a digest of the names, before anything was trained.
 """
