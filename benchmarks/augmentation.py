@@ -43,7 +43,7 @@ def main() -> None:
 
 def ours(size: int) -> dict[str, float]:
     """Seconds of each way of ours."""
-    from train_clip.data.batch_augmentation import BatchAugmentation, augment, draw_batch
+    from train_clip.data.augment import BatchAugmentation, augment, draw_batch
 
     ways = {
         "all": BatchAugmentation(1.0, 0.2, 0.5, 0.5),

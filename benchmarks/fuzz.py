@@ -33,8 +33,7 @@ import PIL
 from PIL import Image
 
 from train_clip.data import images
-from train_clip.data.jpeg import crop_of_image
-from train_clip.data.windows import random_crop
+from train_clip.data.crops import crop_of_image, random_crop
 from train_clip.errors import BadSample
 
 SECONDS, SLOW = 30, 2.0  # for a file: until it counts as a hang, and as worth a look

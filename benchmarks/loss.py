@@ -20,8 +20,8 @@ from clock import now
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_clip.losses.contrastive import Pairs
 from train_clip.losses.sigmoid import sigmoid_loss
+from train_clip.losses.softmax import Pairs
 from train_clip.losses.tiles import tiled_info_nce
 
 LOSSES = ("softmax", "sigmoid")

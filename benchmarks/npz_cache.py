@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train_clip.commands.data_npz import NpzOptions, data_npz
 from train_clip.data.folder import scan_folder
 from train_clip.data.pairs import Pair
 from train_clip.data.samples import Augmentation, TrainingPairs
+from train_clip.data_tools.npz import NpzOptions, data_npz
 
 
 def main() -> None:

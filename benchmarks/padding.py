@@ -24,9 +24,8 @@ from train_clip.data.folder import scan_folder
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
 from train_clip.models.config import read_config
-from train_clip.training import chunks
-from train_clip.training.chunks import Chunks, encode_in_chunks
-from train_clip.training.stand_ins import StandIns
+from train_clip.training import encode as chunks
+from train_clip.training.encode import Chunks, StandIns, encode_in_chunks
 
 CASES = (("mini-8-64px", 256), ("ViT-B/32", 32), ("ViT-B/32", 256))
 PIECES = (1, 2, 3, 4, 6, 8)

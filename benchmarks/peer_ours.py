@@ -19,10 +19,9 @@ from peer_cases import Case, from_json
 from peer_rounds import CHECKED, Rounds, exact, num_distinct, pairs, pinned
 
 from train_clip import CLIPWrapper
-from train_clip.losses.contrastive import clip_loss
-from train_clip.training.metrics_log import MetricsLog
-from train_clip.training.throughput import Throughput
-from train_clip.training.towers import share
+from train_clip.losses.softmax import clip_loss
+from train_clip.training.display import MetricsLog, Throughput
+from train_clip.training.encode import share
 
 PRECISIONS = {"bf16": "bf16-mixed", "float32": "32-true"}
 

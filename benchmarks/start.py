@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning as L
 
-from train_clip.data.synthetic import write_synthetic
+from train_clip.commands.demo import write_synthetic
 
 BATCH_SIZE = 128  # the demo's
 FIRST_STEP = "first step at "

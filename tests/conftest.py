@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train_clip.models.config import ModelConfig, config_from_dict
+from train_clip.models.config import ModelConfig
+from train_clip.models.config import config_from_dict
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,6 @@ import pytest
 
 from tests.conftest import write_pairs
 from train_clip import cli
-from train_clip.commands.finetune import StartOptions, TuningOptions
 from train_clip.commands.options import (
     AugmentationOptions,
     DataOptions,
@@ -24,8 +23,9 @@ from train_clip.commands.options import (
     OptimizerOptions,
     RunOptions,
 )
-from train_clip.commands.prompt_tune import PromptOptions
+from train_clip.encoders.finetune import StartOptions, TuningOptions
 from train_clip.errors import UserError
+from train_clip.prompts.prompt_tune import PromptOptions
 
 GROUPS = (ModelOptions, DataOptions, AugmentationOptions, OptimizerOptions, ObjectiveOptions, RunOptions)
 OWN_OPTIONS = {field.name for group in GROUPS for field in dataclasses.fields(group)}

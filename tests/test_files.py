@@ -13,7 +13,7 @@ import torch
 
 from train_clip.errors import UserError
 from train_clip.files import replacing, write_text
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
+from train_clip.training.checkpoints import AtomicCheckpointIO
 
 
 class Failure(Exception):

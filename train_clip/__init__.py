@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from train_clip.checkpoints.load import load
     from train_clip.data.tokenizer import Tokenizer
+    from train_clip.encoders.wrapper import CustomCLIPWrapper
     from train_clip.models.clip import CLIP
     from train_clip.models.config import ModelConfig, read_config
+    from train_clip.prompts.wrapper import PromptCLIPWrapper
     from train_clip.training.clip_wrapper import CLIPWrapper
-    from train_clip.training.custom_wrapper import CustomCLIPWrapper
     from train_clip.training.data_module import TextImageDataModule
-    from train_clip.training.prompt_wrapper import PromptCLIPWrapper
 
 __all__ = [
     "CLIP",
@@ -33,9 +33,9 @@ __all__ = [
 _HOMES = {
     "CLIP": "train_clip.models.clip",
     "CLIPWrapper": "train_clip.training.clip_wrapper",
-    "CustomCLIPWrapper": "train_clip.training.custom_wrapper",
+    "CustomCLIPWrapper": "train_clip.encoders.wrapper",
     "ModelConfig": "train_clip.models.config",
-    "PromptCLIPWrapper": "train_clip.training.prompt_wrapper",
+    "PromptCLIPWrapper": "train_clip.prompts.wrapper",
     "TextImageDataModule": "train_clip.training.data_module",
     "Tokenizer": "train_clip.data.tokenizer",
     "load": "train_clip.checkpoints.load",

@@ -29,16 +29,16 @@ VERBS = {
         "train_clip.commands.train",
         "train a CLIP on a folder of images and captions, from scratch or from weights",
     ),
-    "finetune": ("train_clip.commands.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
-    "prompt-tune": ("train_clip.commands.prompt_tune", "tune visual prompts beside a pretrained CLIP"),
+    "finetune": ("train_clip.encoders.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
+    "prompt-tune": ("train_clip.prompts.prompt_tune", "tune visual prompts beside a pretrained CLIP"),
     "merge": ("train_clip.commands.merge", "mix a fine-tuned model with the one it began as, and score the mixtures"),
     "inspect": ("train_clip.commands.inspect", "tell what lies in a file of weights, in a moment"),
     "convert": ("train_clip.commands.convert", "write a model for open_clip, Hugging Face or readers of .safetensors"),
     "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
-    "data check": ("train_clip.commands.data_check", "look at every pair before training: what is bad, cut, repeated"),
-    "data show": ("train_clip.commands.data_show", "write a contact sheet: pairs as the model will see them"),
-    "data split": ("train_clip.commands.data_split", "divide pairs into tables for training, validation and test"),
-    "data npz": ("train_clip.commands.data_npz", "decode every image once, into arrays that training reads faster"),
+    "data check": ("train_clip.data_tools.check", "look at every pair before training: what is bad, cut, repeated"),
+    "data show": ("train_clip.data_tools.show", "write a contact sheet: pairs as the model will see them"),
+    "data split": ("train_clip.data_tools.split", "divide pairs into tables for training, validation and test"),
+    "data npz": ("train_clip.data_tools.npz", "decode every image once, into arrays that training reads faster"),
     "models": ("train_clip.commands.models", "list the models, their sizes and their optimizer numbers"),
 }
 
@@ -213,7 +213,7 @@ def _is_number(word: str) -> bool:
 
 def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
     """A run that is resumed brings its own options, before all others."""
-    from train_clip.commands.resume import require_verb, run_to_resume
+    from train_clip.commands.run_folder import require_verb, run_to_resume
 
     run = run_to_resume(resume, None if output is None else Path(output))
     if run is None or not (run / "config.yaml").is_file():

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import TINY
-from train_clip.checkpoints.contents import read_contents
 from train_clip.checkpoints.formats import identify
+from train_clip.checkpoints.read import read_contents
 from train_clip.checkpoints.tensors import read_tensors
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP

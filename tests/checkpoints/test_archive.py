@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.checkpoints.by_hand import many, number, read_all, refusal, state, tensor, write
-from train_clip.checkpoints.archive import ITEM_SIZES, TensorRecord, read_outline
+from train_clip.checkpoints.read import ITEM_SIZES, TensorRecord, read_outline
 from train_clip.checkpoints.tensors import read_tensors
 
 

@@ -42,7 +42,7 @@ from tests.checkpoints.by_hand import (
     text,
     write,
 )
-from train_clip.checkpoints.contents import read_contents
+from train_clip.checkpoints.read import read_contents
 
 FORBIDDEN = (
     "os.system", "posix.system", "nt.system", "subprocess.Popen", "builtins.eval", "builtins.exec", "builtins.getattr",

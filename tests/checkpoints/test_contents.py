@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from tests.checkpoints.by_hand import look, read_all, refusal, tiny_clip
 from train_clip import load
-from train_clip.checkpoints.contents import DTYPES, EXPECTED, MAX_JSON, read_contents
 from train_clip.checkpoints.huggingface_folder import write_huggingface
+from train_clip.checkpoints.read import DTYPES, EXPECTED, MAX_JSON, read_contents
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs pipes, links and alarms")
 

@@ -13,16 +13,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from train_clip.checkpoints.encoders import (
+from train_clip.encoders.encoder import image_features
+from train_clip.encoders.sources import (
     SOURCES,
     build_image_encoder,
     build_text_encoder,
     load_image_encoder,
     load_text_encoder,
 )
+from train_clip.encoders.torchvision_models import HEADS
 from train_clip.errors import UserError
-from train_clip.models.encoders.outputs import image_features
-from train_clip.models.encoders.torchvision_models import HEADS
 
 SIDE, WIDTH, CLASSES = 8, 6, 10
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoints.by_hand import tiny_clip
-from train_clip.checkpoints.contents import read_contents
+from train_clip.checkpoints.read import read_contents
 from train_clip.checkpoints.tensors import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -15,7 +15,7 @@ import train_clip
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import cli
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.checkpoints.write import write_model
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}

@@ -15,11 +15,10 @@ from PIL import Image
 from tests.conftest import write_pairs
 from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
 from train_clip import cli
-from train_clip.commands import data_check as command
-from train_clip.commands.data_check import CheckOptions, data_check
-from train_clip.data.audit.facts import Audit, perceptual_hash
-from train_clip.data.audit.report import Report
-from train_clip.data.audit.store import AuditStore
+from train_clip.data_tools import check as command
+from train_clip.data_tools.check import CheckOptions, data_check
+from train_clip.data_tools.facts import Audit, AuditStore, perceptual_hash
+from train_clip.data_tools.report import Report
 from train_clip.errors import UserError
 
 
@@ -435,7 +434,7 @@ def test_without_the_library_for_perceptual_hashes(
     whole = check(folder)
     with monkeypatch.context() as patch:
         for module in ("facts", "store", "repeats"):
-            patch.setattr(f"train_clip.data.audit.{module}.perceptual_hash", lambda: None)
+            patch.setattr(f"train_clip.data_tools.{module}.perceptual_hash", lambda: None)
         report = check(folder)
     assert "Similar images were not looked for: pip install ImageHash" in capsys.readouterr().out
     assert report.repeats.near is None

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import write_pairs
-from train_clip.commands.data_show import ShowOptions, data_show
 from train_clip.data.tokenizer import Tokenizer
+from train_clip.data_tools.show import ShowOptions, data_show
 from train_clip.errors import UserError
 
 

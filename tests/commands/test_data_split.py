@@ -13,8 +13,8 @@ from PIL import Image
 from tests.commands.test_train import metrics, model_file  # noqa: F401
 from tests.conftest import write_pairs
 from train_clip import cli
-from train_clip.commands.data_split import SplitOptions, data_split
 from train_clip.data.table import Columns, scan_table
+from train_clip.data_tools.split import SplitOptions, data_split
 from train_clip.errors import UserError
 
 PARTS = ("train", "val", "test")

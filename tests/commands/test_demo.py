@@ -10,7 +10,7 @@ import pytest
 
 from train_clip import cli
 from train_clip.commands import demo as demo_module
-from train_clip.data.synthetic import Scene, is_unseen, scenes, things
+from train_clip.commands.demo import Scene, is_unseen, scenes, things
 
 
 def test_the_demo_runs_through(tmp_path, monkeypatch, capsys):

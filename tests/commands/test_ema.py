@@ -19,9 +19,9 @@ import train_clip
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, CustomCLIPWrapper, TextImageDataModule, cli
-from train_clip.checkpoints.reading import read_checkpoint
-from train_clip.commands.prompt_tune import BY_LOSS
-from train_clip.commands.run_report import say_mean
+from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.commands.run import say_mean
+from train_clip.prompts.prompt_tune import BY_LOSS
 from train_clip.training.checkpoints import BY_RECALL, Checkpoints
 
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.25 --log_every_n_steps 1".split()

@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, CustomCLIPWrapper, cli
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
 
 ENCODERS = ["--image_encoder", "hf:resnet", "--text_encoder", "hf:bert"]
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --epochs 2 --log_every_n_steps 1".split()
@@ -279,7 +279,7 @@ def test_a_whole_model_that_cannot_start_is_refused(here, capsys, words, expecte
 
 def test_a_batch_that_is_too_large_for_distillation(here, capsys, monkeypatch):
     """Refused before anything is written, with the memory that it would take; without distillation it trains."""
-    monkeypatch.setattr("train_clip.training.teacher.MOST_PAIRS", 3)
+    monkeypatch.setattr("train_clip.training.distillation.MOST_PAIRS", 3)
     message = refused(capsys, *ENCODERS, *SHORT, "--output", "none")
     assert "Expected 3 pairs at most" in message
     assert not Path("none").exists()

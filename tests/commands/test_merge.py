@@ -11,8 +11,8 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
-from train_clip.checkpoints.merge import interpolate
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.commands.merge import interpolate
 from train_clip.errors import UserError
 
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1".split()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
-from train_clip.commands.lightning_trainer import default_precision
+from train_clip.commands.run import default_precision
 from train_clip.commands.train import recipe_for
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from train_clip.data import batch_augmentation
-from train_clip.data.batch_augmentation import BatchAugmentation, Draws, augment, colour_maps, draw_batch
+from train_clip.data import augment as batch_augmentation
+from train_clip.data.augment import BatchAugmentation, Draws, augment, colour_maps, draw_batch
 from train_clip.errors import UserError
 
 B, S = 5, 6

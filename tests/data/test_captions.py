@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_clip.data.captions import MAX_BYTES, read_caption_lines, read_captions
+from train_clip.data.pairs import MAX_BYTES, read_caption_lines, read_captions
 from train_clip.errors import BadSample
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, apart from \r and \n

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from train_clip.data.captions import read_captions
-from train_clip.data.collate import Collate
-from train_clip.data.pretrained_tokenizer import PretrainedTokenizer
-from train_clip.data.samples import Sample
+from train_clip.data.pairs import read_captions
+from train_clip.data.samples import Collate, Sample
 from train_clip.data.tokenizer import Tokenizer
+from train_clip.encoders.tokenizer import PretrainedTokenizer
 from train_clip.types import Batch, Skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_pairs
-from train_clip.data.flip_words import Named, count_named, some_captions
+from train_clip.data.augment import Named, count_named, some_captions
 from train_clip.data.folder import scan_folder
 
 CAPTIONS = [

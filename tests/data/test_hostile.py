@@ -19,10 +19,9 @@ from PIL import Image
 
 from benchmarks.fuzz import chunk, damaged, originals, with_checksums
 from train_clip.data import images
-from train_clip.data.captions import read_caption_lines
+from train_clip.data.crops import Draw, crop_of_image, random_crop
 from train_clip.data.images import FORMATS, MAX_BYTES, MAX_SCANS, open_rgb, read_image
-from train_clip.data.jpeg import crop_of_image
-from train_clip.data.windows import Draw, random_crop
+from train_clip.data.pairs import read_caption_lines
 from train_clip.errors import BadSample
 
 # Pillow's warnings are silenced where the module is imported, which pytest undoes; the test in a process of its own
@@ -213,8 +212,8 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 from train_clip.data.images import image_suffixes, read_image
-from train_clip.data.jpeg import crop_of_image
-from train_clip.data.windows import random_crop
+from train_clip.data.crops import crop_of_image
+from train_clip.data.crops import random_crop
 from train_clip.errors import BadSample
 
 image_suffixes()

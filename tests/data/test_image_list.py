@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train_clip.data.image_list import ImageList, image_loader
-from train_clip.data.transforms import center_crop, to_tensor
+from train_clip.data.crops import center_crop, to_tensor
+from train_clip.data.samples import ImageList, image_loader
 from train_clip.types import Skip
 
 

@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train_clip.data import jpeg
+from train_clip.data import crops as jpeg
+from train_clip.data.crops import Window, crop_of_image, cut, random_crop, random_resized_crop
 from train_clip.data.images import open_rgb
-from train_clip.data.jpeg import crop_of_image
-from train_clip.data.windows import Window, cut, random_crop, random_resized_crop
 from train_clip.errors import BadSample
 
 ORIENTATION = 0x0112  # the tag's number in Exif 2.32, section 4.6.4

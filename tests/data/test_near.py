@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.everything import drawing, encoded
-from train_clip.data.audit.facts import perceptual_hash
-from train_clip.data.audit.near import NEAR_BITS, near_pairs
 from train_clip.data.images import upright_rgb
+from train_clip.data_tools.facts import perceptual_hash
+from train_clip.data_tools.report import NEAR_BITS, near_pairs
 
 
 def found(hashes: list[int], most: int) -> set[tuple[int, int]]:
@@ -44,7 +44,7 @@ def test_any_hashes(centres: list[int], flips: list[tuple[int, set[int]]], most:
 
 def test_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thousand hashes of twelve bits, which share most of their pieces, compared in blocks of a few rows."""
-    monkeypatch.setattr("train_clip.data.audit.near.BLOCK", 5000)
+    monkeypatch.setattr("train_clip.data_tools.report.BLOCK", 5000)
     hashes = np.random.default_rng(0).permutation(2**12)[:2000].tolist()
     assert found(hashes, 2) == by_force(hashes, 2)
 

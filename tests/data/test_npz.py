@@ -15,14 +15,11 @@ import torch
 from numpy.lib import format as npy
 from PIL import Image
 
-from train_clip.data.collate import Collate
-from train_clip.data.image_list import ImageList, image_loader
-from train_clip.data.npz import MAX_DATA, read_array, read_header, write_array
+from train_clip.data.arrays import MAX_DATA, read_array, read_header, write_array
+from train_clip.data.crops import read_picture, resize_shorter
 from train_clip.data.pairs import Pair
-from train_clip.data.pixels import read_picture
-from train_clip.data.samples import Augmentation, TrainingPairs, ValidationPairs
+from train_clip.data.samples import Augmentation, Collate, ImageList, TrainingPairs, ValidationPairs, image_loader
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.data.transforms import resize_shorter
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Skip
 

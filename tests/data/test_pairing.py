@@ -6,8 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from train_clip.data.folder import scan_folder
-from train_clip.data.pairing import cache_name
+from train_clip.data.folder import cache_name, scan_folder
 from train_clip.data.scan import PairBy, Scan
 from train_clip.data.source import scan_source
 from train_clip.data.split import split_pairs

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, load_tokenizer, tokenizer_from
+from train_clip.encoders.tokenizer import PretrainedTokenizer, load_tokenizer, tokenizer_from
 from train_clip.errors import UserError
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "a dog's tail, 12 of 34; naïve café", "日本語 の 文 🐕 !?"] * 3

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from train_clip.data.audit.facts import PairFacts, perceptual_hash
-from train_clip.data.audit.repeats import find_repeats
-from train_clip.data.audit.store import AuditStore
 from train_clip.data.pairs import PairList
+from train_clip.data_tools.facts import AuditStore, PairFacts, perceptual_hash
+from train_clip.data_tools.report import find_repeats
 
 FAR = 0xFFFF << 16  # sixteen bits from the hashes around 0
 

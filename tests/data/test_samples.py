@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from train_clip.data.crops import center_crop, to_tensor
 from train_clip.data.pairs import Pair
 from train_clip.data.samples import MAX_SUBSTITUTES, Augmentation, Sample, TrainingPairs, ValidationPairs
-from train_clip.data.transforms import center_crop, to_tensor
 from train_clip.errors import UserError
 from train_clip.types import Skip
 

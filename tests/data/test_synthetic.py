@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train_clip.data import synthetic
-from train_clip.data.captions import read_captions
+from train_clip.commands import demo as synthetic
+from train_clip.commands.demo import COLOURS, PLACES, SHAPES, SIDE, SIZES, Scene, draw, is_unseen, scenes, things
 from train_clip.data.folder import scan_folder
-from train_clip.data.synthetic import COLOURS, PLACES, SHAPES, SIDE, SIZES, Scene, draw, is_unseen, scenes, things
+from train_clip.data.pairs import read_captions
 
 
 def test_scenes_are_all_and_each_once() -> None:

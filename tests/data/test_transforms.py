@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train_clip.data.transforms import center_crop, to_tensor
+from train_clip.data.crops import center_crop, to_tensor
 
 Noise = Callable[..., Image.Image]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from train_clip.data.windows import REDUCTIONS, Window, cut, random_crop, random_resized_crop, reduced
+from train_clip.data.crops import REDUCTIONS, Window, cut, random_crop, random_resized_crop, reduced
 
 Noise = Callable[..., Image.Image]
 PILLOWS = 3  # of 255: how far PyTorch's bicubic is from Pillow's on soft noise

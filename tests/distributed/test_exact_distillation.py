@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from two_processes import bare_trainer, run
 
 from tests.training.tiny_encoders import SIDE, Pairs, bert, captions, image_tower, pixels
+from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.gather import world
-from train_clip.training.custom_wrapper import CustomCLIPWrapper
 
 B, PROCESSES, STEPS = 6, 2, 4
 KL_COEFF = 0.7

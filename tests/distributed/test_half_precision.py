@@ -16,7 +16,7 @@ from two_processes import bare_trainer, run
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
 from train_clip.gather import world
-from train_clip.training.half_adamw import HalfAdamW
+from train_clip.training.half_precision import HalfAdamW
 
 B, BATCHES = 8, 3  # of the global batch
 PRECISIONS = ("32-true", "bf16-mixed")

@@ -17,8 +17,7 @@ from two_processes import bare_trainer, run
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
 from train_clip.gather import gather_objects
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import Checkpoints, Interval
+from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 
 PAIRS, BATCH, EPOCHS = 18, 4, 2  # 4 batches an epoch, 2 pairs left over

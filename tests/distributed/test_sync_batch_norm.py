@@ -18,11 +18,10 @@ from two_processes import run
 
 from train_clip.evaluation.embed import unit_norm
 from train_clip.gather import world
-from train_clip.losses.contrastive import clip_loss
+from train_clip.losses.softmax import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import Chunks, encode_in_chunks
-from train_clip.training.towers import share
+from train_clip.training.encode import Chunks, encode_in_chunks, share
 
 pytestmark = pytest.mark.gpu
 

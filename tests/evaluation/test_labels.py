@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from train_clip.errors import UserError
-from train_clip.evaluation.labels import image_labels
+from train_clip.evaluation.zero_shot import image_labels
 
 
 def test_a_class_that_is_not_utf8_is_named(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train_clip.losses import contrastive
+from train_clip.losses import softmax as contrastive
 from train_clip.losses import tiles as module_of_tiles
-from train_clip.losses.contrastive import Pairs, accuracy, clip_loss
+from train_clip.losses.softmax import Pairs, accuracy, clip_loss
 from train_clip.losses.tiles import tiled_info_nce
 
 N, D = 13, 5

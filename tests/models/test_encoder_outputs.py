@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from train_clip.encoders.encoder import evaluating, image_features, text_features
 from train_clip.errors import UserError
-from train_clip.models.encoders.encoder import evaluating
-from train_clip.models.encoders.outputs import image_features, text_features
 
 
 def test_image_tensor():

@@ -22,8 +22,8 @@ from tests.models.tiny_huggingface import (
     VOCAB,
     saved,
 )
-from train_clip.models.encoders.encoder import ImageEncoder, Pixels, TextEncoder
-from train_clip.models.encoders.huggingface import (
+from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, image_features, text_features
+from train_clip.encoders.huggingface import (
     build_image,
     build_text,
     describe_image,
@@ -31,7 +31,6 @@ from train_clip.models.encoders.huggingface import (
     load_image,
     load_text,
 )
-from train_clip.models.encoders.outputs import image_features, text_features
 
 each_image_model = pytest.mark.parametrize("kind", list(IMAGE_MODELS))
 each_text_model = pytest.mark.parametrize("kind", list(TEXT_MODELS))

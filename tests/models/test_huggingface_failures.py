@@ -27,13 +27,8 @@ from tests.models.tiny_huggingface import (
     clip,
     saved,
 )
+from train_clip.encoders.huggingface import build_text, describe_text, load_image, load_text
 from train_clip.errors import UserError
-from train_clip.models.encoders.huggingface import (
-    build_text,
-    describe_text,
-    load_image,
-    load_text,
-)
 
 
 def edit_config(folder: Path, **values: Any) -> None:

@@ -14,10 +14,8 @@ from tests.models.tiny_huggingface import (
     clip,
     saved,
 )
+from train_clip.encoders.huggingface import load_image
 from train_clip.errors import UserError
-from train_clip.models.encoders.huggingface import (
-    load_image,
-)
 
 SIZES = {
     "number": ({"size": 24}, 24),

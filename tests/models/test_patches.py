@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from train_clip.models.config import ViTConfig
-from train_clip.models.patches import choose_patches
-from train_clip.models.vit import VisionTransformer
+from train_clip.models.vit import VisionTransformer, choose_patches
 
 B, P, K, W = 5, 16, 6, 8
 

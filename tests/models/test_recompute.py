@@ -12,12 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from train_clip import CLIP
 from train_clip.errors import UserError
-from train_clip.models.blocks import Transformer
+from train_clip.models.blocks import Transformer, recompute_blocks, run_blocks
 from train_clip.models.config import config_from_dict
-from train_clip.models.prompt_config import PromptConfig
-from train_clip.models.prompts import add_prompts
-from train_clip.models.recompute import recompute_blocks, run_blocks
 from train_clip.models.resnet import Bottleneck
+from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.model import add_prompts
 
 IMAGES = {
     "vit": {"size": 16, "patch": 8, "layers": 5, "width": 16, "heads": 2},

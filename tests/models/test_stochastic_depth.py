@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from train_clip import CLIP
-from train_clip.models.blocks import Transformer
+from train_clip.models.blocks import Transformer, recompute_blocks, skip_rates, through_some_rows
 from train_clip.models.config import config_from_dict
-from train_clip.models.recompute import recompute_blocks
-from train_clip.models.stochastic_depth import skip_rates, through_some_rows
 
 B, L, W = 10, 3, 8
 

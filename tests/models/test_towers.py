@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from train_clip.models.blocks import LayerNorm, attend
-from train_clip.models.clip import CLIP
+from train_clip.models.clip import CLIP, PixelNorm
 from train_clip.models.config import config_from_dict
-from train_clip.models.pixels import PixelNorm
 
 # openai/CLIP, clip.py, the transform that its models were trained with.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)

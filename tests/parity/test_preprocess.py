@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from train_clip.data.preprocess import Preprocess
+from train_clip.data.crops import Preprocess
 from train_clip.errors import BadSample
 from train_clip.models.config import MEAN, STD
 

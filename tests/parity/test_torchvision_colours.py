@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train_clip.data.batch_augmentation import LUMA, colour_maps, recolour
+from train_clip.data.augment import LUMA, colour_maps, recolour
 
 functional = pytest.importorskip("torchvision.transforms.v2.functional")
 

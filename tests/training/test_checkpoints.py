@@ -13,9 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from train_clip.errors import UserError
 from train_clip.training import checkpoints as module
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import BY_RECALL, Checkpoints, Interval
-from train_clip.training.running_mean import of_mean
+from train_clip.training.checkpoints import BY_RECALL, AtomicCheckpointIO, Checkpoints, Interval
+from train_clip.training.ema import of_mean
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,10 @@ from tests.training.tiny_encoders import (
     tokenizer,
     vit,
 )
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import Checkpoints, Interval
-from train_clip.training.custom_wrapper import CustomCLIPWrapper
+from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 
 B = 8

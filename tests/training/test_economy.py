@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.models.blocks import Transformer
-from train_clip.training import stand_ins
-from train_clip.training.economy import Economy, compile_tower
-from train_clip.training.stand_ins import StandIns, _RowsToTable
+from train_clip.training import encode as stand_ins
+from train_clip.training.encode import StandIns, _RowsToTable
+from train_clip.training.tuning import Economy, compile_tower
 
 VIT = {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2}
 RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
 from train_clip.errors import UserError
-from train_clip.training.finite import MOST_SKIPPED, FiniteSteps
+from train_clip.training.end_of_step import MOST_SKIPPED, FiniteSteps
 
 B = 4
 RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}
@@ -142,7 +142,7 @@ def test_a_device_that_runs_ahead_updates_nothing_until_the_flag_is_read(tiny_co
 
     The fused update is held back by ``found_inf``; the flag is read at the logging interval, here at step 5.
     """
-    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
     trainer, watch, error = run(tiny_config, pixels(8, poisoned=2), tmp_path, log_every_n_steps=5, checkpoints=False)
     assert str(error).startswith("Batch 3: the loss is nan")
     assert trainer.global_step == 5
@@ -153,7 +153,7 @@ def test_a_device_that_runs_ahead_updates_nothing_until_the_flag_is_read(tiny_co
 
 def test_a_save_reads_the_flag_first(tiny_config, tmp_path, monkeypatch):
     """The flag is unread when a checkpoint is due: the error comes before the file."""
-    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
     _, _, error = run(tiny_config, pixels(8, poisoned=2), tmp_path, log_every_n_steps=100)
     assert str(error).startswith("Batch 3: the loss is nan")
     assert {file.name for file in tmp_path.iterdir()} == {"step=1.ckpt", "step=2.ckpt"}
@@ -161,7 +161,7 @@ def test_a_save_reads_the_flag_first(tiny_config, tmp_path, monkeypatch):
 
 def test_validation_reads_the_flag_first(tiny_config, tmp_path, monkeypatch):
     """No figures of a model whose step went wrong."""
-    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
     how = {"log_every_n_steps": 100, "val_check_interval": 4, "checkpoints": False, "num_sanity_val_steps": 0}
     trainer, _, error = run(tiny_config, pixels(8, poisoned=2), tmp_path, validate=True, **how)
     assert str(error).startswith("Batch 3: the loss is nan")
@@ -170,7 +170,7 @@ def test_validation_reads_the_flag_first(tiny_config, tmp_path, monkeypatch):
 
 def test_an_optimizer_without_such_a_flag_is_waited_for(tiny_config, tmp_path, monkeypatch):
     """An optimizer of the user's own that takes no ``found_inf``: read at once, wherever the flag is."""
-    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
     plain = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=False)
     plain.param_groups[0]["params"][0].grad = torch.full((2,), torch.nan)
     with pytest.raises(UserError, match="Batch 7"):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from train_clip.models.config import OptimizerConfig
-from train_clip.training import half_adamw
-from train_clip.training.half_adamw import HalfAdamW
+from train_clip.training import half_precision as half_adamw
+from train_clip.training.half_precision import HalfAdamW
 from train_clip.training.optimizer import build_optimizer
 from train_clip.training.tuning import Tuning
 

@@ -21,16 +21,14 @@ import train_clip
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, cli
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
-from train_clip.training.chunks import Chunks, encode_in_chunks
-from train_clip.training.half_adamw import HalfAdamW
-from train_clip.training.half_weights import narrow, widen
-from train_clip.training.prompt_wrapper import PromptCLIPWrapper
-from train_clip.training.running_mean import RunningMean
-from train_clip.training.stand_ins import StandIns
-from train_clip.training.teacher import MOMENTUM
+from train_clip.prompts.wrapper import PromptCLIPWrapper
+from train_clip.training.distillation import MOMENTUM
+from train_clip.training.ema import RunningMean
+from train_clip.training.encode import Chunks, StandIns, encode_in_chunks
+from train_clip.training.half_precision import HalfAdamW, narrow, widen
 from train_clip.training.tuning import Tuning
 
 TEXT, BOTH = Tuning(half_weights="text"), Tuning(half_weights="both", adam_statistics="bfloat16")

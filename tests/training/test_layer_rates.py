@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
+from train_clip.encoders.own import TextTower
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.models.text_tower import TextTower
-from train_clip.training.layer_rates import blocks_of, layer_rates
+from train_clip.training.optimizer import blocks_of, layer_rates
 
 IMAGES = {
     "vit": {"size": 16, "patch": 8, "layers": 3, "width": 16, "heads": 2},

@@ -18,10 +18,10 @@ from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
-from train_clip.models.prompt_config import PromptConfig
-from train_clip.training import half_adamw, muon
-from train_clip.training.hidden_matrices import hidden_matrices, row_blocks
-from train_clip.training.muon import BUFFER, Muon, orthogonalise
+from train_clip.prompts.config import PromptConfig
+from train_clip.training import half_precision as half_adamw
+from train_clip.training import muon
+from train_clip.training.muon import BUFFER, Muon, hidden_matrices, orthogonalise, row_blocks
 from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
 from train_clip.training.tuning import Tuning
 

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper
 from train_clip.models.config import config_from_dict
-from train_clip.training import chunks as module_of_chunks
+from train_clip.training import encode as module_of_chunks
 from train_clip.training.batch import BatchReader
-from train_clip.training.chunks import Chunks, encode_in_chunks
+from train_clip.training.encode import Chunks, encode_in_chunks
 from train_clip.types import Batch
 
 CONFIG = {

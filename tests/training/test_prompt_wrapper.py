@@ -15,16 +15,15 @@ from torch.utils.data import DataLoader
 import train_clip
 from tests.conftest import TINY
 from train_clip import CLIPWrapper, PromptCLIPWrapper, cli
-from train_clip.checkpoints.digest import digest_of
 from train_clip.checkpoints.found import Choices
 from train_clip.checkpoints.own import LIGHTNING
-from train_clip.checkpoints.reading import read_checkpoint
-from train_clip.checkpoints.weights import find_weights
+from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.weights import digest_of, find_weights
 from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.models.prompt_config import PromptConfig
+from train_clip.prompts.config import PromptConfig
 
 DEEP = PromptConfig(3, (0, 1), 0.0, class_token=True)
 TRAINED = {"model.visual.prompts.0", "model.visual.prompts.1", "model.visual.backbone.class_embedding"}

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.errors import UserError
-from train_clip.training.checkpoint_io import AtomicCheckpointIO
-from train_clip.training.checkpoints import Checkpoints, Interval
+from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.metrics_log import MetricsLog
+from train_clip.training.display import MetricsLog
 from train_clip.training.signals import Stopped
 
 PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
@@ -262,7 +261,7 @@ def test_another_precision_goes_on(whole: tuple[Path, Seen], tmp_path: Path, mon
     (tmp_path / "data").symlink_to(whole[0].parent / "data")
     half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
     fit(tmp_path / "half", None, plugins=[half], max_steps=6)
-    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
     rest = fit(tmp_path / "full", tmp_path / "half" / "checkpoints" / "last.ckpt")
     assert rest.batches == whole[1].batches[6:]
     assert state(tmp_path / "full")["optimizer_states"][0]["param_groups"][0]["fused"] is True

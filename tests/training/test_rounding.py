@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from train_clip.training.rounding import draw, reseed, round_stochastically
+from train_clip.training.half_precision import draw, reseed, round_stochastically
 
 EVERY_NOISE = torch.arange(-(2**15), 2**15).to(torch.int16)
 ULP = 2**-7  # of bfloat16, from 1 to 2

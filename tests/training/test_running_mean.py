@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper
-from train_clip.checkpoints.reading import read_checkpoint
+from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
-from train_clip.models.prompt_config import PromptConfig
+from train_clip.prompts.config import PromptConfig
 from train_clip.training.checkpoints import Checkpoints, Interval
-from train_clip.training.running_mean import RunningMean
+from train_clip.training.ema import RunningMean
 from train_clip.training.tuning import Tuning
 
 B = 4
@@ -141,7 +141,7 @@ def test_a_skipped_step_is_no_update() -> None:
 
 def test_on_a_device_that_runs_ahead_no_nan_enters(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: steps after the poisoned one are held back until the flag is read; BatchNorm's NaN is left out."""
-    monkeypatch.setattr("train_clip.training.finite.known_at_once", lambda *_: False)
+    monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
     torch.manual_seed(0)
     module = CLIPWrapper("tiny", RESNET, warmup_steps=0, ema=MOMENTUM)
     with pytest.raises(UserError, match="Batch 2: the loss is nan"):

@@ -19,10 +19,10 @@ from tests.training.tiny_encoders import SIDE, bert, image_tower
 from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, Tokenizer
 from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
-from train_clip.losses.contrastive import Pairs, clip_loss
+from train_clip.losses.softmax import Pairs, clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.models.prompt_config import PromptConfig
+from train_clip.prompts.config import PromptConfig
 
 B = 8
 CAPTIONS = [f"picture {number % 6}" for number in range(B)]  # two are there twice

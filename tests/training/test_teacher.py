@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
+from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.losses.contrastive import Pairs, clip_loss, info_nce
 from train_clip.losses.distillation import divergence
-from train_clip.training.custom_wrapper import CustomCLIPWrapper
-from train_clip.training.running_mean import RunningMean
-from train_clip.training.teacher import MATRICES, MOMENTUM, MOST_PAIRS, Distillation, require_room
+from train_clip.losses.softmax import Pairs, clip_loss, info_nce
+from train_clip.training.distillation import MATRICES, MOMENTUM, MOST_PAIRS, Distillation, require_room
+from train_clip.training.ema import RunningMean
 
 
 def wrapper(norm: str = "batch", **how: Any) -> CustomCLIPWrapper:
@@ -192,7 +192,7 @@ def test_too_large_a_batch_is_refused():
 
 def test_too_large_a_batch_is_refused_within_a_step(monkeypatch):
     """A user's own loader is met in the step itself, before anything of N² is made."""
-    monkeypatch.setattr("train_clip.training.teacher.MOST_PAIRS", 3)
+    monkeypatch.setattr("train_clip.training.distillation.MOST_PAIRS", 3)
     with pytest.raises(UserError, match="GiB on each process for a batch of 4 pairs"):
         bare_trainer().fit(wrapper(), loader(4, 4))
 
@@ -244,8 +244,8 @@ def test_similarities_are_in_float32_under_autocast(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("train_clip.training.teacher.divergence", spy(divergence))
-    monkeypatch.setattr("train_clip.losses.contrastive.info_nce", spy(info_nce))
+    monkeypatch.setattr("train_clip.training.distillation.divergence", spy(divergence))
+    monkeypatch.setattr("train_clip.losses.softmax.info_nce", spy(info_nce))
     module.distillation._targets = spy(module.distillation._targets)
     bare_trainer(precision="bf16-mixed").fit(module, loader(4, 4))
     assert dtypes == [torch.float32] * 5

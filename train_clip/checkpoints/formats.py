@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from train_clip.checkpoints import huggingface, open_clip, openai, own, prompts
-from train_clip.checkpoints.contents import Contents
+from train_clip.checkpoints import huggingface, open_clip, openai, own
 from train_clip.checkpoints.found import Found
+from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
+from train_clip.prompts import file as prompts
 
 # Those that say what they are come before those that are told by the names of their tensors.
 FORMATS: tuple[Callable[[Contents], Found | None], ...] = (

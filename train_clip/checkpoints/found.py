@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.archive import TensorRecord
+from train_clip.checkpoints.read import TensorRecord
 from train_clip.models.config import ModelConfig
-from train_clip.models.prompt_config import PromptConfig
+from train_clip.prompts.config import PromptConfig
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from torch import Tensor

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.architecture import named_as_preset
-from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, Contents
 from train_clip.checkpoints.found import Found, Tensors
+from train_clip.checkpoints.openai import named_as_preset
+from train_clip.checkpoints.read import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, Contents
 from train_clip.errors import UserError, first_line
 from train_clip.models.config import ModelConfig, config_from_dict
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from train_clip.checkpoints.contents import HF_CONFIG, HF_PIXELS, HF_WEIGHTS
 from train_clip.checkpoints.found import Tensors
 from train_clip.checkpoints.huggingface import BICUBIC, EPS, end_token, rename_back
+from train_clip.checkpoints.read import HF_CONFIG, HF_PIXELS, HF_WEIGHTS
 from train_clip.data.tokenizer import Tokenizer, merges, vocabulary
 from train_clip.errors import UserError
 from train_clip.files import write_text

@@ -8,17 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from train_clip.checkpoints.custom import build_custom
 from train_clip.checkpoints.found import Choices
-from train_clip.checkpoints.prompts import LEFT_OUT
 from train_clip.checkpoints.weights import Weights, fill, find_weights
-from train_clip.data.preprocess import Preprocess
-from train_clip.data.pretrained_tokenizer import PretrainedTokenizer
+from train_clip.data.crops import Preprocess
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.models.clip import CLIP
-from train_clip.models.dual_encoder import DualEncoder
-from train_clip.models.pixels import PixelNorm
-from train_clip.models.prompts import add_prompts
+from train_clip.encoders.sources import build_custom
+from train_clip.encoders.tokenizer import PretrainedTokenizer
+from train_clip.models.clip import CLIP, DualEncoder, PixelNorm
+from train_clip.prompts.file import LEFT_OUT
+from train_clip.prompts.model import add_prompts
 
 
 class Pretrained(NamedTuple):

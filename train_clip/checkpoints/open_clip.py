@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.architecture import config_from_shapes, named_as_preset
-from train_clip.checkpoints.archive import TensorRecord
-from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, Contents
 from train_clip.checkpoints.found import Found
-from train_clip.checkpoints.openai import scalar_temperature, unsaid_of
+from train_clip.checkpoints.openai import config_from_shapes, named_as_preset, scalar_temperature, unsaid_of
+from train_clip.checkpoints.read import OPEN_CLIP_CONFIG, Contents, TensorRecord
 from train_clip.errors import UserError, first_line
 from train_clip.models.config import START_OF_SIGMOID, ModelConfig, ResNetConfig, config_from_dict
 

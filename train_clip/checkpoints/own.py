@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from train_clip.checkpoints.architecture import config_from_shapes
-from train_clip.checkpoints.contents import Contents
 from train_clip.checkpoints.found import Found, without_prefix
+from train_clip.checkpoints.openai import config_from_shapes
+from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 

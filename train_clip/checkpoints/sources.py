@@ -7,7 +7,7 @@ import os
 from http.client import HTTPException
 from pathlib import Path
 
-from train_clip.checkpoints.contents import Contents, gather_contents, read_contents
+from train_clip.checkpoints.read import Contents, gather_contents, read_contents
 from train_clip.errors import UserError, first_line
 from train_clip.files import replacing
 
@@ -104,7 +104,7 @@ def _sha256(path: Path) -> str:
 
 
 def _from_hub(name: str) -> Contents:
-    from train_clip.models.encoders.hub import find_file
+    from train_clip.encoders.hub import find_file
 
     try:
         return gather_contents(Path(name), lambda file: find_file(name, file))

@@ -12,15 +12,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train_clip.checkpoints.contents import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from train_clip.checkpoints.huggingface_folder import write_huggingface
 from train_clip.checkpoints.open_clip import write_config
 from train_clip.checkpoints.own import METADATA
+from train_clip.checkpoints.read import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from train_clip.errors import UserError
 from train_clip.files import BESIDE, replacing, sync_folder, write_text
-from train_clip.models.clip import CLIP
-from train_clip.models.dual_encoder import DualEncoder
-from train_clip.models.prompts import PromptedTransformer
+from train_clip.models.clip import CLIP, DualEncoder
+from train_clip.prompts.model import PromptedTransformer
 
 
 def write_model(model: DualEncoder, target: Path, kind: str) -> None:

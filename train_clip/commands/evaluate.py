@@ -1,24 +1,288 @@
-"""Score a checkpoint."""
+"""Score a checkpoint.
+
+Scores of a model on a folder: what ``evaluate`` prints, and what other verbs set side by side.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import posixpath
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from train_clip.commands.options import WeightOptions
-from train_clip.commands.scoring import Collection, ScoreOptions, Scores, load_for_scoring, score
-from train_clip.data.pixels import read_picture
+from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.load import Pretrained, open_weights
+from train_clip.checkpoints.weights import Weights, find_weights
+from train_clip.commands.options import TableOptions, WeightOptions, require_least
+from train_clip.commands.progress import with_progress
+from train_clip.data.crops import read_picture
+from train_clip.data.pairs import Pair, read_captions
+from train_clip.data.samples import image_loader
+from train_clip.data.source import scan_source
+from train_clip.data.split import split_pairs
+from train_clip.errors import BadSample, UserError
+from train_clip.evaluation.embed import EMBED_AT_ONCE, embed_images, embed_texts
 from train_clip.evaluation.pictures import draw_best_captions
+from train_clip.evaluation.retrieval import Retrieval, retrieval
+from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot, class_embeddings, image_labels, zero_shot
 from train_clip.files import write_text
+from train_clip.models.clip import texts_on
+from train_clip.types import Skip
 
-UNCHANGED = WeightOptions()
+UNCHANGED = Choices()
+
+
+@dataclass(frozen=True)
+class ScoreOptions(TableOptions):
+    """What to score, and where the figures go.
+
+    Args:
+        folder: images and captions that share a stem; for classification, images in folders named after their class or
+            with a STEM.cls beside them
+        classes: a text file of class names, one a line: also classify without training
+        templates: a text file of captions with {} where the class goes, one a line, if not "a photo of a {}."
+        split: which pairs to score; training and held_out as `train --val_share` of the same number splits the folder
+        val_share: the share that was held out
+        batch_size: images at a time
+        num_workers: loader processes
+        device: cpu or cuda; auto for cuda where there is one
+        json: a file to write the figures to
+    """
+
+    folder: Path | None = None
+    classes: Path | None = None
+    templates: Path | None = None
+    split: Literal["all", "training", "held_out"] = "all"
+    val_share: float = 0.05
+    batch_size: int = 64
+    num_workers: int = 0
+    device: str = "auto"
+    json: Path | None = None
+
+    def require_sense(self) -> None:
+        """Refuse numbers that cannot work.
+
+        Raises:
+            UserError: there are some.
+        """
+        require_least(batch_size=(self.batch_size, 1), num_workers=(self.num_workers, 0))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures as shares in [0, 1]; None for what was not asked or could not be.
+
+    Args:
+        num_images: images scored.
+        num_captions: captions scored.
+        retrieval: both ways, where there are captions.
+        zero_shot: where classes were given.
+        skips: files that could not be read, and so were not scored.
+    """
+
+    num_images: int
+    num_captions: int
+    retrieval: Retrieval | None
+    zero_shot: ZeroShot | None
+    skips: tuple[Skip, ...]
+
+
+@dataclass
+class Collection:
+    """The images and captions that could be read, embedded.
+
+    Args:
+        paths: N images.
+        images: (N, D) float32, unit norm.
+        captions: M captions.
+        texts: (M, D) float32, unit norm.
+        owners: the image of each caption, as a place in ``paths``.
+        labels: the class of each image; empty where no classes were given.
+        skips: what could not be read.
+    """
+
+    paths: list[str]
+    images: Tensor
+    captions: list[str]
+    texts: Tensor
+    owners: list[int]
+    labels: list[int]
+    skips: list[Skip]
+
+
+def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, Collection]:
+    """Score a model: retrieval over captions, and zero-shot classification over class names.
+
+    Args:
+        model: on its device.
+        options: what to score.
+
+    Returns:
+        The figures, and what they are of.
+
+    Raises:
+        UserError: a file that is missing or does not hold what it should.
+    """
+    classes, templates = read_classes(options)
+    collection = collect(model, options, classes)
+    scores = Scores(
+        num_images=len(collection.paths),
+        num_captions=len(collection.captions),
+        retrieval=_retrieval(collection) if collection.captions else None,
+        zero_shot=_zero_shot(model, collection, classes, templates) if classes else None,
+        skips=tuple(collection.skips),
+    )
+    return scores, collection
+
+
+def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices = UNCHANGED) -> Pretrained:
+    """Load a model for scoring.
+
+    Args:
+        source: whatever ``load`` takes, or what was found there.
+        device: ``auto``, or what PyTorch calls it.
+        choices: what the file leaves open.
+
+    Raises:
+        UserError: as ``load``, or there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
+    loaded = open_weights(source if isinstance(source, Weights) else find_weights(source, choices))
+    loaded.model.to(device)
+    return loaded
+
+
+def collect(model: Pretrained, options: ScoreOptions, classes: list[str]) -> Collection:
+    """Read and embed what the options name.
+
+    Raises:
+        UserError: nothing to score, or an image whose class is none of the classes.
+    """
+    scan = scan_source(options.folder, options.pairs, options.columns, options.pair_by)
+    if options.classes is None or scan.faults:
+        scan.require_pairs()
+    pairs = scan.pairs
+    if options.split != "all":
+        training, held_out = split_pairs(pairs, options.val_share)
+        pairs = training if options.split == "training" else held_out
+    # To be classified an image needs no caption.
+    lone = scan.lone_images if options.classes is not None and options.split == "all" else []
+    paths = [pair.image for pair in pairs] + [posixpath.join(pairs.root, image) for image in lone]
+    if not paths:
+        raise UserError(f"{scan.source}: no images to score in the split {options.split!r}. Try --split all.")
+    labels = image_labels(paths, classes) if classes else []
+    skips: list[Skip] = []
+    pixels = [pair.pixels for pair in pairs] + paths[len(pairs) :]
+    kept, images = _embed_images(model, pixels, options, skips)
+    captions, owners = [], []
+    for place, index in enumerate(kept):
+        if index < len(pairs):
+            lines = _read_captions(pairs[index], skips)
+            captions += lines
+            owners += [place] * len(lines)
+    texts = _embed_texts(model, captions, options.batch_size)
+    kept_labels = [labels[index] for index in kept] if classes else []
+    return Collection([paths[index] for index in kept], images, captions, texts, owners, kept_labels, skips)
+
+
+def read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
+    """Read the class names and the templates; no names where none are asked for.
+
+    Raises:
+        UserError: a file that is missing or empty, or a template without ``{}``.
+    """
+    if options.classes is None:
+        return [], []
+    templates = list(DEFAULT_TEMPLATES)
+    if options.templates is not None:
+        templates = read_lines(options.templates, "captions with {} where the class goes")
+        if without := [template for template in templates if "{}" not in template]:
+            raise UserError(f"{options.templates}: {without[0]!r} has no {{}} where the class would go.")
+    return read_lines(options.classes, "class names"), templates
+
+
+def read_lines(path: Path, holding: str) -> list[str]:
+    """Read a text file's lines, blank ones dropped.
+
+    Args:
+        path: UTF-8 text.
+        holding: what the lines are, for the message.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file. Expected {holding}, one a line.")
+    try:
+        return read_captions(str(path))
+    except BadSample as bad:
+        raise UserError(f"{path}: {bad.reason.replace('caption', 'file')}. Expected {holding}, one a line.") from None
+
+
+@torch.no_grad()
+def _embed_images(
+    model: Pretrained, paths: Sequence[str], options: ScoreOptions, skips: list[Skip]
+) -> tuple[list[int], Tensor]:
+    """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
+    loader = image_loader(paths, model.model.image_size, options.batch_size, options.num_workers)
+    kept: list[int] = []
+    parts: list[Tensor] = []
+    for indices, pixels, bad in with_progress(loader, "batches of images"):
+        skips += bad
+        kept += indices
+        if indices:
+            parts.append(embed_images(model.model, pixels, options.batch_size))
+    if not parts:
+        raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(paths):,} images can be read.")
+    return kept, torch.cat(parts)
+
+
+def _embed_texts(model: Pretrained, captions: Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
+    """(N, D) unit-norm embeddings of captions."""
+    device = model.model.logit_scale.device
+    return embed_texts(model.model, captions, lambda some: texts_on(device, model.tokenizer.batch(some)[0]), batch_size)
+
+
+def _read_captions(pair: Pair, skips: list[Skip]) -> list[str]:
+    try:
+        return pair.captions()
+    except BadSample as bad:
+        skips.append(Skip(bad.path, bad.reason))
+        return []
+
+
+def _retrieval(collection: Collection) -> Retrieval:
+    device = collection.images.device
+    places = {caption: place for place, caption in enumerate(dict.fromkeys(collection.captions))}
+    ids = torch.tensor([places[caption] for caption in collection.captions], device=device)
+    owners = torch.tensor(collection.owners, device=device)
+    # An image whose captions could not be read has nothing to be found by.
+    described, owners = torch.unique(owners, return_inverse=True)
+    return retrieval(collection.images[described], collection.texts, owners, ids)
+
+
+def _zero_shot(model: Pretrained, collection: Collection, classes: Sequence[str], templates: Sequence[str]) -> ZeroShot:
+    labels = torch.tensor(collection.labels, device=collection.images.device)
+    return zero_shot(
+        collection.images, labels, class_embeddings(classes, templates, lambda captions: _embed_texts(model, captions))
+    )
+
+
+NOTHING_CHOSEN = WeightOptions()
 IMAGES_IN_PICTURE = 18
 NAMED = 5  # files named on the screen; --json names all
 
@@ -36,7 +300,7 @@ class EvaluateOptions(ScoreOptions):
     backbone: str | None = None
 
 
-def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = UNCHANGED) -> Scores:
+def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NOTHING_CHOSEN) -> Scores:
     """Score a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from train_clip.checkpoints.architecture import describe
-from train_clip.checkpoints.contents import Contents
 from train_clip.checkpoints.formats import identify
 from train_clip.checkpoints.found import Found
+from train_clip.checkpoints.openai import describe
+from train_clip.checkpoints.read import Contents
 from train_clip.checkpoints.sources import find_contents
 
 # A module's arguments that say which model it is, and not how it was trained.

@@ -10,10 +10,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from train_clip.commands.beginning import DEFAULT_MODEL
+from train_clip.commands.train import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, ResNetConfig, presets, read_config
-from train_clip.training.hidden_matrices import row_blocks
+from train_clip.training.muon import row_blocks
 from train_clip.training.optimizer import HIDDEN, muon_matrices, parameter_groups
 from train_clip.training.tuning import Tuning
 

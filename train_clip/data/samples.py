@@ -1,27 +1,41 @@
-"""Pairs → samples. What is drawn depends on (seed, epoch, index) alone, never on the worker or on what came before.
+"""Images alone, for scoring: the centre crop of each, in order, without substitutes.
 
 S  side of the square in pixels
+
+How many cores this process may use.
+
+Pairs → samples. What is drawn depends on (seed, epoch, index) alone, never on the worker or on what came before.
+
+S  side of the square in pixels
+
+Samples → a batch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from train_clip.data.crops import center_crop, kind_of, random_crop, random_resized_crop, read_square, read_window
 from train_clip.data.pairs import Pair
-from train_clip.data.pixels import kind_of, read_square, read_window
-from train_clip.data.transforms import center_crop
-from train_clip.data.windows import random_crop, random_resized_crop
 from train_clip.errors import BadSample, UserError
-from train_clip.types import Skip
+from train_clip.types import Batch, Skip
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    # Where there is no affinity (macOS, Windows) all cores are free.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
 
@@ -148,3 +162,69 @@ def _draw_or_substitute(data: TrainingPairs, index: int, epoch: int) -> Sample:
         f"the last being {skips[-1].path}: {skips[-1].reason}. Expected "
         "data of which nearly all can be read; `train-clip data check` lists what cannot."
     )
+
+
+class BatchTokenizer(Protocol):
+    """CLIP's ``Tokenizer``, or a ``PretrainedTokenizer``."""
+
+    def batch(self, texts: list[str]) -> tuple[Any, int]:
+        """Tokens of captions, as the text encoder takes them, and how many captions were cut."""
+        ...
+
+
+class Collate:
+    """Stack the pixels, tokenize the captions.
+
+    Args:
+        tokenizer: the text encoder's.
+    """
+
+    def __init__(self, tokenizer: BatchTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Return a ``Batch``: images (B, 3, S, S) of the samples' dtype, texts (B, L) int64 or a mapping."""
+        texts, num_cut = self.tokenizer.batch([sample.caption for sample in samples])
+        skips = tuple(sample.skips for sample in samples if sample.skips)
+        missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
+        return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
+
+
+class ImageList(Dataset["tuple[int, Tensor | Skip]"]):
+    """The pixels of each file, or why it cannot be read.
+
+    Args:
+        paths: images, or ``.npz`` files of them.
+        size: S.
+
+    Raises:
+        UserError: here or when one is read, arrays that do not fit: see ``read_square`` and ``PixelKind``.
+    """
+
+    def __init__(self, paths: Sequence[str], size: int) -> None:
+        self.paths = paths
+        self.size = size
+        self.kind = kind_of(paths, size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | Skip]:
+        """The index with (3, S, S) pixels, or with what is wrong with the file."""
+        path = self.paths[index]
+        try:
+            return index, self.kind.require(read_square(path, self.size, partial(center_crop, size=self.size)), path)
+        except BadSample as bad:
+            return index, Skip(bad.path, bad.reason)
+
+
+def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """Load images in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
+    return DataLoader(ImageList(paths, size), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
+
+
+def _collate(samples: list[tuple[int, Tensor | Skip]]) -> tuple[list[int], Tensor, list[Skip]]:
+    good = [(index, pixels) for index, pixels in samples if isinstance(pixels, Tensor)]
+    skips = [skip for _, skip in samples if isinstance(skip, Skip)]
+    pixels = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
+    return [index for index, _ in good], pixels, skips

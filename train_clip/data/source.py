@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train_clip.data.folder import scan_folder
-from train_clip.data.pairing import PAIRINGS
+from train_clip.data.folder import PAIRINGS, scan_folder
 from train_clip.data.scan import PairBy, Scan
 from train_clip.data.table import Columns, scan_table
 from train_clip.errors import UserError

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from train_clip.data.captions import MAX_BYTES, is_blank
-from train_clip.data.pairs import PairList, plain_name
+from train_clip.data.pairs import MAX_BYTES, PairList, is_blank, plain_name
 from train_clip.data.scan import Scan, may_read
 from train_clip.errors import UserError
 from train_clip.files import replacing

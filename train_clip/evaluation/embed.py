@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train_clip.data.crops import center_crop, to_tensor
 from train_clip.data.images import open_rgb, upright_rgb
-from train_clip.data.transforms import center_crop, to_tensor
-from train_clip.models.dual_encoder import DualEncoder, Texts
+from train_clip.models.clip import DualEncoder, Texts
 
 EMBED_AT_ONCE = 64  # images or captions
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train_clip.losses.contrastive import Pairs
+from train_clip.losses.softmax import Pairs
 from train_clip.losses.tiles import tiles
 
 

@@ -3,20 +3,198 @@
 B  sequences      L  positions      W  width      H  heads      E  width of a head (W / H)
 
 Parameter names are the field's (OpenAI's and open_clip's state dicts), so that weights pass both ways with no map.
+
+What BatchNorms keep of the batches that they have seen, and how to hold it still.
+
+C  channels of a norm
+
+Stochastic depth: in training a block is left out for some rows by chance (Huang et al. 2016, arXiv 1603.09382).
+
+A fixed number of rows goes through the block and the others are not computed, as DINOv2 does it (arXiv 2304.07193,
+section 5), so that what is left out costs nothing.
+
+B  rows of the chunk      K  rows that go through the block      L  blocks
+
+Gradient checkpointing: of a group of blocks only the input is kept; the rest is computed again in the backward pass.
+
+Chen et al. 2016, arXiv 1604.06174; CLIP paper, section 2.5. The gradient is the same.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from train_clip.errors import UserError
-from train_clip.models.recompute import BlockStack, run_blocks
+
+
+def training_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms of a module that are training and keep running statistics."""
+    return [
+        norm
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None
+    ]
+
+
+def get_statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of a norm's running mean (C,), running variance (C,) and () count of batches."""
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    mean, variance, tracked = (cast(Tensor, buffer).clone() for buffer in buffers)
+    return mean, variance, tracked
+
+
+@torch.no_grad()
+def set_statistics(norm: _BatchNorm, statistics: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Give a norm the statistics of ``get_statistics``."""
+    for buffer, value in zip((norm.running_mean, norm.running_var, norm.num_batches_tracked), statistics, strict=True):
+        # By ``data``: a chunk that is kept has saved the buffer, which its backward pass in train mode does not read.
+        cast(Tensor, buffer).data.copy_(value)
+
+
+@contextmanager
+def momentum(norm: _BatchNorm, value: float) -> Iterator[None]:
+    """Another momentum within the block."""
+    before, norm.momentum = norm.momentum, value
+    try:
+        yield
+    finally:
+        norm.momentum = before
+
+
+@contextmanager
+def still(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Leave running statistics as they are, for a forward pass that is computed a second time."""
+    before = [(norm, get_statistics(norm)) for norm in norms]
+    with ExitStack() as stack:
+        for norm, _ in before:
+            stack.enter_context(momentum(norm, 0.0))
+        try:
+            yield
+        finally:
+            # ``checkpoint`` leaves a recomputation by an exception, once it has what it needs.
+            for norm, statistics in before:
+                set_statistics(norm, statistics)
+
+
+def skip_rates(highest: float, number: int) -> list[float]:
+    """The share of rows that each of L blocks is left out for: P · l / L, l = 1 … L (Huang et al., section 3).
+
+    Args:
+        highest: P, the last block's, from 0 to below 1.
+        number: L.
+    """
+    return [highest * place / number for place in range(1, number + 1)]
+
+
+def through_some_rows(block: Callable[[Tensor], Tensor], x: Tensor, rate: float) -> Tensor:
+    """Map some rows through a block, its residual scaled up so that on average nothing changes; the others stay.
+
+        y_i = x_i + (B / K) (block(x_i) - x_i)  for K rows,  x_i for the others        K = round((1 - rate) · B)
+
+    Args:
+        block: maps rows to rows of the same shape, each by itself.
+        x: (B, …).
+        rate: from 0 to below 1; at least one row goes through.
+
+    Returns:
+        (B, …).
+    """
+    kept = max(1, round((1 - rate) * len(x)))
+    if kept == len(x):
+        return block(x)
+    rows = torch.rand(len(x), device=x.device, dtype=torch.float32).topk(kept).indices
+    some = x.index_select(0, rows)
+    return x.index_add(0, rows, (block(some) - some).to(x.dtype), alpha=len(x) / kept)
+
+
+Block = Callable[[Tensor], Tensor]
+Steps = Sequence[tuple[Block, float]]
+"""Blocks, and the share of the rows that each is left out for."""
+
+
+class BlockStack(nn.Module):
+    """What runs through blocks, a few of which may be recomputed together: ``run_blocks(…, self.recompute)``."""
+
+    recompute: int = 0
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The blocks, first to last."""
+        raise NotImplementedError
+
+
+def recompute_blocks(tower: nn.Module, group: int) -> None:
+    """Have the blocks of a tower recomputed.
+
+    Args:
+        tower: of this package, or of a library that can do it by itself (transformers, timm).
+        group: blocks that are recomputed together, at least 1; libraries recompute each by itself.
+
+    Raises:
+        UserError: the tower offers no such thing.
+    """
+    stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
+    for stack in stacks:
+        stack.recompute = group
+    if stacks:
+        return
+    library: Any = tower
+    kind = type(tower).__name__
+    if group != 1:
+        raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block by itself. Expected 1.")
+    if hasattr(library, "gradient_checkpointing_enable"):
+        library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(library, "set_grad_checkpointing"):
+        library.set_grad_checkpointing(True)
+    else:
+        raise UserError(
+            f"{kind} has no gradient checkpointing: found neither gradient_checkpointing_enable (transformers) nor "
+            "set_grad_checkpointing (timm). Leave gradient_checkpointing out; minibatch_size saves memory with any "
+            "encoder."
+        )
+
+
+def run_blocks(blocks: Sequence[Block], x: Tensor, group: int, skipping: float = 0.0) -> Tensor:
+    """Map x through blocks, one after the other.
+
+    Args:
+        blocks: each maps what the one before it gives. Dropout and stochastic depth meet the same random state in the
+            recomputation, and running statistics of BatchNorms among them are updated once.
+        x: what the first one takes.
+        group: blocks that are recomputed together; 0 to keep everything.
+        skipping: share of the rows that the last block is left out for (``stochastic_depth.py``); 0 for none.
+
+    Returns:
+        What the last one gives.
+    """
+    steps = list(zip(blocks, skip_rates(skipping, len(blocks)), strict=True))
+    if group == 0 or not torch.is_grad_enabled():
+        return _run(steps, x)
+    for start in range(0, len(steps), group):
+        some = steps[start : start + group]
+
+        def contexts(some: Steps = some) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            """Of the forward pass and of the recomputation."""
+            modules = [block for block, _ in some if isinstance(block, nn.Module)]
+            return nullcontext(), still([norm for module in modules for norm in training_norms(module)])
+
+        x = cast(Tensor, checkpoint(_run, some, x, use_reentrant=False, context_fn=contexts))
+    return x
+
+
+def _run(steps: Steps, x: Tensor) -> Tensor:
+    for block, rate in steps:
+        x = through_some_rows(block, x, rate) if rate else block(x)
+    return x
+
 
 # Positions up to which, on a CPU, plain products train faster than the fused kernel (benchmarks/attention.py).
 PLAIN_UP_TO = 128

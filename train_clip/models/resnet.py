@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_clip.models.blocks import attend
+from train_clip.models.blocks import BlockStack, attend, run_blocks
 from train_clip.models.config import ResNetConfig
-from train_clip.models.recompute import BlockStack, run_blocks
 
 EXPANSION = 4  # a bottleneck's output over its inner channels (He et al. 2015, arXiv 1512.03385, table 1)
 

@@ -1,6 +1,14 @@
 """What a loader brings → images and tokens that the model takes, or a message that says what is wrong with them.
 
 B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
+
+Which captions are equal, told by their tokens.
+
+B  captions      L  tokens of the longest
+
+The images of a training batch as a run wants them, and what is said beforehand of captions that would not fit.
+
+B  pairs on this process      N  pairs of the global batch      S  side of the image in pixels
 """
 
 from __future__ import annotations
@@ -10,14 +18,80 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train_clip.data.augment import WORDS, BatchAugmentation, augment, count_named, draw_batch, some_captions
+from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
-from train_clip.models.caption_ids import caption_ids
-from train_clip.models.clip import CLIP
-from train_clip.models.dual_encoder import DualEncoder, Texts, texts_on, token_ids
+from train_clip.gather import world
+from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on, token_ids
+
+
+def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
+    """A number for each caption, equal for equal captions: a random linear hash of its tokens.
+
+    Args:
+        ids: (B, L) int64, at least 0.
+        mask: (B, L) bool, which of them make up the caption; padding may stand on either side.
+
+    Returns:
+        (B,) int64.
+    """
+    # Products wrap around: two captions collide once in about 2⁶³ pairs.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (ids.shape[1],), generator=generator).to(ids.device)
+    places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return ((ids + 1) * mask * weights[places]).sum(dim=1)
+
+
+MOST_SHOWN = 80  # letters of a caption
+
+
+def augmented(images: Tensor, how: BatchAugmentation, seed: int, batch: int) -> Tensor:
+    """Augment this process's images, by draws that depend on the seed, the batch and their place in it alone.
+
+    Args:
+        images: (B, 3, S, S) uint8, or float that is already normalised; stays as it is.
+        how: what is done.
+        seed: of the run.
+        batch: global batches before this one.
+
+    Raises:
+        UserError: colours of floats are to change.
+    """
+    if not (how.changes_colours or how.flips):
+        return images
+    rank, processes = world()
+    rows = slice(rank * len(images), (rank + 1) * len(images))
+    return augment(images, how, draw_batch(how, (seed, batch), rows, processes * len(images)).on(images.device))
+
+
+@rank_zero_only
+def warn_of_flips(how: BatchAugmentation, data: Any) -> None:
+    """Say where captions name what a flip turns round.
+
+    Args:
+        how: what is done to images.
+        data: the Trainer's data module; of this package's a sample of the training captions is looked at.
+    """
+    pairs = getattr(data, "training_pairs", None)
+    asked = [flip for flip in WORDS if getattr(how, flip)]
+    if not asked or not isinstance(pairs, PairList):
+        return
+    captions = some_captions(pairs)
+    for flip in asked:
+        named = count_named(captions, flip)
+        if named.number:
+            shown = named.example if len(named.example) <= MOST_SHOWN else named.example[:MOST_SHOWN] + "…"
+            rank_zero_warn(
+                f"{flip} is {getattr(how, flip)}, and {named.number:,} of {named.of:,} captions looked at "
+                f"({named.number / named.of:.1%}) name a side, a sense of turning or text, such as {named.word!r} in "
+                f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
+                "something else here."
+            )
+
 
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
 

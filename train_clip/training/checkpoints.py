@@ -4,10 +4,17 @@
 further names of such files (hard links, copies where the file system has none). An older file is deleted only once the
 new one is safe under all its names. With ``--ema`` the running mean of the weights has files of its own
 (``mean_file.py``).
+
+Checkpoints that are whole or absent when written.
+
+The running mean of a run's weights in a file of its own: a model's, which whatever reads checkpoints reads.
+
+``last.ckpt`` is that of the newest state, ``best.ckpt`` the one that has scored best.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
 import time
 from dataclasses import dataclass
@@ -15,17 +22,111 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN
+from train_clip.checkpoints.tensors import read_checkpoint, root_cause
 from train_clip.errors import UserError
-from train_clip.files import link, sweep
+from train_clip.files import link, replacing, sweep
 from train_clip.gather import host_group, largest
-from train_clip.training.mean_file import BEST, LAST, write_mean
-from train_clip.training.running_mean import of_mean
-from train_clip.training.trainer_state import gradient_pending, last_batch, log_step
+from train_clip.training.ema import of_mean
+from train_clip.training.lightning_internals import gradient_pending, last_batch, log_step
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written beside the target, synced and renamed; checked before they are loaded."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint to a local path.
+
+        Args:
+            checkpoint: plain data and tensors.
+            path: the file's final place.
+            storage_options: not used.
+
+        Raises:
+            UserError: the path is an address, or cannot be written; a file that was there is as it was.
+        """
+        if "://" in str(path):
+            raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
+        try:
+            # Through a file of Python's own: its errors say what is wrong, such as a full disk.
+            with replacing(Path(path)) as beside:
+                with beside.open("wb") as file:
+                    torch.save(checkpoint, file)
+                # What cannot be read again is found out now, and not when it is needed.
+                torch.load(beside, weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path}: not written, since it would hold more than plain data, and could not be loaded "
+                f"without running code ({root_cause(error)}). Expected tensors, numbers, text, lists and dicts in the "
+                "state_dict of every callback, module and data module."
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: cannot be written ({root_cause(error)}). Earlier checkpoints are as they were. Free space or "
+                "the permission to write there, and resume from the newest."
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: Any,
+        map_location: Any = "cpu",
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """Read a checkpoint of plain data, every byte of it checked.
+
+        Args:
+            path: a local file.
+            map_location: as for ``torch.load``.
+            weights_only: not used: code in a file is never run.
+
+        Raises:
+            UserError: there is no such file, or it is damaged or holds more than plain data.
+        """
+        return read_checkpoint(Path(path), map_location)
+
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+def write_mean(trainer: L.Trainer, folder: Path, is_best: bool) -> None:
+    """Write the mean, whole or not at all; nothing where the run has none. Called on all processes.
+
+    Args:
+        trainer: of a ``ContrastiveModule``.
+        folder: of the two files.
+        is_best: whether it is ``best.ckpt`` too.
+
+    Raises:
+        UserError: it cannot be written, or follows a step that was not finite; what was there is as it was.
+    """
+    module: Any = trainer.lightning_module
+    if getattr(module, "ema", None) is None:
+        return
+    kept = {name: value for name, value in module.state_dict().items() if name.partition(".")[0] not in OF_RUN}
+    checkpoint = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        LIGHTNING: L.__version__,
+        "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
+        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
+        RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},
+    }
+    module.on_save_checkpoint(checkpoint)
+    if not trainer.is_global_zero:
+        return
+    AtomicCheckpointIO().save_checkpoint(checkpoint, folder / LAST)
+    if is_best:
+        try:
+            link(folder / LAST, folder / BEST)
+        except OSError as error:
+            raise UserError(f"{folder / BEST}: {error.strerror}. {folder / LAST} is whole.") from error
 
 
 class Best(NamedTuple):

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
-from train_clip.training.economy import take_economy
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.tuning import make_tuning
+from train_clip.training.tuning import make_tuning, take_economy
 
 
 class CLIPWrapper(ContrastiveModule):

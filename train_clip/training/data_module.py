@@ -11,20 +11,25 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from train_clip.data.collate import BatchTokenizer, Collate
-from train_clip.data.cores import available_cores
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.pretrained_tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.data.sampler import GlobalBatchSampler
-from train_clip.data.samples import Augmentation, TrainingPairs, ValidationPairs
+from train_clip.data.samples import (
+    Augmentation,
+    BatchTokenizer,
+    Collate,
+    TrainingPairs,
+    ValidationPairs,
+    available_cores,
+)
 from train_clip.data.scan import PairBy, Scan
 from train_clip.data.source import scan_source
 from train_clip.data.split import require_share, split_pairs
 from train_clip.data.table import Columns, scan_table
 from train_clip.data.tokenizer import Tokenizer
+from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
+from train_clip.training.lightning_internals import resuming
 from train_clip.training.signals import end_loaders_at_exit, outlive_the_first_signal
-from train_clip.training.trainer_state import resuming
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from train_clip.checkpoints.weights import Weights, require_no_prompts
+from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
+from train_clip.prompts.wrapper import PromptCLIPWrapper
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.custom_wrapper import CustomCLIPWrapper
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.prompt_wrapper import PromptCLIPWrapper
 
 
 def retrained(weights: Weights, **how: Any) -> ContrastiveModule:

@@ -1,17 +1,26 @@
 """The one LightningModule: two encoders, the contrastive objective, and the step that every kind of training shares.
 
 B  pairs on this process      W  processes      N  pairs of the global batch (W · B)      D  embedding width
+
+Weights that were trained with one loss, as a model that is trained with the other begins with them.
+
+What a module is to those who do not train it: scores and embeddings of images and captions.
+
+D  embedding width
+
+What a training step tells of a batch, beside its loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -20,19 +29,19 @@ from torch.optim import Optimizer
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
-from train_clip.losses.by_name import LOSSES
-from train_clip.losses.contrastive import Pairs
-from train_clip.models.config import OptimizerConfig
-from train_clip.models.dual_encoder import DualEncoder
-from train_clip.training.arguments import require_same_arguments
-from train_clip.training.augmented import augmented, warn_of_flips
-from train_clip.training.batch import Inputs
-from train_clip.training.bias import begun_with
-from train_clip.training.block_skipping import skip_blocks
-from train_clip.training.economy import PLAIN, Economy
-from train_clip.training.embedding_module import EmbeddingModule
+from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
+from train_clip.losses import LOSSES
+from train_clip.losses.softmax import Pairs, accuracy
+from train_clip.models.clip import DualEncoder, Texts
+from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
+from train_clip.training.batch import BatchReader, Inputs, augmented, warn_of_flips
+from train_clip.training.distillation import Distillation, require_room
+from train_clip.training.dropping import PatchDropping, skip_blocks
+from train_clip.training.ema import RunningMean, of_mean
+from train_clip.training.encode import StandIns, TowerRuns, share
 from train_clip.training.end_of_step import EndOfStep
-from train_clip.training.half_weights import narrow, widen
+from train_clip.training.half_precision import narrow, widen
+from train_clip.training.lightning_internals import gradient_scaler, resuming
 from train_clip.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -41,17 +50,137 @@ from train_clip.training.optimizer import (
     usual_rate,
     warmup_for,
 )
-from train_clip.training.patch_dropping import PatchDropping
-from train_clip.training.precision import require_precision
-from train_clip.training.running_mean import RunningMean, of_mean
 from train_clip.training.skips import SkipReport
-from train_clip.training.step_figures import learned_figures, step_figures
-from train_clip.training.teacher import Distillation, require_room
-from train_clip.training.towers import TowerRuns, share
-from train_clip.training.trainer_state import gradient_scaler, resuming
-from train_clip.training.tuning import Tuning
+from train_clip.training.tuning import PLAIN, Economy, Tuning, require_precision, require_same_arguments
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
+
+BIAS = "logit_bias"
+
+
+def begun_with(model: DualEncoder, weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Add what the sigmoid loss begins with, or leave out the bias, which the softmax loss has not; say which.
+
+    Args:
+        model: that is to be trained.
+        weights: a state dict, of the model but for the bias.
+        source: named in the line.
+    """
+    begun = dict(weights)
+    if model.logit_bias is not None and BIAS not in weights:
+        rank_zero_info(
+            f"{source}: has no {BIAS}, so that it was not trained with the sigmoid loss. Temperature and bias begin as "
+            "from scratch, at a scale of 10 and at -10."
+        )
+        begun |= {name: torch.tensor(value) for name, value in START_OF_SIGMOID.items()}
+    elif model.logit_bias is None and BIAS in weights:
+        rank_zero_info(f"{source}: its {BIAS}, of the sigmoid loss, is left out: the softmax loss has none.")
+        del begun[BIAS]
+    return begun
+
+
+class EmbeddingModule(L.LightningModule):
+    """Embeds by a model of two towers.
+
+    Args:
+        model: both towers and the temperature.
+        halves: whether some of its weights are kept in bfloat16 while it trains.
+    """
+
+    def __init__(self, model: DualEncoder, halves: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._reader = BatchReader(model, None)
+        self._halves = halves
+
+    @property
+    def tokenizer(self) -> Any:
+        """For captions that are strings: its ``batch`` gives tokens, and the number of captions that were cut."""
+        return self._reader.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._reader.tokenizer = tokenizer
+
+    def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Score every image against every caption, as ``DualEncoder.forward``."""
+        with StandIns(self.model, self._halves).in_place():
+            return self.model(images, texts)
+
+    def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
+        """Embed images for search and comparison, with the model in eval mode.
+
+        Args:
+            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
+                uint8 or already normalised.
+            batch_size: images at a time.
+
+        Returns:
+            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
+            of their embeddings.
+
+        Raises:
+            BadSample: a file that cannot be read as an image.
+        """
+        with StandIns(self.model, self._halves).in_place():
+            return embed_images(self.model, images, batch_size)
+
+    def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
+        """Embed captions, with the model in eval mode.
+
+        Args:
+            texts: one caption or several; what is over the context length is cut.
+            batch_size: captions at a time.
+
+        Returns:
+            (N, D) float32, unit norm, on this module's device.
+        """
+        with StandIns(self.model, self._halves).in_place():
+            return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+
+
+def step_figures(
+    pairs: Pairs, parts: Mapping[str, Tensor], floor: Callable[[Tensor], Tensor] | None
+) -> dict[str, Tensor]:
+    """The loss above its floor, the accuracies, and the loss's parts where it has several.
+
+    Args:
+        pairs: of the batch, which captions are equal among it.
+        parts: () float32 each: ``contrastive_loss``, and what is added to it.
+        floor: maps the captions to the least that the loss can be; None where it is 0, equal captions being left out.
+
+    Returns:
+        () float32 each, by the names that they have in a log.
+    """
+    assert pairs.captions is not None
+    least = 0.0 if floor is None else floor(pairs.captions)
+    figures = {
+        "train/loss_above_floor": parts["contrastive_loss"].detach() - least,
+        "train/accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
+        "train/accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
+    }
+    if len(parts) > 1:
+        figures |= {f"train/{name}": part.detach() for name, part in parts.items()}
+    return figures
+
+
+def learned_figures(model: DualEncoder, distillation: Distillation | None) -> dict[str, Tensor]:
+    """The temperature, and the bias and the temperature towards the teacher where there are such.
+
+    Args:
+        model: that is trained.
+        distillation: of it, if any.
+
+    Returns:
+        () each, by the names that they have in a log.
+    """
+    figures = {"train/logit_scale": model.logit_scale.detach().exp()}
+    if model.logit_bias is not None:
+        figures["train/logit_bias"] = model.logit_bias.detach()
+    if distillation is not None:
+        figures["train/distillation_scale"] = distillation.log_scale.detach().exp()
+    return figures
+
 
 LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than the one that measures captions
 

@@ -8,6 +8,11 @@ section 2.2: at one rate the numbers of a matrix move by as much as under AdamW.
 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, many matrices of one shape at a time.
 
 A, B  rows and columns of a matrix      K  matrices of one shape
+
+Which parameters Muon updates: the matrices within the towers. Embeddings and what leads out of a tower are none.
+
+"Muon should only be applied to hidden layers"; embeddings, the last layer, gains and biases take AdamW (Jordan et al.
+2024, kellerjordan.github.io/posts/muon). Convolutions take it here too.
 """
 
 from __future__ import annotations
@@ -17,15 +22,49 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from train_clip.training.finite import known_at_once
-from train_clip.training.half_adamw import keep_types
-from train_clip.training.hidden_matrices import row_blocks
-from train_clip.training.rounding import Noise, draw, round_stochastically
-from train_clip.training.shards import local, shard_of
+from train_clip.models.blocks import SelfAttention
+from train_clip.models.clip import DualEncoder
+from train_clip.models.resnet import AttentionPool
+from train_clip.tensors import local, shard_of
+from train_clip.training.end_of_step import known_at_once
+from train_clip.training.half_precision import Noise, draw, keep_types, round_stochastically
+
+
+def hidden_matrices(model: DualEncoder) -> set[nn.Parameter]:
+    """Weights of linear layers, and fused in-projections, inside both towers.
+
+    Args:
+        model: CLIP's own towers, or encoders of a library.
+    """
+    found: set[nn.Parameter] = set()
+    for module in (module for tower in (model.visual, model.transformer) for module in tower.modules()):
+        if isinstance(module, nn.Linear):
+            found |= {module.weight}  # type: ignore[arg-type]
+        elif isinstance(module, SelfAttention | nn.MultiheadAttention):
+            weight = module.in_proj_weight
+            found |= set() if weight is None else {weight}
+    for module in model.modules():
+        if isinstance(module, AttentionPool):
+            found.discard(module.c_proj.weight)
+    return found
+
+
+def row_blocks(matrix: Tensor) -> int:
+    """How many matrices lie one upon the other in a parameter: three where it is three times as high as it is wide.
+
+    Such are the fused projections to query, key and value, of this package and of libraries alike. Orthogonalised as
+    one, the three would share one norm.
+
+    Args:
+        matrix: (rows, columns).
+    """
+    rows, columns = matrix.shape
+    return 3 if rows == 3 * columns else 1
+
 
 RMS_OF_ADAMW = 0.2  # arXiv 2502.16982, equation 4
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, "Tuning the coefficients"

@@ -14,7 +14,7 @@ from train_clip.errors import UserError
 from train_clip.gather import gather_objects, host_group, total, world
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.end_of_step import save_now
-from train_clip.training.trainer_state import gradient_pending, last_batch
+from train_clip.training.lightning_internals import gradient_pending, last_batch
 from train_clip.types import Batch
 
 COUNT_EVERY = 10  # batches between counts over all processes

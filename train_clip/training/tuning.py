@@ -1,12 +1,27 @@
-"""What of a model is trained, and towards what."""
+"""The arguments of a module against those that a run began with.
+
+What of a model is trained, and towards what.
+
+What a step spends, of memory or of time. The gradient is the same, but for which random numbers dropout draws.
+
+Which of the Trainer's precisions go with what is trained.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train_clip.data.batch_augmentation import BatchAugmentation
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shapes
+
+from train_clip.data.augment import BatchAugmentation
 from train_clip.errors import UserError
+from train_clip.models.blocks import BlockStack, Transformer, recompute_blocks
+from train_clip.models.clip import DualEncoder
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
@@ -165,3 +180,155 @@ def make_tuning(given: dict[str, Any], **defaults: Any) -> Tuning:
     if unknown := sorted(set(given) - set(Tuning.__dataclass_fields__)):
         raise TypeError(f"Unknown argument {unknown[0]!r}; beside those named it takes those of Tuning.")
     return Tuning(**(defaults | given))
+
+
+# Compiled forms of a block at most: by tower, training or not, and by batch. PyTorch gives up after 8.
+MOST_VERSIONS = 64
+
+
+@dataclass(frozen=True)
+class Economy:
+    """How a step is computed.
+
+    Args:
+        minibatch_size: pairs encoded at a time on one process; 0 for all at once.
+        kept_minibatches: how many of these micro-batches keep their activations, and are not computed again.
+        gradient_checkpointing: blocks of a tower whose activations are computed again together; 0 for none.
+        compile: compile the towers with ``torch.compile``.
+
+    Raises:
+        UserError: a number that cannot work.
+    """
+
+    minibatch_size: int = 0
+    kept_minibatches: int = 0
+    gradient_checkpointing: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("minibatch_size", "kept_minibatches", "gradient_checkpointing"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 or above.")
+
+    def recompute(self, model: DualEncoder) -> None:
+        """Have the towers that are trained recompute their blocks, where that is asked for.
+
+        Raises:
+            UserError: a tower cannot.
+        """
+        for tower in (model.visual, model.transformer):
+            if self.gradient_checkpointing and any(parameter.requires_grad for parameter in tower.parameters()):
+                recompute_blocks(tower, self.gradient_checkpointing)
+
+    def prepare(self, model: DualEncoder) -> None:
+        """Compile both towers, where that is asked for. Copies of the model, pickled ones too, are not compiled."""
+        if self.compile:
+            # Blocks that are left out by chance see another number of rows each, and would be compiled for each number.
+            stacks = [module for module in model.visual.modules() if isinstance(module, Transformer)]
+            compile_tower(model.visual, dynamic=any(stack.stochastic_depth for stack in stacks))
+            compile_tower(model.transformer, dynamic=True)
+
+
+PLAIN = Economy()
+
+
+def take_economy(given: dict[str, Any], minibatch_size: int) -> Economy:
+    """Take the fields of ``Economy`` out of a wrapper's further arguments.
+
+    Args:
+        given: the arguments; is changed.
+        minibatch_size: which the wrappers name themselves.
+    """
+    names = [field.name for field in dataclasses.fields(Economy) if field.name in given]
+    return Economy(minibatch_size, **{name: given.pop(name) for name in names})
+
+
+def compile_tower(tower: nn.Module, dynamic: bool) -> None:
+    """Compile a tower in place: names of parameters, and checkpoints, stay as they are.
+
+    A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
+    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through.
+
+    Args:
+        tower: is changed.
+        dynamic: whether one form serves all shapes, as of captions and under stochastic depth, or each shape has its
+            own, as of images. What is compiled again once shapes turn out to change would part a chunk from its
+            recomputation.
+    """
+    torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
+    # met in the first one's recomputation (tests/training/test_economy.py).
+    shapes.use_duck_shape = False
+    stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
+    by_block = [stack for stack in stacks if isinstance(stack, Transformer) or stack.recompute]
+    for block in (block for stack in by_block for block in stack.blocks()):
+        block.compile(dynamic=dynamic)
+    if not by_block:
+        tower.compile(dynamic=dynamic)
+
+
+FLOAT32_WEIGHTS = ("32-true", "16-mixed", "bf16-mixed")
+HALF = ("bf16-true", "16-true")
+
+
+def require_precision(precision: str, tuning: Tuning, economy: Economy) -> None:
+    """Refuse a precision in which a running mean would stand still, or half weights be another thing.
+
+    Args:
+        precision: the Trainer's.
+        tuning: what is kept in bfloat16, and whether there is a running mean.
+        economy: whether blocks are recomputed.
+
+    Raises:
+        UserError: it is one.
+    """
+    if tuning.keeps_halves and precision not in FLOAT32_WEIGHTS:
+        raise UserError(
+            f"--precision {precision}: --half_weights and --adam_statistics are for weights that are float32 "
+            f"otherwise. Use one of {', '.join(FLOAT32_WEIGHTS)}, or leave the two options out."
+        )
+    if tuning.has_half_weights and economy.gradient_checkpointing and precision != "bf16-mixed":
+        raise UserError(
+            f"--precision {precision}: blocks that are recomputed take half weights as they are, which bf16-mixed "
+            "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
+            "--gradient_checkpointing."
+        )
+    if (tuning.ema or tuning.distillation != "none") and precision in HALF:
+        raise UserError(
+            f"--precision {precision}: in half precision a running mean stands still, and with it the teacher. Use "
+            "bf16-mixed or 16-mixed, or --distillation none and --ema 0."
+        )
+
+
+MOST_NAMED = 4  # arguments in a message
+
+
+def require_same_arguments(own: Mapping[str, Any], kept: Mapping[str, Any], free: Collection[str]) -> None:
+    """Refuse to go on with another model, or with another way of training it.
+
+    Args:
+        own: a module's ``hparams``.
+        kept: those that the run began with.
+        free: names of what may differ.
+
+    Raises:
+        UserError: something else differs; the message has both values.
+    """
+    now, then = (
+        _flat({name: value for name, value in arguments.items() if name not in free}) for arguments in (own, kept)
+    )
+    differ = [name for name in now | then if now.get(name) != then.get(name)]
+    if differ:
+        found = "; ".join(f"{name} {now.get(name)}, was {then.get(name)}" for name in differ[:MOST_NAMED])
+        raise UserError(
+            f"The run began with another model or optimizer (found {found}), and its checkpoint holds their state. "
+            "Give the earlier values, or leave them out; to train with others begin a new run."
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, their names joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

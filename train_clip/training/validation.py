@@ -13,8 +13,8 @@ from torch import Tensor
 
 from train_clip.evaluation.retrieval import retrieval
 from train_clip.gather import gather_all, world
-from train_clip.losses.by_name import LOSSES, Loss
-from train_clip.losses.contrastive import Pairs
+from train_clip.losses import LOSSES, Loss
+from train_clip.losses.softmax import Pairs
 
 
 class ValidationSplit:

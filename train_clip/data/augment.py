@@ -1,0 +1,279 @@
+"""Captions that a mirrored image no longer fits: those that name sides, a sense of turning, or text in the picture.
+
+Words alone are looked at. Text that no caption tells of, and pictures that mean another thing mirrored, go unseen.
+
+Colours and mirror images of whole batches: drawn on the host, computed on the images' own device.
+
+SimCLR's changes of colour (arXiv 2002.05709, appendix A), with Y the luma of a pixel x, and b, c, s, θ drawn for its
+image:
+
+    brightness  x ← b x                     contrast  x ← c x + (1 − c) mean(Y)     mean over the image
+    saturation  x ← s x + (1 − s) Y         hue       x ← x turned by θ about grey
+    grey        saturation with s = 0
+
+In whatever order they are done, they are one affine map of the colours,
+
+    x' = M x + o        M = b c (L + s (cos θ (1 − L) + sin θ K))        o = b (1 − c) mean(Y)
+
+where L maps a colour to its luma in all three channels and K turns what is left of it by a quarter. What leaves the
+range is cut once, at the end; torchvision cuts after every step. The hue turns as by an analogue television's knob, in
+the plane of B − Y and R − Y at constant luma; by HSV, as others have it, the largest and the least channel are kept.
+
+N  pairs of the global batch      B  pairs on this process      S  side of the image in pixels
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from train_clip.data.pairs import Pair
+from train_clip.errors import BadSample, UserError
+from train_clip.tensors import sent
+
+LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
+# B − Y and R − Y, scaled as a PAL or NTSC signal carries them (ITU-R BT.470).
+DIFFERENCES = np.stack([0.493 * ([0, 0, 1] - LUMA), 0.877 * ([1, 0, 0] - LUMA)])
+# SimCLR, appendix A: factors within 1 ± 0.8 s, hue within ± 0.2 s of a whole turn, of 0.8 of the images.
+FACTORS, TURN, JITTERED = 0.8, 0.2, 0.8
+STRONGEST = 2.0  # twice the paper's strongest; at 2.5 any hue becomes any other
+# Numbers that are computed in float32 at a time: what caches hold, or what keeps a GPU busy.
+PIECE_ON_CPU, PIECE = 2**20, 2**24
+STREAM = 0x6175676D  # tells these random numbers from those of crops, which have a pair's number in its place
+
+
+@dataclass(frozen=True)
+class BatchAugmentation:
+    """What is done to the images of a training batch, beside their crop.
+
+    Args:
+        color_jitter: strength s of SimCLR's jitter, 0 for none.
+        grayscale: share of the images without colour.
+        horizontal_flip: share of the images whose left and right change places.
+        vertical_flip: share of the images whose top and bottom do.
+
+    Raises:
+        UserError: a number that cannot work.
+    """
+
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.color_jitter <= STRONGEST:
+            raise UserError(
+                f"color_jitter is {self.color_jitter}; expected from 0 (none) to {STRONGEST:.0f}. SimCLR's full "
+                "strength is 1."
+            )
+        for name in ("grayscale", "horizontal_flip", "vertical_flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected a share from 0 (none) to 1 (all images).")
+
+    @property
+    def changes_colours(self) -> bool:
+        """Whether any pixel gets another colour where it is."""
+        return self.color_jitter > 0 or self.grayscale > 0
+
+    @property
+    def flips(self) -> bool:
+        """Whether any image is mirrored."""
+        return self.horizontal_flip > 0 or self.vertical_flip > 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for each image; B rows.
+
+    Args:
+        mixes: (B, 3, 3) float32, M.
+        lifts: (B, 3) float32, b (1 − c) of each channel's weight in Y.
+        mirrored: (B,) bool, whether left and right change places.
+        upended: (B,) bool, whether top and bottom do.
+    """
+
+    mixes: Tensor
+    lifts: Tensor
+    mirrored: Tensor
+    upended: Tensor
+
+    def on(self, device: torch.device) -> Draws:
+        """The same on a device, without waiting for it."""
+        return Draws(*(sent(tensor, device) for tensor in (self.mixes, self.lifts, self.mirrored, self.upended)))
+
+
+def draw_batch(how: BatchAugmentation, place: tuple[int, int], rows: slice, number: int) -> Draws:
+    """Draw for some images of a global batch: for each the same, whoever else draws for the others.
+
+    Args:
+        how: what is drawn, with which chances.
+        place: (seed, global batches before this one).
+        rows: those of this process.
+        number: N.
+    """
+    uniform = np.random.default_rng((*place, STREAM)).random((number, 8))[rows].T
+    jittered, brightness, contrast, saturation, hue, grey, mirrored, upended = uniform
+    strength = np.where(jittered < JITTERED, how.color_jitter, 0.0)
+    least, most = np.maximum(0, 1 - FACTORS * strength), 1 + FACTORS * strength
+    b, c, s = (least + (most - least) * chance for chance in (brightness, contrast, saturation))
+    angles = 2 * np.pi * TURN * strength * (2 * hue - 1)
+    maps = colour_maps(b, c, np.where(grey < how.grayscale, 0.0, s), angles)
+    return Draws(
+        torch.from_numpy(maps.astype(np.float32)),
+        torch.from_numpy(((b * (1 - c))[:, None] * LUMA).astype(np.float32)),
+        torch.from_numpy(mirrored < how.horizontal_flip),
+        torch.from_numpy(upended < how.vertical_flip),
+    )
+
+
+def colour_maps(
+    brightness: NDArray[np.float64],
+    contrast: NDArray[np.float64],
+    saturation: NDArray[np.float64],
+    angles: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """M of each image, (B, 3, 3).
+
+        M = b c (L + s (cos θ (1 − L) + sin θ K))
+
+    Args:
+        brightness: (B,), b; 1 leaves it.
+        contrast: (B,), c; 1 leaves it.
+        saturation: (B,), s; 1 leaves it, 0 is grey.
+        angles: (B,), θ; red turns towards yellow.
+    """
+    b, c, s, angle = (values[:, None, None] for values in (brightness, contrast, saturation, angles))
+    luma = np.ones((3, 1)) * LUMA
+    signals = np.stack([LUMA, *DIFFERENCES])
+    quarter = np.linalg.inv(signals) @ [[0, 0, 0], [0, 0, -1], [0, 1, 0]] @ signals
+    maps: NDArray[np.float64] = b * c * (luma + s * (np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * quarter))
+    return maps
+
+
+def augment(images: Tensor, how: BatchAugmentation, draws: Draws) -> Tensor:
+    """Change the images as it was drawn. They themselves stay: a loader may bring them again.
+
+    Args:
+        images: (B, 3, S, S) uint8; or float that is already normalised, where colours stay.
+        how: what was drawn.
+        draws: B rows, on the images' device.
+
+    Returns:
+        The same shape and dtype.
+
+    Raises:
+        UserError: colours of floats are to change.
+    """
+    if how.changes_colours and images.dtype != torch.uint8:
+        raise UserError(
+            f"color_jitter is {how.color_jitter} and grayscale {how.grayscale}, but the images are {images.dtype}: "
+            "already normalised, by which mean and deviation is not known. Expected bytes (uint8), as pictures and the "
+            "arrays of `train-clip data npz` give them. Leave both options out; flips work."
+        )
+    changed = torch.empty_like(images, memory_format=torch.contiguous_format)
+    most = PIECE_ON_CPU if images.device.type == "cpu" else PIECE
+    size = max(1, most // images[0].numel())
+    for start in range(0, len(images), size):
+        rows = slice(start, start + size)
+        piece = images[rows]
+        if how.horizontal_flip:
+            piece = torch.where(draws.mirrored[rows, None, None, None], piece.flip(3), piece)
+        if how.vertical_flip:
+            piece = torch.where(draws.upended[rows, None, None, None], piece.flip(2), piece)
+        if how.changes_colours:
+            piece = recolour(piece, draws.mixes[rows], draws.lifts[rows])
+        changed[rows] = piece
+    return changed
+
+
+def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
+    """Map all colours of an image by its one affine map.
+
+        x' = M x + b (1 − c) mean(Y)
+
+    Args:
+        images: (B, 3, S, S) uint8.
+        mixes: (B, 3, 3) float32, M.
+        lifts: (B, 3) float32, b (1 − c) of each channel's weight in Y.
+
+    Returns:
+        (B, 3, S, S) float32, whole numbers from 0 to 255.
+    """
+    colours = images.flatten(2).float()
+    mixed = (lifts * colours.mean(2)).sum(1)[:, None, None].expand(colours.shape)
+    # Not a product of matrices, which autocast and TF32 would take in half the digits.
+    for channel in range(3):
+        mixed = torch.addcmul(mixed, colours[:, channel, None], mixes[:, :, channel, None])
+    return mixed.round_().clamp_(0, 255).view(images.shape)
+
+
+LOOKED_AT = 2000  # pairs: a share of 1% is found to within a fifth of it or so
+
+TURNS_AND_TEXT = """
+    clockwise anticlockwise counterclockwise
+    letter letters lettering alphabet word words text sign signs says saying written writing handwriting inscription
+    label labels labelled labeled logo logos digit digits numeral numerals
+"""
+SIDES = """
+    left right leftmost rightmost leftward leftwards rightward rightwards lefthand righthand
+    east west eastern western eastward eastwards westward westwards
+"""
+HEIGHTS = """
+    above below over under beneath underneath top bottom upper lower upside up down upright
+    upward upwards downward downwards north south northern southern northward northwards southward southwards
+"""
+WORDS = {
+    "horizontal_flip": frozenset((SIDES + TURNS_AND_TEXT).split()),
+    "vertical_flip": frozenset((HEIGHTS + TURNS_AND_TEXT).split()),
+}
+
+
+class Named(NamedTuple):
+    """What was found in captions.
+
+    Args:
+        number: captions with such a word.
+        of: captions that were looked at.
+        word: of the example.
+        example: the first of them; empty where there is none.
+    """
+
+    number: int
+    of: int
+    word: str
+    example: str
+
+
+def some_captions(pairs: Sequence[Pair], most: int = LOOKED_AT) -> list[str]:
+    """All lines of so many pairs at most, evenly spaced; what cannot be read is passed over."""
+    captions: list[str] = []
+    for place in np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int).tolist():
+        try:
+            captions += pairs[place].captions()
+        except BadSample:
+            continue
+    return captions
+
+
+def count_named(captions: Sequence[str], flip: str) -> Named:
+    """Count captions with a word that a flip makes wrong.
+
+    Args:
+        captions: single lines.
+        flip: a key of ``WORDS``.
+    """
+    number, word, example = 0, "", ""
+    for caption in captions:
+        found = [each for each in re.findall(r"[^\W\d_]+", caption.lower()) if each in WORDS[flip]]
+        if found:
+            number += 1
+            word, example = (word, example) if example else (found[0], caption)
+    return Named(number, len(captions), word, example)

@@ -1,0 +1,250 @@
+"""Any image encoder with any Hugging Face text encoder, and the module that trains them together.
+
+Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers are the
+defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from train_clip.data.tokenizer import Tokenizer
+from train_clip.encoders.custom import CustomCLIP, freeze_unreached
+from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
+from train_clip.encoders.huggingface import IMAGENET_MEAN, IMAGENET_STD
+from train_clip.encoders.live import live_image_encoder, live_text_encoder
+from train_clip.encoders.own import TextTower
+from train_clip.encoders.sources import build_image_encoder, build_text_encoder, described_tokenizer
+from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
+from train_clip.errors import UserError
+from train_clip.models.clip import Texts
+from train_clip.models.config import OptimizerConfig
+from train_clip.training.module import ContrastiveModule
+from train_clip.training.tuning import make_tuning, take_economy
+
+EPOCHS = 10  # OTTER, section 4.1
+ALIKE = 0.02  # embeddings of one caption, in any precision
+TRIAL_CAPTIONS = (
+    "a small brown dog runs across a green field",
+    "Two people in yellow coats, seen from behind, wait for the 17:45 train.",
+    "chart",
+    "snow-covered mountains at dawn; no clouds!",
+)
+
+
+class CustomCLIPWrapper(ContrastiveModule):
+    """Two pretrained encoders that train under any ``Trainer``, and embed images and captions afterwards.
+
+    ``CustomCLIPWrapper.load_from_checkpoint(path)`` needs no further arguments where both encoders and the tokenizer
+    are of a library that makes them again (``train-clip finetune``, or Hugging Face's models); a module of the user's
+    own is given there as it was given here.
+
+    Args:
+        image_encoder: maps images to (B, D); or what ``load_image_encoder`` gives.
+        text_encoder: a Hugging Face text model; or what ``load_text_encoder`` gives.
+        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
+        learning_rate: at the peak.
+        kl_coeff: weight of the distillation; 1 is OTTER's.
+        avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself.
+        project: where the encoders' widths differ, add a linear projection of the images.
+        tokenizer: the text encoder's, for captions that are strings; the data module's where None.
+        image_size: side of the images of an image encoder of the user's own, in pixels.
+        pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
+        pixel_std: likewise.
+        weight_decay: on matrices and convolutions.
+        betas: AdamW's.
+        eps: AdamW's.
+        warmup_steps: optimizer steps until the peak.
+        seed: decides the random state of each step.
+        tuning: what is trained and towards what, see ``Tuning``, SGD and optimal transport where it does not
+            say; and how a step is computed, see ``Economy``.
+
+    Raises:
+        UserError: encoders that do not go together, or of which one is missing.
+    """
+
+    model: CustomCLIP
+    names_of_model: ClassVar[tuple[str, ...]] = (
+        *("image_encoder", "text_encoder", "avg_word_embs", "project", "tokenizer"),
+        *("image_size", "pixel_mean", "pixel_std"),
+    )
+    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "tokenizer")
+
+    def __init__(  # noqa: PLR0913, people know these arguments
+        self,
+        image_encoder: nn.Module | ImageEncoder | Mapping[str, Any] | None,
+        text_encoder: nn.Module | TextEncoder | Mapping[str, Any] | None,
+        minibatch_size: int = 0,
+        learning_rate: float = 3e-3,
+        kl_coeff: float = 1.0,
+        avg_word_embs: bool = False,
+        project: bool = False,
+        tokenizer: Any = None,
+        image_size: int = 224,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+        weight_decay: float = 0.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        warmup_steps: int | None = 0,
+        seed: int = 0,
+        **tuning: Any,
+    ) -> None:
+        image = _image_encoder(
+            image_encoder, Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
+        )
+        text = _text_encoder(text_encoder, avg_word_embs)
+        optimizer = OptimizerConfig(learning_rate, _pair(betas), eps, weight_decay, warmup_steps=0, epochs=EPOCHS)
+        economy = take_economy(tuning, minibatch_size)
+        choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
+        model = CustomCLIP(image, text, avg_word_embs, project)
+        if choices.loss == "sigmoid":
+            model.add_bias()
+        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
+        self.tokenizer = _tokenizer(tokenizer, text.context)
+        self.save_hyperparameters(
+            {
+                "image_encoder": image.description or None,
+                "text_encoder": text.description or None,
+                "minibatch_size": minibatch_size,
+                "learning_rate": learning_rate,
+                "avg_word_embs": avg_word_embs,
+                "project": project,
+                "image_size": image.size,
+                "pixel_mean": list(image.mean),
+                "pixel_std": list(image.std),
+                "weight_decay": weight_decay,
+                "betas": list(betas),
+                "eps": eps,
+                "warmup_steps": warmup_steps,
+                "seed": seed,
+            }
+            | dataclasses.asdict(choices)
+        )
+
+    def setup(self, stage: str) -> None:
+        """Before training: agree on the tokenizer, freeze what the loss never reaches, and say what to know."""
+        collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
+        if collate is not None:
+            self._require_tokenizer(collate.tokenizer)
+            self.tokenizer = self.tokenizer or collate.tokenizer
+        super().setup(stage)
+        if stage != "fit":
+            return
+        self._say_projection()
+        self._reader.padding_counts = self._padding_counts()
+        frozen = freeze_unreached(self.model, self._some_tokens())
+        if frozen:
+            numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
+            rank_zero_info(
+                f"{len(frozen)} tensors of {numbers:,} numbers are never reached by the loss and stay as they are: "
+                f"{', '.join(frozen)}."
+            )
+        kept = {name: self.hparams[name] for name in ("image_encoder", "text_encoder")}
+        kept |= {} if self.tokenizer is None else {"tokenizer": self._described_tokenizer()}
+        for name in (name for name, description in kept.items() if description is None):
+            rank_zero_info(
+                f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
+                f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
+            )
+
+    def _say_projection(self) -> None:
+        projection = self.model.image_projection
+        if isinstance(projection, nn.Linear):
+            rank_zero_info(
+                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
+                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
+            )
+
+    def _padding_counts(self) -> bool:
+        """Whether padding changes what the text encoder makes of a caption, as of one that reads the last position."""
+        if self.tokenizer is None:
+            return False
+        alone, padded = (self.embed_texts(TRIAL_CAPTIONS, number) for number in (1, len(TRIAL_CAPTIONS)))
+        return not torch.allclose(alone, padded, atol=ALIKE)
+
+    def _require_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse captions that are tokenized for another text encoder."""
+        of_clip = isinstance(self.model.transformer, TextTower)
+        if isinstance(tokenizer, Tokenizer) != of_clip:
+            found, expected = ("CLIP's", "the text encoder's own") if not of_clip else ("another", "CLIP's")
+            raise UserError(
+                f"The data module has {found} tokenizer; expected {expected}: "
+                "TextImageDataModule(…, custom_tokenizer=…)."
+            )
+
+    def _some_tokens(self) -> Texts:
+        """Tokens of a few captions; of made-up ones where there is no tokenizer."""
+        if self.tokenizer is not None:
+            return self._reader.tokens(TRIAL_CAPTIONS, self.device)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=generator).to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the tokenizer, whose vocabulary is nothing for the loggers that show a run's arguments."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = checkpoint["hyper_parameters"] | {"tokenizer": self._described_tokenizer()}
+
+    def _described_tokenizer(self) -> dict[str, Any] | None:
+        """What makes the tokenizer again."""
+        if isinstance(self.tokenizer, Tokenizer):
+            return {"source": "clip", "context_length": self.tokenizer.context_length}
+        return None if self.tokenizer is None else self.tokenizer.describe()
+
+
+def _image_encoder(given: nn.Module | ImageEncoder | Mapping[str, Any] | None, pixels: Pixels) -> ImageEncoder:
+    if isinstance(given, ImageEncoder):
+        return given
+    if isinstance(given, Mapping):
+        return build_image_encoder(dict(given))
+    return live_image_encoder(_require_module(given, "image_encoder"), pixels)
+
+
+def _text_encoder(given: nn.Module | TextEncoder | Mapping[str, Any] | None, average: bool) -> TextEncoder:
+    if isinstance(given, TextEncoder):
+        return given
+    if isinstance(given, Mapping):
+        return build_text_encoder(dict(given))
+    return live_text_encoder(_require_module(given, "text_encoder"), average)
+
+
+def _require_module(given: Any, name: str) -> nn.Module:
+    if given is None:
+        raise UserError(
+            f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. "
+            f"Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+        )
+    if not isinstance(given, nn.Module):
+        raise UserError(
+            f"The {name} is a {type(given).__name__}; expected a torch.nn.Module, or what "
+            f"train_clip.encoders.sources.load_{name}('hf:NAME') gives."
+        )
+    return given
+
+
+def _tokenizer(given: Any, context: int | None) -> Any:
+    """A tokenizer whose ``batch`` gives tokens: what is that already, a description's, or one around another's."""
+    if isinstance(given, Mapping):
+        return described_tokenizer(given)
+    if given is None or isinstance(given, Tokenizer | PretrainedTokenizer):
+        return given
+    return wrap_tokenizer(given, context)
+
+
+def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UserError(f"{name} is {values}; expected a number for each of red, green and blue.")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
+        raise UserError(f"betas are {values}; expected two numbers, such as (0.9, 0.999).")
+    return float(values[0]), float(values[1])

@@ -1,0 +1,91 @@
+"""Visual prompts: learned tokens beside the patches of a frozen vision transformer (VPT, arXiv 2203.12119, section 3).
+
+B  images      L  tokens of a block      P  prompts of a block      W  width      S  side of the image in pixels
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from train_clip.errors import UserError
+from train_clip.models.blocks import run_blocks
+from train_clip.models.clip import CLIP
+from train_clip.models.config import ViTConfig
+from train_clip.models.vit import VisionTransformer
+from train_clip.prompts.config import PromptConfig
+
+
+def add_prompts(clip: CLIP, config: PromptConfig) -> None:
+    """Freeze a CLIP and put prompts into its image tower.
+
+    Args:
+        clip: is changed; the weights that it has stay.
+        config: how many, where.
+
+    Raises:
+        UserError: its image tower is no ViT, or has fewer blocks.
+    """
+    image = clip.config.image
+    if not isinstance(image, ViTConfig) or not isinstance(clip.visual, VisionTransformer):
+        raise UserError(
+            f"{clip.name}: its image tower is a ResNet, which has no tokens to put prompts among. Expected a vision "
+            "transformer, such as ViT-B/32; train-clip finetune --pretrained trains ResNets."
+        )
+    if config.layers[-1] >= image.layers:
+        raise UserError(f"Prompts at block {config.layers[-1]}; {clip.name} has the blocks 0 to {image.layers - 1}.")
+    clip.requires_grad_(False)
+    clip.visual.class_embedding.requires_grad_(config.class_token)
+    clip.visual = PromptedTransformer(clip.visual, image, config)
+
+
+class PromptedTransformer(nn.Module):
+    """A frozen vision transformer with prompts.
+
+    Args:
+        backbone: in eval mode from now on.
+        image: its sizes.
+        config: how many prompts, where.
+    """
+
+    def __init__(self, backbone: VisionTransformer, image: ViTConfig, config: PromptConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout)
+        bound = math.sqrt(6 / (3 * image.patch**2 + image.width))  # Xavier's of a patch's projection (VPT's code)
+        self.prompts = nn.ParameterDict(
+            {str(layer): nn.Parameter(torch.empty(config.number, image.width)) for layer in config.layers}
+        )
+        for prompts in self.prompts.values():
+            nn.init.uniform_(prompts, -bound, bound)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the prompts' dropout; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
+        transformer = self.backbone.transformer
+        layers = [partial(self._layer, number=number) for number in range(len(transformer.resblocks))]
+        x = run_blocks(layers, self.backbone.embed(images), transformer.recompute)
+        return self.backbone.read_out(x) @ self.backbone.proj
+
+    def _layer(self, x: Tensor, number: int) -> Tensor:
+        """Map what a block would take without prompts of its own to what it gives: (B, L, W)."""
+        if str(number) in self.prompts:
+            x = self._with_prompts(x, number)
+        return cast(Tensor, self.backbone.transformer.resblocks[number](x))
+
+    def _with_prompts(self, x: Tensor, number: int) -> Tensor:
+        """Put a block's prompts after the class token, in place of earlier ones where there are some: (B, L, W)."""
+        prompts = self.dropout(self.prompts[str(number)].to(x.dtype).expand(len(x), -1, -1))
+        patches = x[:, 1:] if number == self.config.layers[0] else x[:, 1 + self.config.number :]
+        return torch.cat([x[:, :1], prompts, patches], dim=1)
