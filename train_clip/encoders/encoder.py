@@ -20,9 +20,9 @@ from train_clip.errors import UserError, first_line
 class ImageEncoder:
     """Images to features.
 
-    A description is plain data, from which the encoder is rebuilt with random weights and without a network: under
-    "source" the library, under "name" what it was asked for, then what the library needs. It lies in checkpoints, which
-    are read without executing code. A module of the user's own that cannot be described has an empty one.
+    Its description is plain data, of which it is rebuilt with random weights and without a network: under "source" the
+    library, under "name" what it was asked for, then what the library needs. It lies in checkpoints, which are read
+    without executing code. Empty for a module of the user's own that cannot be described.
     """
 
     module: nn.Module  # takes (B, 3, S, S) float, normalised; ``image_features`` reads what it gives
@@ -145,8 +145,7 @@ def measured(module: nn.Module, pixels: Pixels, description: dict[str, Any]) -> 
                 f"{name}: gives other features for the same image each time; expected the same. "
                 "A masked autoencoder, for one, hides parts of its input at random. Take another encoder."
             )
-        figures = {"width": width, "size": pixels.size, "mean": [*pixels.mean], "std": [*pixels.std]}
-        description = {**description, **figures}
+        description = {**description, "width": width, "size": pixels.size, "mean": [*pixels.mean], "std": [*pixels.std]}
     return ImageEncoder(module, width, *pixels, description)
 
 

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,8 @@ from train_clip.errors import UserError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; torchvision's and transformers' default
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Of a text encoder that does not say how many tokens it takes, as T5, whose positions are relative: what it was trained
-# with (arXiv 1910.10683, section 3.1.2).
-DEFAULT_CONTEXT = 512
+DEFAULT_CONTEXT = 512  # of relative positions (T5, arXiv 1910.10683, section 3.1.2), and of most others
+E = TypeVar("E", ImageEncoder, TextEncoder)
 KINDS = {"image": ("vision_config", "pixel_values"), "text": ("text_config", "input_ids")}
 
 # Towers of two-tower models that the library's own choice by configuration, AutoModel, does not know.
@@ -69,15 +68,13 @@ def build_text(description: dict[str, Any]) -> TextEncoder:
 def live_image_encoder(module: nn.Module, pixels: Pixels) -> ImageEncoder:
     """Take an image encoder of the user's own, in float32; a model of the library is described, to be rebuilt."""
     encoder = measured(module.float(), pixels, _live_description(module))
-    verified = _verified(module, encoder.description, lambda part: image_trial(part, pixels.size))
-    return dataclasses.replace(encoder, description=verified)
+    return _verified(encoder, lambda part: image_trial(part, pixels.size))
 
 
 def live_text_encoder(module: nn.Module, average: bool) -> TextEncoder:
     """Take a text encoder of the user's own, in float32: a model of the library, or one that gives (B, D)."""
     encoder = _measured_text(module.float(), average, _live_description(module))
-    verified = _verified(module, encoder.description, lambda part: text_trial(part, average))
-    return dataclasses.replace(encoder, description=verified)
+    return _verified(encoder, lambda part: text_trial(part, average))
 
 
 def _load(name: str, kind: str) -> Any:
@@ -133,12 +130,12 @@ def _auto_model(transformers: Any, config: Any, name: str, kind: str) -> Any:
 
 
 def _pixels(name: str, config: Any) -> Pixels:
-    """Read what an image encoder was trained on from its preprocessor's file.
+    """Read what an image encoder was trained on: not by its image processor, which would need torchvision.
 
-    The image processor that the file describes is not made, which would need torchvision. With a rescaling by f other
-    than 1/255:  (f x - mean) / std = (x / 255 - mean / 255f) / (std / 255f)
+    With a rescaling by f other than 1/255:  (f x - mean) / std = (x / 255 - mean / 255f) / (std / 255f)
     """
     values = _preprocessor(name) or {"size": getattr(config, "image_size", None)}
+    side = _side(values, name)
     for key in ("do_flip_channel_order", "rescale_offset"):
         if values.get(key):
             raise UserError(
@@ -156,7 +153,7 @@ def _pixels(name: str, config: Any) -> Pixels:
     scale = 255 * (values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1)
     scale = 1 if abs(scale - 1) < 1e-6 else scale  # the file's rounding of 1/255
     try:
-        return Pixels.of(_side(values, name), *([figure / scale for figure in figures] for figures in (mean, std)))
+        return Pixels.of(side, *([figure / scale for figure in figures] for figures in (mean, std)))
     except (TypeError, ValueError):
         raise UserError(
             f"hf:{name}: image_mean and image_std in its preprocessor's file are {mean!r} and {std!r}; expected three "
@@ -189,9 +186,9 @@ def _side(values: dict[str, Any], name: str) -> int:
         sides = [size[side] for side in ("height", "width", "shortest_edge") if size.get(side) is not None]
     if any(type(side) is not int or side < 1 for side in sides) or len(set(sides)) != 1:
         raise UserError(
-            f"hf:{name}: its {key} is {size!r}, in preprocessor_config.json or as image_size in config.json; expected the "
-            "side of a square, such as 224. Take an encoder of square images, or write "
-            '{"size": 224, "image_mean": [...], "image_std": [...]} as preprocessor_config.json into a local copy of it.'
+            f"hf:{name}: its {key} is {size!r} (preprocessor_config.json, or image_size in config.json); expected the "
+            "side of a square, such as 224. Take an encoder of square images, or write preprocessor_config.json into a "
+            'local copy of the model, such as {"size": 224, "image_mean": [...], "image_std": [...]}.'
         )
     return int(sides[0])
 
@@ -199,19 +196,17 @@ def _side(values: dict[str, Any], name: str) -> int:
 def _measured_text(module: Any, average: bool, description: dict[str, Any]) -> TextEncoder:
     """Complete a text encoder by its width; one of the library's own by its context and its vocabulary too."""
     width = text_trial(module, average, f"hf:{description['name']}" if description else "").shape[1]
-    context = vocab = None
-    if description:
-        context, vocab = _context(module), module.get_input_embeddings().num_embeddings
-        description = {**description, "width": width, "context": context, "vocab": vocab}
-    return TextEncoder(module, width, context, vocab, description)
+    if not description:
+        return TextEncoder(module, width, None, None, {})
+    told = {"width": width, "context": _context(module), "vocab": module.get_input_embeddings().num_embeddings}
+    return TextEncoder(module, **told, description=description | told)
 
 
 def _context(module: Any) -> int:
     rows = getattr(module.config, "max_position_embeddings", None)
     if not isinstance(rows, int) or rows < 1:
         return DEFAULT_CONTEXT
-    # Where positions are counted from the padding's on (RoBERTa: 514 rows, the first two without a token), the table of
-    # positions has a padding row, and it and the rows before it do not count.
+    # RoBERTa counts positions from the padding's on: its row and those before it (2 of 514) never hold a token.
     for path, table in module.named_modules():
         if path.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
             return table.num_embeddings - table.padding_idx - 1
@@ -240,15 +235,16 @@ def _live_description(module: Any) -> dict[str, Any]:
     return _description(module, module.config.name_or_path or kind.__name__)
 
 
-def _verified(module: Any, description: dict[str, Any], features: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
+def _verified(encoder: E, features: Callable[[nn.Module], Tensor]) -> E:
     """Drop a description that does not make this very module: a layer may have been changed, taken out or added."""
-    if description:
-        built = _build(description).to(module.device)
-        with contextlib.suppress(RuntimeError):
-            built.load_state_dict(module.state_dict())
-            if torch.equal(features(built), features(module)):
-                return description
-    return {}
+    if not encoder.description:
+        return encoder
+    built = _build(encoder.description).to(next(encoder.module.parameters()).device)
+    with contextlib.suppress(RuntimeError):
+        built.load_state_dict(encoder.module.state_dict())
+        if torch.equal(features(built), features(encoder.module)):
+            return encoder
+    return dataclasses.replace(encoder, description={})
 
 
 def _build(description: dict[str, Any]) -> nn.Module:
@@ -276,8 +272,8 @@ def find_transformers() -> Any:
 
 def is_of_library(thing: Any, kind: str) -> bool:
     """Whether something is of a class of the library, which is not imported to find out."""
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(thing, getattr(transformers, kind))
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(thing, getattr(library, kind))
 
 
 def from_cache_first(read: Callable[..., Any], name: str, **arguments: Any) -> Any:
@@ -309,9 +305,7 @@ def reading(name: str, part: str) -> Iterator[None]:
         if isinstance(error, OSError) and not Path(name).is_dir():
             what = "is not in this machine's cache and not reachable"
             option = "--image_encoder" if part == "image encoder" else "--text_encoder"
-            advice = (
-                f"Where there is a network run `hf download {name} --local-dir FOLDER`, and give {option} hf:FOLDER."
-            )
+            advice = f"Where there is a network, run `hf download {name} --local-dir FOLDER`; give {option} hf:FOLDER."
         raise UserError(f"hf:{name}: the {part} {what} ({first_line(error)}). {advice}") from error
 
 

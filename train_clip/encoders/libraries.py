@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import json
@@ -132,8 +133,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what JSON can hold, and give it as JSON gives it back."""
     kept = {}
     for key, value in values.items():
-        try:
+        with contextlib.suppress(TypeError):
             kept[key] = json.loads(json.dumps(value))
-        except TypeError:
-            continue
     return kept

@@ -26,8 +26,7 @@ UNLIMITED = 10**6  # tokenizers without a limit say 10³⁰
 class PretrainedTokenizer:
     """Captions to the tensors that a pretrained text encoder takes.
 
-    A callable of the form of the transformers library's is asked for padded and truncated PyTorch tensors, and cuts by
-    a rule of its own.
+    A callable of that form that is not the library's is asked for padded and truncated PyTorch tensors.
     """
 
     tokenizer: Any
@@ -48,9 +47,6 @@ class PretrainedTokenizer:
         A caption in which the tokenizer finds nothing becomes one token of padding that is not masked: attention over
         nothing has no value.
 
-        Args:
-            texts: B captions, at least one.
-
         Returns:
             (B, L) int64 tensors ``input_ids``, ``attention_mask`` and, of a tokenizer that has them,
             ``token_type_ids``; and how many captions were cut.
@@ -62,11 +58,8 @@ class PretrainedTokenizer:
         cut = self._rows([texts[i] for i in long], truncation=True, max_length=self.context_length) if long else {}
         # Padding is masked, so a tokenizer without it (GPT-2) lends its end token.
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        padding = {
-            "input_ids": next(token for token in tokens if token is not None),
-            "attention_mask": 0,
-            "token_type_ids": self.tokenizer.pad_token_type_id,
-        }
+        fill = next(token for token in tokens if token is not None)
+        padding = {"input_ids": fill, "attention_mask": 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         tensors = {}
         for name, columns in rows.items():
             for place, column in zip(long, cut.get(name, ()), strict=True):
@@ -83,7 +76,7 @@ class PretrainedTokenizer:
         None of a callable that is not of the library.
         """
         tokenizer = self.tokenizer
-        if not is_of_library(self.tokenizer, KIND):
+        if not is_of_library(tokenizer, KIND):
             return None
         described = {"source": "hf", "name": str(tokenizer.name_or_path), "context": self.context_length}
         if not tokenizer.is_fast:
