@@ -29,7 +29,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_CONTEXT = 512  # of relative positions (T5, arXiv 1910.10683, section 3.1.2), and of most others
 E = TypeVar("E", ImageEncoder, TextEncoder)
 KINDS = {"image": ("vision_config", "pixel_values"), "text": ("text_config", "input_ids")}
-
 # Towers of two-tower models that the library's own choice by configuration, AutoModel, does not know.
 OTHER_TOWERS = {
     "align_text_model": "AlignTextModel",
@@ -61,8 +60,8 @@ def build_image(description: dict[str, Any]) -> ImageEncoder:
 
 def build_text(description: dict[str, Any]) -> TextEncoder:
     """Build a text encoder from its description, with random weights."""
-    width, context, vocab = (description[key] for key in ("width", "context", "vocab"))
-    return TextEncoder(_build(description), width, context, vocab, description)
+    measures = {key: description[key] for key in ("width", "context", "vocab")}
+    return TextEncoder(_build(description), **measures, description=description)
 
 
 def live_image_encoder(module: nn.Module, pixels: Pixels) -> ImageEncoder:
@@ -142,7 +141,7 @@ def _pixels(name: str, config: Any) -> Pixels:
                 f"hf:{name}: its preprocessor asks for {key}, which is not supported. Expected (x / 255 - mean) / std "
                 "of red, green, blue. Take another encoder."
             )
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = [0.0] * 3, [1.0] * 3
     if values.get("do_normalize", True):
         if "image_mean" not in values or "image_std" not in values:
             warnings.warn(
@@ -190,7 +189,7 @@ def _side(values: dict[str, Any], name: str) -> int:
             "side of a square, such as 224. Take an encoder of square images, or write preprocessor_config.json into a "
             'local copy of the model, such as {"size": 224, "image_mean": [...], "image_std": [...]}.'
         )
-    return int(sides[0])
+    return sides[0]
 
 
 def _measured_text(module: Any, average: bool, description: dict[str, Any]) -> TextEncoder:
