@@ -22,7 +22,9 @@ MADE, digest, figures = MAKE["MADE"], MAKE["digest"], MAKE["figures"]
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
 # Other kernels add in another order: the last bits are asked for where PyTorch and processor are those of the fixtures.
 SAME_MACHINE = MAKE["machine"]() == EXPECTED["machine"]
-ELSEWHERE = 1e-4  # of a loss; PyTorch's plain kernels (ATEN_CPU_CAPABILITY=default) differ from AVX-512 by 3e-7
+# Of a loss; PyTorch's plain kernels (ATEN_CPU_CAPABILITY=default) differ from AVX-512's by 3e-7. Where the optimizer's
+# state is in bfloat16, a number that falls to the other side of its rounding is off by 2⁻⁸ itself.
+ELSEWHERE = dict.fromkeys(MADE, 1e-4) | {"rich": 2**-8}
 BACKBONE = "plain/checkpoints/last.ckpt"
 WRAPPERS = {"two": CustomCLIPWrapper, "prompts": PromptCLIPWrapper}
 
@@ -59,10 +61,12 @@ def branch(name: str, *words: str, start: str | None = None) -> str:
     return target
 
 
-def assert_as_before(found: list[float], expected: list[float], weights: str, digest_before: str) -> None:
+def assert_as_before(name: str, run: str, steps: slice, weights: str) -> None:
+    """A run's losses are those of the steps, and its last weights have the digest of that name."""
+    found, expected = figures(run), EXPECTED[name]["losses"][steps]
     if SAME_MACHINE:
-        assert (found, weights) == (expected, digest_before)
-    assert found == pytest.approx(expected, rel=ELSEWHERE)
+        assert (found, digest(f"{run}/checkpoints/last.ckpt")) == (expected, EXPECTED[name][weights])
+    assert found == pytest.approx(expected, rel=ELSEWHERE[name])
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -103,16 +107,14 @@ def test_evaluate(here, name, capsys, tmp_path):
 def test_an_epoch_more(here, name):
     """Each run goes on for a third epoch: its losses and weights are those that 2403c2e came to."""
     target = branch(name, "--epochs", "3")
-    weights = digest(f"{target}/checkpoints/last.ckpt")
-    assert_as_before(figures(target), EXPECTED[name]["losses"][6:], weights, EXPECTED[name]["an_epoch_later"])
+    assert_as_before(name, target, slice(6, None), "an_epoch_later")
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_from_within_an_epoch(here, name):
     """Each run goes on from its fourth step, within the second epoch, and comes to the end that it had come to."""
     target = branch(name, start=f"{name}/checkpoints/step-00000004.ckpt")
-    weights = digest(f"{target}/checkpoints/last.ckpt")
-    assert_as_before(figures(target), EXPECTED[name]["losses"][4:6], weights, EXPECTED[name]["at_the_end"])
+    assert_as_before(name, target, slice(4, 6), "at_the_end")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -122,8 +124,7 @@ def test_the_same_run_again(here, name, tmp_path, monkeypatch):
         (tmp_path / made).symlink_to(here / made)
     monkeypatch.chdir(tmp_path)
     run(*MADE[name].split(), "--output", "again")
-    weights = digest("again/checkpoints/last.ckpt")
-    assert_as_before(figures("again"), EXPECTED[name]["losses"][:6], weights, EXPECTED[name]["at_the_end"])
+    assert_as_before(name, "again", slice(6), "at_the_end")
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "huggingface", "safetensors"])
