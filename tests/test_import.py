@@ -128,7 +128,8 @@ def test_nothing_of_the_process_changes():
     code = "from tests.test_import import main; main()"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == {}
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert not found, json.dumps(found, indent=1)
 
 
 CHANGES = {
