@@ -1,4 +1,4 @@
-"""Ten questions of a reader, each answered by opening one file: the line that answers it stands there and nowhere else."""
+"""Ten questions of a reader, each answered by opening one file, which alone has the line that does it."""
 
 from __future__ import annotations
 
