@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train_clip.losses.softmax import ranks
+
 KS = (1, 5, 10)  # CLIP paper, table 13
 ROWS_AT_ONCE = 1024  # bounds memory to this many rows of similarities
 
@@ -29,7 +31,7 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     """Score every image against every caption.
 
     An image counts as found when any caption that says the same as one of its own is among the first k, a caption when
-    any image that has it is. Ties and NaN count against: a model that maps all to one point finds nothing.
+    any image that has it is. Ties and NaN count against (``ranks``): a model that maps all to one point finds nothing.
 
     Args:
         images: (N, D) float, unit norm.
@@ -42,11 +44,11 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     image_ranks, image_matches, text_ranks, text_matches = [], [], [], []
     for rows in torch.arange(len(images), device=images.device).split(ROWS_AT_ONCE):
         right = _has_caption(rows, owners, caption_ids)[:, caption_ids]
-        image_ranks.append(_ranks(images[rows] @ texts.T, right))
+        image_ranks.append(ranks(images[rows], texts, right))
         image_matches.append(right.sum(dim=1))
     for rows in torch.arange(len(texts), device=texts.device).split(ROWS_AT_ONCE):
         right = _has_image(caption_ids[rows], owners, caption_ids, len(images))
-        text_ranks.append(_ranks(texts[rows] @ images.T, right))
+        text_ranks.append(ranks(texts[rows], images, right))
         text_matches.append(right.sum(dim=1))
     return Retrieval(
         _recall(torch.cat(image_ranks), ks),
@@ -73,12 +75,6 @@ def _has_image(wanted: Tensor, owners: Tensor, caption_ids: Tensor, num_images: 
     table = torch.zeros(len(different), num_images, dtype=torch.bool, device=wanted.device)
     table[place[caption_ids[mine]], owners[mine]] = True
     return table[inverse]
-
-
-def _ranks(similarity: Tensor, right: Tensor) -> Tensor:
-    """(rows,) int64: how many wrong candidates stand before the best right one, ties and NaN included."""
-    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (~(similarity < best) & ~right).sum(dim=1)
 
 
 def _recall(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:

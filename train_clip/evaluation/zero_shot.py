@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train_clip.errors import UserError
+from train_clip.losses.softmax import ranks
 
 
 def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
@@ -111,24 +112,22 @@ def class_embeddings(
 
 
 def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
-    """Score images against classes. Ties and NaN count against.
+    """Score images against classes. Ties and NaN count against (``ranks``).
 
     Args:
         images: (N, D) float, unit norm.
         labels: (N,) int64 in [0, C).
         classes: (C, D) float, unit norm.
     """
-    similarity = images @ classes.T
-    own = similarity.gather(1, labels[:, None])
-    # The class itself is the one entry that is never less similar than itself.
+    right = labels[:, None] == torch.arange(len(classes), device=labels.device)
     # On the CPU: some devices (MPS) have no float64.
-    ranks, labels = ((~(similarity < own)).sum(dim=1) - 1).cpu(), labels.cpu()
-    hits = (ranks < 1).double()
+    places, labels = ranks(images, classes, right).cpu(), labels.cpu()
+    hits = (places < 1).double()
     counts = torch.bincount(labels, minlength=len(classes)).double()
     per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]
     return ZeroShot(
         top1=hits.mean().item(),
-        top5=(ranks < 5).double().mean().item(),
+        top5=(places < 5).double().mean().item(),
         mean_per_class=per_class.mean().item(),
         chance=1 / len(classes),
         num_images=len(images),
