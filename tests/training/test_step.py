@@ -254,7 +254,7 @@ def test_bf16(clip, accumulate):
     In one piece the gradient of a weight is rounded once, in chunks each chunk's. Each rounding is off by 2^-8 at most
     (bf16 has 8 significant bits), and there are four steps: after them the two lie within 2^-6 of the way travelled.
     From the loop over chunks, which rounds at the same places, the module is off by less than a hundredth of that
-    difference. Both take the fused AdamW: kernels part in the last bit of float32, which turns a weight's rounding to bf16.
+    difference. Both take the fused AdamW: the last bits of other kernels turn a weight's rounding to bf16.
     """
     data, num_epochs = windows(accumulate)
     module = untrained()
