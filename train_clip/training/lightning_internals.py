@@ -1,11 +1,17 @@
-"""What a Trainer is at, as the callbacks of this package ask it."""
+"""All that reaches into private parts of Lightning, and what the callbacks ask of a Trainer alike."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+
+
+def trainer_of(module: L.LightningModule) -> Any:
+    """The Trainer that a module is attached to, or None, where ``module.trainer`` raises."""
+    return module._trainer
 
 
 def resuming(trainer: L.Trainer | None) -> bool:
@@ -33,9 +39,11 @@ def begin_next_epoch(trainer: L.Trainer) -> None:
         loop.epoch_loop.reset_restart_stage()
 
 
-def last_batch(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a batch is its epoch's last."""
-    return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+def steps_and_ends(trainer: L.Trainer, batch_idx: int) -> tuple[bool, bool]:
+    """Whether a batch completes an optimizer step (no gradient is pending), and whether it is its epoch's last."""
+    last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+    # An epoch's last batch always steps.
+    return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0, last
 
 
 def log_step(trainer: L.Trainer) -> None:
@@ -43,6 +51,7 @@ def log_step(trainer: L.Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
-def gradient_pending(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a batch's gradient waits for others (``accumulate_grad_batches``); an epoch's last batch always steps."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last_batch(trainer, batch_idx)
+def release_children(trainer: L.Trainer) -> None:
+    """Keep Lightning from killing this process because those that it started end first, with a code that is not 0."""
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.procs.clear()

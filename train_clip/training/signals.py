@@ -17,11 +17,7 @@ GRACE = 10.0  # seconds in which the others may end by themselves
 
 
 class Stopped(SystemExit):
-    """Ends the process as shells report a signal: 143 for SIGTERM, 130 for SIGINT.
-
-    Args:
-        number: the signal's.
-    """
+    """Ends the process as shells report a signal: 143 for SIGTERM, 130 for SIGINT."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -75,7 +71,6 @@ def outlive_the_first_signal(_: int) -> None:
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        """Leave at the second."""
         if received:
             os._exit(0)
         received.append(number)
@@ -92,7 +87,7 @@ def end_loaders_at_exit() -> None:
     """
 
     def insist() -> None:
-        """Send them more, before: two that come at once count as one."""
+        # More of them, before: two that come at once count as one.
         for child in multiprocessing.active_children():
             while child.daemon and child.is_alive():
                 child.terminate()

@@ -18,12 +18,7 @@ from train_clip.losses.softmax import Pairs
 
 
 class ValidationSplit:
-    """Collects embeddings batch by batch; ``score`` gathers them and starts afresh.
-
-    Args:
-        embed_dim: D.
-        loss: the one that is trained.
-    """
+    """Collects embeddings of width D batch by batch; ``score`` gathers them and starts afresh."""
 
     def __init__(self, embed_dim: int, loss: Loss = LOSSES["softmax"]) -> None:
         self._embed_dim = embed_dim
@@ -81,14 +76,7 @@ class ValidationSplit:
 
 
 def loss_in_batches(images: Tensor, texts: Tensor, loss: Callable[[Pairs], Tensor], batch: int) -> float:
-    """Mean over all pairs of their loss among the pairs of their batch.
-
-    Args:
-        images: (N, D) float, unit norm.
-        texts: (N, D) float, unit norm.
-        loss: of a batch.
-        batch: pairs of a global batch; the last may hold fewer.
-    """
+    """Mean over all N pairs of their loss among the pairs of their global batch, of which the last may be smaller."""
     total = 0.0
     for own_images, own_texts in zip(images.split(batch), texts.split(batch), strict=True):
         pairs = Pairs(own_images, own_texts, own_images, own_texts)
