@@ -168,7 +168,7 @@ def test_the_rest_is_adamw_to_the_bit() -> None:
     """Of a whole model: what Muon leaves alone has the bits of a fused AdamW beside it, and one schedule moves both."""
     models = [CLIP(config_from_dict(TINY))]
     models.append(copy.deepcopy(models[0]))
-    groups = parameter_groups(models[1], OptimizerOptions(**NUMBERS))
+    groups = parameter_groups(models[1], OptimizerOptions(**NUMBERS), {})
     optimizer = made(models[0])
     reference = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True)
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in (optimizer, reference)]

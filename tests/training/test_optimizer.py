@@ -51,7 +51,7 @@ OPTIONS = OptimizerOptions(**NUMBERS)
 def adamw_of(module: nn.Module, **how: Any) -> torch.optim.Optimizer:
     """The optimizer of training from scratch, of all of a module."""
     options = dataclasses.replace(OPTIONS, **how)
-    return build_adamw(parameter_groups(module, options), CLIP(config()), options, False, 0)
+    return build_adamw(parameter_groups(module, options, {}), CLIP(config()), options, False, 0)
 
 
 # Groups
@@ -62,7 +62,7 @@ def test_decay_falls_on_what_is_no_gain_and_no_bias(image: str) -> None:
     """By name, as open_clip chooses: no bias, no norm, no temperature; each trainable parameter in one group."""
     model = CLIP(config(image))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, plain = parameter_groups(model, OPTIONS)
+    decayed, plain = parameter_groups(model, OPTIONS, {})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
     without = ("bias", "bn", "ln", "logit_scale", "class_embedding", "downsample.1")  # the last is a BatchNorm
     expected = {name for name in names.values() if not any(part in name for part in without)}
@@ -77,16 +77,16 @@ def test_frozen_parameters_are_left_out_and_shared_ones_come_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "locked": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     model["locked"].requires_grad_(False)
-    decayed, plain = parameter_groups(model, OPTIONS)
+    decayed, plain = parameter_groups(model, OPTIONS, {})
     assert decayed["params"] == [model["a"].weight]
     assert [id(bias) for bias in plain["params"]] == [id(model["a"].bias), id(model["b"].bias)]
 
 
 def test_an_empty_group_is_left_out() -> None:
     """Only vectors, or only matrices, to train: one group."""
-    (group,) = parameter_groups(nn.LayerNorm(4), OPTIONS)
+    (group,) = parameter_groups(nn.LayerNorm(4), OPTIONS, {})
     assert group["weight_decay"] == 0.0
-    (group,) = parameter_groups(nn.Linear(4, 4, bias=False), OPTIONS)
+    (group,) = parameter_groups(nn.Linear(4, 4, bias=False), OPTIONS, {})
     assert group["weight_decay"] == 0.2
 
 

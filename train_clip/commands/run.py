@@ -107,6 +107,7 @@ def build_trainer(
     callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
     if made.get("enable_progress_bar") is not False:
         callbacks.append(RunProgress())
+        made["enable_progress_bar"] = False
     if made.get("enable_checkpointing") is not False:
         callbacks.append(saving)
     own = made.get("callbacks") or []

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
+import lightning
 import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
@@ -124,14 +125,11 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"
-        self.every = every or Interval()
-        self.keep = keep
-        self.best_by = best_by
+        self.every, self.keep, self.best_by = every or Interval(), keep, best_by
         self.best: float | None = None
         self.best_mean: float | None = None
-        self._best_is_due = self._best_mean_is_due = False
-        self._between_steps = True  # no gradient is pending
-        self._epoch_is_whole = False
+        self._due: set[str] = set()  # which of the two are to be saved
+        self._between_steps, self._epoch_is_whole = True, False
         self._saved_at = 0.0
         self._hosts: Any = None
 
@@ -141,18 +139,17 @@ class Checkpoints(Checkpoint):
         return self.best is not None and self.best_mean is not None and self._is_better(self.best_mean, self.best)
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # What a crash while saving has left.
-        if trainer.is_global_zero:
-            sweep(self.folder)
-            sweep(self.mean_folder)
+        for folder in (self.folder, self.mean_folder) if trainer.is_global_zero else ():
+            sweep(folder)
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, *_: Any) -> None:
         self._hosts, self._saved_at = host_group(), time.monotonic()
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps, self._epoch_is_whole = steps_and_ends(trainer, batch_idx)
         if not self._between_steps or self._epoch_is_whole:
             return
@@ -165,7 +162,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         figures, name = trainer.callback_metrics, self.best_by.figure
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or name not in figures:
             return
@@ -175,22 +172,21 @@ class Checkpoints(Checkpoint):
                 "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
-        if self._is_better(value := figures[name].item(), self.best):
-            self.best, self._best_is_due = value, True
-        mean = figures.get(ema_figure(name))
-        if mean is not None and self._is_better(value := mean.item(), self.best_mean):
-            self.best_mean, self._best_mean_is_due = value, True
+        for which, figure in (("best", name), ("best_mean", ema_figure(name))):
+            if figure in figures and self._is_better(value := figures[figure].item(), getattr(self, which)):
+                setattr(self, which, value)
+                self._due.add(which)
         # Within an epoch it is saved here, else at its end.
-        if (self._best_is_due or self._best_mean_is_due or trainer.should_stop) and not self._epoch_is_whole:
+        if (self._due or trainer.should_stop) and not self._epoch_is_whole:
             self.save(trainer)
 
     @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         # Not where the run ends within an epoch, which Lightning counts as a whole one from here on.
         if self._epoch_is_whole:
             self.save(trainer)
 
-    def save(self, trainer: L.Trainer) -> Path | None:
+    def save(self, trainer: Trainer) -> Path | None:
         """Save the state of the run, on all processes; the logs are written out with it.
 
         Returns:
@@ -203,7 +199,7 @@ class Checkpoints(Checkpoint):
             return None
         # A crash before the other names are given leaves an older last.ckpt, from which this state comes again. Were it
         # last.ckpt already, the run that goes on would know of its best state and not have it.
-        target = self.folder / (BEST if self._best_is_due else LAST)
+        target = self.folder / (BEST if "best" in self._due else LAST)
         failure: UserError | None = None
         try:
             # First, for the same reason: the state knows how good the best EMA is.
@@ -222,7 +218,7 @@ class Checkpoints(Checkpoint):
             raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
-        self._best_is_due = self._best_mean_is_due = False
+        self._due.clear()
         self._saved_at = time.monotonic()
         return self.folder / LAST
 
@@ -238,7 +234,7 @@ class Checkpoints(Checkpoint):
         better = best is None or (value < best if self.best_by.lowest else value > best)
         return math.isfinite(value) and better
 
-    def _write_ema(self, trainer: L.Trainer) -> None:
+    def _write_ema(self, trainer: Trainer) -> None:
         """Write a model whose weights are the EMA's; nothing where the run has none. Called on all processes.
 
         Raises:
@@ -251,7 +247,7 @@ class Checkpoints(Checkpoint):
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
-            LIGHTNING: L.__version__,
+            LIGHTNING: lightning.__version__,
             "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
             RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},
@@ -261,7 +257,7 @@ class Checkpoints(Checkpoint):
             return
         last, best = self.mean_folder / LAST, self.mean_folder / BEST
         AtomicCheckpointIO().save_checkpoint(checkpoint, last)
-        if self._best_mean_is_due:
+        if "best_mean" in self._due:
             try:
                 link(last, best)
             except OSError as error:

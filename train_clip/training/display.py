@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import math
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -26,23 +24,23 @@ METRICS = Path("logs", "metrics.csv")  # within a run's folder
 REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
-# What is shown, in this order: label, logged name, format.
-FIGURES = (
-    ("loss", "train/loss", ".3f"),
-    ("distillation", "train/distillation_loss", ".3f"),
-    ("i→t", "train/accuracy_image_to_text", ".1%"),
-    ("t→i", "train/accuracy_text_to_image", ".1%"),
-    ("scale", "train/logit_scale", ".1f"),
-    ("lr", "train/learning_rate", ".1e"),
-    ("pairs/s", "train/pairs_per_second", ",.0f"),
-)
-VALIDATION_FIGURES = (
-    ("loss", "val/loss", ".3f"),
-    ("R@1 i→t", "val/R@1_image_to_text", ".1%"),
-    ("R@5 i→t", "val/R@5_image_to_text", ".1%"),
-    ("R@1 t→i", "val/R@1_text_to_image", ".1%"),
-    ("R@5 t→i", "val/R@5_text_to_image", ".1%"),
-)
+# What is shown, in this order: logged names, and their labels and formats.
+FIGURES = {
+    "train/loss": "loss {:.3f}",
+    "train/distillation_loss": "distillation {:.3f}",
+    "train/accuracy_image_to_text": "i→t {:.1%}",
+    "train/accuracy_text_to_image": "t→i {:.1%}",
+    "train/logit_scale": "scale {:.1f}",
+    "train/learning_rate": "lr {:.1e}",
+    "train/pairs_per_second": "pairs/s {:,.0f}",
+}
+VALIDATION_FIGURES = {
+    "val/loss": "loss {:.3f}",
+    "val/R@1_image_to_text": "R@1 i→t {:.1%}",
+    "val/R@5_image_to_text": "R@5 i→t {:.1%}",
+    "val/R@1_text_to_image": "R@1 t→i {:.1%}",
+    "val/R@5_text_to_image": "R@5 t→i {:.1%}",
+}
 # One panel each: its title, and the logged names with their labels.
 PANELS = {
     "loss": {
@@ -67,59 +65,44 @@ PANELS = {
 }
 
 
-class RunProgress(ProgressBar):
+class RunProgress(Callback):
     """Figures, pairs/s and the time left: a bar over the whole run on a terminal, a line now and then in a file."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.console = Console()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
         columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
-        is_file = not self.console.is_terminal
-        self.progress = Progress(*columns, console=self.console, refresh_per_second=4, disable=is_file)
-        self.task = self.progress.add_task("", start=False, total=None)
-        self.enabled, self.last_shown = True, 0.0
+        in_file = not self.console.is_terminal
+        self.progress = Progress(*columns, console=self.console, refresh_per_second=4, disable=in_file)
+        self.last_shown = 0.0
 
     @override
-    def disable(self) -> None:
-        # On every process but the first.
-        self.enabled = False
-
-    @override
-    def enable(self) -> None:
-        self.enabled = True
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, *rest: Any) -> None:
-        super().on_train_start(trainer, *rest)
-        batches = trainer.num_training_batches * ((trainer.max_epochs or 1) if trainer.max_epochs != -1 else math.inf)
-        if trainer.max_steps > 0:
-            batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
-        total = batches if batches < math.inf else None
-        self.progress.reset(self.task, total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
-        if self.enabled:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
+        total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        self.progress.add_task("", total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        if trainer.is_global_zero:
             self.progress.start()
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        super().on_train_batch_end(trainer, *rest)
-        self.progress.update(self.task, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
-        in_file, now = self.progress.disable, time.perf_counter()
-        if self.enabled and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
-            self.last_shown = now
-            self.progress.update(self.task, description=_figures(trainer, FIGURES))
-            (task,) = self.progress.tasks
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        (task,), now, in_file = self.progress.tasks, time.perf_counter(), self.progress.disable
+        self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
+            self.last_shown, task.description = now, _figures(trainer, FIGURES)
             if in_file:
                 done, left = (column.render(task) for column in (MofNCompleteColumn(), TimeRemainingColumn()))
                 self._say(f"batch {str(done).strip()}  {task.description}  {left} left")
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        super().on_validation_end(trainer, *rest)
-        if self.enabled and not trainer.sanity_checking:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
-            of_ema = tuple((label, ema_figure(name), form) for label, name, form in VALIDATION_FIGURES)
-            for what, names in (("held out", VALIDATION_FIGURES), ("EMA", of_ema)):
+            of_ema = {ema_figure(name): form for name, form in VALIDATION_FIGURES.items()}
+            for what, names in {"held out": VALIDATION_FIGURES, "EMA": of_ema}.items():
                 if figures := _figures(trainer, names):
                     self._say(f"{where}, {what}:  {figures}")
 
@@ -136,12 +119,12 @@ class RunProgress(ProgressBar):
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _figures(trainer: L.Trainer, figures: tuple[tuple[str, str, str], ...]) -> str:
+def _figures(trainer: Trainer, figures: dict[str, str]) -> str:
     known = trainer.callback_metrics
-    return "  ".join(f"{label} {known[name].item():{form}}" for label, name, form in figures if name in known)
+    return "  ".join(form.format(known[name].item()) for name, form in figures.items() if name in known)
 
 
-class Throughput(L.Callback):
+class Throughput(Callback):
     """Logs ``train/pairs_per_second``: pairs of the global batch over wall-clock time, since the last reading.
 
     Time spent in validation is left out.
@@ -156,9 +139,7 @@ class Throughput(L.Callback):
         self.started = self.started or time.perf_counter()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.pairs += len(batch[0]) * trainer.world_size
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
@@ -247,19 +228,19 @@ def read_metrics(file: Path) -> list[dict[str, str]]:
     return [row for row in rows if row.get("step", "").isdigit()]
 
 
-class Curves(L.Callback):
+class Curves(Callback):
     """Draws a run's ``curves.png`` after each validation and at its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self.on_fit_end(trainer, pl_module)
 
     @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
             draw_curves(rows, self.folder / "curves.png")
 

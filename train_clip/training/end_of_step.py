@@ -15,8 +15,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ OTHER_CHECKPOINTS = (
 )
 
 
-class EndOfStep(L.Callback):
+class EndOfStep(Callback):
     """Counts the global batches that have been trained on, watches over the steps, and ends a run on a signal.
 
     The count, which is the position in the data, is part of a run, not of a model: a checkpoint restores it only where
@@ -62,7 +62,7 @@ class EndOfStep(L.Callback):
         self._hosts: Any = None
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # Lightning restores a resumed run's count after this.
         if stage == "fit":
             self.consumed_batches = self.num_steps = 0
@@ -74,38 +74,35 @@ class EndOfStep(L.Callback):
         self.signals.install()
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install()
         internals.begin_next_epoch(trainer)
         self._hosts, self._scaler = host_group(), internals.gradient_scaler(trainer)
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
-            self._require_equal(int(trainer.num_training_batches), UNEVEN_EPOCHS)
-        self._require_equal(self.consumed_batches, OTHER_CHECKPOINTS)
+            self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
+        self.require_equal_shares(self.consumed_batches, OTHER_CHECKPOINTS)
         length = trainer.estimated_stepping_batches
         before, self.num_steps = self.num_steps, 0 if length == float("inf") else int(length)
         if before and before != self.num_steps:
             self._follow_length(trainer, before)
 
-    def require_equal_shares(self, length: int) -> None:
+    def require_equal_shares(self, number: int, message: str = UNEVEN_SHARES) -> None:
         """Stop, on all processes, where they hold unequal shares of a batch: the gathered embeddings need equal ones.
 
-        Args:
-            length: pairs of this process.
-
         Raises:
-            UserError: they differ.
+            UserError: a number, the pairs of this process, is not the same on each.
         """
-        self._require_equal(length, UNEVEN_SHARES)
+        most, negative_least = largest([number, -number], self._hosts)
+        if most != -negative_least:
+            raise UserError(message.format(least=-negative_least, most=most))
 
     @override
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         self.finite.before_update(optimizer, self._scaler, self.consumed_batches + 1)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.consumed_batches += 1
         steps, self._epoch_is_whole = internals.steps_and_ends(trainer, batch_idx)
         if not steps:
@@ -124,13 +121,13 @@ class EndOfStep(L.Callback):
         self.finite.read()
 
     @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         # A run that ends within an epoch is over.
         if self._epoch_is_whole:
             self._stop_if_asked(trainer, within_epoch=False)
 
     @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step < self.num_steps:
             rank_zero_info(
                 f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the "
@@ -139,7 +136,7 @@ class EndOfStep(L.Callback):
             )
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         # Lightning gives the model back at the end of training, but not after an error.
         pl_module.teardown("fit")
 
@@ -151,7 +148,7 @@ class EndOfStep(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.consumed_batches, self.num_steps = state_dict["consumed_batches"], state_dict.get("num_steps", 0)
 
-    def _follow_length(self, trainer: L.Trainer, before: int) -> None:
+    def _follow_length(self, trainer: Trainer, before: int) -> None:
         if self.num_steps <= trainer.global_step:
             raise UserError(
                 f"The run has done {trainer.global_step:,} optimizer steps of {before:,}, and is to take "
@@ -160,20 +157,14 @@ class EndOfStep(L.Callback):
             )
         for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
             if isinstance(schedule, LambdaLR):
-                groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-                for group, peak, share in groups:
-                    group["lr"] = peak * share(schedule.last_epoch)
+                for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                    group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
         rank_zero_info(
             f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
             f"{trainer.global_step:,} on the learning rate follows the new length."
         )
 
-    def _require_equal(self, number: int, message: str) -> None:
-        most, negative_least = largest([number, -number], self._hosts)
-        if most != -negative_least:
-            raise UserError(message.format(least=-negative_least, most=most))
-
-    def _stop_if_asked(self, trainer: L.Trainer, within_epoch: bool) -> None:
+    def _stop_if_asked(self, trainer: Trainer, within_epoch: bool) -> None:
         number = largest([self.signals.received], self._hosts)[0]
         if number:
             saved = save_now(trainer, within_epoch)
@@ -182,7 +173,7 @@ class EndOfStep(L.Callback):
                 + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
             )
             internals.release_children(trainer)
-            raise Stopped(number)
+            raise Stopped(128 + number)
 
 
 class FiniteSteps:
@@ -277,7 +268,7 @@ def known_at_once(flag: Tensor) -> bool:
     return flag.is_cpu
 
 
-def save_now(trainer: L.Trainer, within_epoch: bool) -> Path | None:
+def save_now(trainer: Trainer, within_epoch: bool) -> Path | None:
     """Save the state of the run beside its other checkpoints, on all processes; None where it has none.
 
     Args:

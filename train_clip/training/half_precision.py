@@ -9,7 +9,7 @@ float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from typing_extensions import override
 
 from train_clip.models.clip import DualEncoder
 from train_clip.options import OptimizerOptions
-from train_clip.tensors import local, seed_of, sent, shard_of
+from train_clip.tensors import local, seed_of, shard_of
 from train_clip.training.end_of_step import known_at_once
+
+Groups = list[dict[str, Any]]  # of an optimizer's parameters
 
 HALF_STEP = 1 << 15  # of the 2^16 float32 numbers from one bfloat16 number to the next
 TOP_16_BITS = -(1 << 16)
@@ -84,7 +86,7 @@ class HalfOptimizer(Optimizer):
     Args:
         groups: of parameters, float32 or bfloat16.
         defaults: numbers of a group that has none of its own.
-        half: keep the state of parameters of two dimensions and more in bfloat16.
+        options: what the state of parameters of two dimensions and more is kept in.
         seed: 0 or above.
         held_back: take ``found_inf`` as PyTorch's fused optimizers do. Not under a gradient scaler, which would leave
             the unscaling to the optimizer.
@@ -93,10 +95,11 @@ class HalfOptimizer(Optimizer):
     found_inf: Tensor | None = None  # () float32; above 0, nothing changes
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any], half: bool, seed: int, held_back: bool
+        self, groups: Groups, defaults: dict[str, Any], options: OptimizerOptions, seed: int, held_back: bool
     ) -> None:
         super().__init__(groups, defaults)
-        self._half, self._seed, self._step_supports_amp_scaling = half, seed, held_back
+        self._state_type = getattr(torch, options.adam_statistics)
+        self._seed, self._step_supports_amp_scaling = seed, held_back
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @override
@@ -131,7 +134,7 @@ class HalfOptimizer(Optimizer):
         """The state of a parameter, in the step that begins; zeros at first."""
         state = self.state[parameter]
         if not state:
-            dtype = torch.bfloat16 if self._half and parameter.ndim >= 2 else torch.float32
+            dtype = self._state_type if parameter.ndim >= 2 else torch.float32
             state |= {"step": 0} | {name: torch.zeros_like(parameter, dtype=dtype) for name in names}
         # Ahead of the truth once an update is held back on a GPU: nothing is saved from there on.
         state["step"] += 1
@@ -159,59 +162,50 @@ class HalfAdamW(HalfOptimizer):
     (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.) Computed in float32, decay included, and rounded once.
     """
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], options: OptimizerOptions, seed: int = 0, held_back: bool = False
-    ) -> None:
+    def __init__(self, groups: Groups, options: OptimizerOptions, seed: int = 0, held_back: bool = False) -> None:
         defaults = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps, "weight_decay": 0.0}
-        super().__init__(groups, defaults, options.adam_statistics == "bfloat16", seed, held_back)
+        super().__init__(groups, defaults, options, seed, held_back)
 
     @override
     def update(self) -> None:
-        place = 0
-        for group in self.param_groups:
-            rate, (beta1, beta2), shrink = group["lr"], group["betas"], 1 - group["lr"] * group["weight_decay"]
-            numbers: dict[tuple[int, torch.device], Tensor] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    step = self.next_state(parameter, *MOMENTS)["step"]
-                    key = (step, parameter.device)
-                    if key not in numbers:
-                        bias1, bias2 = 1 - beta1**step, 1 - beta2**step
-                        values = shrink, rate / bias1, 1 - beta1, beta2, 1 - beta2, 1 / math.sqrt(bias2), group["eps"]
-                        numbers[key] = sent(torch.tensor(values), parameter.device)
-                    self._step_one(parameter, place, numbers[key])
-                place += 1
+        parameters = ((group, parameter) for group in self.param_groups for parameter in group["params"])
+        for place, (group, parameter) in enumerate(parameters):
+            if parameter.grad is not None:
+                self._step_one(parameter, local(parameter.grad), place, group)
 
-    def _step_one(self, parameter: Tensor, place: int, numbers: Tensor) -> None:
-        # A piece at a time.
-        state = self.state[parameter]
-        kept = [local(tensor) for tensor in (parameter.detach(), *map(state.get, MOMENTS), parameter.grad)]
+    def _step_one(self, parameter: Tensor, gradient: Tensor, place: int, group: dict[str, Any]) -> None:
+        state = self.next_state(parameter, *MOMENTS)
+        rate, (beta1, beta2), step = group["lr"], group["betas"], state["step"]
+        decay, root = rate * group["weight_decay"], math.sqrt(1 - beta2**step)
+        numbers = (1 - decay, rate / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, 1 / root, group["eps"])
+        kept = [local(tensor) for tensor in (parameter.detach(), *(state[name] for name in MOMENTS))]
         flat = [tensor.reshape(-1) for tensor in kept]
-        num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept[:3])
-        generator = self.noise(parameter, place)
-        size = PIECE.get(parameter.device.type, LARGE_PIECE)
-        for *now, gradient in zip(*(tensor.split(size) for tensor in flat), strict=True):
-            then = adamw_step(now, gradient, numbers, draw(generator, num_rounded, len(gradient)))
+        num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
+        generator, size = self.noise(parameter, place), PIECE.get(parameter.device.type, LARGE_PIECE)
+        for piece, *now in zip(*(tensor.split(size) for tensor in (gradient.reshape(-1), *flat)), strict=True):
+            then = adamw_step(now, piece, numbers, draw(generator, num_rounded, len(piece)))
             for old, new in zip(now, then, strict=True):
                 self.write(old, new)
-        for tensor, values in zip(kept[:3], flat, strict=False):
+        for tensor, values in zip(kept, flat, strict=True):
             if not tensor.is_contiguous():
                 tensor.copy_(values.view_as(tensor))
 
 
-def adamw_step(kept: Iterable[Tensor], gradient: Tensor, numbers: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+def adamw_step(
+    kept: Sequence[Tensor], gradient: Tensor, numbers: tuple[float, ...], noise: Tensor
+) -> tuple[Tensor, ...]:
     """One step of some numbers, in float32, each rounded once where it is kept in bfloat16.
 
     Args:
         kept: w, m, v, each (n,) float32 or bfloat16.
         gradient: g, (n,) float.
-        numbers: (7,) float32: 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε.
+        numbers: 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε.
         noise: (k, n) int16, a row for each of the kept that is bfloat16.
 
     Returns:
         The next w, m, v, of the types that they are kept in.
     """
-    shrink, rate, new_first, keep_second, new_second, root, eps = numbers.unbind()
+    shrink, rate, new_first, keep_second, new_second, root, eps = numbers
     weights, first, second = (tensor.float() for tensor in kept)
     gradient = gradient.float()
     first = first.lerp(gradient, new_first)

@@ -13,6 +13,8 @@ A, B  rows and columns of a matrix      K  matrices of one shape
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from train_clip.models.clip import DualEncoder
 from train_clip.models.resnet import AttentionPool
 from train_clip.options import OptimizerOptions
 from train_clip.tensors import local
-from train_clip.training.half_precision import HalfOptimizer, draw, round_stochastically
+from train_clip.training.half_precision import Groups, HalfOptimizer, draw, round_stochastically
 from train_clip.training.optimizer import build_adamw
 
 HIDDEN = "hidden"  # the key that tells Muon's groups from the others
@@ -43,9 +45,7 @@ BUFFER = "momentum_buffer"  # as torch.optim.Muon calls it
 STREAM = 2  # parts its random numbers from those of the other optimizer
 
 
-def build_muon(
-    groups: list[dict[str, Any]], model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int
-) -> Muon:
+def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Muon:
     """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest.
 
     Raises:
@@ -57,16 +57,15 @@ def build_muon(
             "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained. Expected "
             "a tower that is; for prompts, or a projection alone: adamw or sgd."
         )
-    assert options.learning_rate is not None
-    rate = options.muon_learning_rate
-    factor = MUON_RATE if rate is None else rate / options.learning_rate
+    rate: Any = options.muon_learning_rate
+    factors = {True: MUON_RATE if rate is None else rate / options.learning_rate, False: 1.0}
     of_muon, rest = (
         [
-            group | {"params": chosen, "lr": group["lr"] * (factor if hidden else 1.0), HIDDEN: hidden}
+            group | {"params": chosen, "lr": group["lr"] * factor, HIDDEN: hidden}
             for group in groups
             if (chosen := [parameter for parameter in group["params"] if (parameter in matrices) == hidden])
         ]
-        for hidden in (True, False)
+        for hidden, factor in factors.items()
     )
     return Muon(of_muon, build_adamw(rest, model, options, fused, seed), options, seed, held_back=fused)
 
@@ -77,13 +76,10 @@ def hidden_matrices(model: DualEncoder) -> set[nn.Parameter]:
     "Muon should only be applied to hidden layers": embeddings, what leads out of a tower, gains and biases take AdamW
     (Jordan et al. 2024). Convolutions take it here too.
     """
-    found: set[nn.Parameter] = set()
-    for module in (module for tower in (model.visual, model.transformer) for module in tower.modules()):
-        if isinstance(module, nn.Linear):
-            found |= {module.weight}  # type: ignore[arg-type]
-        elif isinstance(module, SelfAttention | nn.MultiheadAttention) and module.in_proj_weight is not None:
-            found |= {module.in_proj_weight}
-    return found - {module.c_proj.weight for module in model.modules() if isinstance(module, AttentionPool)}
+    modules = [module for tower in (model.visual, model.transformer) for module in tower.modules()]
+    found: set[Any] = {module.weight for module in modules if isinstance(module, nn.Linear)}
+    found |= {module.in_proj_weight for module in modules if isinstance(module, SelfAttention | nn.MultiheadAttention)}
+    return found - {module.c_proj.weight for module in modules if isinstance(module, AttentionPool)} - {None}
 
 
 class Muon(HalfOptimizer):
@@ -100,26 +96,17 @@ class Muon(HalfOptimizer):
     """
 
     def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        rest: Optimizer,
-        options: OptimizerOptions,
-        seed: int = 0,
-        held_back: bool = False,
+        self, groups: Groups, rest: Optimizer, options: OptimizerOptions, seed: int = 0, held_back: bool = False
     ) -> None:
-        defaults = {"momentum": options.momentum, "weight_decay": 0.0}
-        super().__init__(groups, defaults, options.adam_statistics == "bfloat16", seed, held_back)
+        super().__init__(groups, {"momentum": options.momentum, "weight_decay": 0.0}, options, seed, held_back)
         self._num_groups = len(self.param_groups)
         self.rest = rest
-        self._share([*self.param_groups, *rest.param_groups])
+        self.__setstate__({"state": self.state, "param_groups": [*self.param_groups, *rest.param_groups]})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Also called where a state is loaded.
+        # Groups and state are shared with the other optimizer from the start, and after each loading.
         super().__setstate__(state)
         self.rest.__setstate__({"state": self.state, "param_groups": self.param_groups[self._num_groups :]})
-
-    def _share(self, groups: list[dict[str, Any]]) -> None:
-        self.__setstate__({"state": self.state, "param_groups": groups})
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,7 +115,7 @@ class Muon(HalfOptimizer):
             return
         # What is added later, such as what a callback unfreezes, goes to the other optimizer, whatever it is.
         self.rest.add_param_group(param_group)
-        self._share([*self.param_groups[: self._num_groups], *self.rest.param_groups])
+        self.param_groups[self._num_groups :] = self.rest.param_groups
 
     @override
     def update(self) -> None:
@@ -136,15 +123,15 @@ class Muon(HalfOptimizer):
         self.rest.step()
         place = 0
         for group in self.param_groups[: self._num_groups]:
-            places = {parameter: place + number for number, parameter in enumerate(group["params"])}
+            # A matrix's noise follows from its place among all.
+            places = {parameter: number for number, parameter in enumerate(group["params"], place)}
             place += len(places)
-            for some in _alike({p: number for p, number in places.items() if p.grad is not None}):
-                # Matrices of one shape or its transpose; by their places among all, which their noise follows from.
-                updates = [self._follow(parameter, group["momentum"], number) for parameter, number in some.items()]
+            for some in _alike([parameter for parameter in places if parameter.grad is not None]):
+                updates = [self._follow(parameter, group["momentum"], places[parameter]) for parameter in some]
                 directions = orthogonalise(torch.cat([_lying(update) for update in updates]))
                 counts = [row_blocks(update) for update in updates]
-                for (parameter, number), blocks in zip(some.items(), directions.split(counts), strict=True):
-                    self._move(parameter, blocks, group, number)
+                for parameter, blocks in zip(some, directions.split(counts), strict=True):
+                    self._move(parameter, blocks, group, places[parameter])
 
     def _follow(self, parameter: Tensor, momentum: float, place: int) -> Tensor:
         """Let the momentum follow a gradient; Nesterov's mixture of both, (A, B) float32, whole also of a shard."""
@@ -219,14 +206,11 @@ def _lying(update: Tensor) -> Tensor:
     return blocks.mT if blocks.shape[-2] > blocks.shape[-1] else blocks
 
 
-def _alike(places: dict[Tensor, int]) -> list[dict[Tensor, int]]:
-    """Sort matrices by the shape of their blocks, a transpose being the same, as many together as may be."""
-    found: dict[tuple[Any, ...], list[dict[Tensor, int]]] = {}
-    for parameter, place in places.items():
-        low, high = sorted(_block_shape(parameter))
-        batches = found.setdefault((low, high, parameter.device), [{}])
-        # Of three blocks at most.
-        if 3 * low * high * len(batches[-1]) >= AT_ONCE:
-            batches.append({})
-        batches[-1][parameter] = place
-    return [batch for batches in found.values() for batch in batches]
+def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    # By the shape of their blocks, of which there are three at most, a transpose being the same.
+    found: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        found[*sorted(_block_shape(matrix)), matrix.device].append(matrix)
+    for (low, high, _), some in found.items():
+        size = -(-AT_ONCE // (3 * low * high))
+        yield from (some[start : start + size] for start in range(0, len(some), size))

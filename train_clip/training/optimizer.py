@@ -17,11 +17,10 @@ from train_clip.models.clip import CLIP, DualEncoder
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.vit import VisionTransformer
 from train_clip.options import OPTIMIZERS, OptimizerOptions, TowerOptions, TrainingOptions
-from train_clip.training.half_precision import HalfAdamW
-
-Rates = dict[nn.Parameter, float]
+from train_clip.training.half_precision import Groups, HalfAdamW
 
 WARMUP_SHARE = 0.1  # of a run that is too short for the preset's warm-up
+LAST = ("proj", "ln_post", "text_projection", "ln_final")  # follow the blocks in our own towers, wherever declared
 
 
 def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOptions, fused: bool = False) -> Optimizer:
@@ -37,10 +36,9 @@ def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOpti
         UserError: ``layer_decay`` for a tower without layers, or nothing that is trained is for Muon.
     """
     numbers = options.optimizer
-    assert numbers.optimizer is not None and numbers.learning_rate is not None
-    groups = parameter_groups(module, numbers, peak_rates(model, options.towers, numbers.learning_rate))
-    build = resolve_name(OPTIMIZERS[numbers.optimizer])
-    optimizer: Optimizer = build(groups, model, numbers, fused, options.step.seed)
+    rates = peak_rates(model, options.towers, numbers.learning_rate)
+    build = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
+    optimizer: Optimizer = build(parameter_groups(module, numbers, rates), model, numbers, fused, options.step.seed)
     return optimizer
 
 
@@ -49,9 +47,7 @@ def default_momentum(optimizer: str) -> float:
     return 0.95 if optimizer == "muon" else 0.9
 
 
-def build_adamw(
-    groups: list[dict[str, Any]], _: DualEncoder, options: OptimizerOptions, fused: bool, seed: int
-) -> Optimizer:
+def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
     """PyTorch's AdamW; ``HalfAdamW`` where weights or state are kept in bfloat16."""
     if options.keeps_halves:
         return HalfAdamW(groups, options, seed, held_back=fused)
@@ -59,21 +55,17 @@ def build_adamw(
     return AdamW(groups, **numbers, fused=fused)
 
 
-def build_sgd(
-    groups: list[dict[str, Any]], _: DualEncoder, options: OptimizerOptions, fused: bool, __: int
-) -> Optimizer:
+def build_sgd(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, __: int) -> Optimizer:
     """SGD with momentum, whose weight decay is a part of the gradient."""
-    assert options.learning_rate is not None and options.momentum is not None
-    sgd = SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=fused)
+    numbers: dict[str, Any] = {"lr": options.learning_rate, "momentum": options.momentum}
+    sgd = SGD(groups, **numbers, fused=fused)
     for parameter in (p for group in sgd.param_groups for p in group["params"] if options.momentum):
         # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
 
 
-def parameter_groups(
-    module: nn.Module, options: OptimizerOptions, rates: Mapping[nn.Parameter, float] | None = None
-) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mapping[nn.Parameter, float]) -> Groups:
     """Sort trainable parameters by whether they decay and by their learning rate; those that decay come first.
 
     Weight decay falls on "all weights that are not gains or biases" (CLIP paper, section 2.5): in practice on those of
@@ -84,11 +76,10 @@ def parameter_groups(
         options: the weight decay, and the peak learning rate.
         rates: peak learning rates of parameters that have one of their own.
     """
-    assert options.learning_rate is not None
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            key = parameter.ndim >= 2, (rates or {}).get(parameter, options.learning_rate)
+            key = parameter.ndim >= 2, rates.get(parameter, options.learning_rate)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": groups[decays, rate], "lr": rate, "weight_decay": options.weight_decay if decays else 0.0}
@@ -96,18 +87,27 @@ def parameter_groups(
     ]
 
 
-def peak_rates(model: DualEncoder, options: TowerOptions, usual: float) -> Rates:
+def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
     """Peak learning rates of the towers' parameters, where they differ from the usual one.
 
         rate · D^(L + 1 - l)        l = 0 before the L blocks of a tower, 1 … L in them, L + 1 after the last one
 
     (ELECTRA, arXiv 2003.10555; BEiT, arXiv 2106.08254.) What joins the towers, and the temperature, keep the usual.
     """
-    found: Rates = {}
-    names, towers = ("image", "text"), (model.visual, model.transformer)
-    for name, tower, parameters in zip(names, towers, model.towers(), strict=True):
-        own: float | None = getattr(options, f"{name}_learning_rate")
-        found |= {} if own is None else dict.fromkeys(parameters, own)
+    assert usual is not None
+    found: dict[nn.Parameter, float] = {}
+    last = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, CLIP | VisionTransformer)
+        for name, parameter in module.named_parameters()
+        if name.startswith(LAST)
+    }
+    for tower, parameters, name in zip(
+        (model.visual, model.transformer), model.towers(), ("image", "text"), strict=True
+    ):
+        own = getattr(options, f"{name}_learning_rate")
+        found |= dict.fromkeys(parameters, own) if own else {}
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if options.layer_decay == 1 or not trained:
             continue
@@ -119,10 +119,17 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float) -> Rates
                 f"nn.ModuleList. Leave layer_decay out, or freeze that tower: lock_{name}. {name}_learning_rate sets "
                 "one rate for all of it."
             )
-        layers = _layers(parameters, blocks, _declared_early(model))
+        layers = {parameter: place for place, block in enumerate(blocks, 1) for parameter in block.parameters()}
+        declared_in_order, reached, after = last.isdisjoint(parameters), 0, len(blocks) + 1
+        for parameter in parameters:
+            if parameter in layers:
+                reached = layers[parameter]
+            elif declared_in_order:
+                layers[parameter] = after if reached == len(blocks) else reached
+            else:
+                layers[parameter] = after if parameter in last else 0
         for parameter in trained:
-            depth = len(blocks) + 1 - layers[parameter]
-            found[parameter] = found.get(parameter, usual) * options.layer_decay**depth
+            found[parameter] = found.get(parameter, usual) * options.layer_decay ** (after - layers[parameter])
     return found
 
 
@@ -139,49 +146,15 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
 
 def _alike(tower: nn.Module) -> Iterator[list[nn.Module]]:
-    """Every two and more children of one class that a module of a tower has, from the outside inwards.
-
-    Of what only holds others, such as a ResNet's stages and its stem, these have to be of one class too.
-    """
+    # Two and more children of one class, from the outside inwards. Of what only holds others, such as a ResNet's stages
+    # and its stem, these have to be of one class too.
     for module in tower.modules():
-        kinds: dict[tuple[type[nn.Module], ...], list[nn.Module]] = {}
+        kinds: dict[Any, list[nn.Module]] = {}
         for child in module.children():
-            first = next(child.children(), None)
-            if first is not None:
+            if parts := list(child.children()):
                 holds = isinstance(child, nn.Sequential | nn.ModuleList)
-                kinds.setdefault((type(child), type(first)) if holds else (type(child),), []).append(child)
+                kinds.setdefault((type(child), holds and type(parts[0])), []).append(child)
         yield from (children for children in kinds.values() if len(children) > 1)
-
-
-def _declared_early(model: DualEncoder) -> set[nn.Parameter]:
-    # What comes after the blocks in this package's own transformers, in which it is not declared after them.
-    found: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, VisionTransformer):
-            found |= {module.proj, *module.ln_post.parameters()}
-        elif isinstance(module, CLIP):
-            found |= {module.text_projection, *module.ln_final.parameters()}
-    return found
-
-
-def _layers(
-    parameters: list[nn.Parameter], blocks: list[nn.Module], last: set[nn.Parameter]
-) -> dict[nn.Parameter, int]:
-    """The layer of each parameter of a tower, from 0 to L + 1; those in no block by the order of their declaration.
-
-    A tower that has some of ``last``, which come after the blocks, declares the others before the blocks in any order.
-    """
-    number, reached = len(blocks), 0
-    layers = {parameter: place for place, block in enumerate(blocks, 1) for parameter in block.parameters()}
-    ordered = last.isdisjoint(parameters)
-    for parameter in parameters:
-        if parameter in layers:
-            reached = layers[parameter]
-        elif ordered:
-            layers[parameter] = number + 1 if reached == number else reached
-        else:
-            layers[parameter] = number + 1 if parameter in last else 0
-    return layers
 
 
 def usual_rate(optimizer: Optimizer, peak: float | None) -> float:

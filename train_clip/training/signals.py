@@ -17,11 +17,7 @@ GRACE = 10.0  # seconds in which the others may end by themselves
 
 
 class Stopped(SystemExit):
-    """Ends the process as shells report a signal: 143 for SIGTERM, 130 for SIGINT."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
+    """Ends the process with the code that shells report a signal by: 128 and its number, 143 for SIGTERM."""
 
 
 class StopSignals:

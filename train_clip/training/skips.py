@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+from lightning import Callback, Trainer
 from typing_extensions import override
 
 from train_clip.data.pairs import shown
@@ -21,7 +21,7 @@ COUNT_EVERY = 10  # batches between counts over all processes
 NAMED_AT_ONCE = 5  # files named on the screen; all of them are in the log
 
 
-class SkipReport(L.Callback):
+class SkipReport(Callback):
     """Names each bad file once, in ``skipped.tsv`` beside the logs, and prints the counts after each epoch.
 
     Where more of the data module's pairs turn out to be bad than it allows (``max_bad``), all processes save and stop.
@@ -36,12 +36,12 @@ class SkipReport(L.Callback):
         self._hosts: Any = None
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # On every process: ``log_dir`` is a broadcast.
         self.log_file = Path(trainer.log_dir or trainer.default_root_dir) / "skipped.tsv"
 
     @override
-    def on_load_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, *_: Any) -> None:
         # A run that is resumed knows the files that its log names already.
         if trainer.is_global_zero and self.log_file.is_file():
             lines = self.log_file.read_text(encoding="utf-8").split("\n")
@@ -53,7 +53,7 @@ class SkipReport(L.Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         self._note(batch)
         # An epoch's last batch is looked at together with the validation that follows it.
@@ -61,13 +61,13 @@ class SkipReport(L.Callback):
             self._stop_if_too_many(trainer, within_epoch=True)
 
     @override
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         # Lightning's trial run before training does not count.
         if not trainer.sanity_checking:
             self._note(batch)
 
     @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         everyone = gather_objects((self.counts, self.reasons))
         self.counts, self.reasons = Counter(), {}
         if trainer.is_global_zero:
@@ -86,7 +86,7 @@ class SkipReport(L.Callback):
                 )
         self._stop_if_too_many(trainer, within_epoch=False)
 
-    def _stop_if_too_many(self, trainer: L.Trainer, within_epoch: bool) -> None:
+    def _stop_if_too_many(self, trainer: Trainer, within_epoch: bool) -> None:
         # Each bad pair stands in the count by one file, met by whichever process.
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TextImageDataModule):

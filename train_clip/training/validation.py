@@ -64,24 +64,24 @@ class ValidationSplit:
         images, texts, captions = images[present], texts[present], captions[present]
         if not len(images):
             return {}
-        found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
-        loss = loss_in_batches(images, texts, lambda pairs: self._loss.of(pairs, scale.float(), bias, False), batch)
-        floor = sum(self._loss.floor(part).item() * len(part) for part in captions.split(batch)) / len(captions)
-        figures = {"val/loss": loss, "val/loss_above_floor": loss - floor}
-        for k in found.image_to_text:
-            figures[f"val/R@{k}_image_to_text"] = found.image_to_text[k]
-            figures[f"val/R@{k}_text_to_image"] = found.text_to_image[k]
-        recalls = [*found.image_to_text.values(), *found.text_to_image.values()]
-        return figures | {"val/mean_recall": sum(recalls) / len(recalls)}
+        rows = torch.arange(len(images), device=images.device)
+        found = retrieval(images, texts, rows, captions)
 
+        def mean(figure: Callable[[Tensor], Tensor]) -> float:
+            return sum(figure(part).item() * len(part) for part in rows.split(batch)) / len(rows)
 
-def loss_in_batches(images: Tensor, texts: Tensor, loss: Callable[[Pairs], Tensor], batch: int) -> float:
-    """Mean over all N pairs of their loss among the pairs of their global batch, of which the last may be smaller."""
-    total = 0.0
-    for own_images, own_texts in zip(images.split(batch), texts.split(batch), strict=True):
-        pairs = Pairs(own_images, own_texts, own_images, own_texts)
-        total += loss(pairs).item() * len(own_images)
-    return total / len(images)
+        def loss(part: Tensor) -> Tensor:
+            pairs = Pairs(images[part], texts[part], images[part], texts[part])
+            return self._loss.of(pairs, scale.float(), bias, False)
+
+        figures = {"val/loss": mean(loss)}
+        figures["val/loss_above_floor"] = figures["val/loss"] - mean(lambda part: self._loss.floor(captions[part]))
+        recalls = {
+            f"val/R@{k}_{way}": recall
+            for way in ("image_to_text", "text_to_image")
+            for k, recall in getattr(found, way).items()
+        }
+        return figures | recalls | {"val/mean_recall": sum(recalls.values()) / len(recalls)}
 
 
 def interleave(parts: list[Tensor], total: int | None) -> Tensor:
