@@ -35,15 +35,10 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written beside the target, synced and renamed; checked before they are loaded."""
+    """Lightning's checkpoints of plain data, written beside the target, synced and renamed; checked when loaded."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint of plain data and tensors to a local path.
-
-        Raises:
-            UserError: the path is an address, or cannot be written; a file that was there is as it was.
-        """
         if "://" in str(path):
             raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
         try:
@@ -67,11 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Read a checkpoint of plain data, every byte of it checked; code in a file is never run.
-
-        Raises:
-            UserError: there is no such file, or it is damaged or holds more than plain data.
-        """
+        # Of plain data alone, every byte of it checked; code in a file is never run.
         return read_checkpoint(Path(path), map_location)
 
 
@@ -187,10 +178,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path | None:
-        """Save the state of the run, on all processes; the logs are written out with it.
-
-        Returns:
-            Where; None in a trial run (``fast_dev_run``), which leaves nothing.
+        """Save the state of the run, on all processes; None in a trial run (``fast_dev_run``), which leaves nothing.
 
         Raises:
             UserError: it cannot be written, on all processes; what was there is as it was.
@@ -211,7 +199,7 @@ class Checkpoints(Checkpoint):
             trainer.strategy.barrier()
         if trainer.is_global_zero and failure is None:
             try:
-                self._name(target, trainer.global_step)
+                self._give_names(target, trainer.global_step)
             except OSError as error:
                 failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is whole.")
         if largest([int(failure is not None)], self._hosts)[0]:
@@ -235,11 +223,7 @@ class Checkpoints(Checkpoint):
         return math.isfinite(value) and better
 
     def _write_ema(self, trainer: Trainer) -> None:
-        """Write a model whose weights are the EMA's; nothing where the run has none. Called on all processes.
-
-        Raises:
-            UserError: it cannot be written, or follows a step that was not finite; what was there is as it was.
-        """
+        """Write a model whose weights are the EMA's; nothing where the run has none. Called on all processes."""
         module: Any = trainer.lightning_module
         if getattr(module, "ema", None) is None:
             return
@@ -263,13 +247,12 @@ class Checkpoints(Checkpoint):
             except OSError as error:
                 raise UserError(f"{best}: {error.strerror}. {last} is whole.") from error
 
-    def _name(self, target: Path, step: int) -> None:
+    def _give_names(self, target: Path, step: int) -> None:
         # The other names of a new file; then what is older than the newest few is deleted.
         for name in (LAST, f"step-{step:08}.ckpt"):
             if name != target.name:
                 link(target, self.folder / name)
-        found = ((re.fullmatch(r"step-(\d{8,})\.ckpt", file.name), file) for file in self.folder.iterdir())
-        numbered = {int(match[1]): file for match, file in found if match}
+        names = (re.fullmatch(r"step-(\d{8,})\.ckpt", file.name) for file in self.folder.iterdir())
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
-        for number in sorted(number for number in numbered if number <= step)[: -self.keep]:
-            numbered[number].unlink(missing_ok=True)
+        for number in sorted(int(name[1]) for name in names if name and int(name[1]) <= step)[: -self.keep]:
+            (self.folder / f"step-{number:08}.ckpt").unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +129,7 @@ class Throughput(Callback):
     Time spent in validation is left out.
     """
 
-    def __init__(self) -> None:
-        self.pairs = 0
-        self.started = 0.0
+    pairs, started = 0, 0.0
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
@@ -193,9 +190,15 @@ class MetricsLog(Logger):
             return
         try:
             if row.keys() - set(self._columns):
-                self._add_columns(row)
-            with self.file.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+                sweep(self.file.parent)
+                earlier = read_metrics(self.file)
+                if not self._columns:
+                    earlier = [one for one in earlier if int(one["step"]) < self._first_step]
+                self._columns = sorted({*row, *(name for one in earlier for name in one)})
+                with replacing(self.file) as beside:
+                    self._write(beside, [dict(zip(self._columns, self._columns, strict=True)), *earlier, row])
+            else:
+                self._write(self.file, [row])
         except OSError as error:
             raise UserError(
                 f"{self.file}: cannot be written ({error.strerror}). Free space, or the permission to write there, and "
@@ -203,17 +206,9 @@ class MetricsLog(Logger):
             ) from error
         self._newest = row
 
-    def _add_columns(self, row: dict[str, Any]) -> None:
-        # The whole file anew, beside the old one; the first time without the rows of steps that come again.
-        sweep(self.file.parent)
-        rows = read_metrics(self.file)
-        if not self._columns:
-            rows = [earlier for earlier in rows if int(earlier["step"]) < self._first_step]
-        self._columns = sorted({*row, *(name for earlier in rows for name in earlier)})
-        with replacing(self.file) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
+        with file.open("a", encoding="utf-8", newline="") as log:
+            csv.DictWriter(log, self._columns).writerows(rows)
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
@@ -251,19 +246,15 @@ def draw_curves(rows: list[dict[str, str]], target: Path) -> None:
     # display and leaves a notebook's figures alone.
     from matplotlib.figure import Figure
 
-    series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    for row in rows:
-        for name, value in row.items():
-            series[name][0].append(int(row["step"]))
-            series[name][1].append(float(value))
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes: Any = figure.subplots(2, 2)
     for panel, (title, lines) in zip(axes.flat, PANELS.items(), strict=True):
-        panel.set_title(title)
-        panel.set_xlabel("optimizer step")
+        panel.set(title=title, xlabel="optimizer step")
         panel.grid(alpha=0.3)
-        for name in (name for name in lines if name in series):
-            panel.plot(*series[name], label=lines[name], marker="." if name.startswith("val") else None, linewidth=1.2)
+        for name, label in lines.items():
+            if points := [(int(row["step"]), float(row[name])) for row in rows if name in row]:
+                marker = "." if name.startswith("val") else None
+                panel.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
         if any(lines.values()) and panel.lines:
             panel.legend()
     with replacing(target) as beside:

@@ -31,11 +31,7 @@ MATRICES = 12  # of N² float32 that one process holds at its peak (tests/traini
 class Distillation(nn.Module):
     """The teacher, the student's temperature towards it, and the term that it adds to the loss.
 
-        L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))
-
-    Args:
-        student: the model that is trained.
-        kind: a key of ``options.DISTILLATION``.
+    L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))        Q: one of ``options.DISTILLATION``
     """
 
     def __init__(self, student: DualEncoder, kind: str) -> None:
@@ -46,13 +42,7 @@ class Distillation(nn.Module):
 
     @override
     def forward(self, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
-        """The term of this process's rows: () float32 or wider.
-
-        Args:
-            pairs: of the student.
-            images: (B, D) float, unit norm: the teacher's, of this process.
-            texts: (B, D) float, unit norm: likewise.
-        """
+        # The student's pairs and the teacher's embeddings, (B, D) and of unit norm, of this process → () float32.
         targets = self._targets(gather_with_gradient(images), gather_with_gradient(texts))
         own = slice(pairs.offset, pairs.offset + len(images))
         scale = self.log_scale.exp()

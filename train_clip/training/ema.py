@@ -22,10 +22,6 @@ class WeightsEMA(nn.Module):
     The warm-up is that of OTTER's code (github.com/facebookresearch/OTTER). The EMA is float32 even where the model is
     kept in bfloat16. Buffers, BatchNorm's statistics among them, are copied. What is frozen when the EMA is made is
     held once, for both.
-
-    Args:
-        model: the EMA starts as a copy.
-        momentum: from 0, which is the model itself, to below 1.
     """
 
     def __init__(self, model: DualEncoder, momentum: float) -> None:

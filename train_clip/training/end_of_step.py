@@ -88,11 +88,7 @@ class EndOfStep(Callback):
             self._follow_length(trainer, before)
 
     def require_equal_shares(self, number: int, message: str = UNEVEN_SHARES) -> None:
-        """Stop, on all processes, where they hold unequal shares of a batch: the gathered embeddings need equal ones.
-
-        Raises:
-            UserError: a number, the pairs of this process, is not the same on each.
-        """
+        """Stop, on all processes, where they hold unequal shares of a batch: embeddings are gathered by equal ones."""
         most, negative_least = largest([number, -number], self._hosts)
         if most != -negative_least:
             raise UserError(message.format(least=-negative_least, most=most))
@@ -187,14 +183,7 @@ class FiniteSteps:
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def note_loss(self, loss: Tensor) -> Tensor:
-        """Take note of a batch's loss, and see to it that one that is not finite gives gradients that are not.
-
-        Args:
-            loss: () float.
-
-        Returns:
-            The same value with the same gradient, bit for bit, where it is finite.
-        """
+        """Take note of a batch's loss, () float, and see to it that one that is not finite has no finite gradient."""
         value = loss.detach().float()
         self._losses.append(value)
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
@@ -205,15 +194,11 @@ class FiniteSteps:
         self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def before_update(self, optimizer: torch.optim.Optimizer, scaler: Any, batch: int) -> None:
-        """Look at a step's gradient, between the backward pass and the update.
-
-        Args:
-            optimizer: about to step.
-            scaler: of the gradient, unscaled by now; None without one.
-            batch: number of the step's last batch, from 1, for the message.
+        """Look at a step's gradient, unscaled by now, between the backward pass and the update.
 
         Raises:
-            UserError: the step is not finite, where that is known at once, or too many were skipped.
+            UserError: the step is not finite, where that is known at once, or too many were skipped; with the number of
+                its last batch, from 1.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = get_total_norm(gradients)
@@ -232,11 +217,7 @@ class FiniteSteps:
             optimizer.found_inf = (self._report[0] > 0).float()  # type: ignore[attr-defined]
 
     def read(self) -> None:
-        """Read the flag, which waits for the device.
-
-        Raises:
-            UserError: a step was not finite.
-        """
+        """Read the flag, which waits for the device; a ``UserError`` where a step was not finite."""
         batch, loss = self._report.tolist()
         if batch:
             raise UserError(
@@ -271,9 +252,7 @@ def known_at_once(flag: Tensor) -> bool:
 def save_now(trainer: Trainer, within_epoch: bool) -> Path | None:
     """Save the state of the run beside its other checkpoints, on all processes; None where it has none.
 
-    Args:
-        trainer: no gradient of its may be pending.
-        within_epoch: whether the figures of the last step are still to be logged.
+    No gradient may be pending. Within an epoch the figures of the last step are still to be logged.
     """
     if within_epoch:
         internals.log_step(trainer)

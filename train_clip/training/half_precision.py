@@ -1,9 +1,8 @@
 """Weights and optimizer state in bfloat16: stochastic rounding, and the AdamW that uses it.
 
-Rounded to nearest, a change below half the distance to the next number is lost however often it is made: at β₂ = 0.999
-the second moment could grow but not decay. OpenAI trained CLIP with weights that are "rounded up or down at random by
-their distance" (github.com/openai/CLIP, issue 29). What has one dimension or none, a thousandth of a model, stays
-float32.
+Rounded to nearest, small changes are lost however often they are made: at β₂ = 0.999 the second moment could not decay.
+OpenAI trained CLIP with weights that are "rounded up or down at random by their distance" (openai/CLIP, issue 29). What
+has one dimension or none, a thousandth of a model, stays float32.
 """
 
 from __future__ import annotations
@@ -53,15 +52,11 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
         P(b) = (x - a) / (b - a)
 
     bfloat16 is the upper half of float32's bits: adding u, uniform in [0, 2^16), carries into it with the probability
-    that the lower half has. Numbers of bfloat16, infinities and NaN stay; what lies beyond the largest number may
-    become infinite, as it may when rounded to nearest.
+    that the lower half has. Numbers of bfloat16, infinities and NaN stay.
 
     Args:
         values: (…) float32.
         noise: (…) int16, u - 2^15, uniform over its whole range.
-
-    Returns:
-        (…) bfloat16.
     """
     carried = (values.view(torch.int32) + noise).add_(HALF_STEP).bitwise_and_(TOP_16_BITS)
     # Clamped to 1, a number is 1 and NaN is NaN, of which a carry into the sign could have made a number.
@@ -81,15 +76,8 @@ class HalfOptimizer(Optimizer):
     """An optimizer that rounds stochastically what it keeps in bfloat16, and that a flag on the device can hold back.
 
     The noise of an update follows from (seed, step, the parameter's place, its shard) alone: replicas on equal devices
-    stay equal bit for bit, and a resumed run repeats it.
-
-    Args:
-        groups: of parameters, float32 or bfloat16.
-        defaults: numbers of a group that has none of its own.
-        options: what the state of parameters of two dimensions and more is kept in.
-        seed: 0 or above.
-        held_back: take ``found_inf`` as PyTorch's fused optimizers do. Not under a gradient scaler, which would leave
-            the unscaling to the optimizer.
+    stay equal bit for bit, and a resumed run repeats it. Not to be held back under a gradient scaler, which would leave
+    the unscaling to the optimizer.
     """
 
     found_inf: Tensor | None = None  # () float32; above 0, nothing changes
@@ -194,16 +182,13 @@ class HalfAdamW(HalfOptimizer):
 def adamw_step(
     kept: Sequence[Tensor], gradient: Tensor, numbers: tuple[float, ...], noise: Tensor
 ) -> tuple[Tensor, ...]:
-    """One step of some numbers, in float32, each rounded once where it is kept in bfloat16.
+    """The next w, m, v, computed in float32, each rounded once where it is kept in bfloat16.
 
     Args:
         kept: w, m, v, each (n,) float32 or bfloat16.
         gradient: g, (n,) float.
         numbers: 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε.
         noise: (k, n) int16, a row for each of the kept that is bfloat16.
-
-    Returns:
-        The next w, m, v, of the types that they are kept in.
     """
     shrink, rate, new_first, keep_second, new_second, root, eps = numbers
     weights, first, second = (tensor.float() for tensor in kept)

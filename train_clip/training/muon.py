@@ -46,11 +46,7 @@ STREAM = 2  # parts its random numbers from those of the other optimizer
 
 
 def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Muon:
-    """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest.
-
-    Raises:
-        UserError: nothing that is trained is for Muon.
-    """
+    """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest."""
     matrices = {matrix for matrix in hidden_matrices(model) if matrix.requires_grad}
     if not matrices:
         raise UserError(
@@ -86,13 +82,6 @@ class Muon(HalfOptimizer):
     """Updates matrices by Muon, and leaves the rest to an optimizer that was made for it.
 
     Both share one list of groups and one state, so that schedules, checkpoints and clipping meet one optimizer.
-
-    Args:
-        groups: of matrices, with ``lr`` and ``weight_decay``.
-        rest: has all other parameters.
-        options: the momentum μ, and whether m is kept in bfloat16.
-        seed: of the noise.
-        held_back: see ``HalfOptimizer``.
     """
 
     def __init__(
@@ -167,15 +156,12 @@ class Muon(HalfOptimizer):
 
 
 def orthogonalise(blocks: Tensor) -> Tensor:
-    """Move singular values near 1 (0.7 to 1.2, Jordan et al. 2024) by a polynomial, without a decomposition.
+    """Move singular values near 1 (0.7 to 1.2, Jordan et al. 2024) by a polynomial: U S Vᵀ → about U Vᵀ.
 
         X ← X / ‖X‖        five times:  X ← a X + (b G + c G²) X,   G = X Xᵀ
 
     Args:
         blocks: (K, A, B) bfloat16 or wider, A ≤ B.
-
-    Returns:
-        (K, A, B) of the same type: U S Vᵀ → about U Vᵀ.
     """
     a, b, c = COEFFICIENTS
     blocks = blocks / blocks.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)

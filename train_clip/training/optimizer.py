@@ -31,9 +31,6 @@ def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOpti
         model: whose towers they are.
         options: with the preset's numbers filled in.
         fused: one kernel for the whole update, which a flag on the device (``found_inf``) can hold back.
-
-    Raises:
-        UserError: ``layer_decay`` for a tower without layers, or nothing that is trained is for Muon.
     """
     numbers = options.optimizer
     rates = peak_rates(model, options.towers, numbers.learning_rate)
@@ -70,11 +67,6 @@ def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mappin
 
     Weight decay falls on "all weights that are not gains or biases" (CLIP paper, section 2.5): in practice on those of
     two dimensions and more, which leaves out the temperature and the class embedding too.
-
-    Args:
-        module: whose parameters.
-        options: the weight decay, and the peak learning rate.
-        rates: peak learning rates of parameters that have one of their own.
     """
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in module.parameters():
@@ -174,9 +166,7 @@ def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], flo
 
         step < w:  (step + 1) / w            otherwise:  ½ (1 + cos(π (step - w) / (num_steps - w)))
 
-    Args:
-        warmup_steps: w.
-        num_steps: optimizer steps of the run; the rate would be 0 on the step after the last.
+    It would be 0 on the step after the last.
     """
 
     def share(step: int) -> float:

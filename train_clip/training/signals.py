@@ -42,8 +42,8 @@ class StopSignals:
 def end_with_starter() -> None:
     """Of the processes that Lightning starts, end each some seconds after the first one, should that be killed.
 
-    No signal tells them of it, and a process that waits for others, as at the start of a run, would wait for ever. The
-    first process leaves its number in the environment for those that it starts; torchrun looks after its own.
+    No signal tells them of it, and they might wait for ever. The first process leaves its number in the environment;
+    torchrun looks after its own.
     """
     starter = int(os.environ.get(STARTER, os.getpid()))
     if "LOCAL_RANK" not in os.environ or starter == os.getpid():
@@ -60,10 +60,7 @@ def _end_after(starter: int) -> None:
 
 
 def outlive_the_first_signal(_: int) -> None:
-    """For loader processes, which a signal to the whole group reaches too: the batch in hand still needs them.
-
-    A second one ends them, without an error that the process that waits for them would raise.
-    """
+    """For loader processes, which a signal to the group reaches too: the batch needs them. The second one ends them."""
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -77,10 +74,7 @@ def outlive_the_first_signal(_: int) -> None:
 
 @cache
 def end_loaders_at_exit() -> None:
-    """Let a process end while loader processes of its are at work, as where a script leaves a loop half-way.
-
-    Python sends each of them one SIGTERM then, and waits until it has ended.
-    """
+    """Let a process end while its loader processes are at work: Python sends each one SIGTERM, and waits for it."""
 
     def insist() -> None:
         # More of them, before: two that come at once count as one.

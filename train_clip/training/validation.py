@@ -26,13 +26,9 @@ class ValidationSplit:
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: Sequence[int] = ()) -> None:
-        """Add one process's batch.
+        """Add one process's batch of unit norm, (n, D) float, and (n,) int64, equal for equal captions.
 
-        Args:
-            images: (n, D) float, unit norm.
-            texts: (n, D) float, unit norm.
-            captions: (n,) int64, equal for equal captions.
-            missing: rows that only hold a place, for pairs that could not be read; they are not scored.
+        Rows that are ``missing`` only hold a place, for pairs that could not be read; they are not scored.
         """
         present = torch.ones(len(images), dtype=torch.bool, device=images.device)
         present[list(missing)] = False
@@ -43,8 +39,7 @@ class ValidationSplit:
 
         Args:
             scale: () float, exp of the learned temperature.
-            dataset: what the loader read; where it has a length, repetitions that a sampler added to even out the
-                processes are dropped.
+            dataset: what the loader read; where it has a length, a sampler's repetitions are dropped.
             bias: () float, where the loss has one.
 
         Returns:
@@ -85,14 +80,9 @@ class ValidationSplit:
 
 
 def interleave(parts: list[Tensor], total: int | None) -> Tensor:
-    """Undo a ``DistributedSampler``: process r of W holds rows r, r + W, r + 2W, … of the split.
+    """Undo a ``DistributedSampler``: process r of W holds rows r, r + W, r + 2W, … of the split's ``total``.
 
-    Args:
-        parts: one tensor a process.
-        total: rows of the split; what follows them is a sampler's padding. None where it is unknown.
-
-    Returns:
-        (N, …) in the split's order. Parts of unequal length come from no such sampler and are joined as they are.
+    Parts of unequal length come from no such sampler and are joined as they are.
     """
     if len({len(part) for part in parts}) > 1:
         return torch.cat(parts)
