@@ -11,8 +11,6 @@ from typing_extensions import override
 
 from train_clip.models.clip import DualEncoder
 
-EMA_PREFIX = "val_ema/"  # before the names of its figures, in place of "val/"
-
 
 class WeightsEMA(nn.Module):
     """An EMA of a model's weights with a warm-up, after n updates; never trained, always in eval mode.
@@ -67,4 +65,4 @@ class WeightsEMA(nn.Module):
 
 def ema_figure(figure: str) -> str:
     """The name of a validation's figure, ``val/…``, where it is the EMA's."""
-    return EMA_PREFIX + figure.removeprefix("val/")
+    return "val_ema/" + figure.removeprefix("val/")

@@ -23,8 +23,7 @@ class Stopped(SystemExit):
 class StopSignals:
     """Notes the first signal, for whoever reads ``received`` at the end of the batch; a second one acts at once."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    received = 0
 
     def install(self) -> None:
         """Take both signals over, in the main thread; elsewhere Python allows no handlers."""
