@@ -57,8 +57,6 @@ WARNINGS_BY_DESIGN = (
     r".*Total length of `list` across ranks is zero.*",
     r".*defined a `validation_step` but have no `val_dataloader`.*",
     r".*requested to overfit but enabled train dataloader shuffling.*",
-    # The metrics of a run that is resumed go on in their file (MetricsLog).
-    r".*Experiment logs directory .* exists and is not empty.*",
     # A teacher and locked towers stay in eval mode.
     r"Found \d+ module\(s\) in eval mode at the start of training.*",
     # This package's own loaders go on by the count of batches.
@@ -106,9 +104,10 @@ def build_trainer(
         UserError: options that do not go together, or that need what is not there.
     """
     made = {name: _instantiate(value) for name, value in options.items()}
-    callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
+    callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
     if made.get("enable_progress_bar") is not False:
         callbacks.append(RunProgress())
+        made["enable_progress_bar"] = False
     if made.get("enable_checkpointing") is not False:
         callbacks.append(saving)
     own = made.get("callbacks") or []

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.checkpoints.weights import fill
@@ -34,22 +35,16 @@ from train_clip.losses import LOSSES
 from train_clip.losses.softmax import Pairs, accuracy
 from train_clip.models.clip import DualEncoder, Texts
 from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
+from train_clip.options import TrainingOptions
 from train_clip.training.batch import BatchReader, Inputs, augmented, warn_of_flips
 from train_clip.training.distillation import Distillation, require_room
 from train_clip.training.dropping import PatchDropping, skip_blocks
-from train_clip.training.ema import RunningMean, of_mean
+from train_clip.training.ema import WeightsEMA, ema_figure
 from train_clip.training.encode import StandIns, TowerRuns, share
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_precision import narrow, widen
-from train_clip.training.lightning_internals import gradient_scaler, resuming
-from train_clip.training.optimizer import (
-    build_optimizer,
-    build_schedule,
-    parameter_groups,
-    rates_and_matrices,
-    usual_rate,
-    warmup_for,
-)
+from train_clip.training.lightning_internals import gradient_scaler, resuming, trainer_of
+from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, usual_rate, warmup_for
 from train_clip.training.skips import SkipReport
 from train_clip.training.tuning import PLAIN, Economy, Tuning, require_precision, require_same_arguments
 from train_clip.training.validation import ValidationSplit
@@ -229,11 +224,15 @@ class ContrastiveModule(EmbeddingModule):
                 "lock_image or lock_text."
             )
         self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
-        self.ema = RunningMean(model, tuning.ema) if tuning.ema else None
+        self.ema = WeightsEMA(model, tuning.ema) if tuning.ema else None
         economy.recompute(model)
         self._patches = PatchDropping(model, tuning)
         skip_blocks(model, tuning.stochastic_depth)
-        rates_and_matrices(model, optimizer, tuning)  # refuses a model that has no layers, or nothing for Muon
+        numbers = {name: getattr(optimizer, name) for name in ("weight_decay", "betas", "eps")}
+        self.options = TrainingOptions.of(
+            dataclasses.asdict(tuning) | numbers | {"learning_rate": optimizer.lr, "seed": seed}
+        )
+        build_optimizer(self, model, self.options)  # refuses a model that has no layers, or nothing for Muon
         self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
         self._end_of_step = EndOfStep()
         self._optimizer_config = optimizer
@@ -292,13 +291,13 @@ class ContrastiveModule(EmbeddingModule):
 
     def configure_model(self) -> None:
         """Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32."""
-        if resuming(self._trainer):
-            narrow(self.model, self._tuning)
+        if resuming(trainer_of(self)):
+            narrow(self.model, self.options.optimizer)
 
     def teardown(self, stage: str) -> None:
         """After training: give the model back in float32, and looking at whole images."""
         self._patches.end()
-        widen(self.model, self._tuning)
+        widen(self.model, self.options.optimizer)
 
     @property
     def consumed_batches(self) -> int:
@@ -317,16 +316,15 @@ class ContrastiveModule(EmbeddingModule):
                 "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
                 "max_epochs is -1. Set the Trainer's max_steps."
             )
-        num_steps, config = int(num_steps), self._optimizer_config
-        warmup_steps = warmup_for(num_steps, config) if self._warmup_steps is None else self._warmup_steps
-        groups = parameter_groups(self, config, *rates_and_matrices(self.model, config, self._tuning))
-        optimizer = build_optimizer(groups, config, self._tuning, self._fuses(), self._seed)
-        schedule = build_schedule(optimizer, warmup_steps, num_steps)
+        num_steps, own = int(num_steps), self._warmup_steps
+        warmup_steps = warmup_for(num_steps, self._optimizer_config) if own is None else own
+        optimizer = build_optimizer(self, self.model, self.options, self._fuses())
+        schedule = LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Measure the captions while they are on the host, unless someone changes the batch on its way."""
-        owners = [owner for owner in (self, getattr(self._trainer, "datamodule", None)) if owner is not None]
+        owners = [owner for owner in (self, getattr(trainer_of(self), "datamodule", None)) if owner is not None]
         if not any(is_overridden(hook, owner) for hook in LATER_HOOKS for owner in owners):
             self._reader.measure(batch)
         return batch
@@ -382,7 +380,7 @@ class ContrastiveModule(EmbeddingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants."""
         self._towers.forget()
-        if resuming(self._trainer):
+        if resuming(trainer_of(self)):
             if RUNNING_MEAN in checkpoint:
                 raise UserError(f"The checkpoint {NO_STATE}")
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
@@ -425,11 +423,11 @@ class ContrastiveModule(EmbeddingModule):
         if self.ema is not None:
             mean = self.ema.model
             of_ema = self._ema_split.score(mean.logit_scale.exp(), dataset, mean.logit_bias)
-            figures |= {of_mean(name): value for name, value in of_ema.items()}
+            figures |= {ema_figure(name): value for name, value in of_ema.items()}
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
 
-    def _means(self) -> list[RunningMean]:
+    def _means(self) -> list[WeightsEMA]:
         """Of the model: the teacher, and the one that ``--ema`` asks for."""
         teacher = None if self.distillation is None else self.distillation.teacher
         return [mean for mean in (teacher, self.ema) if mean is not None]
@@ -453,7 +451,7 @@ class ContrastiveModule(EmbeddingModule):
         if not due and self.device.type != "cpu":
             return
         figures = step_figures(pairs, parts, None if self._tuning.equal_captions == "mask" else self._loss.floor)
-        rate = usual_rate(self.trainer.optimizers[0], self._optimizer_config)
+        rate = usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate)
         figures |= learned_figures(self.model, self.distillation)
         figures |= {"train/loss": loss, "train/learning_rate": torch.tensor(rate, device=self.device)}
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
