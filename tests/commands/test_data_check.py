@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import write_pairs
 from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
 from train_clip import cli
-from train_clip.data_tools import check as command
-from train_clip.data_tools.check import CheckOptions, data_check
-from train_clip.data_tools.facts import Audit, AuditStore, perceptual_hash
-from train_clip.data_tools.report import Report
+from train_clip.data_tools.check import data_check
+from train_clip.data_tools.facts import Audit, perceptual_hash
+from train_clip.data_tools.report import CheckOptions, Report
 from train_clip.errors import UserError
 
 
@@ -244,7 +244,7 @@ def test_a_second_look_opens_what_has_changed_alone(
     looked_at = counted(monkeypatch)
     first = check(folder)
     assert len(looked_at) == first.pairs
-    assert len(list((cache / "scans").glob("everything-*.sqlite"))) == 1
+    assert len(list((cache / "scans").glob("everything-*.npz"))) == 1
     looked_at.clear()
     assert check(folder) == first
     assert looked_at == []
@@ -273,15 +273,30 @@ def test_captions_of_a_table_that_change_are_looked_at(tmp_path: Path, monkeypat
     assert looked_at == [1]
 
 
-@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(2000)])
+def test_pairs_that_are_in_both_lists_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One table to train and to validate on: each of its pairs twice, and none is looked at again."""
+    write_pairs(tmp_path / "pairs", 3)
+    table = tmp_path / "table.csv"
+    table.write_text("image,caption\n" + "".join(f"pairs/00{index}.png,say {index}\n" for index in range(3)))
+    options = CheckOptions(pairs=table, val_pairs=table, num_workers=0)
+    looked_at = counted(monkeypatch)
+    first = data_check(options=options)
+    assert looked_at == [0, 1, 2, 3, 4, 5]
+    assert (first.leaks.images, first.leaks.captions) == (3, 3)
+    looked_at.clear()
+    assert data_check(options=options) == first
+    assert looked_at == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\3\4" + bytes(2000)])
 def test_a_damaged_store_is_made_anew(tmp_path: Path, cache: Path, content: bytes) -> None:
-    """Nothing, text and a broken database in its place: the same report."""
+    """Nothing, text and a broken archive in its place: the same report."""
     folder = write_pairs(tmp_path / "pairs", 4)
     first = check(folder)
     (kept,) = (cache / "scans").iterdir()
     kept.write_bytes(content)
     assert check(folder) == first
-    assert sqlite3.connect(kept).execute("SELECT COUNT(*) FROM pairs").fetchone() == (4,)
+    assert len(np.load(kept)["pairs"]) == 4
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -293,38 +308,52 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert "What is found cannot be kept in the cache folder" in capsys.readouterr().out
 
 
-def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, capsys) -> None:
-    """Zeros behind its first two pages: the same report without it, and a new one the next time."""
+def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros behind its first two thousand bytes, and a byte flipped: the same report without it, then a new one."""
     folder = write_pairs(tmp_path / "pairs", 40)
     first = check(folder)
     (kept,) = (cache / "scans").iterdir()
-    kept.write_bytes(kept.read_bytes()[:8192] + bytes(kept.stat().st_size - 8192))
-    capsys.readouterr()
-    assert check(folder) == first
-    assert "What is found cannot be kept" in capsys.readouterr().out
-    assert check(folder) == check(folder) == first
-    assert "40 of 40 pairs have not changed" in capsys.readouterr().out
+    whole = bytearray(kept.read_bytes())
+    looked_at = counted(monkeypatch)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[:2000] + bytes(len(whole) - 2000), flipped):
+        kept.write_bytes(damaged)
+        assert check(folder) == first
+        assert looked_at == list(range(40))
+        assert check(folder) == first
+        assert len(looked_at) == 40
+        looked_at.clear()
 
 
-def test_a_store_that_another_check_has(tmp_path: Path, cache: Path, capsys) -> None:
-    """One check at a time has the store: a second one says so, reports the same, and leaves the first one's alone."""
+def test_two_checks_at_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one begins and ends within the first: the same report from both, and from what they have kept."""
     folder = write_pairs(tmp_path / "pairs", 6)
-    with contextlib.closing(AuditStore([folder], cache)) as store:
-        report = check(folder)
-        assert "cannot be kept in the cache folder (database is locked)" in capsys.readouterr().out
-        assert store.one("SELECT COUNT(*) FROM pairs") == (0,)
-    assert check(folder) == report
-    assert "cannot be kept" not in capsys.readouterr().out
+    look = Audit.__getitem__
+    reports: list[Report] = []
+
+    def interposed(self: Audit, index: int) -> object:
+        if index == 3 and not reports:
+            monkeypatch.setattr(Audit, "__getitem__", look)
+            reports.append(check(folder))
+        return look(self, index)
+
+    monkeypatch.setattr(Audit, "__getitem__", interposed)
+    reports.append(check(folder))
+    looked_at = counted(monkeypatch)
+    reports.append(check(folder))
+    assert reports[0] == reports[1] == reports[2]
+    assert looked_at == []
+    assert len(list((cache / "scans").iterdir())) == 1
 
 
-def test_a_store_of_another_format_is_made_anew(tmp_path: Path, cache: Path, monkeypatch) -> None:
+def test_a_store_of_another_format_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept by a Pillow of another version: every pair is looked at again."""
     folder = write_pairs(tmp_path / "pairs", 4)
-    first = check(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.__version__", "0.1")
+        first = check(folder)
     looked_at = counted(monkeypatch)
-    (kept,) = (cache / "scans").iterdir()
-    with contextlib.closing(sqlite3.connect(kept)) as database, database:
-        database.execute("UPDATE about SET format = REPLACE(format, '.', '!')")
     assert check(folder) == first
     assert looked_at == [0, 1, 2, 3]
 
@@ -406,9 +435,8 @@ def test_nothing_left_to_train_or_validate_on(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after 40 of 60 pairs: what was kept by then is not looked at again."""
+    """Ctrl-C after 40 of 60 pairs: what was found by then is not looked at again."""
     folder = write_pairs(tmp_path / "pairs", 60)
-    monkeypatch.setattr(command, "KEPT_EVERY", 1)
     looked_at = counted(monkeypatch)
     look = Audit.__getitem__
 
@@ -426,6 +454,27 @@ def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert looked_at == list(range(32, 60))
 
 
+KILLED = """
+import os, sys
+from train_clip import cli
+from train_clip.data_tools import facts
+
+look = facts.Audit.__getitem__
+facts.KEPT_EVERY = 1
+facts.Audit.__getitem__ = lambda self, index: os._exit(9) if index == 40 else look(self, index)
+cli.main(["data", "check", sys.argv[1], "--num_workers", "0"])
+"""
+
+
+def test_a_killed_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone without a word after 40 of 60 pairs: what was kept by then is not looked at again."""
+    folder = write_pairs(tmp_path / "pairs", 60)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False).returncode == 9
+    looked_at = counted(monkeypatch)
+    assert check(folder).pairs == 60
+    assert looked_at == list(range(32, 60))
+
+
 def test_without_the_library_for_perceptual_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,7 +482,7 @@ def test_without_the_library_for_perceptual_hashes(
     folder = write_pairs(tmp_path / "pairs", 4)
     whole = check(folder)
     with monkeypatch.context() as patch:
-        for module in ("facts", "store", "repeats"):
+        for module in ("facts", "report"):
             patch.setattr(f"train_clip.data_tools.{module}.perceptual_hash", lambda: None)
         report = check(folder)
     assert "Similar images were not looked for: pip install ImageHash" in capsys.readouterr().out
@@ -457,13 +506,13 @@ def test_the_report_in_words_and_for_machines(everything: Everything, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--image_size 0", "--image_size 0: expected 1 or above"),
-        ("--context_length 1", "--context_length 1: expected 2 or above"),
-        ("--val_share 1", "val_share is 1.0; expected a share from 0"),
-        ("--num_workers -1", "--num_workers -1: expected 0 or above"),
+        ("--image_size 0", "image_size is 0; expected 1 or above"),
+        ("--context_length 1", "context_length is 1; expected 2 or above"),
+        ("--val_share 1", "val_share is 1.0; expected from 0"),
+        ("--num_workers -1", "num_workers is -1; expected 0 or above"),
         ("--json /dev/null", "/dev/null: is no regular file"),
         ("--json .", ".: is no regular file"),
-        ("--max_bad 2", "--max_bad 2.0: expected a share from 0 to 1"),
+        ("--max_bad 2", "max_bad is 2.0; expected from 0 to 1"),
         ("--pairs other.csv", "expected one of them"),
     ],
 )

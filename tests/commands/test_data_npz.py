@@ -21,8 +21,9 @@ from tests.conftest import write_pairs
 from train_clip import cli
 from train_clip.data.folder import scan_folder
 from train_clip.data.scan import PairBy
-from train_clip.data_tools.check import CheckOptions, data_check
+from train_clip.data_tools.check import data_check
 from train_clip.data_tools.npz import NpzOptions, data_npz
+from train_clip.data_tools.report import CheckOptions
 from train_clip.data_tools.show import ShowOptions, data_show
 from train_clip.errors import UserError
 from train_clip.training.data_module import TextImageDataModule
@@ -203,10 +204,10 @@ def test_no_room(folder: Path) -> None:
 SLOWLY = """
 import time
 from train_clip import cli
-from train_clip.data import npz_cache
+from train_clip.data_tools import npz
 
-at_once = npz_cache.write_array
-npz_cache.write_array = lambda *given: (at_once(*given), time.sleep(0.05))
+at_once = npz.write_array
+npz.write_array = lambda *given: (at_once(*given), time.sleep(0.05))
 cli.main()
 """
 
@@ -248,7 +249,7 @@ def test_nothing_to_do(tmp_path: Path, folder: Path) -> None:
         make(tmp_path / "empty")
     with pytest.raises(UserError, match="there is no such folder"):
         make(tmp_path / "gone")
-    with pytest.raises(UserError, match="--image_size 1: expected 2 or above"):
+    with pytest.raises(UserError, match="image_size is 1; expected 2 or above"):
         make(folder, size=1)
     make(folder)
     shutil.rmtree(folder / "img")

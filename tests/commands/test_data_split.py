@@ -159,7 +159,7 @@ def test_a_table_of_the_whole_folder_trains_as_the_folder(tmp_path: Path, model_
     [
         ({"val_share": 0.5, "test_share": 0.5}, "expected their sum below 1"),
         ({"val_share": -0.1}, "val_share is -0.1"),
-        ({"max_per_class": 0}, "--max_per_class 0: expected 1 or above"),
+        ({"max_per_class": 0}, "max_per_class is 0; expected 1 or above"),
     ],
 )
 def test_what_cannot_work(tmp_path: Path, options: dict[str, object], message: str) -> None:

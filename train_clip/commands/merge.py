@@ -137,7 +137,6 @@ class MergeOptions(ScoreOptions):
         Raises:
             UserError: there are some.
         """
-        super().require_sense()
         if not self.weights:
             raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
         for weight in self.weights:
@@ -230,7 +229,7 @@ def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None
     console = Console()
     for name in next(iter(by_weight.values())):
         table = Table("weight", box=None, header_style="bold", pad_edge=False)
-        rows = {weight: _figures(scores[name]) for weight, scores in by_weight.items()}
+        rows = {weight: scores[name].figures() for weight, scores in by_weight.items()}
         for heading in next(iter(rows.values())):
             table.add_column(heading, justify="right")
         for weight, figures in rows.items():
@@ -239,17 +238,7 @@ def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None
         console.print(table)
     if target is not None:
         found = {
-            f"{weight:g}": {name: dataclasses.asdict(scores) for name, scores in sets.items()}
+            f"{weight:g}": {name: scores.plain() for name, scores in sets.items()}
             for weight, sets in by_weight.items()
         }
         write_text(target, json.dumps(found, indent=2) + "\n")
-
-
-def _figures(scores: Scores) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    if scores.retrieval is not None:
-        figures |= {f"R@{k} i→t": found for k, found in scores.retrieval.image_to_text.items()}
-        figures |= {f"R@{k} t→i": found for k, found in scores.retrieval.text_to_image.items()}
-    if scores.zero_shot is not None:
-        figures["zero-shot top-1"] = scores.zero_shot.top1
-    return figures

@@ -13,12 +13,7 @@ LINE_SECONDS = 15.0  # between lines where there is no terminal
 
 
 def with_progress(loader: Any, what: str) -> Iterator[Any]:
-    """Go through something that has a length, and show it.
-
-    Args:
-        loader: sized and iterable.
-        what: its items are.
-    """
+    """Go through something that has a length, and show how many of ``what`` are done."""
     console = Console()
     if console.is_terminal:
         yield from track(loader, description=what, console=console, transient=True)

@@ -1,8 +1,6 @@
 """Zero-shot classification (CLIP paper, section 3.1): a class is the mean of its captions' embeddings.
 
 N  images      C  classes      T  templates      D  embedding width
-
-The class of an image: what ``STEM.cls`` beside it says, or else the folder that it lies in.
 """
 
 from __future__ import annotations
@@ -16,81 +14,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train_clip.errors import UserError
+from train_clip.evaluation.embed import Collection
 from train_clip.losses.softmax import ranks
-
-
-def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Look up the class of each image.
-
-    Args:
-        paths: image files. A ``.cls`` file holds a class's name, or its place in the list counted from 0.
-        classes: names. Case, and underscores for blanks, make no difference.
-
-    Returns:
-        A place in ``classes`` for each path.
-
-    Raises:
-        UserError: two classes of one name, or an image whose class is not in the list.
-    """
-    places = {_plain(name): place for place, name in enumerate(classes)}
-    if len(places) < len(classes):
-        repeated = next(name for place, name in enumerate(classes) if places[_plain(name)] != place)
-        raise UserError(f"The class {repeated!r} stands in the list more than once. Expected each class once.")
-    return [_label(Path(path), places) for path in paths]
-
-
-def class_name(path: Path) -> str:
-    """What the ``.cls`` file beside an image says, or else the name of its folder."""
-    label_file = path.with_suffix(".cls")
-    if not label_file.is_file():
-        return path.parent.name
-    try:
-        return label_file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{label_file}: is not UTF-8. Expected the name of a class. Save it as UTF-8.") from None
-
-
-def _label(path: Path, places: dict[str, int]) -> int:
-    label_file, named = path.with_suffix(".cls"), class_name(path)
-    # The name before the number: a class may be called "1".
-    if (place := places.get(_plain(named))) is not None:
-        return place
-    if label_file.is_file() and named.isdecimal() and int(named) < len(places):
-        return int(named)
-    source = label_file if label_file.is_file() else f"its folder ({path.parent})"
-    raise UserError(
-        f"{path}: its class is {named!r} by {source}, and that is none of the {len(places)} classes. Expected one of "
-        f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "
-        f"{label_file.name} with its name or number."
-    )
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().casefold()
-
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Shares in [0, 1].
+    """Shares in [0, 1]."""
 
-    Args:
-        top1: images whose most similar class is theirs.
-        top5: images whose class is among the five most similar.
-        mean_per_class: top-1 of each class, averaged over the classes that have images.
-        chance: top-1 of a guess, 1 / C.
-        num_images: N.
-        num_classes: C.
-    """
-
-    top1: float
-    top5: float
-    mean_per_class: float
-    chance: float
+    top1: float  # images whose most similar class is theirs
+    top5: float  # images whose class is among the five most similar
+    mean_per_class: float  # top-1 of each class, averaged over the classes that have images
+    chance: float  # top-1 of a guess, 1 / C
     num_images: int
     num_classes: int
+
+    def rows(self) -> str:
+        """A line to be printed."""
+        return (
+            f"zero-shot over {self.num_classes} classes: top-1 {self.top1:.1%} (chance {self.chance:.1%}), top-5 "
+            f"{self.top5:.1%}, mean per class {self.mean_per_class:.1%}"
+        )
+
+    def figures(self) -> dict[str, float]:
+        """What is set side by side with other models."""
+        return {"zero-shot top-1": self.top1}
+
+
+def score_classes(collection: Collection) -> ZeroShot | None:
+    """Score the collection's images against its classes, where it has any."""
+    if not collection.classes:
+        return None
+    classes = class_embeddings(collection.classes, collection.templates, collection.embed_texts)
+    return zero_shot(collection.images, torch.tensor(collection.labels, device=collection.images.device), classes)
 
 
 def class_embeddings(
@@ -133,3 +91,53 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
         num_images=len(images),
         num_classes=len(classes),
     )
+
+
+def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Look up the class of each image: what ``STEM.cls`` beside it says, or else the folder that it lies in.
+
+    Args:
+        paths: image files. A ``.cls`` file holds a class's name, or its place in the list counted from 0.
+        classes: names. Case, and underscores for blanks, make no difference.
+
+    Returns:
+        A place in ``classes`` for each path.
+
+    Raises:
+        UserError: two classes of one name, or an image whose class is not in the list.
+    """
+    places: dict[str, int] = {}
+    for place, name in enumerate(classes):
+        if places.setdefault(_plain(name), place) != place:
+            raise UserError(f"The class {name!r} stands in the list more than once. Expected each class once.")
+    return [_label(Path(path), places) for path in paths]
+
+
+def class_name(path: Path) -> str:
+    """What the ``.cls`` file beside an image says, or else the name of its folder."""
+    label_file = path.with_suffix(".cls")
+    if not label_file.is_file():
+        return path.parent.name
+    try:
+        return label_file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{label_file}: is not UTF-8. Expected the name of a class. Save it as UTF-8.") from None
+
+
+def _label(path: Path, places: dict[str, int]) -> int:
+    label_file, named = path.with_suffix(".cls"), class_name(path)
+    # The name before the number: a class may be called "1".
+    if (place := places.get(_plain(named))) is not None:
+        return place
+    if label_file.is_file() and named.isdecimal() and int(named) < len(places):
+        return int(named)
+    source = label_file if label_file.is_file() else f"its folder ({path.parent})"
+    raise UserError(
+        f"{path}: its class is {named!r} by {source}, and that is none of the {len(places)} classes. Expected one of "
+        f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "
+        f"{label_file.name} with its name or number."
+    )
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().casefold()
