@@ -27,7 +27,7 @@ from train_clip.commands.progress import with_progress
 from train_clip.data.crops import read_picture
 from train_clip.data.pairs import Pair, read_captions
 from train_clip.data.samples import image_loader
-from train_clip.data.source import scan_source
+from train_clip.data.scan import scan_source
 from train_clip.data.split import split_pairs
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, embed_images, embed_texts
@@ -172,7 +172,7 @@ def collect(model: Pretrained, options: ScoreOptions, classes: list[str]) -> Col
     Raises:
         UserError: nothing to score, or an image whose class is none of the classes.
     """
-    scan = scan_source(options.folder, options.pairs, options.columns, options.pair_by)
+    scan = scan_source(options.folder, options.source)
     if options.classes is None or scan.faults:
         scan.require_pairs()
     pairs = scan.pairs

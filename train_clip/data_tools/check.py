@@ -14,8 +14,7 @@ from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.pairs import PairList
 from train_clip.data.samples import available_cores
-from train_clip.data.scan import Scan
-from train_clip.data.source import scan_source
+from train_clip.data.scan import Scan, scan_source
 from train_clip.data.split import require_share
 from train_clip.data.table import scan_table
 from train_clip.data_tools.facts import BATCH, AuditStore, audit_loader, cache_folder, is_damage
@@ -66,8 +65,8 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         UserError: training would not begin, or would stop.
     """
     _require_sense(options)
-    scan = scan_source(folder, options.pairs, options.columns, options.pair_by)
-    held_out = None if options.val_pairs is None else scan_table(options.val_pairs, options.columns)
+    scan = scan_source(folder, options.source)
+    held_out = None if options.val_pairs is None else scan_table(options.val_pairs, options.source)
     sources = [scan.source] if held_out is None else [scan.source, held_out.source]
     if held_out is not None:
         scan = scan.followed_by(held_out)

@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_clip.commands.options import require_least
 from train_clip.commands.progress import with_progress
-from train_clip.data.arrays import is_npz, read_header, write_array
+from train_clip.data.arrays import read_header, write_array
 from train_clip.data.crops import NORMALISED, resize_shorter, to_tensor
 from train_clip.data.folder import CACHE, cache_name, scan_folder
-from train_clip.data.images import open_rgb, reading
+from train_clip.data.images import is_npz, open_rgb, reading
 from train_clip.data.pairs import FlatStrings, PairList, plain_name, shown
 from train_clip.data.samples import available_cores
-from train_clip.data.scan import PairBy
 from train_clip.errors import BadSample, UserError
 from train_clip.files import sweep
+from train_clip.options import PairBy, SourceOptions
 from train_clip.types import Skip
 
 BATCH = 16  # images that a worker does at a time
@@ -164,7 +164,7 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
         UserError: no pairs of an image and a caption, none that can be read, or arrays that are not ours to replace.
     """
     require_least(image_size=(options.image_size, 2), num_workers=(options.num_workers or 0, 0))
-    pairs = scan_folder(folder, options.pair_by).require_pairs().pairs
+    pairs = scan_folder(folder, SourceOptions(pair_by=options.pair_by)).require_pairs().pairs
     images = FlatStrings(name for name in pairs.names if not is_npz(name))
     if not len(images):
         raise UserError(f"{folder}: its {len(pairs):,} pairs have arrays (.npz) and no images. Expected images.")

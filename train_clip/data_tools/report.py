@@ -24,8 +24,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from train_clip.data.arrays import is_npz
 from train_clip.data.crops import NORMALISED
+from train_clip.data.images import is_npz
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.scan import Scan
 from train_clip.data.split import held_out_indices

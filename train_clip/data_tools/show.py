@@ -18,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.commands.options import AugmentationOptions, TableOptions, require_least
-from train_clip.data.augment import BatchAugmentation, augment, draw_batch
+from train_clip.data.augment import augment, draw_batch
 from train_clip.data.crops import bytes_to_show
 from train_clip.data.pairs import PairList, shown
-from train_clip.data.samples import Augmentation, draw
-from train_clip.data.source import scan_source
+from train_clip.data.samples import draw
+from train_clip.data.scan import scan_source
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample, UserError
 from train_clip.files import write_text
+from train_clip.options import AugmentationOptions as Augmentation
 
 STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em; color: #222; }
@@ -144,7 +145,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     )
     if options.resize_ratio is not None and not 0 < options.resize_ratio <= 1:
         raise UserError(f"--resize_ratio {options.resize_ratio}: expected above 0, up to 1.")
-    scan = scan_source(folder, options.pairs, options.columns, options.pair_by).require_pairs()
+    scan = scan_source(folder, options.source).require_pairs()
     number = min(options.number, len(scan.pairs))
     chosen = sorted(np.random.default_rng(options.seed).permutation(len(scan.pairs))[:number].tolist())
     entries = [entry(scan.pairs, place, options) for place in chosen]
@@ -156,14 +157,15 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
 
 def entry(pairs: PairList, place: int, options: ShowOptions) -> SheetEntry:
     """One pair, with crops drawn as training draws them."""
-    how = Augmentation(options.image_size, options.resize_ratio, options.seed)
-    changes = BatchAugmentation(options.color_jitter, options.grayscale, options.horizontal_flip, options.vertical_flip)
+    changes = Augmentation.pick(vars(options))
     name = shown(pairs.names[place])
     captions: list[str] = []
     try:
         captions = pairs[place].captions()
         rng = np.random.default_rng((options.seed, place))
-        drawn = torch.stack([draw(pairs[place], how, rng)[0] for _ in range(options.crops)])
+        drawn = torch.stack(
+            [draw(pairs, place, options.image_size, options.resize_ratio, rng)[0] for _ in range(options.crops)]
+        )
         draws = draw_batch(changes, (options.seed, place), slice(None), options.crops)
         crops = [bytes_to_show(crop) for crop in augment(drawn, changes, draws)]
     except BadSample as bad:

@@ -11,7 +11,7 @@ from train_clip.commands.options import TableOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.samples import available_cores
-from train_clip.data.source import scan_source
+from train_clip.data.scan import scan_source
 from train_clip.data.split import Shares, divide, require_share
 from train_clip.data.table import write_table
 from train_clip.errors import BadSample, UserError
@@ -66,7 +66,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     if there := [str(table) for table in tables.values() if table.exists()]:
         raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
-    pairs = scan_source(folder, options.pairs, options.columns, options.pair_by).require_pairs().pairs
+    pairs = scan_source(folder, options.source).require_pairs().pairs
     pairs, digests = readable(pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     shares = Shares(options.val_share, options.test_share, options.seed, options.max_per_class)
