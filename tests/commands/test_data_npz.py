@@ -20,12 +20,12 @@ from tests.commands.test_train import model_file  # noqa: F401
 from tests.conftest import write_pairs
 from train_clip import cli
 from train_clip.data.folder import scan_folder
-from train_clip.data.scan import PairBy
 from train_clip.data_tools.check import data_check
 from train_clip.data_tools.npz import NpzOptions, data_npz
 from train_clip.data_tools.report import CheckOptions
 from train_clip.data_tools.show import ShowOptions, data_show
 from train_clip.errors import UserError
+from train_clip.options import PairBy
 from train_clip.training.data_module import TextImageDataModule
 
 SIZE = 16

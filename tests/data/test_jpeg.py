@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.data import crops as jpeg
+from train_clip.data import images
 from train_clip.data.crops import Window, crop_of_image, cut, random_crop, random_resized_crop
 from train_clip.data.images import open_rgb
 from train_clip.errors import BadSample
@@ -83,7 +84,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def never_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are decoded without Pillow, or the test fails."""
-    monkeypatch.setattr(jpeg, "decoded", mock.Mock(side_effect=AssertionError("left to Pillow")))
+
+    def plain(path: str) -> images.Jpeg:
+        image = images.open_image(path)
+        assert isinstance(image, images.Jpeg)
+        return image
+
+    monkeypatch.setattr(jpeg, "open_image", plain)
+    monkeypatch.setattr(jpeg, "open_rgb", mock.Mock(side_effect=AssertionError("left to Pillow")))
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "grey"])

@@ -24,7 +24,6 @@ from train_clip.data.images import MAX_ASPECT, MAX_BYTES, MAX_PIXELS, MIN_SIDE, 
 from train_clip.errors import BadSample
 from train_clip.files import replacing
 
-SUFFIX = ".npz"
 MEMBER = "data.npy"  # how numpy.savez names the array "data"
 DTYPES = (np.dtype(np.uint8), np.dtype(np.float16), np.dtype(np.float32))
 MAX_HEADER = 10_000  # bytes of an array's header: numpy's own limit for text that it parses
@@ -48,11 +47,6 @@ class Header(NamedTuple):
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
     fortran_order: bool
-
-
-def is_npz(path: str) -> bool:
-    """Whether a file has an array in place of an image, by its name."""
-    return path[-len(SUFFIX) :].lower() == SUFFIX
 
 
 def read_header(path: str) -> Header:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from train_clip.data.pairs import Pair
 from train_clip.errors import BadSample, UserError
+from train_clip.options import AugmentationOptions
 from train_clip.tensors import sent
 
 LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
@@ -43,50 +44,9 @@ LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
 DIFFERENCES = np.stack([0.493 * ([0, 0, 1] - LUMA), 0.877 * ([1, 0, 0] - LUMA)])
 # SimCLR, appendix A: factors within 1 ± 0.8 s, hue within ± 0.2 s of a whole turn, of 0.8 of the images.
 FACTORS, TURN, JITTERED = 0.8, 0.2, 0.8
-STRONGEST = 2.0  # twice the paper's strongest; at 2.5 any hue becomes any other
 # Numbers that are computed in float32 at a time: what caches hold, or what keeps a GPU busy.
 PIECE_ON_CPU, PIECE = 2**20, 2**24
 STREAM = 0x6175676D  # tells these random numbers from those of crops, which have a pair's number in its place
-
-
-@dataclass(frozen=True)
-class BatchAugmentation:
-    """What is done to the images of a training batch, beside their crop.
-
-    Args:
-        color_jitter: strength s of SimCLR's jitter, 0 for none.
-        grayscale: share of the images without colour.
-        horizontal_flip: share of the images whose left and right change places.
-        vertical_flip: share of the images whose top and bottom do.
-
-    Raises:
-        UserError: a number that cannot work.
-    """
-
-    color_jitter: float = 0.0
-    grayscale: float = 0.0
-    horizontal_flip: float = 0.0
-    vertical_flip: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.color_jitter <= STRONGEST:
-            raise UserError(
-                f"color_jitter is {self.color_jitter}; expected from 0 (none) to {STRONGEST:.0f}. SimCLR's full "
-                "strength is 1."
-            )
-        for name in ("grayscale", "horizontal_flip", "vertical_flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a share from 0 (none) to 1 (all images).")
-
-    @property
-    def changes_colours(self) -> bool:
-        """Whether any pixel gets another colour where it is."""
-        return self.color_jitter > 0 or self.grayscale > 0
-
-    @property
-    def flips(self) -> bool:
-        """Whether any image is mirrored."""
-        return self.horizontal_flip > 0 or self.vertical_flip > 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +70,7 @@ class Draws:
         return Draws(*(sent(tensor, device) for tensor in (self.mixes, self.lifts, self.mirrored, self.upended)))
 
 
-def draw_batch(how: BatchAugmentation, place: tuple[int, int], rows: slice, number: int) -> Draws:
+def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, number: int) -> Draws:
     """Draw for some images of a global batch: for each the same, whoever else draws for the others.
 
     Args:
@@ -158,7 +118,7 @@ def colour_maps(
     return maps
 
 
-def augment(images: Tensor, how: BatchAugmentation, draws: Draws) -> Tensor:
+def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
     """Change the images as it was drawn. They themselves stay: a loader may bring them again.
 
     Args:

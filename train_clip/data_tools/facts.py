@@ -182,7 +182,8 @@ class Audit(Dataset[tuple[int, PairFacts]]):
     @override
     def __getitem__(self, index: int) -> tuple[int, PairFacts]:
         place = int(self.places[index])
-        pair, captions, mended, bad, image_bad = self.pairs[place], [], (), "", ""
+        pair, captions, bad, image_bad = self.pairs[place], [], "", ""
+        mended: tuple[str, ...] = ()
         try:
             texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
             tokens = self.tokenizer.encode(texts)

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from train_clip.commands.progress import with_progress
-from train_clip.data.arrays import is_npz, read_header, write_array
+from train_clip.data.arrays import read_header, write_array
 from train_clip.data.crops import NORMALISED, resize_shorter, to_tensor
 from train_clip.data.folder import CACHE, cache_name, scan_folder
-from train_clip.data.images import open_rgb, reading
+from train_clip.data.images import is_npz, open_rgb, reading
 from train_clip.data.pairs import FlatStrings, PairList, plain_name, shown
 from train_clip.data.samples import available_cores
 from train_clip.data_tools.check import by_reason

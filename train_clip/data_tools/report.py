@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train_clip.data.arrays import is_npz
 from train_clip.data.crops import NORMALISED
+from train_clip.data.images import is_npz
 from train_clip.data.pairs import Pair, PairList, shown
 from train_clip.data.scan import Scan
 from train_clip.data.split import held_out_indices
@@ -29,6 +28,7 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 NEAR_BITS = 4  # of 64; what recompression and resizing change in a pHash
 
 Places = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
 
 def _notes(pairs: PairList, facts: Facts) -> tuple[list[tuple[str, bytes, int]], dict[str, list[int]]]:
     """Reason, path and place of each bad file, and the places of what is mended."""
-    bad, mended = [], defaultdict(list)
+    bad: list[tuple[str, bytes, int]] = []
+    mended: dict[str, list[int]] = defaultdict(list)
     for (of_captions, of_image, *whats), code in facts.notes.items():
         places = np.flatnonzero(facts.pairs["note"] == code).tolist() if code else []
         for what in whats:
@@ -232,7 +233,7 @@ def _words(pair: Pair, digest: int) -> str:
     return ""
 
 
-def find_repeats(pairs: PairList, facts: Facts, held_out: NDArray[np.bool_]) -> tuple[Repeats, Leaks]:
+def find_repeats(pairs: PairList, facts: Facts, held_out: Flags) -> tuple[Repeats, Leaks]:
     """Find equal and similar images, and what the held-out pairs share with the others.
 
     Args:
@@ -246,28 +247,36 @@ def find_repeats(pairs: PairList, facts: Facts, held_out: NDArray[np.bool_]) -> 
     leaking = legible[held & np.isin(content_of, content_of[~held])]
     places, _, tokens, _ = facts.captions.T
     captions = places[held_out[places] & np.isin(tokens, tokens[~held_out[places]])]
-    near, near_leaks, near_examples = None, None, []
-    if perceptual_hash() is not None:
-        similar, leaks, examples = _near(facts.pairs["look"][legible], content_of, held)
-        near, near_leaks = int(similar.sum()), int(leaks.sum())
-        near_examples = [[shown(pairs.names[legible[at]]) for at in two] for two in examples]
-    groups = [_first(pairs, legible[content_of == content]) for content in _largest(counts)]
-    repeats = Repeats(int(counts[counts > 1].sum()), groups, near, near_examples)
-    examples = _first(pairs, leaking)
-    return repeats, Leaks(int(held_out.sum()), len(leaking), near_leaks, len(np.unique(captions)), examples)
+    near, near_leaks, twos = _near(facts.pairs["look"][legible], content_of, held)
+    repeats = Repeats(
+        equal=int(counts[counts > 1].sum()),
+        equal_groups=[_first(pairs, legible[content_of == content]) for content in _largest(counts)],
+        near=near,
+        near_examples=[[shown(pairs.names[at]) for at in legible[two].tolist()] for two in twos],
+    )
+    leaks = Leaks(
+        held_out=int(held_out.sum()),
+        images=len(leaking),
+        images_nearly=near_leaks,
+        captions=len(np.unique(captions)),
+        examples=_first(pairs, leaking),
+    )
+    return repeats, leaks
 
 
-def _near(looks: Places, content_of: Places, held: NDArray[np.bool_]) -> tuple[Any, Any, Iterable[tuple[int, int]]]:
-    """Which images look like a different one, which held-out ones like one of training, and some twos of them."""
+def _near(looks: Places, content_of: Places, held: Flags) -> tuple[int | None, int | None, list[list[int]]]:
+    """How many images look like a different one, how many held-out ones like one of training, and some of them."""
+    if perceptual_hash() is None:
+        return None, None, []
     looks, first, look_of = np.unique(looks, return_index=True, return_inverse=True)
     trained = np.bincount(look_of[~held], minlength=len(looks)) > 0
     # Images of one look and different contents are similar by themselves.
     similar = np.bincount(np.unique(np.c_[look_of, content_of], axis=0)[:, 0], minlength=len(looks)) > 1
     leaking = similar & trained
-    examples: dict[tuple[int, int], None] = {}
+    examples = []
     for look in np.flatnonzero(similar)[:EXAMPLES]:
         other = (look_of == look) & (content_of != content_of[first[look]])
-        examples[first[look], np.flatnonzero(other)[0]] = None
+        examples.append([first[look], other.argmax()])
     for one, other in near_pairs(looks.view(np.uint64)):
         similar[one] = similar[other] = True
         # Several places of one hash may be among them, so that |= on an index would keep the last alone.
@@ -275,8 +284,8 @@ def _near(looks: Places, content_of: Places, held: NDArray[np.bool_]) -> tuple[A
         leaking[other[trained[one]]] = True
         if len(examples) < EXAMPLES:
             # The same two come once for each piece that they share.
-            examples |= dict.fromkeys(zip(first[one], first[other], strict=True))
-    return similar[look_of], leaking[look_of] & held, [*examples][:EXAMPLES]
+            examples += [two for two in np.c_[first[one], first[other]].tolist() if two not in examples]
+    return int(similar[look_of].sum()), int(leaking[look_of[held]].sum()), examples[:EXAMPLES]
 
 
 def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tuple[Places, Places]]:
@@ -337,7 +346,7 @@ def _array_problems(pairs: PairList, facts: Facts, floats: list[int], size: int,
     if not pairs.num_cached and not any(map(is_npz, pairs.names)):
         return
     shorter = facts.pairs["sides"].min(axis=1)
-    sizes = ((pairs[at].pixels, shorter[at]) for at in np.flatnonzero((shorter > 0) & (shorter != size)))
+    sizes = ((pairs[at].pixels, shorter[at]) for at in np.flatnonzero((shorter > 0) & (shorter != size)).tolist())
     if wrong := [(path, side) for path, side in sizes if is_npz(path)]:
         yield (
             f"{len(wrong):,} arrays are not of the model's {size} pixels, for instance {shown(wrong[0][0])} "

@@ -16,7 +16,7 @@ from torch import Tensor
 from train_clip.data.augment import augment, draw_batch
 from train_clip.data.crops import bytes_to_show
 from train_clip.data.pairs import PairList, shown
-from train_clip.data.samples import Augmentation, draw
+from train_clip.data.samples import draw
 from train_clip.data.scan import scan_source
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample
@@ -77,12 +77,12 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
 
 def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Tokenizer) -> str:
     """One pair, with crops drawn as training draws them, or why it cannot be used."""
-    how = Augmentation(options.image_size, options.resize_ratio, options.seed)
     pictures, lines = "", []
     try:
         lines = pairs[place].captions()
         rng = np.random.default_rng((options.seed, place))
-        drawn = torch.stack([draw(pairs[place], how, rng)[0] for _ in range(options.crops)])
+        size, ratio = options.image_size, options.resize_ratio
+        drawn = torch.stack([draw(pairs, place, size, ratio, rng)[0] for _ in range(options.crops)])
         draws = draw_batch(options, (options.seed, place), slice(None), options.crops)
         crops = map(bytes_to_show, augment(drawn, options, draws))
         pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in crops)
