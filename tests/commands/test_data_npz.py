@@ -263,10 +263,10 @@ def test_check_and_show_read_the_arrays(folder: Path, capsys: pytest.CaptureFixt
     (folder / "npz" / "005.npz").write_bytes(b"")
     options = CheckOptions(image_size=SIZE, max_bad=0.5, num_workers=0, cache=False)
     report = data_check(folder, options=options)
-    assert (report.pairs, report.cached) == (12, 12)
-    assert report.bad == {"empty file": [f"{folder}/npz/005.npz"]}
-    assert report.sizes is not None
-    assert (report.sizes.height[0], report.sizes.height[-1]) == (SIZE, SIZE)
+    assert (report["pairs"], report["cached"]) == (12, 12)
+    assert report["bad"] == {"empty file": [f"{folder}/npz/005.npz"]}
+    assert report["sizes"] is not None
+    assert (report["sizes"]["height"][0], report["sizes"]["height"][-1]) == (SIZE, SIZE)
     assert "12 × read from npz/, in place of the image" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"11 arrays are not of the model's 224 pixels.*data npz --image_size 224"):
         data_check(folder, options=CheckOptions(max_bad=0.5, num_workers=0, cache=False))
@@ -313,8 +313,8 @@ def test_the_forks_files_train(tmp_path: Path, model_file: Path, pair_by: PairBy
     )
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     report = data_check(folder, options=CheckOptions(image_size=SIZE, num_workers=0, cache=False, pair_by=pair_by))
-    assert (report.cached, report.bad, report.problems) == (12, {}, [])
-    assert [listed.number for listed in report.mended.values()] == [12]
+    assert (report["cached"], report["bad"], report["problems"]) == (12, {}, [])
+    assert [listed["number"] for listed in report["mended"].values()] == [12]
     data_show(folder, options=ShowOptions(output=tmp_path / "page.html", image_size=SIZE, pair_by=pair_by))
     with pytest.raises(UserError, match=r"already normalised|by its number"):
         make(folder, pair_by=pair_by)

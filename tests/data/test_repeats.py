@@ -22,7 +22,8 @@ def test_similar_images_leak_whichever_hash_is_the_smaller(held_out: list[int]) 
     facts = Facts(6)
     for place, look in enumerate(looks):
         facts.add(place, place + 1, PairFacts((9, 9), f"{place}", look, ("", ""), ()))
-    repeats, leaks = find_repeats(pairs, facts, np.isin(np.arange(6), held_out))
-    assert (repeats.equal, repeats.near, leaks.held_out) == (0, 4, 3)
-    assert (leaks.images, leaks.images_nearly, leaks.captions) == (0, 2, 0)
-    assert sorted(sorted(two) for two in repeats.near_examples) == [["0.png", "1.png"], ["2.png", "3.png"]]
+    found = find_repeats(pairs, facts, np.isin(np.arange(6), held_out))
+    repeats, leaks = found["repeats"], found["leaks"]
+    assert (repeats["equal"], repeats["near"], leaks["held_out"]) == (0, 4, 3)
+    assert (leaks["images"], leaks["images_nearly"], leaks["captions"]) == (0, 2, 0)
+    assert sorted(sorted(two) for two in repeats["near_examples"]) == [["0.png", "1.png"], ["2.png", "3.png"]]

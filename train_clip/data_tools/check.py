@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from train_clip.data.scan import scan_source
 from train_clip.data.table import scan_table
 from train_clip.data_tools.facts import look_at
-from train_clip.data_tools.report import Captions, CheckOptions, Leaks, Listed, Repeats, Report, Sizes, build_report
+from train_clip.data_tools.report import CheckOptions, Report, build_report
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
 
@@ -39,48 +38,39 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     report = build_report(scan, facts, options, val_pairs)
     print("\n".join(lines(report, options)))
     if options.json is not None:
-        write_text(options.json, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    if report.problems:
-        raise UserError(f"{report.source}: training would fail. " + " ".join(report.problems))
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
+    if report["problems"]:
+        raise UserError(f"{report['source']}: training would fail. {' '.join(report['problems'])}")
     return report
 
 
 def lines(report: Report, options: CheckOptions) -> Iterator[str]:
     """The report in words."""
-    table = Path(report.source).is_file()
-    yield f"{report.source}: {report.pairs:,} pairs among {report.entries:,} {'rows' if table else 'files'}"
-    if report.cached:
-        yield f"  {report.cached:,} × read from npz/, in place of the image"
-    yield from _named("image without a caption", report.lone_images)
-    yield from _named("caption without an image", report.lone_captions)
-    yield from _named("link to a folder, not followed", report.folder_links)
-    if report.others:
-        counts = sorted(report.others.items(), key=lambda item: (-item[1], item[0]))
+    kind = "rows" if Path(report["source"]).is_file() else "files"
+    yield "{source}: {pairs:,} pairs among {entries:,} {kind}".format(**report, kind=kind)
+    if report["cached"]:
+        yield f"  {report['cached']:,} × read from npz/, in place of the image"
+    yield from _named("image without a caption", report["lone_images"])
+    yield from _named("caption without an image", report["lone_captions"])
+    yield from _named("link to a folder, not followed", report["folder_links"])
+    if report["others"]:
+        counts = sorted(report["others"].items(), key=lambda item: (-item[1], item[0]))
         yield "  neither image nor caption: " + ", ".join(f"{count:,} × {suffix}" for suffix, count in counts)
-    if report.faults:
-        yield f"Faults: {len(report.faults):,}. No run begins with them."
-        yield from ("  " + fault.replace("\n", "\n  ") for fault in report.faults)
-    if report.bad:
-        share = report.bad_pairs / report.pairs
-        yield f"Bad: {report.bad_pairs:,} pairs ({share:.2%}). Training draws others for them."
-    yield from by_reason(report.bad, "; --json names all")
-    if report.mended:
+    if report["faults"]:
+        yield f"Faults: {len(report['faults']):,}. No run begins with them."
+        yield from ("  " + fault.replace("\n", "\n  ") for fault in report["faults"])
+    if report["bad"]:
+        share = report["bad_pairs"] / report["pairs"]
+        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training draws others for them."
+        yield from by_reason(report["bad"], "; --json names all")
+    if report["mended"]:
         yield "Mended at each reading:"
-    for what, found in report.mended.items():
-        yield f"  {found.number:,} × {what}, for instance {found.examples[0]}"
-    if report.sizes is not None:
-        yield from _sizes(report.sizes, options.image_size)
-    if report.captions is not None:
-        yield from _captions(report.captions, options.context_length)
-    yield from _repeats(report.repeats)
-    if report.leaks.held_out:
-        yield from _leaks(report.leaks, options)
-
-
-def _named(what: str, found: Listed) -> Iterator[str]:
-    if found.number:
-        more = ", …" if found.number > len(found.examples) else ""
-        yield f"  {found.number:,} × {what}: {', '.join(found.examples)}{more}"
+        for what, found in report["mended"].items():
+            yield f"  {found['number']:,} × {what}, for instance {found['examples'][0]}"
+    yield from _sizes(report["sizes"], options.image_size)
+    yield from _captions(report["captions"], options.context_length)
+    yield from _repeats(report["repeats"])
+    yield from _leaks(report["leaks"], options)
 
 
 def by_reason(bad: Mapping[str, Sequence[str]], more: str = "") -> Iterator[str]:
@@ -92,50 +82,61 @@ def by_reason(bad: Mapping[str, Sequence[str]], more: str = "") -> Iterator[str]
             yield f"    … and {len(paths) - NAMED:,} more{more}"
 
 
-def _sizes(sizes: Sizes, image_size: int) -> Iterator[str]:
+def _named(what: str, found: Report) -> Iterator[str]:
+    if found["number"]:
+        more = ", …" if found["number"] > len(found["examples"]) else ""
+        yield f"  {found['number']:,} × {what}: {', '.join(found['examples'])}{more}"
+
+
+def _sizes(sizes: Report | None, image_size: int) -> Iterator[str]:
+    if sizes is None:
+        return
     yield "Images         least     5%  median    95%   most"
-    rows = (("width", sizes.width, ",d"), ("height", sizes.height, ",d"), ("long / short", sizes.aspect, ".2f"))
-    for name, values, form in rows:
-        least, low, median, high, most = (format(value, form) for value in values)
-        yield f"  {name:12} {least:>6} {low:>6} {median:>7} {high:>6} {most:>6}"
-    if sizes.enlarged:
-        yield f"  {sizes.enlarged:,} are smaller than the model's {image_size} pixels and would be enlarged"
+    for name, key, form in (("width", "width", ",d"), ("height", "height", ",d"), ("long / short", "aspect", ".2f")):
+        columns = (format(value, form) for value in sizes[key])
+        yield "  {:12} {:>6} {:>6} {:>7} {:>6} {:>6}".format(name, *columns)
+    if sizes["enlarged"]:
+        yield f"  {sizes['enlarged']:,} are smaller than the model's {image_size} pixels and would be enlarged"
 
 
-def _captions(captions: Captions, context_length: int) -> Iterator[str]:
+def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
+    if captions is None:
+        return
     yield (
-        f"Captions: {captions.lines:,} lines, up to {captions.most_lines:,} an image; {captions.median_tokens:g} "
-        f"tokens in the median, {captions.longest:,} at most ({captions.longest_in})"
-    )
-    if captions.cut:
+        "Captions: {lines:,} lines, up to {most_lines:,} an image; {median_tokens:g} tokens in the median, {longest:,} "
+        "at most ({longest_in})"
+    ).format(**captions)
+    cut, repeated, number = captions["cut"], captions["repeated"], captions["lines"]
+    if cut:
         yield (
-            f"  {captions.cut:,} ({captions.cut / captions.lines:.1%}) are over {context_length} tokens with start and "
-            f"end: they lose {captions.tokens_cut:,} tokens, {captions.tokens_cut / captions.cut:.1f} each"
+            f"  {cut:,} ({cut / number:.1%}) are over {context_length} tokens with start and end: they lose "
+            f"{captions['tokens_cut']:,} tokens, {captions['tokens_cut'] / cut:.1f} each"
         )
-    if captions.repeated:
-        yield f"  {captions.repeated:,} ({captions.repeated / captions.lines:.1%}) say what another line says too"
-    yield from (f"    {count:,} × {text}" for count, text in captions.most_repeated)
-    if captions.repeated_nearly:
-        yield f"  {captions.repeated_nearly:,} more differ from another only in what the tokenizer drops (case, blanks)"
+    if repeated:
+        yield f"  {repeated:,} ({repeated / number:.1%}) say what another line says too"
+        yield from (f"    {count:,} × {text}" for count, text in captions["most_repeated"])
+    if nearly := captions["repeated_nearly"]:
+        yield f"  {nearly:,} more differ from another only in what the tokenizer drops (case, blanks)"
 
 
-def _repeats(repeats: Repeats) -> Iterator[str]:
-    if repeats.equal:
-        yield f"Repeated images: {repeats.equal:,} are byte for byte in several pairs"
-    yield from (f"    {' = '.join(group)}" for group in repeats.equal_groups)
-    if repeats.near is None:
+def _repeats(repeats: Report) -> Iterator[str]:
+    if repeats["equal"]:
+        yield f"Repeated images: {repeats['equal']:,} are byte for byte in several pairs"
+        yield from (f"    {' = '.join(group)}" for group in repeats["equal_groups"])
+    if repeats["near"] is None:
         yield "Similar images were not looked for: pip install ImageHash"
-    elif repeats.near:
-        yield f"Similar images: {repeats.near:,} look like a different one (perceptual hash, which sees no colour)"
-    yield from (f"    {' ~ '.join(two)}" for two in repeats.near_examples)
+    elif repeats["near"]:
+        yield f"Similar images: {repeats['near']:,} look like a different one (perceptual hash, which sees no colour)"
+        yield from (f"    {' ~ '.join(two)}" for two in repeats["near_examples"])
 
 
-def _leaks(leaks: Leaks, options: CheckOptions) -> Iterator[str]:
-    by = f"--val_share {options.val_share:g}" if options.val_pairs is None else "--val_pairs"
-    similar = "" if leaks.images_nearly is None else f", {leaks.images_nearly:,} by a similar image"
-    yield (
-        f"Held out by {by}: {leaks.held_out:,} pairs. Of them in training too: {leaks.images:,} by the same image"
-        f"{similar}, {leaks.captions:,} by a caption"
-    )
-    if leaks.images:
-        yield f"  for instance {', '.join(leaks.examples)}. `train-clip data split` keeps equal images on one side"
+def _leaks(leaks: Report, options: CheckOptions) -> Iterator[str]:
+    if leaks["held_out"]:
+        by = f"--val_share {options.val_share:g}" if options.val_pairs is None else "--val_pairs"
+        similar = "" if leaks["images_nearly"] is None else ", {images_nearly:,} by a similar image"
+        yield f"Held out by {by}: " + (
+            "{held_out:,} pairs. Of them in training too: {images:,} by the same image" + similar + ", {captions:,} by "
+            "a caption"
+        ).format(**leaks)
+    if leaks["images"]:
+        yield f"  for instance {', '.join(leaks['examples'])}. `train-clip data split` keeps equal images on one side"
