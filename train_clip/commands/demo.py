@@ -5,12 +5,11 @@ Some pairs of colour and shape are kept out of training: what a model scores on 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator
 from importlib import resources
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,7 +130,7 @@ def is_unseen(scene: Scene) -> bool:
 
 def scenes() -> Iterator[Scene]:
     """Every scene once."""
-    return itertools.starmap(Scene, product(COLOURS, SHAPES, SIZES, PLACES))
+    return starmap(Scene, product(COLOURS, SHAPES, SIZES, PLACES))
 
 
 def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Path]:

@@ -41,8 +41,11 @@ EVALUATORS = {
     "zero_shot": "train_clip.evaluation.zero_shot:score_classes",
 }
 UNCHANGED = Choices()
-NOTHING_CHOSEN = WeightOptions()
+NO_CHOICE = WeightOptions()
 NAMED = 5  # files named on the screen; --json names all
+
+# ``num_images``, ``num_captions``, each evaluator's result, and ``skips``: files that could not be read.
+Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,27 +84,7 @@ class EvaluateOptions(ScoreOptions):
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Figures of a model, as shares in [0, 1]."""
-
-    num_images: int
-    num_captions: int
-    results: dict[str, Any]  # by evaluator; None for what was not asked or could not be
-    skips: tuple[Skip, ...]  # files that could not be read, and so were not scored
-
-    def plain(self) -> dict[str, Any]:
-        """Plain data, each result under its evaluator's key."""
-        values = dataclasses.asdict(self)
-        results, skips = values.pop("results"), values.pop("skips")
-        return values | results | {"skips": skips}
-
-    def figures(self) -> dict[str, float]:
-        """The figures that are set side by side with other models."""
-        return {name: value for one in self.results.values() if one for name, value in one.figures().items()}
-
-
-def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NOTHING_CHOSEN) -> Scores:
+def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE) -> Scores:
     """Score a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
@@ -114,7 +97,7 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     scores, collection = score(load_for_scoring(checkpoint, options.device, choices), options)
     report(scores)
     if options.json is not None:
-        write_text(options.json, json.dumps(scores.plain(), indent=2) + "\n")
+        write_text(options.json, json.dumps(scores, indent=2, default=dataclasses.asdict) + "\n")
     if options.picture is not None and collection.captions:
         draw_best_captions(collection, options.picture)
         print(f"Images beside their best captions: {options.picture}")
@@ -137,25 +120,29 @@ def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, Collection]:
     """Score a model, on its device, by every evaluator that applies; the figures, and what they are of."""
     collection = _collect(model, options)
-    results = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
-    scores = Scores(len(collection.paths), len(collection.captions), results, tuple(collection.skips))
-    return scores, collection
+    scores: Scores = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
+    scores |= {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
+    return scores | {"skips": collection.skips}, collection
+
+
+def figures(scores: Scores) -> dict[str, float]:
+    """The figures that are set side by side with other models."""
+    return {key: value for name in EVALUATORS if scores[name] for key, value in scores[name].figures().items()}
 
 
 def report(scores: Scores) -> None:
     """Print the figures beside chance."""
     console = Console()
-    console.print(f"{scores.num_images:,} images, {scores.num_captions:,} captions", highlight=False)
-    for result in filter(None, scores.results.values()):
-        rows = result.rows()
+    console.print("{num_images:,} images, {num_captions:,} captions".format(**scores), highlight=False)
+    for rows in (scores[name].rows() for name in EVALUATORS if scores[name]):
         if isinstance(rows, str):
             console.print(rows, highlight=False, soft_wrap=True)
         else:
             console.print(table(rows))
-    for skip in scores.skips[:NAMED]:
-        console.print(f"Not scored: {skip.path}: {skip.reason}", highlight=False, soft_wrap=True)
-    if len(scores.skips) > NAMED:
-        console.print(f"… and {len(scores.skips) - NAMED:,} more files that were not scored.", highlight=False)
+    for path, reason in scores["skips"][:NAMED]:
+        console.print(f"Not scored: {path}: {reason}", highlight=False, soft_wrap=True)
+    if len(scores["skips"]) > NAMED:
+        console.print(f"… and {len(scores['skips']) - NAMED:,} more files that were not scored.", highlight=False)
 
 
 def table(rows: Sequence[Sequence[str]]) -> Table:

@@ -22,7 +22,7 @@ from torch import Tensor
 from train_clip.checkpoints.own import OF_RUN
 from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.checkpoints.weights import Weights, find_model, find_weights
-from train_clip.commands.evaluate import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
+from train_clip.commands.evaluate import UNCHANGED, ScoreOptions, Scores, figures, load_for_scoring, score
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
 from train_clip.models.config import config_from_dict
@@ -224,15 +224,13 @@ def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None
     console = Console()
     for name in next(iter(by_weight.values())):
         table = Table("weight", box=None, header_style="bold", pad_edge=False)
-        rows = {weight: scores[name].figures() for weight, scores in by_weight.items()}
+        rows = {weight: figures(scores[name]) for weight, scores in by_weight.items()}
         for heading in next(iter(rows.values())):
             table.add_column(heading, justify="right")
-        for weight, figures in rows.items():
-            table.add_row(f"{weight:g}", *(f"{figure:.1%}" for figure in figures.values()))
+        for weight, row in rows.items():
+            table.add_row(f"{weight:g}", *(f"{figure:.1%}" for figure in row.values()))
         console.print(f"\n{name}", highlight=False)
         console.print(table)
     if target is not None:
-        found = {
-            f"{weight:g}": {name: scores.plain() for name, scores in sets.items()} for weight, sets in by_weight.items()
-        }
-        write_text(target, json.dumps(found, indent=2) + "\n")
+        found = {f"{weight:g}": dict(sets) for weight, sets in by_weight.items()}
+        write_text(target, json.dumps(found, indent=2, default=dataclasses.asdict) + "\n")

@@ -85,11 +85,17 @@ class Facts:
         captions[:, 0] = places[captions[:, 0]]
         self._captions = array("Q", captions[captions[:, 0] < len(keys)].tobytes())
 
-    def keep(self, file: Path) -> None:
-        """Write what is known of the present pairs to a file."""
+    def keep(self, file: Path | None) -> Path | None:
+        """Write what is known of the present pairs to a file; None where that cannot be."""
         notes = ["\n".join(note) for note in self.notes]
-        with replacing(file) as beside, beside.open("wb") as out:
-            np.savez(out, about=_about(), notes=notes, pairs=self.pairs, captions=self.captions)
+        try:
+            if file is not None:
+                with replacing(file) as beside, beside.open("wb") as out:
+                    np.savez(out, about=_about(), notes=notes, pairs=self.pairs, captions=self.captions)
+            return file
+        except OSError as error:
+            print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
+            return None
 
 
 def _about() -> str:
@@ -130,20 +136,10 @@ def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, c
                 facts.add(place, keys[place], one)
             if number >= due:
                 due = number + max(KEPT_EVERY, number // 8)
-                file = _keep(facts, file)
+                file = facts.keep(file)
     finally:
-        _keep(facts, file)
+        facts.keep(file)
     return facts
-
-
-def _keep(facts: Facts, file: Path | None) -> Path | None:
-    try:
-        if file is not None:
-            facts.keep(file)
-        return file
-    except OSError as error:
-        print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
-        return None
 
 
 def _cache_file(sources: Sequence[Path]) -> Path | None:
@@ -183,6 +179,7 @@ class Audit(Dataset[tuple[int, PairFacts]]):
     def __getitem__(self, index: int) -> tuple[int, PairFacts]:
         place = int(self.places[index])
         pair, captions, bad, image_bad = self.pairs[place], [], "", ""
+        sides, content, look = (0, 0), "", 0
         mended: tuple[str, ...] = ()
         try:
             texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
@@ -191,7 +188,6 @@ class Audit(Dataset[tuple[int, PairFacts]]):
             captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
         except BadSample as error:
             bad = error.reason
-        sides, content, look = (0, 0), "", 0
         try:
             picture, image_mended = read_picture(pair.pixels)
             with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time

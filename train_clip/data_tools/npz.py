@@ -21,7 +21,7 @@ from train_clip.data.arrays import read_header, write_array
 from train_clip.data.crops import NORMALISED, resize_shorter, to_tensor
 from train_clip.data.folder import CACHE, cache_name, scan_folder
 from train_clip.data.images import is_npz, open_rgb, reading
-from train_clip.data.pairs import FlatStrings, PairList, plain_name, shown
+from train_clip.data.pairs import FlatStrings, plain_name, shown
 from train_clip.data.samples import available_cores
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
@@ -56,7 +56,13 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
     images = FlatStrings(name for name in pairs.names if not is_npz(name))
     if not len(images):
         raise UserError(f"{folder}: its {len(pairs):,} pairs have arrays (.npz) and no images. Expected images.")
-    _require_no_other(folder, pairs)
+    # Arrays that pair by number have names of their own, and a second one would make their number unclear.
+    for name, pair in zip(pairs.names, pairs, strict=True):
+        if pair.cache and plain_name(str(Path(pair.cache))) != plain_name(str(folder / cache_name(name))):
+            raise UserError(
+                f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
+                "that this command made. Move it away to make arrays of the images."
+            )
     to_do = ImagesToCache(folder, images, options.image_size)
     for place in {(folder / cache_name(image)).parent for image in images}:
         sweep(place)
@@ -141,16 +147,6 @@ class ImagesToCache(Dataset[Cached]):
             f"{array}: {reason}. It is where the array of {image} would be, and is not replaced. Expected an array "
             "that this command made, or none. Remove it, or move npz/ away."
         )
-
-
-def _require_no_other(folder: Path, pairs: PairList) -> None:
-    """Arrays that pair by number have names of their own, and a second one would make their number unclear."""
-    for name, pair in zip(pairs.names, pairs, strict=True):
-        if pair.cache and plain_name(str(Path(pair.cache))) != plain_name(str(folder / cache_name(name))):
-            raise UserError(
-                f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
-                "that this command made. Move it away to make arrays of the images."
-            )
 
 
 def _lines(folder: Path, found: Counter[str], bad: Mapping[str, list[str]], options: NpzOptions) -> Iterator[str]:

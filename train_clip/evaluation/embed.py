@@ -46,16 +46,10 @@ class Collection:
 def embed_images(
     model: DualEncoder, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE
 ) -> Tensor:
-    """Embed images.
+    """Embed images to (N, D) float32, unit norm, on the model's device.
 
-    Args:
-        model: on its device.
-        images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-            uint8 or already normalised.
-        batch_size: images at a time.
-
-    Returns:
-        (N, D) float32, unit norm, on the model's device.
+    ``images`` are paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
+    uint8 or already normalised.
 
     Raises:
         BadSample: a file that cannot be read as an image.

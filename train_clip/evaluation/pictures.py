@@ -32,22 +32,23 @@ def draw_best_captions(collection: Collection, target: Path) -> None:
     axes: Any = figure.subplots(rows, 2 * COLUMNS, squeeze=False, width_ratios=[1, 2] * COLUMNS)
     for panel in axes.flat:
         panel.axis("off")
+    panels = iter(axes.flat)
     for number, image in enumerate(chosen):
-        row, column = divmod(number, COLUMNS)
-        axes[row, 2 * column].imshow(read_picture(paths[image]).picture)
+        next(panels).imshow(read_picture(paths[image]).picture)
+        text_panel = next(panels)
         own = {caption for caption, owner in zip(captions, owners, strict=True) if owner == image}
         for line, (value, place) in enumerate(zip(values[number].tolist(), places[number].tolist(), strict=True)):
             caption = different[place]
             # A dollar sign would begin a formula.
             wrapped = textwrap.wrap(textwrap.shorten(caption, 64, placeholder=" …").replace("$", r"\$"), 34)
-            axes[row, 2 * column + 1].text(
+            text_panel.text(
                 0.0,
                 0.88 - 0.34 * line,
                 f"{value:.2f} {'✓' if caption in own else ' '} " + "\n          ".join(wrapped),
                 color="#12813a" if caption in own else "#555555",
                 fontsize=8,
                 verticalalignment="top",
-                transform=axes[row, 2 * column + 1].transAxes,
+                transform=text_panel.transAxes,
             )
     with replacing(target) as beside:
         figure.savefig(beside, dpi=110, format="png")

@@ -54,15 +54,9 @@ def score_classes(collection: Collection) -> ZeroShot | None:
 def class_embeddings(
     classes: Sequence[str], templates: Sequence[str], embed_texts: Callable[[list[str]], Tensor]
 ) -> Tensor:
-    """Each template is encoded and normalised, then averaged over the templates, then normalised again.
+    """Embed the classes, (C, D) float of unit norm: encode and normalise each template, average, normalise again.
 
-    Args:
-        classes: C names.
-        templates: T sentences with ``{}`` where the name goes.
-        embed_texts: maps strings to (n, D) unit-norm embeddings.
-
-    Returns:
-        (C, D) float, unit norm.
+    ``templates`` have ``{}`` where the name goes; ``embed_texts`` maps n strings to (n, D) of unit norm.
     """
     captions = [template.replace("{}", name) for name in classes for template in templates]
     embeddings = embed_texts(captions).unflatten(0, (len(classes), len(templates)))
@@ -94,17 +88,10 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
 
 
 def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Look up the class of each image: what ``STEM.cls`` beside it says, or else the folder that it lies in.
+    """Look up the place of each image's class: what ``STEM.cls`` beside it says, or else the folder that it lies in.
 
-    Args:
-        paths: image files. A ``.cls`` file holds a class's name, or its place in the list counted from 0.
-        classes: names. Case, and underscores for blanks, make no difference.
-
-    Returns:
-        A place in ``classes`` for each path.
-
-    Raises:
-        UserError: two classes of one name, or an image whose class is not in the list.
+    A ``.cls`` file holds a class's name, or its place counted from 0. Case, and underscores for blanks, make no
+    difference.
     """
     places: dict[str, int] = {}
     for place, name in enumerate(classes):
