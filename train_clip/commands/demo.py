@@ -38,6 +38,8 @@ COLOURS = {
     "blue": (31, 100, 210), "purple": (135, 70, 180), "pink": (250, 140, 190), "black": (25, 25, 25),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+RECTANGLES = {"square": [(0.85, 0.85)], "cross": [(0.35, 1.0), (1.0, 0.35)]}  # half their sides; the radius is 1
+TIPS = {"triangle": [1.0] * 3, "star": [1.0, 0.42] * 5}  # how far a polygon's corners are from its centre
 SIZES = {"small": 0.11, "large": 0.20}  # radius as a share of the side
 PLACES = {
     "at the top left": (0.25, 0.25), "at the top": (0.5, 0.25), "at the top right": (0.75, 0.25),
@@ -115,7 +117,7 @@ class Scene(NamedTuple):
 
     def captions(self) -> list[str]:
         """Three ways to say it."""
-        return [template.format(size=self.size, thing=self.thing, place=self.place) for template in TEMPLATES]
+        return [template.format(thing=self.thing, **self._asdict()) for template in TEMPLATES]
 
 
 def things() -> list[str]:
@@ -158,23 +160,13 @@ def draw(scene: Scene, rng: Generator) -> Image.Image:
     x, y = (side * (centre + rng.uniform(-JITTER, JITTER)) for centre in PLACES[scene.place])
     radius = side * SIZES[scene.size] * rng.uniform(0.9, 1.1)
     pen = ImageDraw.Draw(picture)
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if scene.shape == "circle":
-        pen.ellipse(box, fill=colour)
-    elif scene.shape == "ring":
-        pen.ellipse(box, outline=colour, width=int(radius * 0.4))
-    elif scene.shape == "cross":
-        for wide, high in ((0.35 * radius, radius), (radius, 0.35 * radius)):
-            pen.rectangle((x - wide, y - high, x + wide, y + high), fill=colour)
-    else:
-        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _corners(scene.shape)], fill=colour)
+    if scene.shape in ("circle", "ring"):
+        fill, outline = (colour, None) if scene.shape == "circle" else (None, colour)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill, outline, width=int(radius * 0.4))
+    for wide, high in RECTANGLES.get(scene.shape, ()):
+        pen.rectangle((x - wide * radius, y - high * radius, x + wide * radius, y + high * radius), fill=colour)
+    if radii := TIPS.get(scene.shape):
+        angles = (-math.pi / 2 + 2 * math.pi * tip / len(radii) for tip in range(len(radii)))
+        tips = [(length * math.cos(at), length * math.sin(at)) for length, at in zip(radii, angles, strict=True)]
+        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in tips], fill=colour)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
-
-
-def _corners(shape: str) -> list[tuple[float, float]]:
-    """Corners of a polygon around the origin; radius 1 at the tips, 0.42 between a star's."""
-    if shape == "square":
-        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
-    radii = [1.0] * 3 if shape == "triangle" else [1.0, 0.42] * 5
-    angles = (-math.pi / 2 + 2 * math.pi * tip / len(radii) for tip in range(len(radii)))
-    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
