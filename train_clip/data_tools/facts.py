@@ -14,19 +14,15 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from typing_extensions import override
 
-from train_clip.commands.progress import with_progress
+from train_clip.commands.progress import in_workers
 from train_clip.data.crops import read_picture
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
-from train_clip.data.samples import available_cores
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample
 from train_clip.files import replacing
 
-BATCH = 16  # pairs that travel together from a worker
-KEPT_EVERY = 64  # batches that a kill may lose; or an eighth of them, where that is more
+KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
 FORMAT = 2  # to be raised when what is kept, or what is found bad, changes
 # Faults that may be gone the next time though the files have not changed.
 PASSING = ("cannot be read", "file is gone", "no permission", "too large for memory")
@@ -126,14 +122,11 @@ def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, c
     places = np.flatnonzero(facts.pairs["key"] == 0)
     if len(places) < len(pairs):
         print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last look.")
-    workers = available_cores() if num_workers is None else num_workers
-    audit = Audit(pairs, places, perceptual_hash())
-    loader = DataLoader(audit, batch_size=BATCH, num_workers=workers, collate_fn=list)
     due = KEPT_EVERY
     try:
-        for number, batch in enumerate(with_progress(loader, f"batches of {BATCH} pairs"), 1):
-            for place, one in batch:
-                facts.add(place, keys[place], one)
+        audit = Audit(pairs, perceptual_hash())
+        for number, (place, one) in enumerate(in_workers(audit, places.tolist(), num_workers, "pairs"), 1):
+            facts.add(place, keys[place], one)
             if number >= due:
                 due = number + max(KEPT_EVERY, number // 8)
                 file = facts.keep(file)
@@ -166,18 +159,14 @@ def _stamp(path: str) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
-class Audit(Dataset[tuple[int, PairFacts]]):
-    """The facts of the pairs at ``places``, each with its place; ``look`` is a picture's perceptual hash."""
+class Audit:
+    """Look at the pair at a place; ``look`` is a picture's perceptual hash."""
 
-    def __init__(self, pairs: PairList, places: NDArray[np.int64], look: Callable[[Image.Image], int] | None) -> None:
-        self.pairs, self.places, self.look, self.tokenizer = pairs, places, look, Tokenizer()
+    def __init__(self, pairs: PairList, look: Callable[[Image.Image], int] | None) -> None:
+        self.pairs, self.look, self.tokenizer = pairs, look, Tokenizer()
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @override
-    def __getitem__(self, index: int) -> tuple[int, PairFacts]:
-        place = int(self.places[index])
+    def __call__(self, place: int) -> tuple[int, PairFacts]:
+        """Give the place and its facts."""
         pair, captions, bad, image_bad = self.pairs[place], [], "", ""
         sides, content, look = (0, 0), "", 0
         mended: tuple[str, ...] = ()

@@ -9,27 +9,23 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
-from typing_extensions import override
 
-from train_clip.commands.progress import with_progress
+from train_clip.commands.progress import in_workers
 from train_clip.data.arrays import read_header, write_array
 from train_clip.data.crops import NORMALISED, resize_shorter, to_tensor
 from train_clip.data.folder import CACHE, cache_name, scan_folder
 from train_clip.data.images import is_npz, open_rgb, reading
 from train_clip.data.pairs import FlatStrings, plain_name, shown
-from train_clip.data.samples import available_cores
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.files import sweep
 from train_clip.options import Options, PairBy, SourceOptions, at_least, option
 from train_clip.types import Skip
-
-BATCH = 16  # images that a worker does at a time
 
 
 @dataclass(frozen=True)
@@ -63,18 +59,23 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
                 f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
                 "that this command made. Move it away to make arrays of the images."
             )
-    to_do = ImagesToCache(folder, images, options.image_size)
-    for place in {(folder / cache_name(image)).parent for image in images}:
+    owners: dict[str, str] = {}
+    for image in images:
+        array = cache_name(image)
+        if (owner := owners.setdefault(array, image)) != image:
+            raise UserError(
+                f"{folder}: {owner} and {image} would both have {array}. Expected images with a place of their own. "
+                "Rename one of them, and its caption."
+            )
+    for place in {(folder / array).parent for array in owners}:
         sweep(place)
-    workers = available_cores() if options.num_workers is None else options.num_workers
-    loader = DataLoader(to_do, batch_size=BATCH, num_workers=workers, collate_fn=list)
+    cache = partial(cache_image, folder, options.image_size)
     found = Counter(dict.fromkeys(("written", "there", "bad", "image_bytes", "cache_bytes"), 0))
     bad: dict[str, list[str]] = defaultdict(list)
-    for some in with_progress(loader, f"batches of {BATCH} images"):
-        for one in some:
-            found.update({one.kind: 1, "image_bytes": one.image_bytes, "cache_bytes": one.cache_bytes})
-            if one.bad is not None:
-                bad[one.bad.reason].append(shown(one.bad.path))
+    for one in in_workers(cache, images, options.num_workers, "images"):
+        found.update({one.kind: 1, "image_bytes": one.image_bytes, "cache_bytes": one.cache_bytes})
+        if one.bad is not None:
+            bad[one.bad.reason].append(shown(one.bad.path))
     print("\n".join(_lines(folder, found, bad, options)))
     if found["bad"] == len(images):
         raise UserError(f"{folder}: none of the {len(images):,} images can be read.")
@@ -90,63 +91,47 @@ class Cached(NamedTuple):
     bad: Skip | None = None  # why there is no array
 
 
-class ImagesToCache(Dataset[Cached]):
-    """Images below a folder, each made an array when it is asked for, unless that is there, newer and of the size."""
+def cache_image(folder: Path, size: int, name: str) -> Cached:
+    """Write the array of an image below a folder, unless it is there, newer than its image and of the right size.
 
-    def __init__(self, folder: Path, images: FlatStrings, size: int) -> None:
-        self.folder, self.images, self.size = folder, images, size
-        owners: dict[str, str] = {}
-        for image in images:
-            array = cache_name(image)
-            if (owner := owners.setdefault(array, image)) != image:
-                raise UserError(
-                    f"{folder}: {owner} and {image} would both have {array}. Expected images with a place of their "
-                    "own. Rename one of them, and its caption."
-                )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @override
-    def __getitem__(self, index: int) -> Cached:
-        image, array = self.folder / self.images[index], self.folder / cache_name(self.images[index])
-        try:
-            with reading(str(image), "image"):
-                found = image.stat()
-            if (
-                array.exists()
-                and self._side(image, array) == self.size
-                and array.stat().st_mtime_ns > found.st_mtime_ns
-            ):
-                return Cached("there", found.st_size, array.stat().st_size)
-            pixels = to_tensor(resize_shorter(open_rgb(str(image)), self.size)).numpy()
-        except BadSample as bad:
-            # An earlier array of the image would hide from training that it can no longer be read.
-            array.unlink(missing_ok=True)
-            return Cached("bad", bad=Skip(bad.path, bad.reason))
-        try:
-            write_array(array, pixels)
-        except OSError as error:
-            # Out of a worker it would come without its number, by which the command line knows it.
-            raise UserError(
-                f"{array}: cannot be written ({error.strerror}). Expected room and permission for arrays below npz/. "
-                "Those that are written stay, and the same command goes on."
-            ) from None
-        return Cached("written", found.st_size, array.stat().st_size)
-
-    def _side(self, image: Path, array: Path) -> int:
-        """The shorter side of what lies where the array would be, in pixels; what was not made here is not replaced."""
-        try:
-            shape, dtype, _ = read_header(str(array))
-            if dtype == np.uint8:
-                return min(shape[1:])
-            reason = f"holds {NORMALISED}"
-        except BadSample as bad:
-            reason = bad.reason
+    Raises:
+        UserError: what lies there was not made here, or there is no room.
+    """
+    image, array = folder / name, folder / cache_name(name)
+    try:
+        with reading(str(image), "image"):
+            found = image.stat()
+        if array.exists() and _side(image, array) == size and array.stat().st_mtime_ns > found.st_mtime_ns:
+            return Cached("there", found.st_size, array.stat().st_size)
+        pixels = to_tensor(resize_shorter(open_rgb(str(image)), size)).numpy()
+    except BadSample as bad:
+        # An earlier array of the image would hide from training that it can no longer be read.
+        array.unlink(missing_ok=True)
+        return Cached("bad", bad=Skip(bad.path, bad.reason))
+    try:
+        write_array(array, pixels)
+    except OSError as error:
+        # Out of a worker it would come without its number, by which the command line knows it.
         raise UserError(
-            f"{array}: {reason}. It is where the array of {image} would be, and is not replaced. Expected an array "
-            "that this command made, or none. Remove it, or move npz/ away."
-        )
+            f"{array}: cannot be written ({error.strerror}). Expected room and permission for arrays below npz/. Those "
+            "that are written stay, and the same command goes on."
+        ) from None
+    return Cached("written", found.st_size, array.stat().st_size)
+
+
+def _side(image: Path, array: Path) -> int:
+    """The shorter side of what lies where the array would be, in pixels; what was not made here is not replaced."""
+    try:
+        shape, dtype, _ = read_header(str(array))
+        if dtype == np.uint8:
+            return min(shape[1:])
+        reason = f"holds {NORMALISED}"
+    except BadSample as bad:
+        reason = bad.reason
+    raise UserError(
+        f"{array}: {reason}. It is where the array of {image} would be, and is not replaced. Expected an array that "
+        "this command made, or none. Remove it, or move npz/ away."
+    )
 
 
 def _lines(folder: Path, found: Counter[str], bad: Mapping[str, list[str]], options: NpzOptions) -> Iterator[str]:
