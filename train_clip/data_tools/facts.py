@@ -101,11 +101,8 @@ def _about() -> str:
 def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, cache: bool) -> Facts:
     """Look at all pairs but those whose files have not changed since they were last looked at.
 
-    Args:
-        pairs: all of them.
-        sources: the folder or table, and a table of pairs to validate on where there is one.
-        num_workers: processes that read; None for one a core.
-        cache: whether to keep what is found. Two processes at once repeat each other's work, no more.
+    What is found is kept under the names of the ``sources``: the folder or table, and a table of pairs to validate on.
+    Two processes at once repeat each other's work, no more.
     """
     facts = Facts(len(pairs))
     # Taken before the files are opened: what changes from here on is looked at again the next time.

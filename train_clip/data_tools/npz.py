@@ -45,8 +45,7 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
         options: what for
 
     Returns:
-        How many arrays were ``written``, were ``there``, and how many images were ``bad``; ``image_bytes`` and
-        ``cache_bytes`` on disk.
+        How many were ``written``, ``there`` and ``bad``, and the ``image_bytes`` and ``cache_bytes`` on disk.
     """
     pairs = scan_folder(folder, SourceOptions(pair_by=options.pair_by)).require_pairs().pairs
     images = FlatStrings(name for name in pairs.names if not is_npz(name))
@@ -92,11 +91,7 @@ class Cached(NamedTuple):
 
 
 def cache_image(folder: Path, size: int, name: str) -> Cached:
-    """Write the array of an image below a folder, unless it is there, newer than its image and of the right size.
-
-    Raises:
-        UserError: what lies there was not made here, or there is no room.
-    """
+    """Write the array of an image below a folder, unless it is there, newer than its image and of the right size."""
     image, array = folder / name, folder / cache_name(name)
     try:
         with reading(str(image), "image"):

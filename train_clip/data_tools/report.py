@@ -45,14 +45,7 @@ class CheckOptions(PairOptions):
 
 
 def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int | None = None) -> Report:
-    """Put the figures together.
-
-    Args:
-        scan: the pairs.
-        facts: of all of them.
-        options: what they are held against.
-        val_pairs: how many pairs, the last of the list, are validated on in place of a share.
-    """
+    """Put the figures together; the last ``val_pairs`` of the pairs, if given, are validated on in place of a share."""
     pairs = scan.pairs
     held_out = np.arange(len(pairs)) >= len(pairs) - (val_pairs or 0)
     if val_pairs is None:
@@ -209,14 +202,8 @@ def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tu
     """Find the hashes that differ in at most ``most`` bits, without comparing all with all.
 
     Two numbers that differ in at most K bits agree in one of K + 1 pieces that both are cut into. So only those that
-    share a piece are compared (multi-index hashing: Norouzi, Punjani, Fleet, CVPR 2012).
-
-    Args:
-        hashes: (U,) uint64, all different.
-        most: K.
-
-    Yields:
-        Places (n,) and (n,) of two such hashes each. A pair can come more than once.
+    share a piece are compared (multi-index hashing: Norouzi, Punjani, Fleet, CVPR 2012). The ``hashes``, (U,), are all
+    different; their places come as (n,) and (n,), a pair perhaps more than once.
     """
     edges = np.linspace(0, 64, most + 2).astype(np.uint64)
     for low, high in pairwise(edges):

@@ -5,19 +5,17 @@ N  images or captions      S  side of the image in pixels      D  embedding widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from train_clip.data.crops import center_crop, to_tensor
-from train_clip.data.images import open_rgb, upright_rgb
+from train_clip.data.crops import centre_square
 from train_clip.models.clip import DualEncoder, Texts
 from train_clip.types import Skip
 
@@ -58,8 +56,9 @@ def embed_images(
     device = model.logit_scale.device
 
     def encode(batch: Sequence[Picture] | Tensor) -> Tensor:
-        pixels = batch if isinstance(batch, Tensor) else torch.stack([_pixels(one, model.image_size) for one in batch])
-        return model.encode_image(pixels.to(device))
+        if not isinstance(batch, Tensor):
+            batch = torch.stack([centre_square(one, model.image_size) for one in batch])
+        return model.encode_image(batch.to(device))
 
     return _embed(model, images, encode, batch_size)
 
@@ -81,27 +80,16 @@ def embed_texts(
 
 def _embed(model: DualEncoder, items: Any, encode: Callable[[Any], Tensor], batch_size: int) -> Tensor:
     parts = [torch.empty(0, model.embed_dim, device=model.logit_scale.device)]
-    with _eval_mode(model):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
         parts += [unit_norm(encode(items[at : at + batch_size])) for at in range(0, len(items), batch_size)]
+    finally:
+        for module in training:
+            module.training = True
     return torch.cat(parts)
 
 
 def unit_norm(embeddings: Tensor) -> Tensor:
     """Scale (N, D) rows to length 1, in float32 or wider."""
     return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
-
-
-def _pixels(image: Picture, size: int) -> Tensor:
-    picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
-    return to_tensor(center_crop(picture, size))
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
