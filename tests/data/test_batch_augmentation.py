@@ -152,7 +152,7 @@ def test_an_image_is_drawn_by_its_place_in_the_global_batch() -> None:
     whole = draw_batch(FULL, (3, 5), slice(0, 8), 8)
     for rows in (slice(0, 4), slice(4, 8)):
         part = draw_batch(FULL, (3, 5), rows, 8)
-        for name in Draws.__dataclass_fields__:
+        for name in Draws._fields:
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     found = [whole.lifts, *(draw_batch(FULL, place, slice(0, 8), 8).lifts for place in ((3, 6), (4, 5), (5, 3)))]
     numbers = torch.cat(found).sum(1)

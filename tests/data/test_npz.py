@@ -18,7 +18,7 @@ from PIL import Image
 from train_clip.data.arrays import MAX_DATA, read_array, read_header, write_array
 from train_clip.data.crops import read_picture, resize_shorter
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import Collate, ImageList, TrainingPairs, ValidationPairs, image_loader
+from train_clip.data.samples import Collate, TrainingPairs, ValidationPairs, image_loader
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Skip
@@ -83,8 +83,9 @@ def test_a_random_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pair]
 def test_the_centre_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pair], list[Pair]]) -> None:
     """Validation and scoring with arrays, against Pillow's resize and crop of the images here: the same bytes."""
     plain, with_cache = cached
-    validation, scored = ValidationPairs(with_cache, SIZE), ImageList([pair.pixels for pair in with_cache], SIZE)
-    for index, pair in enumerate(plain):
+    validation = ValidationPairs(with_cache, SIZE)
+    scored = image_loader([pair.pixels for pair in with_cache], SIZE, 1, 0)
+    for index, (pair, (_, (pixels,), _)) in enumerate(zip(plain, scored, strict=True)):
         with Image.open(pair.image) as image:
             factor = SIZE / min(image.size)
             wide, high = (SIZE if side == min(image.size) else int(side * factor + 1e-9) for side in image.size)
@@ -92,7 +93,7 @@ def test_the_centre_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pai
             cropped = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + SIZE, top + SIZE))
         expected = np.asarray(cropped).transpose(2, 0, 1)
         assert np.array_equal(validation[index].pixels, expected)
-        assert np.array_equal(scored[index][1], expected)  # type: ignore[arg-type]
+        assert np.array_equal(pixels, expected)
 
 
 def test_squares_are_resized_out_of_arrays(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_both_kinds_in_one_list_are_refused(tmp_path: Path, first: int) -> None:
     for read in (
         lambda: TrainingPairs(pairs, SIZE, None, 0)[0, 1],
         lambda: ValidationPairs(pairs, SIZE)[1],
-        lambda: ImageList([pair.pixels for pair in pairs], SIZE)[1],
+        lambda: list(image_loader([pair.pixels for pair in pairs], SIZE, 1, 0)),
     ):
         with pytest.raises(UserError) as refused:
             read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train_clip.data.pairs import PairList
+from train_clip.data.pairs import IN_TABLE, PairList
 from train_clip.data_tools.facts import Facts, PairFacts, perceptual_hash
 from train_clip.data_tools.report import find_repeats
 
@@ -18,7 +18,7 @@ def test_similar_images_leak_whichever_hash_is_the_smaller(held_out: list[int]) 
     if perceptual_hash() is None:
         pytest.skip("needs ImageHash")
     looks = [0, 1, FAR, FAR + 2, -1, 0xFF << 48]
-    pairs = PairList("/", [f"{place}.png" for place in range(6)], ["x"] * 6, in_table=True)
+    pairs = PairList("/", [f"{place}.png" for place in range(6)], [IN_TABLE + "x"] * 6)
     facts = Facts(6)
     for place, look in enumerate(looks):
         facts.add(place, place + 1, PairFacts((9, 9), f"{place}", look, ("", ""), ()))

@@ -25,17 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.data.arrays import read_array
-from train_clip.data.images import Decoded, Jpeg, is_npz, open_image, open_rgb, read_image, upright_rgb
+from train_clip.data.images import SIDES_SWAPPED, Decoded, Jpeg, is_npz, open_image, open_rgb, read_image, upright_rgb
 from train_clip.errors import UserError
 
-BICUBIC = Image.Resampling.BICUBIC
 REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as much and as exact (jdct.h)
-SIDES_SWAPPED = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
 NORMALISED = "already normalised pixels, taken as they are, without a crop"
 
 # Draws a window in a picture of a width and a height.
@@ -51,7 +44,7 @@ def read_square(path: str, size: int, draw: Draw | None = None) -> Tensor:
     Args:
         path: an image, or an ``.npz`` file as ``read_array`` takes it.
         size: S.
-        draw: training's window; None for evaluation's centre crop.
+        draw: training's window in a picture of a width and a height, drawn once; None for evaluation's centre crop.
 
     Returns:
         (3, S, S): uint8, or float32 that is already normalised.
@@ -61,31 +54,23 @@ def read_square(path: str, size: int, draw: Draw | None = None) -> Tensor:
         UserError: an array that was made for another S. It is no bad sample that another could stand in for: all of a
             cache are made for one size, and resized once more they would not be what the images give.
     """
-    if not is_npz(path):
-        return crop_of_image(path, draw) if draw else centre_square(path, size)
-    array = read_array(path)
-    require_size(path, array.shape, array.dtype, size)
-    if array.dtype != np.uint8:
-        return torch.from_numpy(array.astype(np.float32))
-    return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(_picture(array), size)
-
-
-def crop_of_image(path: str, draw: Draw) -> Tensor:
-    """Draw a window in an image's size, once, and cut it: (3, S, S) uint8.
-
-    Raises:
-        BadSample: as ``read_image``.
-    """
+    if is_npz(path):
+        array = read_array(path)
+        require_size(path, array.shape, array.dtype, size)
+        if array.dtype != np.uint8:
+            return torch.from_numpy(array.astype(np.float32))
+        return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(_picture(array), size)
+    if draw is None:
+        return centre_square(path, size)
     image = open_image(path)
     if isinstance(image, Image.Image):
         return cut(_planes(image), draw(image.size))
-    width, height = image.size
-    window = draw((height, width) if image.turn in SIDES_SWAPPED else (width, height))
+    window = draw(image.size[::-1] if image.turn in SIDES_SWAPPED else image.size)
     pixels = _reduced(image, window.reduction)
     if pixels is None:
         return cut(_planes(open_rgb(path)), window)
     if image.turn is not None:
-        return cut(_planes(Image.fromarray(pixels).transpose(image.turn)), window, window.reduction)
+        pixels = np.array(Image.fromarray(pixels).transpose(image.turn))
     return cut(pixels.transpose(2, 0, 1), window, window.reduction)
 
 
@@ -114,7 +99,7 @@ def random_crop(picture: tuple[int, int], size: int, rng: Generator) -> Window:
         rng: draws the place.
     """
     target = shorter_to(picture, size)
-    left, top = int(rng.integers(target[0] - size + 1)), int(rng.integers(target[1] - size + 1))
+    left, top = (int(rng.integers(side - size + 1)) for side in target)
     return Window((0, 0, *picture), target, (left, top), size)
 
 
@@ -130,9 +115,8 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min
         rng: draws share and place.
         min_share: least share of the largest square's area, in (0, 1].
     """
-    width, height = picture
-    side = max(1, round(min(width, height) * math.sqrt(rng.uniform(min_share, 1.0))))
-    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    side = max(1, round(min(picture) * math.sqrt(rng.uniform(min_share, 1.0))))
+    left, top = (int(rng.integers(whole - side + 1)) for whole in picture)
     return Window((left, top, left + side, top + side), (size, size), (0, 0), size)
 
 
@@ -200,7 +184,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
 def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side of an RGB picture to S; a picture of that size is returned as it is."""
     target = shorter_to(picture.size, size)
-    return picture if target == picture.size else picture.resize(target, BICUBIC)
+    return picture if target == picture.size else picture.resize(target, Image.Resampling.BICUBIC)
 
 
 def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
@@ -256,21 +240,21 @@ def read_picture(path: str) -> Decoded:
     if not is_npz(path):
         return read_image(path)
     array = read_array(path)
-    if array.dtype == np.uint8:
-        return Decoded(_picture(array), ())
-    return Decoded(_picture(_stretched(array)), (NORMALISED,))
+    return Decoded(_picture(_to_bytes(array)), () if array.dtype == np.uint8 else (NORMALISED,))
 
 
 def bytes_to_show(pixels: Tensor) -> Tensor:
     """Map what ``read_square`` gives to (3, S, S) uint8 to look at."""
-    return pixels if pixels.dtype == torch.uint8 else torch.from_numpy(_stretched(pixels.numpy()))
+    return torch.from_numpy(_to_bytes(pixels.numpy()))
 
 
-def _stretched(array: NDArray[Any]) -> NDArray[np.uint8]:
+def _to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     """Bytes from the least value to the greatest: by which mean and deviation pixels are normalised no file says."""
+    if array.dtype == np.uint8:
+        return array
     values = array.astype(np.float32)
-    least, most = values.min(), values.max()
-    return ((values - least) * (255 / max(most - least, np.float32(1e-6)))).astype(np.uint8)
+    values -= values.min()
+    return (values * (255 / max(values.max(), np.float32(1e-6)))).astype(np.uint8)
 
 
 def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:

@@ -9,7 +9,6 @@ in its image's place, and the pair is still known by its image. Any other array 
 
 from __future__ import annotations
 
-import heapq
 import os
 import posixpath
 import re
@@ -183,22 +182,23 @@ def _pair_by_number(found: _Found, paths: Iterable[str]) -> None:
             found.lone.append(path)
     for number in sorted(by_number):
         files = sorted(by_number.pop(number))
-        captions = [path for path in files if is_caption(path)]
-        arrays = [path for path in files if _in_cache(path)]
-        images = [path for path in files if path not in captions + arrays]
-        if max(map(len, (images, captions, arrays))) > 1:
+        kinds: dict[str, list[str]] = {"image": [], "caption": [], "array": []}
+        for path in files:
+            kinds["caption" if is_caption(path) else "array" if _in_cache(path) else "image"].append(path)
+        if max(map(len, kinds.values())) > 1:
             found.faults.append(
                 f"{found.folder}: the number {number} is in {len(files)} names, so it is not clear which belong "
                 f"together:\n{_listed(files)}  Expected one image, one caption and one array in npz/ at most. Rename "
                 "the others."
             )
             continue
-        if images and arrays:
-            found.caches[images[0]] = arrays.pop()
-        if captions and (images or arrays):
-            found.pairs.append(((images or arrays)[0], captions[0]))
+        images, captions, arrays = kinds.values()
+        found.caches.update(zip(images, arrays, strict=False))
+        pixels = images or arrays
+        if pixels and captions:
+            found.pairs += zip(pixels, captions, strict=True)
         else:
-            found.lone += captions or images or arrays
+            found.lone += pixels or captions
 
 
 PAIRINGS: dict[PairBy, Callable[[_Found, Iterable[str]], None]] = {"stem": _pair_by_stem, "number": _pair_by_number}
@@ -243,29 +243,25 @@ def _pair_one_stem(found: _Found, files: list[str]) -> None:
     waiting: dict[str, list[str]] = defaultdict(list)
     for path in files:
         waiting[posixpath.dirname(path)].append(path)
-    deepest_first = [(-_depth(place), place) for place in waiting]
-    heapq.heapify(deepest_first)
-    while deepest_first:
-        _, place = heapq.heappop(deepest_first)
-        here = waiting.pop(place)
-        captions = [path for path in here if is_caption(path)]
-        images = [path for path in here if not is_caption(path)]
-        if images and captions:
-            if len(here) > 2:
-                counts = f"{_number(images, 'image')} and {_number(captions, 'caption')}"
-                found.faults.append(
-                    f"{found.folder / place}: one stem has {counts}, so it is not clear which belong together:\n"
-                    f"{_listed(sorted(here))}  Expected one of each. Rename or remove the others."
-                )
-                return
-            found.pairs.append((images[0], captions[0]))
-        elif not place:
-            found.lone += here
-        else:
-            above = posixpath.dirname(place)
-            if above not in waiting:
-                heapq.heappush(deepest_first, (-_depth(above), above))
-            waiting[above] += here
+    while waiting:
+        deepest = max(map(_depth, waiting))
+        for place in sorted(place for place in waiting if _depth(place) == deepest):
+            here = waiting.pop(place)
+            images = [path for path in here if not is_caption(path)]
+            captions = [path for path in here if is_caption(path)]
+            if images and captions:
+                if len(here) > 2:
+                    counts = f"{_number(images, 'image')} and {_number(captions, 'caption')}"
+                    found.faults.append(
+                        f"{found.folder / place}: one stem has {counts}, so it is not clear which belong together:\n"
+                        f"{_listed(sorted(here))}  Expected one of each. Rename or remove the others."
+                    )
+                    return
+                found.pairs.append((images[0], captions[0]))
+            elif place:
+                waiting[posixpath.dirname(place)] += here
+            else:
+                found.lone += here
 
 
 def _number(files: list[str], noun: str) -> str:

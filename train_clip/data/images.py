@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from train_clip.errors import BadSample
 
@@ -32,9 +32,7 @@ MAX_COMMENTS = 1000  # of a PPM in plain text, whose reader takes seconds for a 
 # What picture collections are made of, by Pillow's names. Its other readers are for formats that nobody collects, hand
 # the file to another program (EPS), take nearly anything for a picture, or, as OpenJPEG for JPEG 2000, take as much
 # memory as a header asks for, also within the cap on pixels (test_hostile.py, precincts).
-FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP",
-)  # fmt: skip
+FORMATS = tuple("AVIF BMP DIB GIF ICO JPEG MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split())
 ARRAY_SUFFIX = ".npz"  # of an image that is an array (arrays.py)
 JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with others behind it
 JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
@@ -55,6 +53,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDES_SWAPPED = [turn for orientation, turn in UPRIGHT.items() if orientation > 4]
 # Pillow's warnings repeat what is checked here (size), or say nothing that helps (EXIF, palettes). This stands among
 # the filters while a file is read. Not by catch_warnings, which is not for threads, and after which all that was
 # warned of once is warned of again.
@@ -94,15 +93,15 @@ def read_image(path: str) -> Decoded:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
     with reading(path, "image"), Path(path).open("rb") as file:
-        return _decoded(path, _open(path, _content(file)))
+        return _decoded(path, _open(path, file))
 
 
 def open_image(path: str) -> Jpeg | Image.Image:
     """Open an image file as ``read_image`` does, but leave it to the caller to decode a plain JPEG."""
     with reading(path, "image"), Path(path).open("rb") as file:
-        picture = _open(path, content := _content(file))
-        if isinstance(content, io.BytesIO) and picture.format in JPEGS and picture.mode in ("RGB", "L"):
-            return Jpeg(content.getvalue(), picture.size, _turn(picture, []))
+        picture = _open(path, file)
+        if picture.format in JPEGS and picture.mode in ("RGB", "L"):
+            return Jpeg(_whole(picture), picture.size, _turn(picture, []))
         return _decoded(path, picture).picture
 
 
@@ -131,6 +130,16 @@ def image_suffixes() -> frozenset[str]:
 def is_npz(path: str) -> bool:
     """Whether a file has an array in place of an image, by its name."""
     return path[-len(ARRAY_SUFFIX) :].lower() == ARRAY_SUFFIX
+
+
+def require_sides(path: str, width: int, height: int) -> None:
+    """Refuse what is too thin for a picture.
+
+    Raises:
+        BadSample: a side or the aspect is beyond the bounds.
+    """
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
 
 
 @contextmanager
@@ -180,62 +189,51 @@ def _formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
-def _content(file: io.BufferedReader) -> BinaryIO:
-    """What an image is decoded from: a JPEG is read whole in any case, to count its scans."""
-    if os.fstat(file.fileno()).st_size > MAX_BYTES:
-        raise BadSample(file.name, f"image file over {MAX_BYTES:,} bytes")
-    return io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
-
-
-def _open(path: str, file: BinaryIO) -> Image.Image:
+def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
     """Open what may be decoded, by what its header says; nothing of it is decoded."""
-    picture = Image.open(file, formats=_formats())
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
+    # A JPEG is read whole in any case, to count its scans.
+    content = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
+    picture = Image.open(content, formats=_formats())
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
-    if picture.format in JPEGS and len(SCAN.findall(_whole(file))) > MAX_SCANS:
+    require_sides(path, width, height)
+    if picture.format in JPEGS and len(SCAN.findall(_whole(picture))) > MAX_SCANS:
         raise BadSample(path, f"JPEG of over {MAX_SCANS} scans")
-    plain = any(tile[0] == "ppm_plain" for tile in getattr(picture, "tile", []))
-    if plain and _whole(file).count(b"#") > MAX_COMMENTS:
+    if picture.tile and picture.tile[0][0] == "ppm_plain" and _whole(picture).count(b"#") > MAX_COMMENTS:
         raise BadSample(path, f"PPM of over {MAX_COMMENTS:,} comments")
-    if picture.format == "TIFF":
-        width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)  # type: ignore[attr-defined]
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)
         if width * height > MAX_PIXELS:
             raise BadSample(path, f"TIFF of tiles over {MAX_PIXELS:,} pixels")
     return picture
 
 
-def _whole(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
+def _whole(picture: ImageFile.ImageFile) -> bytes:
+    assert picture.fp is not None
+    picture.fp.seek(0)
+    return picture.fp.read()
 
 
 def _decoded(path: str, picture: Image.Image) -> Decoded:
     picture.load()
     mended: list[str] = []
-    if _foreign_suffix(path, picture.format or ""):
-        mended.append("suffix of another format")
-    if _has_frames(picture):
-        mended.append("first of several frames")
-    return Decoded(upright_rgb(picture, path, mended), tuple(mended))
-
-
-def _foreign_suffix(path: str, kind: str) -> bool:
-    """Whether a file's suffix is that of another format than its content's. MPO is JPEG with more pictures behind."""
-    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122, a third of the time
-    named = Image.registered_extensions().get(suffix)
+    # MPO is JPEG with more pictures behind.
     alike = {"MPO": "JPEG", "DIB": "BMP"}
-    return bool(suffix) and alike.get(named or "", named) != alike.get(kind, kind)
-
-
-def _has_frames(picture: Image.Image) -> bool:
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122, a third of the time
+    named, kind = Image.registered_extensions().get(suffix, ""), picture.format or ""
+    if suffix and alike.get(named, named) != alike.get(kind, kind):
+        mended.append("suffix of another format")
     try:
-        return bool(getattr(picture, "is_animated", False))
+        frames = getattr(picture, "is_animated", False)
     except Exception:
         # What is broken behind the first frame is no fault of the first frame.
-        return True
+        frames = True
+    if frames:
+        mended.append("first of several frames")
+    return Decoded(upright_rgb(picture, path, mended), tuple(mended))
 
 
 def _turn(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:

@@ -8,6 +8,7 @@ of each. The N mod G pairs that are left over differ from epoch to epoch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 from train_clip.data.arrays import read_header
 from train_clip.data.crops import NORMALISED, random_crop, random_resized_crop, read_square, require_size
 from train_clip.data.images import is_npz
-from train_clip.data.pairs import Pair
+from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Batch, Skip
 
@@ -99,7 +100,16 @@ class Sample(NamedTuple):
     missing: bool = False  # whether it only holds a place
 
 
-class TrainingPairs(Dataset[Sample]):
+class _Pairs(Dataset[Sample]):
+    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
+        self.pairs, self.size = pairs, size
+        self.kind = PixelKind.of((pair.pixels for pair in pairs), size)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class TrainingPairs(_Pairs):
     """A random crop and a random caption line of each pair.
 
     Args:
@@ -113,11 +123,8 @@ class TrainingPairs(Dataset[Sample]):
     """
 
     def __init__(self, pairs: Sequence[Pair], size: int, resize_ratio: float | None = None, seed: int = 0) -> None:
-        self.pairs, self.size, self.resize_ratio, self.seed = pairs, size, resize_ratio, seed
-        self.kind = PixelKind.of((pair.pixels for pair in pairs), size)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        super().__init__(pairs, size)
+        self.resize_ratio, self.seed = resize_ratio, seed
 
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
         """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs.
@@ -153,7 +160,7 @@ def draw(
     """
     pair = pairs[index]
     captions, path = pair.captions(), pair.pixels
-    caption = captions[int(rng.integers(len(captions)))]
+    caption = captions[rng.integers(len(captions))]
     if resize_ratio is None:
         window = partial(random_crop, size=size, rng=rng)
     else:
@@ -161,20 +168,8 @@ def draw(
     return read_square(path, size, window), caption, path
 
 
-class ValidationPairs(Dataset[Sample]):
-    """The centre crop and the first caption line of each pair; errors as of ``TrainingPairs``.
-
-    Args:
-        pairs: at least one.
-        size: S.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
-        self.pairs, self.size = pairs, size
-        self.kind = PixelKind.of((pair.pixels for pair in pairs), size)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+class ValidationPairs(_Pairs):
+    """The centre crop and the first caption line of each of the pairs; arguments and errors as of ``TrainingPairs``."""
 
     def __getitem__(self, index: int) -> Sample:
         """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""
@@ -184,6 +179,19 @@ class ValidationPairs(Dataset[Sample]):
         except BadSample as bad:
             black = torch.zeros(3, self.size, self.size, dtype=self.kind.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
+
+
+def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """Load images alone, in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
+    numbered = PairList("", paths, (f"{IN_TABLE}{index}" for index in range(len(paths))))
+    images = ValidationPairs(numbered, size)
+    return DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images)
+
+
+def _collate_images(samples: list[Sample]) -> tuple[list[int], Tensor, list[Skip]]:
+    good = [sample for sample in samples if not sample.missing]
+    pixels = torch.stack([sample.pixels for sample in good]) if good else torch.empty(0)
+    return [int(sample.caption) for sample in good], pixels, [skip for sample in samples for skip in sample.skips]
 
 
 class PixelKind(NamedTuple):
@@ -202,12 +210,10 @@ class PixelKind(NamedTuple):
         for path in paths:
             if not is_npz(path):
                 return cls(torch.uint8, path)
-            try:
+            with contextlib.suppress(BadSample):
                 shape, dtype, _ = read_header(path)
-            except BadSample:
-                continue
-            require_size(path, shape, dtype, size)
-            return cls(torch.uint8 if dtype == np.uint8 else torch.float32, path)
+                require_size(path, shape, dtype, size)
+                return cls(torch.uint8 if dtype == np.uint8 else torch.float32, path)
         return cls(torch.uint8, "")
 
     def require(self, pixels: Tensor, path: str) -> Tensor:
@@ -245,42 +251,6 @@ class Collate:
         skips = tuple(sample.skips for sample in samples if sample.skips)
         missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
         return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
-
-
-class ImageList(Dataset["tuple[int, Tensor | Skip]"]):
-    """The centre crop of each file, for scoring, or why it cannot be read; errors as of ``TrainingPairs``.
-
-    Args:
-        paths: images, or ``.npz`` files of them.
-        size: S.
-    """
-
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths, self.size = paths, size
-        self.kind = PixelKind.of(paths, size)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | Skip]:
-        """The index with (3, S, S) pixels, or with what is wrong with the file."""
-        path = self.paths[index]
-        try:
-            return index, self.kind.require(read_square(path, self.size), path)
-        except BadSample as bad:
-            return index, Skip(bad.path, bad.reason)
-
-
-def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """Load images in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
-    return DataLoader(ImageList(paths, size), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
-
-
-def _collate(samples: list[tuple[int, Tensor | Skip]]) -> tuple[list[int], Tensor, list[Skip]]:
-    good = [(index, pixels) for index, pixels in samples if isinstance(pixels, Tensor)]
-    skips = [skip for _, skip in samples if isinstance(skip, Skip)]
-    pixels = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
-    return [index for index, _ in good], pixels, skips
 
 
 def available_cores() -> int:

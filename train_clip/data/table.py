@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from train_clip.data.pairs import MAX_BYTES, PairList, is_blank, plain_name
+from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, is_blank, plain_name
 from train_clip.data.scan import DEFAULTS, Scan, may_read
 from train_clip.errors import UserError
 from train_clip.files import replacing
@@ -42,21 +42,20 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
     root = os.path.join(table.parent, "")  # noqa: PTH118, with its separator at the end
     there: dict[str, str] = {}
     gone: list[str] = []
-    for name in captions:
+    for name, texts in captions.items():
         spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
-        try:
-            fault = _fault(posixpath.join(root, spelling))
-        except (FileNotFoundError, NotADirectoryError):
+        path = posixpath.join(root, spelling)
+        fault = _fault(path)
+        if fault is GONE:
             gone.append(name)
-            continue
-        if fault:
-            faults.append(f"{posixpath.join(root, spelling)}: {fault}")
+        elif fault:
+            faults.append(f"{path}: {fault}")
         else:
-            there[spelling] = "\n".join(filter(None, (there.get(spelling), captions[name])))
-    paired = sorted((name for name, texts in there.items() if texts), key=plain_name)
-    lone = sorted((name for name, texts in there.items() if not texts), key=plain_name)
-    pairs = PairList(root, paired, (there[name] for name in paired), in_table=True)
-    return Scan(table, num_rows, pairs, lone, sorted(gone), faults)
+            there[spelling] = "\n".join(filter(None, (there.get(spelling), texts)))
+    names = sorted(there, key=plain_name)
+    paired = [name for name in names if there[name]]
+    pairs = PairList(root, paired, (IN_TABLE + there[name] for name in paired))
+    return Scan(table, num_rows, pairs, [name for name in names if not there[name]], sorted(gone), faults)
 
 
 def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -127,7 +126,7 @@ def _long_cells() -> Iterator[None]:
 
 
 # A row: the number of its line, its image, and its captions; no image where it is not whole.
-Row = tuple[int, str, list[str]]
+Row = tuple[int, str, Sequence[str]]
 
 
 def _separated(delimiter: str, table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
@@ -137,7 +136,7 @@ def _separated(delimiter: str, table: Path, file: TextIO, names: tuple[str, str]
         image, caption = _require_columns(table, header, names)
         for row in filter(any, reader):
             whole = len(row) == len(header)
-            yield reader.line_num, row[image] if whole else "", [row[caption]] if whole else []
+            yield (reader.line_num, row[image], [row[caption]]) if whole else (reader.line_num, "", [])
     except csv.Error as error:
         raise UserError(
             f"{table}, line {reader.line_num}: {error}. Expected text with quotes, separators or line breaks in it to "
@@ -146,7 +145,7 @@ def _separated(delimiter: str, table: Path, file: TextIO, names: tuple[str, str]
 
 
 def _json_lines(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
-    known = False
+    header: list[int] = []
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -154,13 +153,13 @@ def _json_lines(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[R
             row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{table}, line {line}: is not JSON ({error}). Expected one object a line.") from None
-        if not known and isinstance(row, dict):
-            _require_columns(table, list(row), names)
-            known = True
-        image, captions = map(row.get, names) if isinstance(row, dict) else (None, None)
+        if not isinstance(row, dict):
+            yield line, "", []
+            continue
+        header = header or _require_columns(table, list(row), names)
+        image, captions = map(row.get, names)
         texts: list[Any] = captions if isinstance(captions, list) else [captions]
-        whole = all(map(_is_text, (image, *texts)))
-        yield line, str(image) if whole else "", texts if whole else []
+        yield (line, str(image), texts) if all(map(_is_text, (image, *texts))) else (line, "", [])
 
 
 READERS: dict[str, Callable[[Path, TextIO, tuple[str, str]], Iterator[Row]]] = {
@@ -205,11 +204,10 @@ def _spellings(root: str, name: str) -> Iterator[str]:
             # Not so where a link is on the way: "link/.." is not this folder.
             if os.path.samefile(posixpath.join(root, direct), posixpath.join(root, name)):  # noqa: PTH121
                 yield direct
-    yield name
-    yield name.strip()
-    if not name.isascii():
-        yield unicodedata.normalize("NFC", name)
-        yield unicodedata.normalize("NFD", name)
+    yield from (name, name.strip(), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+
+
+GONE = "is gone"
 
 
 def _fault(path: str) -> str | None:
@@ -217,13 +215,11 @@ def _fault(path: str) -> str | None:
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116, a quarter of the time
     except (FileNotFoundError, NotADirectoryError):
-        raise
+        return GONE
     except PermissionError:
         return "no permission to look for it. Give it (chmod +x), or remove its rows."
     except (OSError, ValueError) as error:
         return f"cannot be looked up ({error}). Mend or remove its rows."
     if not stat.S_ISREG(mode):
         return "is no regular file; expected an image. Mend or remove its rows."
-    if not may_read(path):
-        return "no permission to read this file. Give it (chmod +r), or remove its rows."
-    return None
+    return None if may_read(path) else "no permission to read this file. Give it (chmod +r), or remove its rows."
