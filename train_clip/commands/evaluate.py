@@ -57,9 +57,7 @@ class ScoreOptions(SourceOptions):
         "images and captions that share a stem; for classification, images in folders named after their class or with "
         "a STEM.cls beside them",
     )
-    classes: Path | None = option(
-        None, "a text file of class names, one a line: also classify without training (zero-shot)"
-    )
+    classes: Path | None = option(None, "a text file of class names, one a line: also classify without training")
     templates: Path | None = option(
         None, 'a text file of captions with {} where the class goes, one a line; default: "a photo of a {}."'
     )

@@ -136,7 +136,7 @@ def _cache_file(sources: Sequence[Path]) -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        print("What is found cannot be kept: this user has no home folder.")
+        print("What is found cannot be kept in the cache folder (this user has no home); going on without.")
         return None
     paths = [source.resolve() for source in sources]
     key = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
