@@ -171,12 +171,12 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None
     if not checkpoints:
         return
     command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
-    table = data.val_table or data.table
+    table = data.val_table or data.options.pairs
     command += ["--folder", str(data.folder)] if table is None else ["--pairs", str(table)]
     if table is not None:
         command += _changed_columns(data)
-    elif data.pair_by != "stem":
-        command += ["--pair_by", data.pair_by]
+    elif data.options.pair_by != "stem":
+        command += ["--pair_by", data.options.pair_by]
     if data.validation_pairs:
         if data.val_table is None:
             command += ["--split", "held_out", "--val_share", str(data.val_share)]
@@ -200,13 +200,8 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
 
 def _changed_columns(data: TextImageDataModule) -> list[str]:
     """The options that name a table's columns, where they are not called what they are called by default."""
-    named = (("--image_column", "image"), ("--caption_column", "caption"))
-    return [
-        word
-        for option, column in named
-        if getattr(data.columns, column) != column
-        for word in (option, getattr(data.columns, column))
-    ]
+    named = {"image": data.options.image_column, "caption": data.options.caption_column}
+    return [word for usual, name in named.items() if name != usual for word in (f"--{usual}_column", name)]
 
 
 def count(module: nn.Module) -> int:
