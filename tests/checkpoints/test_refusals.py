@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.checkpoints.by_hand import tiny_clip
 from tests.conftest import TINY
 from train_clip import load
-from train_clip.checkpoints.write import write_model
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 
 MARKS = {name: torch.tensor(16) for name in ("input_resolution", "context_length", "vocab_size")}

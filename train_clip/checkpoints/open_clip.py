@@ -6,19 +6,32 @@ Which settings there are, and their defaults: github.com/mlfoundations/open_clip
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.found import Found
-from train_clip.checkpoints.openai import config_from_shapes, named_as_preset, scalar_temperature, unsaid_of
-from train_clip.checkpoints.read import OPEN_CLIP_CONFIG, Contents, TensorRecord
+from train_clip.checkpoints.found import FoundCLIP
+from train_clip.checkpoints.openai import HEAD, found_by_shapes, named_as_preset, scalar_temperature
+from train_clip.checkpoints.read import Contents, TensorRecord
+from train_clip.checkpoints.sources import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from train_clip.errors import UserError, first_line
+from train_clip.files import write_text
 from train_clip.models.config import START_OF_SIGMOID, ModelConfig, ResNetConfig, config_from_dict
+
+if TYPE_CHECKING:
+    from train_clip.models.clip import CLIP
 
 TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training wrote
 TEXT = "text."
-HEAD_WIDTH = 64
+# The text tower's settings: our name, their default.
+OF_TEXT = {
+    "context_length": ("context", 77),
+    "vocab_size": ("vocab", 49408),
+    "width": ("width", 512),
+    "heads": ("heads", 8),
+    "layers": ("layers", 12),
+}
 
 # What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything
 # else that is set is refused.
@@ -32,40 +45,46 @@ WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
 }
 SIZES = {
     "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
-    "text_cfg": {"context_length", "vocab_size", "layers", "width", "heads"},
+    "text_cfg": set(OF_TEXT),
     "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"},
 }
 RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
 
 
-def find_with_config(contents: Contents) -> Found | None:
-    """Weights with ``open_clip_config.json`` beside them."""
+def find_with_config(contents: Contents) -> FoundCLIP | None:
+    """Find weights with ``open_clip_config.json`` beside them."""
     records = _plain_text_tower(contents.tensors)
-    if OPEN_CLIP_CONFIG not in contents.configs or not any(name.startswith("visual.") for name in records):
+    if OPEN_CLIP_CONFIG not in contents.configs or not _has_images(records):
         return None
-    config = _read_config(contents.settings(OPEN_CLIP_CONFIG), str(contents.path))
-    return Found("open_clip", config, records, scalar_temperature)
+    source = str(contents.path)
+    config = _read_config(contents.settings(OPEN_CLIP_CONFIG), source)
+    return FoundCLIP(format="open_clip", source=source, records=records, config=config, rename=scalar_temperature)
 
 
-def find_training(contents: Contents) -> Found | None:
-    """A checkpoint of open_clip's training, which does not say what its model is."""
+def find_training(contents: Contents) -> FoundCLIP | None:
+    """Find a checkpoint of open_clip's training, which does not say what its model is."""
     records = _plain_text_tower(contents.tensors)
-    if not set(TRAINING) <= set(contents.data) or not any(name.startswith("visual.") for name in records):
+    if not set(TRAINING) <= set(contents.data) or not _has_images(records):
         return None
-    config = config_from_shapes(records, contents.path)
     about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
-    return Found(
-        "open_clip training checkpoint", config, records, scalar_temperature, unsaid=unsaid_of(config), about=about
-    )
+    kind = "open_clip training checkpoint"
+    return found_by_shapes(kind, contents, records, rename=scalar_temperature, about=about)
 
 
-def find_custom_text(contents: Contents) -> Found | None:
-    """Weights of its CustomTextCLIP and nothing else."""
+def find_custom_text(contents: Contents) -> FoundCLIP | None:
+    """Find weights of its CustomTextCLIP and nothing else."""
     records = _plain_text_tower(contents.tensors)
     if records is contents.tensors:
         return None
-    config = config_from_shapes(records, contents.path)
-    return Found("open_clip state dict", config, records, scalar_temperature, unsaid=unsaid_of(config))
+    return found_by_shapes("open_clip state dict", contents, records, rename=scalar_temperature)
+
+
+def write_open_clip(model: CLIP, folder: Path) -> None:
+    """Write what ``open_clip.create_model("local-dir:FOLDER")`` takes."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / OPEN_CLIP_WEIGHTS)
+    write_text(folder / OPEN_CLIP_CONFIG, json.dumps(write_config(model.config), indent=2) + "\n")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -81,22 +100,16 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
             "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": text.context,
-                "vocab_size": text.vocab,
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-            },
+            "text_cfg": {theirs: getattr(text, ours) for theirs, (ours, _) in OF_TEXT.items()},
             **({f"init_{name}": value for name, value in START_OF_SIGMOID.items()} if config.logit_bias else {}),
         },
-        "preprocess_cfg": {
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": {"mean": list(config.mean), "std": list(config.std)}
+        | {name: known[0] for name, known in RESIZING.items()},
     }
+
+
+def _has_images(records: Mapping[str, TensorRecord]) -> bool:
+    return any(name.startswith("visual.") for name in records)
 
 
 def _plain_text_tower(records: Mapping[str, TensorRecord]) -> Mapping[str, TensorRecord]:
@@ -126,26 +139,20 @@ def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[st
     size, width, layers = vision.get("image_size", 224), vision.get("width", 768), vision.get("layers", 12)
     image: dict[str, Any] = {"size": size, "width": width}
     if isinstance(layers, list):
-        if (head_width := vision.get("head_width", HEAD_WIDTH)) != HEAD_WIDTH:
+        if (head_width := vision.get("head_width", HEAD)) != HEAD:
             raise UserError(
                 f"{source}: {OPEN_CLIP_CONFIG} has vision_cfg.head_width = {head_width} for a ResNet; CLIP's pool with "
-                f"heads of {HEAD_WIDTH} channels."
+                f"heads of {HEAD} channels."
             )
         image |= {"blocks": layers}
     else:
-        heads = width // vision.get("head_width", HEAD_WIDTH)
+        heads = width // vision.get("head_width", HEAD)
         image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": heads}
     return {
         "name": Path(source).stem,
         "embed_dim": model["embed_dim"],
         "image": image,
-        "text": {
-            "context": text.get("context_length", 77),
-            "vocab": text.get("vocab_size", 49408),
-            "layers": text.get("layers", 12),
-            "width": text.get("width", 512),
-            "heads": text.get("heads", 8),
-        },
+        "text": {ours: text.get(theirs, usual) for theirs, (ours, usual) in OF_TEXT.items()},
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "logit_bias": model.get("init_logit_bias") is not None,
     }

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import pkgutil
+import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from train_clip.checkpoints.load import open_weights
-from train_clip.checkpoints.weights import find_weights, require_no_prompts
-from train_clip.checkpoints.write import require_writable, write_model
-from train_clip.commands.options import WeightOptions
+from train_clip.checkpoints.found import find_weights
+from train_clip.errors import UserError
+from train_clip.files import BESIDE, replacing, sync_folder
+from train_clip.models.clip import CLIP, DualEncoder
+from train_clip.options import WeightOptions
 
-HOW_TO_OPEN = {
-    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{target}")',
-    "huggingface": 'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
-    "safetensors": 'safetensors.torch.load_file("{target}")',
+ENCODERS = (
+    "joined by this package, which no format of others holds: each says which CLIP it is by its sizes alone. Keep the "
+    ".ckpt, which `evaluate`, `finetune --pretrained` and train_clip.load read; or save its encoders by themselves, in "
+    "Python: model.visual, model.transformer."
+)
+
+
+class Format(NamedTuple):
+    """One that is written."""
+
+    writer: str  # a function of the model and of a place that gets its name once all is on disk: a file, or a folder
+    is_folder: bool
+    how_to_open: str
+
+
+FORMATS = {
+    "open_clip": Format(
+        "train_clip.checkpoints.open_clip:write_open_clip",
+        True,
+        'open_clip.create_model_and_transforms("local-dir:{target}")',
+    ),
+    "huggingface": Format(
+        "train_clip.checkpoints.huggingface:write_huggingface",
+        True,
+        'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
+    ),
+    "safetensors": Format(
+        "train_clip.checkpoints.own:write_safetensors", False, 'safetensors.torch.load_file("{target}")'
+    ),
 }
 
 
@@ -41,10 +70,48 @@ def convert(
     Raises:
         UserError: as ``load``, or a format that cannot hold the model.
     """
-    require_writable(target)
+    _require_writable(target)
     # Before gigabytes are read.
-    found = find_weights(source, weights.choices)
-    require_no_prompts(found.found, source)
-    write_model(open_weights(found).model, target, to)
-    print(f'Wrote {target}: {HOW_TO_OPEN[to].format(target=target)}, or train_clip.load("{target}").')
+    found = find_weights(source, weights).require_clip(f" {ENCODERS}")
+    write_model(found.build()[0], target, to)
+    print(f'Wrote {target}: {FORMATS[to].how_to_open.format(target=target)}, or train_clip.load("{target}").')
     return target
+
+
+def write_model(model: DualEncoder, target: Path, kind: str) -> None:
+    """Write a model whole or not at all.
+
+    Args:
+        model: what ``load`` gives.
+        target: a folder, or for ``safetensors`` a file; it must not be there yet.
+        kind: a key of ``FORMATS``.
+
+    Raises:
+        UserError: it is there already, or the format cannot hold the model.
+    """
+    if not isinstance(model, CLIP):
+        raise UserError(f"{model.name}: two encoders {ENCODERS}")
+    if not isinstance(model.visual, pkgutil.resolve_name(model.config.image.tower)):
+        raise UserError(
+            f"{model.name}: a CLIP with visual prompts, which no format of others holds. Keep the .ckpt, which "
+            "`evaluate` and train_clip.load read."
+        )
+    _require_writable(target)
+    write = pkgutil.resolve_name(FORMATS[kind].writer)
+    if not FORMATS[kind].is_folder:
+        with replacing(target) as beside:
+            write(model, beside)
+        return
+    beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        write(model, beside)
+        sync_folder(beside)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _require_writable(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target}: exists already and stays as it is. Give another name, or remove it.")

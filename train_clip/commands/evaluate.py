@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
 from train_clip.checkpoints.load import Pretrained, open_weights
-from train_clip.checkpoints.weights import Weights, find_weights
 from train_clip.commands.options import TableOptions, WeightOptions, require_least
 from train_clip.commands.progress import with_progress
 from train_clip.data.crops import read_picture
@@ -36,9 +35,8 @@ from train_clip.evaluation.retrieval import Retrieval, retrieval
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, ZeroShot, class_embeddings, image_labels, zero_shot
 from train_clip.files import write_text
 from train_clip.models.clip import texts_on
+from train_clip.options import WeightOptions as Choices
 from train_clip.types import Skip
-
-UNCHANGED = Choices()
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,16 @@ def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, Collection]
     return scores, collection
 
 
-def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices = UNCHANGED) -> Pretrained:
+def load_for_scoring(
+    source: str | Path | Found, device: str, choices: Choices = NO_CHOICE, backbone: str | None = None
+) -> Pretrained:
     """Load a model for scoring.
 
     Args:
         source: whatever ``load`` takes, or what was found there.
         device: ``auto``, or what PyTorch calls it.
         choices: what the file leaves open.
+        backbone: of a checkpoint of visual prompts, where its backbone lies, if not where it lay.
 
     Raises:
         UserError: as ``load``, or there is no such device.
@@ -161,7 +162,7 @@ def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({str(error).splitlines()[0]}). Try cpu.") from None
-    loaded = open_weights(source if isinstance(source, Weights) else find_weights(source, choices))
+    loaded = open_weights(source if isinstance(source, Found) else find_weights(source, choices, backbone))
     loaded.model.to(device)
     return loaded
 
@@ -316,8 +317,8 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         UserError: a file that is missing or does not hold what it should.
     """
     options.require_sense()
-    choices = dataclasses.replace(weights.choices, backbone=options.backbone)
-    scores, collection = score(load_for_scoring(checkpoint, options.device, choices), options)
+    model = load_for_scoring(checkpoint, options.device, weights.choices, options.backbone)
+    scores, collection = score(model, options)
     report(scores)
     if options.json is not None:
         write_text(options.json, json.dumps(dataclasses.asdict(scores), indent=2) + "\n")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from train_clip.commands.train import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig, ResNetConfig, presets, read_config
+from train_clip.models.config import ModelConfig, presets, read_config
 from train_clip.training.muon import row_blocks
 from train_clip.training.optimizer import HIDDEN, muon_matrices, parameter_groups
 from train_clip.training.tuning import Tuning
@@ -92,7 +92,7 @@ def _row(config: ModelConfig) -> list[str]:
         f"{total - in_image - 1:,}",
         str(config.image.size),
         str(config.embed_dim),
-        _image_sizes(config),
+        str(config.image).partition(" of ")[2].replace(" layers of ", "×"),
         f"{text.layers}×{text.width}, {text.heads} heads",
         f"{numbers.lr:g}",
         f"{numbers.betas[0]:g}, {numbers.betas[1]:g}",
@@ -101,10 +101,3 @@ def _row(config: ModelConfig) -> list[str]:
         f"{numbers.warmup_steps:,}",
         str(numbers.epochs),
     ]
-
-
-def _image_sizes(config: ModelConfig) -> str:
-    image = config.image
-    if isinstance(image, ResNetConfig):
-        return f"blocks {'-'.join(map(str, image.blocks))}, width {image.width}"
-    return f"{image.layers}×{image.width}, {image.heads} heads, patch {image.patch}"

@@ -1,8 +1,4 @@
-"""Which parameters the loss reaches, found by one backward pass.
-
-B  images of the trial
-
-Any two encoders as one model (data-efficient fine-tuning, arXiv 2104.08945 and 2112.09445).
+"""Any two encoders as one model (data-efficient fine-tuning, arXiv 2104.08945 and 2112.09445).
 
 B  pairs      L  tokens      S  side of the image in pixels      D  width of the text encoder, where both meet
 """
@@ -17,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
 from train_clip.encoders.own import TextTower
@@ -60,47 +57,33 @@ class CustomCLIP(DualEncoder):
         same = image.width == text.width
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
 
+    @override
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            images: (B, 3, S, S) uint8 in [0, 255], or float that is already normalised.
-
-        Returns:
-            (B, D) float, not normalised.
-        """
         return self.image_projection(image_features(self.visual(self.pixel_norm(images))))
 
+    @override
     def encode_text(self, texts: Texts) -> Tensor:
-        """Embed captions.
-
-        Args:
-            texts: what the tokenizer of the text encoder gives, ``input_ids`` (B, L) int64 and ``attention_mask``
-                among it; or the ids alone, which are then all looked at.
-
-        Returns:
-            (B, D) float, not normalised.
-        """
+        # What the tokenizer gives, input_ids and attention_mask among it; or the ids alone, which are then all read.
         if isinstance(texts, Mapping):
             # Some tokenizers give more than their encoder takes, such as token_type_ids.
             taken = {name: tensor for name, tensor in texts.items() if self._takes is None or name in self._takes}
             return text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
         return text_features(self.transformer(texts), None, self.average)
 
+    @override
     def caption_mask(self, texts: Texts) -> Tensor:
-        """What the attention mask says; without one up to CLIP's end token, or all tokens: (B, L) bool."""
         if isinstance(texts, Tensor) and isinstance(self.transformer, TextTower):
             return up_to_end(texts)
         mask = texts.get("attention_mask") if isinstance(texts, Mapping) else None
         return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
 
+    @override
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Each encoder's; the projection is in neither."""
         return list(self.visual.parameters()), list(self.transformer.parameters())
 
 
 def _arguments(module: nn.Module) -> frozenset[str] | None:
-    """The names that a module's ``forward`` takes; None for any."""
+    # The names that its forward takes; None for any.
     parameters = inspect.signature(module.forward).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -108,11 +91,7 @@ def _arguments(module: nn.Module) -> frozenset[str] | None:
 
 
 def _called(module: nn.Module, description: Mapping[str, Any]) -> str:
-    """What an encoder is called in messages and in the names of folders."""
     return description.get("label") or Path(description.get("name", type(module).__name__)).name
-
-
-B = 2
 
 
 def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
@@ -131,7 +110,7 @@ def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
     training = [module for module in model.modules() if module.training]
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(B, 3, model.image_size, model.image_size, generator=generator).to(device)
+    images = torch.randn(2, 3, model.image_size, model.image_size, generator=generator).to(device)
     if not trainable:
         return []
     # Layers that are dropped at random in training are all there in eval mode.

@@ -89,21 +89,3 @@ def find_transformers() -> Any:
             f"hf: encoders of this source need the package transformers ({first_line(error)}). "
             "Install it: pip install 'train-clip[hf]'."
         ) from None
-
-
-def find_file(name: str, file: str) -> Path | None:
-    """Find one of the model's files: in the folder, in the cache, on the hub. None where the model has none."""
-    if Path(name).is_dir():
-        path = Path(name, file)
-        return path if path.is_file() else None
-    hub = importlib.import_module("huggingface_hub")
-    errors = importlib.import_module("huggingface_hub.errors")
-    cached = hub.try_to_load_from_cache(name, file)
-    if cached is not None:
-        return Path(cached) if isinstance(cached, str) else None  # the cache also remembers that there is none
-    try:
-        return Path(hub.hf_hub_download(name, file))
-    except errors.LocalEntryNotFoundError:
-        raise
-    except errors.EntryNotFoundError:
-        return None

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from train_clip.checkpoints.sources import find_file
 from train_clip.encoders.encoder import (
     ImageEncoder,
     Pixels,
@@ -35,7 +36,6 @@ from train_clip.encoders.encoder import (
 )
 from train_clip.encoders.hub import (
     check_folder,
-    find_file,
     find_transformers,
     from_cache_first,
     in_float32,
