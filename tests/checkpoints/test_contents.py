@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from tests.checkpoints.by_hand import look, read_all, refusal, tiny_clip
 from train_clip import load
 from train_clip.checkpoints.huggingface import write_huggingface
-from train_clip.checkpoints.read import DTYPES, EXPECTED, MAX_JSON, read_contents
+from train_clip.checkpoints.read import DTYPES, EXPECTED, MAX_JSON
+from train_clip.checkpoints.sources import read_contents
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs pipes, links and alarms")
 
