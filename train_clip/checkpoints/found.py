@@ -65,11 +65,7 @@ class Found:
     about: Mapping[str, Any] = field(default_factory=dict)  # what else the file says, for who reads it
 
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        """Settle with the user's choices what the file leaves open.
-
-        Raises:
-            UserError: a choice that is missing, or has no place here.
-        """
+        """Settle with the user's choices what the file leaves open; refuse one that is missing, or has no place."""
         raise NotImplementedError
 
     def read_as_kept(self) -> Tensors:
@@ -101,11 +97,7 @@ class Found:
         return {"weights": f"{numbers:,} parameters in {len(self.records):,} tensors, {', '.join(kinds)}"}
 
     def require_clip(self, instead: str = "; expected a CLIP.") -> FoundCLIP:
-        """Give this, a CLIP without anything in its towers.
-
-        Raises:
-            UserError: it is none; the message goes on with ``instead`` where it is two encoders.
-        """
+        """Give this, a plain CLIP; ``instead`` ends the refusal of two encoders."""
         raise NotImplementedError
 
     def refuse(self, why: str) -> NoReturn:
@@ -136,19 +128,11 @@ class FoundCLIP(Found):
         return dataclasses.replace(self, config=self._sized(config, choices), choices=choices)
 
     def matched(self, model: ModelConfig) -> Self:
-        """Settle by a model that the weights are known to be of: what their file leaves open, the model says.
-
-        Args:
-            model: positions are interpolated to its sizes.
-
-        Raises:
-            UserError: they are of another model.
-        """
+        """Settle by a model that they are known to be of: it says what the file leaves open, and the positions' sizes."""
         self._require_layers()
-        choices = WeightOptions(
-            image_size=None if self.config.image.size == model.image.size else model.image.size,
-            context_length=None if self.config.text.context == model.text.context else model.text.context,
-        )
+        size = None if self.config.image.size == model.image.size else model.image.size
+        context = None if self.config.text.context == model.text.context else model.text.context
+        choices = WeightOptions(image_size=size, context_length=context)
         said = self._sized(self.config, choices)
         if "heads" in self.unsaid and isinstance(said.image, ViTConfig) and isinstance(model.image, ViTConfig):
             image = dataclasses.replace(said.image, heads=model.image.heads)
@@ -265,25 +249,12 @@ class FoundCLIP(Found):
 
 
 def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
-    """Find a model, and settle with the user's choices what its file leaves open.
-
-    Args:
-        source: as for ``load``.
-        choices: the user's.
-        backbone: of a file of visual prompts, where its backbone lies, if not where it lay.
-
-    Raises:
-        UserError: as ``load``.
-    """
+    """Find a model, and settle with the user's choices what its file leaves open; arguments and errors as ``load``."""
     return identify(find_contents(source)).settled(choices, backbone)
 
 
 def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
-    """Find weights that are known to be of a model: what their file leaves open, the model says.
-
-    Raises:
-        UserError: as ``load``, or they are of another model.
-    """
+    """Find weights that are known to be of a model: what their file leaves open, the model says; others are refused."""
     return identify(find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
 
 
@@ -293,11 +264,7 @@ def any_chosen(choices: WeightOptions) -> bool:
 
 
 def identify(contents: Contents) -> Found:
-    """Say which model lies in a file.
-
-    Raises:
-        UserError: none that is known.
-    """
+    """Say which model lies in a file."""
     tensors = contents.tensors
     for prefix in WRAPPINGS:
         if tensors and all(key.startswith(prefix) for key in tensors):
@@ -314,11 +281,7 @@ def identify(contents: Contents) -> Found:
 
 
 def fill(model: nn.Module, tensors: Tensors, source: str) -> None:
-    """Load weights strictly.
-
-    Raises:
-        UserError: tensors that are missing, too many, or of other shapes; both are named.
-    """
+    """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     found = [f"lacks {_some(missing)}"] if missing else []

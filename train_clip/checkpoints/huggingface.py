@@ -191,14 +191,7 @@ def _require_pixels(pixels: Mapping[str, Any], size: int, source: str) -> None:
 
 
 def write_huggingface(model: CLIP, folder: Path) -> None:
-    """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read with ``from_pretrained``.
-
-    Raises:
-        UserError: a ResNet, which their CLIP does not have.
-
-    Warns:
-        UserWarning: it has a bias, which is left out.
-    """
+    """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; warn of a bias, which they do not have."""
     from safetensors.torch import save_file
 
     from train_clip.data.tokenizer import merges

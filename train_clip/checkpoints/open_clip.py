@@ -26,27 +26,23 @@ TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training 
 TEXT = "text."
 # The text tower's settings: our name, their default.
 OF_TEXT = {
-    "context_length": ("context", 77),
-    "vocab_size": ("vocab", 49408),
-    "width": ("width", 512),
-    "heads": ("heads", 8),
-    "layers": ("layers", 12),
+    **{"context_length": ("context", 77), "vocab_size": ("vocab", 49408)},
+    **{"width": ("width", 512), "heads": ("heads", 8), "layers": ("layers", 12)},
 }
 
-# What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything
-# else that is set is refused.
-WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
-    "vision_cfg": {
-        **{"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
-        **dict.fromkeys(("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens")),
-    },
-    "text_cfg": {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", **dict.fromkeys(("pad_id", "eos_id"))},
-    "model_cfg": dict.fromkeys(("custom_text", "init_logit_scale", "nonscalar_logit_scale")),
-}
-SIZES = {
-    "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
-    "text_cfg": set(OF_TEXT),
-    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"},
+# What a configuration may say: this value, or any (None), which is read, or of which no other model comes. Anything else
+# that is set is refused.
+KNOWN: dict[str, dict[str, Any]] = {
+    "model_cfg": dict.fromkeys(
+        "embed_dim quick_gelu vision_cfg text_cfg init_logit_bias custom_text init_logit_scale nonscalar_logit_scale".split()
+    ),
+    "vision_cfg": dict.fromkeys(
+        "image_size layers width head_width patch_size patch_dropout attn_pooler_queries attn_pooler_heads "
+        "output_tokens".split()
+    )
+    | {"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
+    "text_cfg": dict.fromkeys((*OF_TEXT, "pad_id", "eos_id"))
+    | {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear"},
 }
 RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
 
@@ -67,8 +63,7 @@ def find_training(contents: Contents) -> FoundCLIP | None:
     if not set(TRAINING) <= set(contents.data) or not _has_images(records):
         return None
     about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
-    kind = "open_clip training checkpoint"
-    return found_by_shapes(kind, contents, records, rename=scalar_temperature, about=about)
+    return found_by_shapes("open_clip training checkpoint", contents, records, rename=scalar_temperature, about=about)
 
 
 def find_custom_text(contents: Contents) -> FoundCLIP | None:
@@ -136,18 +131,17 @@ def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
 
 def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A preset's form, with open_clip's defaults for what is left out."""
-    size, width, layers = vision.get("image_size", 224), vision.get("width", 768), vision.get("layers", 12)
-    image: dict[str, Any] = {"size": size, "width": width}
-    if isinstance(layers, list):
-        if (head_width := vision.get("head_width", HEAD)) != HEAD:
-            raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has vision_cfg.head_width = {head_width} for a ResNet; CLIP's pool with "
-                f"heads of {HEAD} channels."
-            )
+    width, head_width, layers = vision.get("width", 768), vision.get("head_width", HEAD), vision.get("layers", 12)
+    image: dict[str, Any] = {"size": vision.get("image_size", 224), "width": width}
+    if not isinstance(layers, list):
+        image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": width // head_width}
+    elif head_width == HEAD:
         image |= {"blocks": layers}
     else:
-        heads = width // vision.get("head_width", HEAD)
-        image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": heads}
+        raise UserError(
+            f"{source}: {OPEN_CLIP_CONFIG} has vision_cfg.head_width = {head_width} for a ResNet; CLIP's pool with "
+            f"heads of {HEAD} channels."
+        )
     return {
         "name": Path(source).stem,
         "embed_dim": model["embed_dim"],
@@ -161,10 +155,7 @@ def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[st
 def _require_plain(part: str, found: Mapping[str, Any], source: str) -> None:
     """Refuse settings by which the model would be another than CLIP's."""
     for name, value in found.items():
-        if name in SIZES[part] or not value:
-            continue
-        usual = WITHOUT_EFFECT[part].get(name, ...)
-        if usual is not None and value != usual:
+        if value and KNOWN[part].get(name, ...) not in (None, value):
             what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
             raise UserError(
                 f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders can be "

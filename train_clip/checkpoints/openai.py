@@ -54,17 +54,7 @@ def find_state_dict(contents: Contents) -> FoundCLIP | None:
 
 
 def found_by_shapes(kind: str, contents: Contents, records: Mapping[str, TensorRecord], **rest: Any) -> FoundCLIP:
-    """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets.
-
-    Args:
-        kind: the format.
-        contents: of the file.
-        records: its tensors, under OpenAI's names.
-        rest: other fields of what is found.
-
-    Raises:
-        UserError: no CLIP of this form.
-    """
+    """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
     unsaid = ("activation",) if _preset_of(config) is not None else ("activation", "heads")
     fields: dict[str, Any] = {"format": kind, "unsaid": unsaid} | rest
@@ -72,11 +62,7 @@ def found_by_shapes(kind: str, contents: Contents, records: Mapping[str, TensorR
 
 
 def config_from_shapes(records: Mapping[str, TensorRecord], contents: Contents) -> ModelConfig:
-    """Tell a model's sizes, with heads of 64 channels as in OpenAI's models (openai/CLIP, model.py, build_model).
-
-    Raises:
-        UserError: no CLIP of this form.
-    """
+    """Tell a model's sizes, with heads of 64 channels as in OpenAI's models (openai/CLIP, model.py, build_model)."""
     path, shapes = contents.path, {key: record.shape for key, record in records.items()}
     try:
         width = shapes["ln_final.weight"][0]
@@ -139,20 +125,13 @@ def scalar_temperature(tensors: Tensors) -> Tensors:
 def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
     """Interpolate the grid of an image tower's positions, bicubic with antialiasing, as open_clip does (its model.py).
 
-    Args:
-        tensors: of a CLIP; the first position, of the class token or the mean, stays: (1 + G², W) → (1 + side², W).
-        side: G of the image size that is asked for.
+    The first position, of the class token or the mean, stays: (1 + G², W) → (1 + side², W).
     """
     return {name: _resize_grid(tensor, side) if name in OF_IMAGES else tensor for name, tensor in tensors.items()}
 
 
 def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
-    """Fewer positions are the first ones; more are interpolated linearly, as open_clip does (its model.py).
-
-    Args:
-        tensors: of a CLIP; (L, W) → (context, W).
-        context: L that is asked for.
-    """
+    """Fewer positions, (L, W) → (context, W), are the first ones; more are interpolated linearly, as open_clip does."""
     return {name: _resize_line(tensor, context) if name == OF_TEXT else tensor for name, tensor in tensors.items()}
 
 

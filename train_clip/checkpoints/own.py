@@ -102,11 +102,7 @@ def write_safetensors(model: CLIP, file: Path) -> None:
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint: plain data only, each record held against the checksum that it was written with.
-
-    Raises:
-        UserError: there is no such file, or it is damaged or holds more than plain data.
-    """
+    """Read a checkpoint: plain data only, each record held against the checksum that it was written with."""
     import torch
 
     if not path.is_file():
@@ -132,12 +128,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def require_whole(path: Path) -> None:
-    """Hold every record of a checkpoint against its checksum.
-
-    Raises:
-        UserError: a record is not what was written.
-        zipfile.BadZipFile: it is no such file at all, or cut short.
-    """
+    """Hold every record of a checkpoint against its checksum."""
     with zipfile.ZipFile(path) as archive:
         # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
         folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]

@@ -23,11 +23,7 @@ if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from torch import Tensor
 
 # Bounds of what a file may ask for, far above what files need: some 33 instructions a tensor, a few dimensions.
-MAX_PICKLE, MAX_HEADER, MAX_JSON = (
-    2**28,
-    100_000_000,
-    2**24,
-)  # bytes of data.pkl, a .safetensors header, a configuration
+MAX_PICKLE, MAX_HEADER, MAX_JSON = 2**28, 100_000_000, 2**24  # bytes of data.pkl, a header, a configuration
 MAX_INSTRUCTIONS, MAX_NAMES, MAX_ARGUMENTS = 4_000_000, 10_000, 16
 MAX_DIMENSIONS, MAX_DEPTH = 64, 100  # of a tensor; of modules within modules
 MAX_KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to share one hash
@@ -40,16 +36,14 @@ KINDS = {
     "bfloat16": (2, "BFloat16", "BF16"), "int64": (8, "Long", "I64"), "int32": (4, "Int", "I32"),
     "int16": (2, "Short", "I16"), "int8": (1, "Char", "I8"), "uint8": (1, "Byte", "U8"), "bool": (1, "Bool", "BOOL"),
 }  # fmt: skip
-STORAGES = {kind: dtype for dtype, (_, kind, _) in KINDS.items()}
-DTYPES = {name: dtype for dtype, (_, _, name) in KINDS.items()}
+STORAGES, DTYPES = ({str(kind[place]): dtype for dtype, kind in KINDS.items()} for place in (1, 2))
 # Names that checkpoints hold beside their weights, in older ones of Lightning a run's arguments and its callbacks'
-# classes. They come out as a ``StandIn``; any other name is refused.
+# classes; Python 2 called the module of its own types __builtin__. Any other name is refused.
 HARMLESS = (
-    "__torch__.", "argparse.Namespace", "collections.", "_codecs.", "lightning.", "lightning_fabric.", "numpy.",
-    "omegaconf.", "pathlib.", "pytorch_lightning.", "torch.device",
-    # As Python 2 called the module of its own types, which is how they are written.
-    *(f"__builtin__.{kind}" for kind in ("set", "frozenset", "complex", "dict", "list", "int", "float", "str", "bool")),
-)  # fmt: skip
+    *"__torch__. argparse.Namespace collections. _codecs. lightning. lightning_fabric. numpy. omegaconf.".split(),
+    *("pathlib.", "pytorch_lightning.", "torch.device"),
+    *(f"__builtin__.{kind}" for kind in "set frozenset complex dict list int float str bool".split()),
+)
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 EXPECTED = (
     " Expected a checkpoint (.ckpt), weights (.pt, .bin, .safetensors), a folder that holds config.json and weights, "
@@ -57,8 +51,8 @@ EXPECTED = (
 )
 
 
-class BadArchive(Exception):
-    """Says what of an archive is not as it should be."""
+class BadFile(Exception):
+    """Says what of a file is not as it should be."""
 
 
 class TensorRecord(NamedTuple):
@@ -82,16 +76,16 @@ class TensorRecord(NamedTuple):
 class StandIn:
     """What a file names, by its class: makes what ``MAKERS`` says, or itself, of any arguments and state."""
 
-    state: Mapping[str, Any] = {}  # the attributes that it was to have
+    state: Mapping[str, Any] = {}  # the attributes that it was to have, once it has them
 
     def __new__(cls, *arguments: Any) -> Any:  # noqa: D102, a call of what the file names
         if len(arguments) > MAX_ARGUMENTS:
-            raise BadArchive(f"its data.pkl calls something with {len(arguments):,} arguments")
+            raise BadFile(f"its data.pkl calls something with {len(arguments):,} arguments")
         return MAKERS[cls.__name__](*arguments) if cls.__name__ in MAKERS else super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        if self.state:
-            raise BadArchive("its data.pkl gives one thing its attributes twice")
+        if "state" in vars(self):
+            raise BadFile("its data.pkl gives one thing its attributes twice")
         # A class may pack its state otherwise, as NumPy's do, which nobody here unpacks.
         self.state = {name: v for name, v in state.items() if isinstance(name, str)} if isinstance(state, dict) else {}
 
@@ -117,11 +111,7 @@ class Contents:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """Read a file of settings.
-
-    Raises:
-        UserError: too large, not JSON, or not keys and values.
-    """
+    """Read a file of settings: keys and values, not too large."""
     try:
         if (size := path.stat().st_size) > MAX_JSON:
             raise UserError(f"{path}: {size:,} bytes; expected a JSON file of {MAX_JSON:,} at most.")
@@ -140,19 +130,17 @@ def read_file(path: Path) -> Contents:
             start = file.read(len(LEGACY))
         if start.startswith(ZIP):
             return _read_weights(path)
-        if start == LEGACY:
-            raise BadArchive(
-                "written by PyTorch before 1.6, or in its old form. Write it anew with "
-                "torch.save(torch.load(FILE, weights_only=True), NEW)"
-            )
         if path.suffix.casefold() == ".safetensors" or start[8:9] == b"{":
             return _read_safetensors(path)
+        if start == LEGACY:
+            raise BadFile(
+                "written by PyTorch before 1.6, or in its old form. Write it anew with "
+                "torch.save(torch.load(FILE, weights_only=True), NEW)."
+            )
         what = "is empty" if not start else f"begins with {start[:8]!r}"
-        raise UserError(f"{path}: {what}, which no file of weights does.{EXPECTED}")
-    except UserError:
-        raise
-    except BadArchive as error:
-        raise UserError(f"{path}: {error}. Nothing was loaded.") from error
+        raise BadFile(f"{what}, which no file of weights does.{EXPECTED}")
+    except BadFile as error:
+        raise UserError(f"{path}: {str(error).removesuffix('.')}.") from error
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: an archive that is cut short or damaged ({error}). Get the file again.") from error
     except OSError as error:
@@ -167,13 +155,13 @@ def _read_weights(path: Path) -> Contents:
     if is_script and isinstance(data, StandIn):
         return _read_modules(path, data)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}; expected a state dict, or a checkpoint of one.")
+        raise BadFile(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
     state = data.get("state_dict", data)
     held = state.items() if isinstance(state, dict) else ()
     tensors = {name: v for name, v in held if isinstance(name, str) and isinstance(v, TensorRecord)}
     if not tensors:
         names = ", ".join(key[:LONGEST_SHOWN] for key in list(data)[:6] if isinstance(key, str)) or "nothing"
-        raise UserError(f"{path}: holds no weights (but {names}).{EXPECTED}")
+        raise BadFile(f"holds no weights (but {names}).{EXPECTED}")
     return Contents(path, "PyTorch archive", data, tensors)
 
 
@@ -185,9 +173,9 @@ def _read_modules(path: Path, module: StandIn) -> Contents:
     while waiting:
         name, part = waiting.pop()
         if name.count(".") > MAX_DEPTH:
-            raise BadArchive(f"has modules nested more than {MAX_DEPTH} deep")
+            raise BadFile(f"has modules nested more than {MAX_DEPTH} deep")
         if id(part) in seen:
-            raise BadArchive("has a module that is a part of itself, or of two others")
+            raise BadFile("has a module that is a part of itself, or of two others")
         seen.add(id(part))
         classes[name.rstrip(".")] = type(part).__name__
         tensors |= {name + key: value for key, value in part.state.items() if isinstance(value, TensorRecord)}
@@ -196,44 +184,41 @@ def _read_modules(path: Path, module: StandIn) -> Contents:
 
 
 def read_archive(path: Path) -> tuple[Any, bool]:
-    """Read an archive's data, tensors as ``TensorRecord``, and whether TorchScript wrote it.
-
-    Raises:
-        BadArchive: it asks for what data does not need, or for more than there is.
-        zipfile.BadZipFile: it is no archive, or cut short.
-    """
+    """Read an archive's data, tensors as ``TensorRecord``, and whether TorchScript wrote it."""
     with zipfile.ZipFile(path) as archive:
         # TorchScript compresses its code, which is not read. What is not stored as it is could unpack to anything.
         stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
         sizes = {entry.filename: entry.file_size for entry in stored}
         if len(sizes) < len(stored):
-            raise BadArchive("has two entries of one name")
+            raise BadFile("has two entries of one name")
         if any(entry.file_size != entry.compress_size for entry in stored) or sum(sizes.values()) > path.stat().st_size:
-            raise BadArchive("its entries claim more bytes than it has")
+            raise BadFile("its entries claim more bytes than it has")
         found = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
-            raise BadArchive(f"has {len(found)} entries data.pkl, expected one")
+            raise BadFile(f"has {len(found)} entries data.pkl, expected one")
         if sizes[found[0]] > MAX_PICKLE:
-            raise BadArchive(f"its data.pkl has {sizes[found[0]]:,} bytes, expected {MAX_PICKLE:,} at most")
+            raise BadFile(f"its data.pkl has {sizes[found[0]]:,} bytes, expected {MAX_PICKLE:,} at most")
         prefix = found[0].removesuffix("data.pkl")
         if f"{prefix}byteorder" in sizes and archive.read(f"{prefix}byteorder") != b"little":
-            raise BadArchive("was written on a machine of the other byte order")
+            raise BadFile("was written on a machine of the other byte order")
         program = archive.read(found[0])
         _require_data(program)
         return _Unpickler(program, path, prefix, sizes).load(), f"{prefix}constants.pkl" in archive.namelist()
 
 
-ALL = -1  # above the mark
-# Instructions that data needs: how many items each takes off the stack, and whether what it puts there may be a key.
-INSTRUCTIONS: dict[str, tuple[int, bool | None]] = {
-    **dict.fromkeys(("PROTO", "MARK", "STOP", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"), (0, None)),
-    **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), (0, True)),
-    **dict.fromkeys(("BINUNICODE", "GLOBAL"), (0, True)),
-    **dict.fromkeys(("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"), (0, False)),
-    **{"TUPLE1": (1, False), "TUPLE2": (2, False), "TUPLE3": (3, False), "TUPLE": (ALL, False)},
-    **{"APPEND": (1, None), "APPENDS": (ALL, None), "SETITEM": (2, None), "SETITEMS": (ALL, None)},
-    **{"REDUCE": (2, False), "NEWOBJ": (2, False), "BUILD": (1, None), "BINPERSID": (1, False)},
-}
+# Instructions that data needs, by how many items they take off the stack: all above the mark, none, one, two, three.
+ALL = -1
+TAKES = (
+    "TUPLE APPENDS SETITEMS",
+    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE GLOBAL EMPTY_DICT EMPTY_LIST "
+    "EMPTY_TUPLE BINPUT LONG_BINPUT BINGET LONG_BINGET",
+    "TUPLE1 APPEND BUILD BINPERSID",
+    "TUPLE2 SETITEM REDUCE NEWOBJ",
+    "TUPLE3",
+)
+INSTRUCTIONS = {name: takes for takes, names in enumerate(TAKES, ALL) for name in names.split()}
+KEYS = frozenset("NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE GLOBAL".split())
+PUT_NOTHING = frozenset("PROTO MARK STOP BINPUT LONG_BINPUT APPEND APPENDS SETITEM SETITEMS BUILD".split())
 
 
 def _require_data(program: bytes) -> None:
@@ -245,24 +230,22 @@ def _require_data(program: bytes) -> None:
     for number, (instruction, operand, _) in enumerate(pickletools.genops(program)):
         name, argument = instruction.name, typing.cast(int, operand)
         if name not in INSTRUCTIONS:
-            raise BadArchive(f"its data.pkl has the instruction {name}, which weights do not need")
-        takes, gives = INSTRUCTIONS[name]
-        start = marks.pop() if takes == ALL else len(stack) - takes
-        if start < marks[-1] or number > MAX_INSTRUCTIONS:
-            raise BadArchive(f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions, or takes what is not there")
+            raise BadFile(f"its data.pkl has the instruction {name}, which weights do not need")
+        start = marks.pop() if INSTRUCTIONS[name] == ALL else len(stack) - INSTRUCTIONS[name]
+        if start < marks[-1] or max(number, argument if name == "LONG_BINPUT" else 0) > MAX_INSTRUCTIONS:
+            raise BadFile(
+                f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or takes what is not there"
+            )
         if name.startswith("SETITEM") and not all(stack[start::2]):
-            raise BadArchive("its data.pkl has a key that is no word or number, or a very large number")
+            raise BadFile("its data.pkl has a key that is no word or number, or a very large number")
         del stack[start:]
         if name == "MARK":
             marks.append(start)
-        elif name.endswith("BINGET"):
-            gives = memo[argument]
         elif name.endswith("BINPUT"):
             memo[argument] = stack[-1]
-            if argument > MAX_INSTRUCTIONS:  # Python keeps a list as long as this
-                raise BadArchive(f"its data.pkl remembers something in place {argument:,}")
-        if gives is not None:
-            stack.append(gives and (name != "LONG1" or abs(argument) <= MAX_KEY))
+        elif name not in PUT_NOTHING:
+            is_key = name in KEYS and (name != "LONG1" or abs(argument) <= MAX_KEY)
+            stack.append(memo[argument] if name.endswith("BINGET") else is_key)
 
 
 class _Storage(NamedTuple):
@@ -284,7 +267,7 @@ class _Unpickler(pickle.Unpickler):
         name = f"{module}.{name}"
         if name not in self.classes:
             if len(self.classes) >= MAX_NAMES:
-                raise BadArchive(f"names more than {MAX_NAMES:,} functions and classes")
+                raise BadFile(f"names more than {MAX_NAMES:,} functions and classes")
             _require_harmless(name)
             self.classes[name] = type(name, (StandIn,), {})
         return self.classes[name]
@@ -294,22 +277,22 @@ class _Unpickler(pickle.Unpickler):
         _, kind, key, _, numel = _require(words, tuple)
         name = _require(kind, type).__name__.removeprefix("torch.").removesuffix("Storage")
         if name not in STORAGES:
-            raise BadArchive(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
+            raise BadFile(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
         dtype, entry = STORAGES[name], f"{self.prefix}data/{_require(key, str)}"
         if self.sizes.get(entry, -1) != _require(numel, int) * KINDS[dtype][0]:
-            raise BadArchive(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
+            raise BadFile(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
         return _Storage(self.file, entry, dtype, numel)
 
 
 def _require_harmless(name: str) -> None:
     is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
     if name.startswith("torch.nn."):
-        raise BadArchive(
+        raise BadFile(
             "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
             "torch.save(model.state_dict(), FILE)"
         )
     if not (is_type or name in MAKERS or name.startswith(HARMLESS)):
-        raise BadArchive(f"asks for {name}, which weights do not need; nothing of it was run")
+        raise BadFile(f"asks for {name}, which weights do not need; nothing of it was run")
 
 
 class _Dict(dict[Any, Any]):
@@ -321,25 +304,25 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) ->
     _require(storage, _Storage)
     numbers = (offset, *_sizes(shape), *_sizes(stride))
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
-        raise BadArchive("has a tensor whose shape and strides are not as many whole numbers")
+        raise BadFile("has a tensor whose shape and strides are not as many whole numbers")
     if others[2:3] and others[2]:  # behind requires_grad and hooks: what else is done to a tensor
-        raise BadArchive("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
+        raise BadFile("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
     record = TensorRecord(storage.file, storage.entry, storage.dtype, tuple(shape), tuple(stride), offset)
     if max(math.prod(shape), record.end) > storage.numel:
-        raise BadArchive(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
+        raise BadFile(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
     return record
 
 
 def _sizes(sizes: Any) -> tuple[Any, ...]:
     # So few that they can be multiplied and printed.
     if len(_require(sizes, tuple | list)) > MAX_DIMENSIONS:
-        raise BadArchive(f"has a tensor of {len(sizes):,} dimensions")
+        raise BadFile(f"has a tensor of {len(sizes):,} dimensions")
     return tuple(sizes)
 
 
 def _require(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise BadArchive(f"its data.pkl has a {type(value).__name__} where another thing belongs")
+        raise BadFile(f"its data.pkl has a {type(value).__name__} where another thing belongs")
     return value
 
 
@@ -363,41 +346,30 @@ def _read_safetensors(path: Path) -> Contents:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise BadArchive(f"its header would have {length:,} bytes, in a file of {size:,}")
+            raise BadFile(f"its header would have {length:,} bytes, in a file of {size:,}")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadArchive("its metadata are not words by their names")
+        raise BadFile("its metadata are not words by their names")
     tensors = {}
     for name, entry in header.items():
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if len(shape) > MAX_DIMENSIONS:
-            raise BadArchive(f"its tensor {name[:LONGEST_SHOWN]} has {len(shape):,} dimensions")
+            raise BadFile(f"its tensor {name[:LONGEST_SHOWN]} has {len(shape):,} dimensions")
         if dtype not in DTYPES:
-            raise BadArchive(f"its tensor {name} is of type {dtype}; known: {', '.join(DTYPES)}")
+            raise BadFile(f"its tensor {name} is of type {dtype}; known: {', '.join(DTYPES)}")
         if not 0 <= start <= end <= size - 8 - length or end - start != math.prod(shape) * KINDS[DTYPES[dtype]][0]:
-            raise BadArchive(f"its tensor {name} of shape {shape} is not in the file, or not all of it")
+            raise BadFile(f"its tensor {name} of shape {shape} is not in the file, or not all of it")
         tensors[name] = TensorRecord(path, name, DTYPES[dtype], shape)
     return Contents(path, "safetensors", {}, tensors, metadata)
 
 
 def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
-    """Read tensors into memory, each byte held against its checksum where there is one; floats become float32.
-
-    Raises:
-        UserError: a file that has changed since, or is damaged.
-    """
-    ends: dict[tuple[Path, str], int] = {}
-    for record in records.values():
-        ends[record.file, record.entry] = max(ends.get((record.file, record.entry), 0), record.end)
-    if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * sum(ends.values()):
-        file = next(iter(records.values())).file
-        raise UserError(f"{file}: the same numbers stand for many tensors. Expected tensors of their own.")
+    """Read tensors into memory, each byte held against its checksum where there is one; floats become float32."""
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(record.file for record in records.values()):
-        own = {name: record for name, record in records.items() if record.file == file}
         try:
-            tensors |= _tensors_of(file, own)
+            tensors |= _tensors_of(file, {name: one for name, one in records.items() if one.file == file})
         except Exception as error:
             # Damaged archives raise whatever their parsers do, from BadZipFile and EOFError to UnicodeDecodeError.
             reason = first_line(error)
@@ -412,12 +384,15 @@ def _tensors_of(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Te
     def wide(tensor: Tensor) -> Tensor:
         return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
 
-    if next(iter(records.values())).stride is None:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
     by_storage: dict[str, dict[str, TensorRecord]] = {}
     for name, record in records.items():
         by_storage.setdefault(record.entry, {})[name] = record
+    numbers = sum(max(record.end for record in sharing.values()) for sharing in by_storage.values())
+    if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * numbers:
+        raise BadFile("the same numbers stand for many tensors")
+    if next(iter(records.values())).stride is None:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
     found = {}
     with zipfile.ZipFile(file) as archive:
         for entry, sharing in by_storage.items():

@@ -44,14 +44,7 @@ SPELLINGS = {"ViT-L/14@336px": "ViT-L/14-336px"}
 
 
 def find_contents(source: str | Path) -> Contents:
-    """Look into what a user names.
-
-    Args:
-        source: a file, a folder, a name of OpenAI's (``ViT-B/32``), or ``hf-hub:NAME``.
-
-    Raises:
-        UserError: it is nowhere, cannot be fetched, or holds no weights.
-    """
+    """Look into what a user names: a file, a folder, a name of OpenAI's (``ViT-B/32``), or ``hf-hub:NAME``."""
     name = str(source)
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
@@ -61,11 +54,7 @@ def find_contents(source: str | Path) -> Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Look into a file, or into a folder as Hugging Face and open_clip write them.
-
-    Raises:
-        UserError: there is nothing, nothing that holds weights, or something that is damaged or hostile.
-    """
+    """Look into a file, or into a folder as Hugging Face and open_clip write them."""
     try:
         if path.is_dir():
             return _gather(path, lambda name: path / name if (path / name).is_file() else None)
@@ -104,17 +93,12 @@ def _parts(index: Path) -> list[str]:
 
 def openai_name(name: str) -> str | None:
     """OpenAI's model of a name, in either of its spellings (``ViT-B-32``); None where there is none."""
-    by_name = {key.replace("/", "-"): key for key in OPENAI} | {key.replace("/", "-"): key for key in SPELLINGS}
-    found = by_name.get(name.replace("/", "-"))
-    return SPELLINGS.get(found, found) if found is not None else None
+    by_name = {key.replace("/", "-"): SPELLINGS.get(key, key) for key in (*OPENAI, *SPELLINGS)}
+    return by_name.get(name.replace("/", "-"))
 
 
 def fetch_openai(name: str) -> Path:
-    """Find OpenAI's file of a model in the cache (``~/.cache/clip``, as their package has it), or download it.
-
-    Raises:
-        UserError: it cannot be downloaded, or is not the file that OpenAI published.
-    """
+    """Find OpenAI's file of a model in the cache (``~/.cache/clip``, as their package has it), or download it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
     target, published = folder / f"{name.replace('/', '-')}.pt", OPENAI[name]
     address = f"{URL}/{published}/{target.name}"
@@ -170,10 +154,8 @@ def find_file(name: str, file: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name, file)
         return path if path.is_file() else None
-    hub = importlib.import_module("huggingface_hub")
-    errors = importlib.import_module("huggingface_hub.errors")
-    cached = hub.try_to_load_from_cache(name, file)
-    if cached is not None:
+    hub, errors = (importlib.import_module(f"huggingface_hub{part}") for part in ("", ".errors"))
+    if (cached := hub.try_to_load_from_cache(name, file)) is not None:
         return Path(cached) if isinstance(cached, str) else None  # the cache also remembers that there is none
     try:
         return Path(hub.hf_hub_download(name, file))

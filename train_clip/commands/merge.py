@@ -69,11 +69,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         options: how much of each, and what to score on.
 
     Returns:
-        The files.
-
-    Raises:
-        UserError: two models that are not one, a file that is there already, or something that cannot be scored; then
-            nothing was written.
+        The files; none was written where two models are not one, a file is there already, or one cannot be scored.
     """
     _require_sense(options)
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in options.weights]
@@ -109,18 +105,7 @@ def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
         θ = (1 - w) θ_start + w θ_tuned
 
     Running statistics of BatchNorm lie on the line too; whole numbers, such as their counts of batches, are the tuned
-    model's.
-
-    Args:
-        start: any tensors.
-        tuned: of the same names and shapes.
-        weight: w, in [0, 1].
-
-    Returns:
-        Tensors of the tuned model's dtypes. At 0 and at 1 they are the one's and the other's, bit for bit.
-
-    Raises:
-        UserError: names or shapes that differ, or a weight beyond the ends.
+    model's, and so are the dtypes. At w = 0 and 1 the tensors are the one's and the other's, bit for bit.
     """
     _require_weight(weight)
     require_one_model(start, tuned)
@@ -145,11 +130,7 @@ def of_one_loss(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dic
 
 
 def require_one_model(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-    """Refuse state dicts that have no line between them.
-
-    Raises:
-        UserError: names or shapes that differ.
-    """
+    """Refuse state dicts whose names or shapes differ."""
     if lone := sorted(start.keys() ^ tuned.keys()):
         raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
     for name, end in tuned.items():

@@ -48,44 +48,22 @@ SOURCES = {
 
 
 def load_image_encoder(source: str) -> ImageEncoder:
-    """Load a pretrained image encoder.
-
-    Args:
-        source: such as "hf:facebook/dinov2-small", "hf:FOLDER", "timm:resnet50" or "torchvision:resnet50".
-
-    Raises:
-        UserError: an unknown prefix, or what the library cannot load.
-    """
+    """Load a pretrained image encoder, such as "hf:facebook/dinov2-small", "hf:FOLDER" or "timm:resnet50"."""
     return _load(source, "image")
 
 
 def load_text_encoder(source: str) -> TextEncoder:
-    """Load a pretrained text encoder.
-
-    Args:
-        source: such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER".
-
-    Raises:
-        UserError: an unknown prefix, a library without text encoders, or what the library cannot load.
-    """
+    """Load a pretrained text encoder, such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER"."""
     return _load(source, "text")
 
 
 def build_image_encoder(description: Mapping[str, Any]) -> ImageEncoder:
-    """Build the image encoder that an ``ImageEncoder.description`` tells of, with random weights, without a network.
-
-    Raises:
-        UserError: a description of no known source, or a library that is missing or too old.
-    """
+    """Build the image encoder that an ``ImageEncoder.description`` tells of, with random weights, without a network."""
     return _build(description, "image")
 
 
 def build_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
-    """Build the text encoder that a ``TextEncoder.description`` tells of, with random weights, without a network.
-
-    Raises:
-        UserError: as ``build_image_encoder``.
-    """
+    """Build the text encoder that a ``TextEncoder.description`` tells of, with random weights, without a network."""
     return _build(description, "text")
 
 
