@@ -37,11 +37,8 @@ FORMATS = (
     "train_clip.prompts.file:find_fork",
     "train_clip.checkpoints.own:find_train_clip",
     "train_clip.checkpoints.huggingface:find_huggingface",
-    "train_clip.checkpoints.open_clip:find_with_config",
-    "train_clip.checkpoints.open_clip:find_training",
+    "train_clip.checkpoints.open_clip:find_open_clip",
     "train_clip.checkpoints.openai:find_openai",
-    "train_clip.checkpoints.open_clip:find_custom_text",
-    "train_clip.checkpoints.openai:find_state_dict",
 )
 WRAPPINGS = ("module.", "_orig_mod.") * 4  # before each name, of models that were wrapped or compiled when saved
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -128,7 +125,7 @@ class FoundCLIP(Found):
         return dataclasses.replace(self, config=self._sized(config, choices), choices=choices)
 
     def matched(self, model: ModelConfig) -> Self:
-        """Settle by a model that they are known to be of: it says what the file leaves open, and the positions' sizes."""
+        """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
         self._require_layers()
         size = None if self.config.image.size == model.image.size else model.image.size
         context = None if self.config.text.context == model.text.context else model.text.context

@@ -191,7 +191,7 @@ def _require_pixels(pixels: Mapping[str, Any], size: int, source: str) -> None:
 
 
 def write_huggingface(model: CLIP, folder: Path) -> None:
-    """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; warn of a bias, which they do not have."""
+    """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
     from safetensors.torch import save_file
 
     from train_clip.data.tokenizer import merges

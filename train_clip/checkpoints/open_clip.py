@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_clip.checkpoints.found import FoundCLIP
 from train_clip.checkpoints.openai import HEAD, found_by_shapes, named_as_preset, scalar_temperature
-from train_clip.checkpoints.read import Contents, TensorRecord
+from train_clip.checkpoints.read import Contents
 from train_clip.checkpoints.sources import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from train_clip.errors import UserError, first_line
 from train_clip.files import write_text
@@ -30,48 +30,38 @@ OF_TEXT = {
     **{"width": ("width", 512), "heads": ("heads", 8), "layers": ("layers", 12)},
 }
 
-# What a configuration may say: this value, or any (None), which is read, or of which no other model comes. Anything else
-# that is set is refused.
+# What a configuration may say: this value, or any (None), which is read, or changes nothing. All else that is set is
+# refused.
 KNOWN: dict[str, dict[str, Any]] = {
     "model_cfg": dict.fromkeys(
-        "embed_dim quick_gelu vision_cfg text_cfg init_logit_bias custom_text init_logit_scale nonscalar_logit_scale".split()
+        "embed_dim quick_gelu vision_cfg text_cfg init_logit_bias custom_text init_logit_scale "
+        "nonscalar_logit_scale".split()
     ),
-    "vision_cfg": dict.fromkeys(
+    "vision_cfg": {"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"}
+    | dict.fromkeys(
         "image_size layers width head_width patch_size patch_dropout attn_pooler_queries attn_pooler_heads "
         "output_tokens".split()
-    )
-    | {"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
-    "text_cfg": dict.fromkeys((*OF_TEXT, "pad_id", "eos_id"))
-    | {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear"},
+    ),
+    "text_cfg": {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear"}
+    | dict.fromkeys((*OF_TEXT, "pad_id", "eos_id")),
 }
 RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
 
 
-def find_with_config(contents: Contents) -> FoundCLIP | None:
-    """Find weights with ``open_clip_config.json`` beside them."""
-    records = _plain_text_tower(contents.tensors)
-    if OPEN_CLIP_CONFIG not in contents.configs or not _has_images(records):
+def find_open_clip(contents: Contents) -> FoundCLIP | None:
+    """Find weights beside its configuration, a checkpoint of its training, or weights of its CustomTextCLIP."""
+    records, source = contents.tensors, str(contents.path)
+    if is_custom := f"{TEXT}token_embedding.weight" in records:
+        records = {name.removeprefix(TEXT): record for name, record in records.items()}
+    if not any(name.startswith("visual.") for name in records):
         return None
-    source = str(contents.path)
-    config = _read_config(contents.settings(OPEN_CLIP_CONFIG), source)
-    return FoundCLIP(format="open_clip", source=source, records=records, config=config, rename=scalar_temperature)
-
-
-def find_training(contents: Contents) -> FoundCLIP | None:
-    """Find a checkpoint of open_clip's training, which does not say what its model is."""
-    records = _plain_text_tower(contents.tensors)
-    if not set(TRAINING) <= set(contents.data) or not _has_images(records):
-        return None
-    about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
-    return found_by_shapes("open_clip training checkpoint", contents, records, rename=scalar_temperature, about=about)
-
-
-def find_custom_text(contents: Contents) -> FoundCLIP | None:
-    """Find weights of its CustomTextCLIP and nothing else."""
-    records = _plain_text_tower(contents.tensors)
-    if records is contents.tensors:
-        return None
-    return found_by_shapes("open_clip state dict", contents, records, rename=scalar_temperature)
+    if OPEN_CLIP_CONFIG in contents.configs:
+        config = _read_config(contents.settings(OPEN_CLIP_CONFIG), source)
+        return FoundCLIP(format="open_clip", source=source, records=records, config=config, rename=scalar_temperature)
+    if set(TRAINING) <= set(contents.data):
+        about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
+        return found_by_shapes("open_clip training checkpoint", contents, records, about=about)
+    return found_by_shapes("open_clip state dict", contents, records) if is_custom else None
 
 
 def write_open_clip(model: CLIP, folder: Path) -> None:
@@ -103,34 +93,33 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _has_images(records: Mapping[str, TensorRecord]) -> bool:
-    return any(name.startswith("visual.") for name in records)
-
-
-def _plain_text_tower(records: Mapping[str, TensorRecord]) -> Mapping[str, TensorRecord]:
-    """Take ``text.`` off the names of a plain text tower; the records as they are where there is none."""
-    if f"{TEXT}token_embedding.weight" not in records:
-        return records
-    return {name.removeprefix(TEXT): record for name, record in records.items()}
-
-
 def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
     model, pixels = values.get("model_cfg", values), values.get("preprocess_cfg", {})
     try:
-        vision, text = model["vision_cfg"], model["text_cfg"]
-        for part, found in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
-            _require_plain(part, found, source)
-        _require_resizing(pixels, source)
+        for part, found in (("model_cfg", model), ("vision_cfg", model["vision_cfg"]), ("text_cfg", model["text_cfg"])):
+            for name, value in found.items():
+                if value and KNOWN[part].get(name, ...) not in (None, value):
+                    what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
+                    raise UserError(
+                        f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders "
+                        "can be joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie there."
+                    )
+        for name, known in RESIZING.items():
+            if (value := pixels.get(name, known[0])) not in known:
+                raise UserError(
+                    f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's "
+                    f"are, {name} {known[0]!r}. To go on with that, change the file."
+                )
         colours = {name: pixels[name] for name in ("mean", "std") if pixels.get(name)}
-        config = config_from_dict(_sizes(model, vision, text, source) | colours, source)
+        return named_as_preset(config_from_dict(_sizes(model, source) | colours, source))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         reason = first_line(error)
         raise UserError(f"{source}: {OPEN_CLIP_CONFIG} is not as open_clip writes it ({reason}).") from error
-    return named_as_preset(config)
 
 
-def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _sizes(model: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A preset's form, with open_clip's defaults for what is left out."""
+    vision, text = model["vision_cfg"], model["text_cfg"]
     width, head_width, layers = vision.get("width", 768), vision.get("head_width", HEAD), vision.get("layers", 12)
     image: dict[str, Any] = {"size": vision.get("image_size", 224), "width": width}
     if not isinstance(layers, list):
@@ -143,30 +132,8 @@ def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[st
             f"heads of {HEAD} channels."
         )
     return {
-        "name": Path(source).stem,
-        "embed_dim": model["embed_dim"],
-        "image": image,
+        **{"name": Path(source).stem, "embed_dim": model["embed_dim"], "image": image},
         "text": {ours: text.get(theirs, usual) for theirs, (ours, usual) in OF_TEXT.items()},
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "logit_bias": model.get("init_logit_bias") is not None,
     }
-
-
-def _require_plain(part: str, found: Mapping[str, Any], source: str) -> None:
-    """Refuse settings by which the model would be another than CLIP's."""
-    for name, value in found.items():
-        if value and KNOWN[part].get(name, ...) not in (None, value):
-            what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
-            raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders can be "
-                "joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie there."
-            )
-
-
-def _require_resizing(pixels: Mapping[str, Any], source: str) -> None:
-    for name, known in RESIZING.items():
-        if (value := pixels.get(name, known[0])) not in known:
-            raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's "
-                f"are, {name} {known[0]!r}. To go on with that, change the file."
-            )

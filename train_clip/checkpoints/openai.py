@@ -27,18 +27,22 @@ ACTIVATION = "transformer.resblocks.0.mlp.gelu"
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 OF_TEXT = "positional_embedding"
+NOTHING: Mapping[str, Any] = {}
 
 
 def find_openai(contents: Contents) -> FoundCLIP | None:
-    """Find a TorchScript archive, or a state dict with the three numbers of OpenAI's."""
+    """Find a TorchScript archive, a state dict with the three numbers of OpenAI's, or weights under its names alone."""
     is_openai = set(MARKS) <= set(contents.tensors)
-    if not is_openai and contents.kind != "TorchScript archive":
+    kind = "OpenAI's" if is_openai else "TorchScript" if contents.kind == "TorchScript archive" else None
+    if kind is None and "visual.conv1.weight" not in contents.tensors:
         return None
     left_out = (*MARKS, MASK)
     records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
-    # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
-    kind, rest = ("OpenAI's", {"unsaid": ()}) if is_openai else ("TorchScript", {})
-    found = found_by_shapes(kind, contents, records, **rest)
+    records = dict(contents.tensors) if kind is None else records
+    found = found_by_shapes(kind or "state dict under OpenAI's names", contents, records)
+    if is_openai:
+        # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
+        found = dataclasses.replace(found, unsaid=())
     activation = ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2])
     if activation is None:
         return found
@@ -46,19 +50,21 @@ def find_openai(contents: Contents) -> FoundCLIP | None:
     return dataclasses.replace(found, config=dataclasses.replace(found.config, activation=activation), unsaid=unsaid)
 
 
-def find_state_dict(contents: Contents) -> FoundCLIP | None:
-    """Find weights under OpenAI's names and nothing else."""
-    if "visual.conv1.weight" not in contents.tensors:
-        return None
-    return found_by_shapes("state dict under OpenAI's names", contents, contents.tensors, rename=scalar_temperature)
-
-
-def found_by_shapes(kind: str, contents: Contents, records: Mapping[str, TensorRecord], **rest: Any) -> FoundCLIP:
+def found_by_shapes(
+    kind: str, contents: Contents, records: Mapping[str, TensorRecord], about: Mapping[str, Any] = NOTHING
+) -> FoundCLIP:
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
     unsaid = ("activation",) if _preset_of(config) is not None else ("activation", "heads")
-    fields: dict[str, Any] = {"format": kind, "unsaid": unsaid} | rest
-    return FoundCLIP(source=str(contents.path), records=records, config=config, **fields)
+    return FoundCLIP(
+        format=kind,
+        source=str(contents.path),
+        records=records,
+        rename=scalar_temperature,
+        about=about,
+        config=config,
+        unsaid=unsaid,
+    )
 
 
 def config_from_shapes(records: Mapping[str, TensorRecord], contents: Contents) -> ModelConfig:
@@ -127,30 +133,27 @@ def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
 
     The first position, of the class token or the mean, stays: (1 + G², W) → (1 + side², W).
     """
-    return {name: _resize_grid(tensor, side) if name in OF_IMAGES else tensor for name, tensor in tensors.items()}
+    import torch
+
+    def resized(positions: Tensor) -> Tensor:
+        now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
+        if now in (0, side) or now**2 + 1 != len(positions):
+            return positions  # as they are, or no grid: strict loading says what they are instead
+        square = positions[1:].T.unflatten(1, (now, now))[None]
+        grid = torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True)
+        return torch.cat([positions[:1], grid[0].flatten(1).T])
+
+    return {name: resized(tensor) if name in OF_IMAGES else tensor for name, tensor in tensors.items()}
 
 
 def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
     """Fewer positions, (L, W) → (context, W), are the first ones; more are interpolated linearly, as open_clip does."""
-    return {name: _resize_line(tensor, context) if name == OF_TEXT else tensor for name, tensor in tensors.items()}
-
-
-def _resize_grid(positions: Tensor, side: int) -> Tensor:
     import torch
 
-    now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
-    if now in (0, side) or now**2 + 1 != len(positions):
-        return positions  # as they are, or no grid: strict loading says what they are instead
-    square = positions[1:].T.unflatten(1, (now, now))[None]
-    resize = torch.nn.functional.interpolate
-    resized = resize(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], resized[0].flatten(1).T])
-
-
-def _resize_line(positions: Tensor, length: int) -> Tensor:
-    import torch
-
-    if positions.ndim != 2 or length <= len(positions):
-        return positions[:length] if positions.ndim else positions
-    resize = torch.nn.functional.interpolate
-    return resize(positions.T[None], size=length, mode="linear", align_corners=False)[0].T.contiguous()
+    positions = tensors.get(OF_TEXT)
+    if positions is None or not positions.ndim:
+        return tensors
+    resized = positions[:context]
+    if positions.ndim == 2 and context > len(positions):
+        resized = torch.nn.functional.interpolate(positions.T[None], context, mode="linear")[0].T.contiguous()
+    return {**tensors, OF_TEXT: resized}

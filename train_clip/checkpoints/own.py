@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import zipfile
@@ -75,8 +76,8 @@ def find_train_clip(contents: Contents) -> FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    about = progress(contents.data)
-    return found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, unsaid=(), about=about)
+    found = found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, about=progress(contents.data))
+    return dataclasses.replace(found, unsaid=())
 
 
 def below_model(contents: Contents) -> dict[str, TensorRecord]:

@@ -210,8 +210,8 @@ def read_archive(path: Path) -> tuple[Any, bool]:
 ALL = -1
 TAKES = (
     "TUPLE APPENDS SETITEMS",
-    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE GLOBAL EMPTY_DICT EMPTY_LIST "
-    "EMPTY_TUPLE BINPUT LONG_BINPUT BINGET LONG_BINGET",
+    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE GLOBAL EMPTY_DICT "
+    "EMPTY_LIST EMPTY_TUPLE BINPUT LONG_BINPUT BINGET LONG_BINGET",
     "TUPLE1 APPEND BUILD BINPERSID",
     "TUPLE2 SETITEM REDUCE NEWOBJ",
     "TUPLE3",
@@ -233,9 +233,7 @@ def _require_data(program: bytes) -> None:
             raise BadFile(f"its data.pkl has the instruction {name}, which weights do not need")
         start = marks.pop() if INSTRUCTIONS[name] == ALL else len(stack) - INSTRUCTIONS[name]
         if start < marks[-1] or max(number, argument if name == "LONG_BINPUT" else 0) > MAX_INSTRUCTIONS:
-            raise BadFile(
-                f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or takes what is not there"
-            )
+            raise BadFile(f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or ends its stack")
         if name.startswith("SETITEM") and not all(stack[start::2]):
             raise BadFile("its data.pkl has a key that is no word or number, or a very large number")
         del stack[start:]
@@ -266,9 +264,14 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         name = f"{module}.{name}"
         if name not in self.classes:
-            if len(self.classes) >= MAX_NAMES:
-                raise BadFile(f"names more than {MAX_NAMES:,} functions and classes")
-            _require_harmless(name)
+            is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
+            if name.startswith("torch.nn."):
+                raise BadFile(
+                    "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
+                    "torch.save(model.state_dict(), FILE)"
+                )
+            if not (is_type or name in MAKERS or name.startswith(HARMLESS)) or len(self.classes) > MAX_NAMES:
+                raise BadFile(f"asks for {name}, which weights do not need; nothing of it was run")
             self.classes[name] = type(name, (StandIn,), {})
         return self.classes[name]
 
@@ -282,17 +285,6 @@ class _Unpickler(pickle.Unpickler):
         if self.sizes.get(entry, -1) != _require(numel, int) * KINDS[dtype][0]:
             raise BadFile(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
         return _Storage(self.file, entry, dtype, numel)
-
-
-def _require_harmless(name: str) -> None:
-    is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
-    if name.startswith("torch.nn."):
-        raise BadFile(
-            "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
-            "torch.save(model.state_dict(), FILE)"
-        )
-    if not (is_type or name in MAKERS or name.startswith(HARMLESS)):
-        raise BadFile(f"asks for {name}, which weights do not need; nothing of it was run")
 
 
 class _Dict(dict[Any, Any]):

@@ -6,7 +6,7 @@ import os
 import pkgutil
 import shutil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from train_clip.checkpoints.found import find_weights
 from train_clip.errors import UserError
@@ -21,28 +21,16 @@ ENCODERS = (
 )
 
 
-class Format(NamedTuple):
-    """One that is written."""
-
-    writer: str  # a function of the model and of a place that gets its name once all is on disk: a file, or a folder
-    is_folder: bool
-    how_to_open: str
-
-
-FORMATS = {
-    "open_clip": Format(
-        "train_clip.checkpoints.open_clip:write_open_clip",
-        True,
-        'open_clip.create_model_and_transforms("local-dir:{target}")',
-    ),
-    "huggingface": Format(
-        "train_clip.checkpoints.huggingface:write_huggingface",
-        True,
-        'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
-    ),
-    "safetensors": Format(
-        "train_clip.checkpoints.own:write_safetensors", False, 'safetensors.torch.load_file("{target}")'
-    ),
+# What writes each format, of a model and of a place that gets its name once all is on disk: a folder, or a file.
+FOLDERS = {
+    "open_clip": "train_clip.checkpoints.open_clip:write_open_clip",
+    "huggingface": "train_clip.checkpoints.huggingface:write_huggingface",
+}
+FILES = {"safetensors": "train_clip.checkpoints.own:write_safetensors"}
+HOW_TO_OPEN = {
+    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{target}")',
+    "huggingface": 'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
+    "safetensors": 'safetensors.torch.load_file("{target}")',
 }
 
 
@@ -66,29 +54,17 @@ def convert(
 
     Returns:
         The target.
-
-    Raises:
-        UserError: as ``load``, or a format that cannot hold the model.
     """
     _require_writable(target)
     # Before gigabytes are read.
     found = find_weights(source, weights).require_clip(f" {ENCODERS}")
     write_model(found.build()[0], target, to)
-    print(f'Wrote {target}: {FORMATS[to].how_to_open.format(target=target)}, or train_clip.load("{target}").')
+    print(f'Wrote {target}: {HOW_TO_OPEN[to].format(target=target)}, or train_clip.load("{target}").')
     return target
 
 
 def write_model(model: DualEncoder, target: Path, kind: str) -> None:
-    """Write a model whole or not at all.
-
-    Args:
-        model: what ``load`` gives.
-        target: a folder, or for ``safetensors`` a file; it must not be there yet.
-        kind: a key of ``FORMATS``.
-
-    Raises:
-        UserError: it is there already, or the format cannot hold the model.
-    """
+    """Write a model that ``load`` gives, whole or not at all, to a new folder, or for ``safetensors`` to a new file."""
     if not isinstance(model, CLIP):
         raise UserError(f"{model.name}: two encoders {ENCODERS}")
     if not isinstance(model.visual, pkgutil.resolve_name(model.config.image.tower)):
@@ -97,8 +73,8 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
             "`evaluate` and train_clip.load read."
         )
     _require_writable(target)
-    write = pkgutil.resolve_name(FORMATS[kind].writer)
-    if not FORMATS[kind].is_folder:
+    write = pkgutil.resolve_name((FOLDERS | FILES)[kind])
+    if kind in FILES:
         with replacing(target) as beside:
             write(model, beside)
         return
