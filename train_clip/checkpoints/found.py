@@ -240,7 +240,7 @@ class FoundCLIP(Found):
 
     def _require_layers(self) -> None:
         # Before a model is built of it: more layers than there are tensors for.
-        layers = self.config.text.layers + self.config.image.num_blocks
+        layers = self.config.text.layers + self.config.image.layers
         if (layers - 1) * TENSORS_OF_LAYER > len(self.records):
             self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
 

@@ -35,19 +35,13 @@ MARKED_AS_FOLDER = 0x10  # the MS-DOS attribute, in a zip archive's directory
 
 def find_checkpoint(contents: Contents) -> FoundCLIP | None:
     """Find a checkpoint of ``train``."""
-    arguments: Any = contents.data.get("hyper_parameters")
+    arguments = contents.data.get("hyper_parameters")
     config = arguments.get("config") if isinstance(arguments, Mapping) else None
     # Ours has two towers; train-CLIP's is flat, or a path, or whatever its user made of it.
     if not isinstance(config, Mapping) or not {"image", "text"} <= set(config):
         return None
-    return FoundCLIP(
-        format="train-clip checkpoint",
-        source=str(contents.path),
-        records=below_model(contents),
-        config=config_from_dict(config, str(contents.path)),
-        arguments=arguments,
-        about=progress(contents.data),
-    )
+    config = config_from_dict(config, str(contents.path))
+    return FoundCLIP(format="train-clip checkpoint", config=config, **of_lightning(contents))
 
 
 def find_safetensors(contents: Contents) -> FoundCLIP | None:
@@ -76,7 +70,8 @@ def find_train_clip(contents: Contents) -> FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    found = found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, about=progress(contents.data))
+    about = of_lightning(contents)["about"]
+    found = found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, about)
     return dataclasses.replace(found, unsaid=())
 
 
@@ -85,13 +80,20 @@ def below_model(contents: Contents) -> dict[str, TensorRecord]:
     return {name.removeprefix(MODEL): value for name, value in contents.tensors.items() if name.startswith(MODEL)}
 
 
-def progress(data: Mapping[str, Any]) -> dict[str, Any]:
-    """How far a run of Lightning's had come."""
-    mean, of_mean = data.get(RUNNING_MEAN), {}
-    if isinstance(mean, Mapping):
-        of_mean["running mean of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
+def of_lightning(contents: Contents) -> dict[str, Any]:
+    """What a checkpoint of Lightning's says of any model: tensors, the module's arguments, how far the run had come."""
+    data, about = contents.data, {}
+    if isinstance(mean := data.get(RUNNING_MEAN), Mapping):
+        about["running mean of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
-    return of_mean | {shown: data[name] for name, shown in names.items() if name in data}
+    about |= {shown: data[name] for name, shown in names.items() if name in data}
+    arguments = data.get("hyper_parameters")
+    return {
+        "source": str(contents.path),
+        "records": below_model(contents),
+        "arguments": arguments if isinstance(arguments, Mapping) else {},
+        "about": about,
+    }
 
 
 def write_safetensors(model: CLIP, file: Path) -> None:

@@ -183,10 +183,8 @@ def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None
         console.print(f"\n{name}", highlight=False)
         console.print(table)
     if target is not None:
-        found = {
-            f"{weight:g}": {name: dataclasses.asdict(scores) for name, scores in sets.items()}
-            for weight, sets in by_weight.items()
-        }
+        plain = dataclasses.asdict
+        found = {f"{w:g}": {name: plain(one) for name, one in sets.items()} for w, sets in by_weight.items()}
         write_text(target, json.dumps(found, indent=2) + "\n")
 
 

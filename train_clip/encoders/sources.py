@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Self
 from typing_extensions import override
 
 from train_clip.checkpoints.found import Found, any_chosen
-from train_clip.checkpoints.own import below_model, progress
+from train_clip.checkpoints.own import of_lightning
 from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
 from train_clip.options import WeightOptions
@@ -139,16 +139,9 @@ class FoundEncoders(Found):
 
 def find_encoders(contents: Contents) -> FoundEncoders | None:
     """Find a checkpoint of two encoders of ``finetune``."""
-    arguments = contents.data.get("hyper_parameters")
-    if not isinstance(arguments, Mapping) or not {"image_encoder", "text_encoder"} <= set(arguments):
-        return None
-    return FoundEncoders(
-        format="train-clip checkpoint",
-        source=str(contents.path),
-        records=below_model(contents),
-        arguments=arguments,
-        about=progress(contents.data),
-    )
+    told = of_lightning(contents)
+    is_ours = {"image_encoder", "text_encoder"} <= set(told["arguments"])
+    return FoundEncoders(format="train-clip checkpoint", **told) if is_ours else None
 
 
 def _described(description: Any) -> str:

@@ -1,7 +1,6 @@
 """What a CLIP is made of, and the numbers it is trained with: YAML read into frozen dataclasses.
 
-A preset (``ViT-B/32``) and a user's own file have the same form. Sizes are the paper's (arXiv 2103.00020, tables 19
-and 20), optimizer numbers its tables 18 to 20.
+Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optimizer numbers its tables 18 to 20.
 """
 
 from __future__ import annotations
@@ -56,11 +55,6 @@ class ViTConfig:
         """Pixels, along a side, to a place of the grid whose positions are embedded."""
         return self.patch
 
-    @property
-    def num_blocks(self) -> int:
-        """Residual blocks, one after the other."""
-        return self.layers
-
     def __str__(self) -> str:
         return f"ViT of {self.layers} layers of {self.width}, {self.heads} heads, patches of {self.patch} pixels"
 
@@ -83,8 +77,8 @@ class ResNetConfig:
         _require(self.width % 2 == 0, f"image width {self.width} is odd; the pooling has width / 2 heads")
 
     @property
-    def num_blocks(self) -> int:
-        """Residual blocks, one after the other."""
+    def layers(self) -> int:
+        """Bottlenecks, one after the other."""
         return sum(self.blocks)
 
     def __str__(self) -> str:
@@ -124,12 +118,11 @@ class OptimizerConfig:
     epochs: int  # passes over the pairs
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"learning rate {self.lr}, expected above 0")
+        for name, value in {"learning rate": self.lr, "eps": self.eps, "epochs": self.epochs}.items():
+            _require(value > 0, f"{name} {value}, expected above 0")
+        for name, value in {"weight decay": self.weight_decay, "warmup_steps": self.warmup_steps}.items():
+            _require(value >= 0, f"{name} {value}, expected 0 or above")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
-        _require(self.eps > 0, f"eps {self.eps}, expected above 0")
-        _require(self.weight_decay >= 0, f"weight decay {self.weight_decay}, expected 0 or above")
-        _require(self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}, expected 0 or above")
-        _require(self.epochs > 0, f"epochs {self.epochs}, expected above 0")
 
 
 @dataclass(frozen=True)
@@ -172,14 +165,7 @@ class ModelConfig:
 
 
 def read_config(name: str) -> ModelConfig:
-    """Look up a preset by its name, or read a YAML file of one's own.
-
-    Args:
-        name: ``ViT-B/32`` (``ViT-B-32`` serves too), or a path that ends in ``.yaml`` or ``.yml``.
-
-    Raises:
-        UserError: no such preset or file, or a file that does not hold a model.
-    """
+    """Look up a preset by its name (``ViT-B/32``, ``ViT-B-32``), or read a YAML file of one's own by its path."""
     path = Path(name)
     if path.suffix.casefold() in (".yaml", ".yml"):
         if not path.is_file():
@@ -211,14 +197,10 @@ def _read_yaml(text: str, source: str, name: str) -> ModelConfig:
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "config") -> ModelConfig:
-    """Build a configuration from plain values.
-
-    Args:
-        values: the keys of a preset file, or those of OpenAI's constructor, as train-CLIP's files have them (``FLAT``).
-        source: named in errors.
+    """Build a configuration from the keys of a preset file, or those of OpenAI's constructor (``FLAT``).
 
     Raises:
-        UserError: a key that is unknown or missing, or sizes that do not fit.
+        UserError: a key that is unknown or missing, or sizes that do not fit; ``source`` is named.
     """
     try:
         values = {"name": source} | (_from_flat(values) if "image_resolution" in values else dict(values))

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from train_clip.checkpoints.found import Found, FoundCLIP, any_chosen, digest_of, find_model
 from train_clip.checkpoints.openai import config_from_shapes
-from train_clip.checkpoints.own import LIGHTNING, below_model, progress
+from train_clip.checkpoints.own import LIGHTNING, of_lightning
 from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError, first_line
 from train_clip.models.config import ViTConfig, config_from_dict
@@ -109,16 +109,10 @@ def find_prompts(contents: Contents) -> FoundPrompts | None:
     except (KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{contents.path}: its prompts are not as this package writes them ({reason}).") from error
+    told = of_lightning(contents)
     about = {"backbone": arguments["backbone"], "its SHA-256": arguments["digest"], "prompts": str(prompts)}
-    return FoundPrompts(
-        format="train-clip visual prompts",
-        source=str(contents.path),
-        records=below_model(contents),
-        config=config_from_dict(arguments["config"], str(contents.path)),
-        prompts=prompts,
-        arguments=arguments,
-        about=about | progress(contents.data),
-    )
+    told |= {"about": about | told["about"], "config": config_from_dict(arguments["config"], told["source"])}
+    return FoundPrompts(format="train-clip visual prompts", prompts=prompts, **told)
 
 
 def find_fork(contents: Contents) -> FoundPrompts | None:
@@ -127,7 +121,8 @@ def find_fork(contents: Contents) -> FoundPrompts | None:
     Its first block inserts them, the middle ones replace, and the last one lets those of the block before pass: its own
     were never used, and are left out.
     """
-    records = below_model(contents)
+    told = of_lightning(contents)
+    records = told["records"]
     prompts = {int(found[1]): record for name, record in records.items() if (found := OF_FORK.fullmatch(name))}
     if LIGHTNING not in contents.data or not prompts:
         return None
@@ -142,15 +137,13 @@ def find_fork(contents: Contents) -> FoundPrompts | None:
         raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
     tuned = PromptConfig(numbers.pop(), tuple(used), FORK_DROPOUT, class_token=True)
     unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None
-    return FoundPrompts(
-        format="train-CLIP fork's checkpoint (CLIPWrapper2)",
-        source=str(contents.path),
-        records=_below_backbone(backbone) | {f"{PROMPTS}{number}": record for number, record in used.items()},
-        config=config,
-        prompts=tuned,
-        is_whole=True,
-        about={"prompts": str(tuned), LEFT_OUT: unused} | progress(contents.data),
-    )
+    told |= {
+        "records": _below_backbone(backbone) | {f"{PROMPTS}{number}": record for number, record in used.items()},
+        "about": {"prompts": str(tuned), LEFT_OUT: unused} | told["about"],
+        "arguments": {},
+    }
+    kind = "train-CLIP fork's checkpoint (CLIPWrapper2)"
+    return FoundPrompts(format=kind, config=config, prompts=tuned, is_whole=True, **told)
 
 
 def _below_backbone(held: Mapping[str, Any]) -> dict[str, Any]:
