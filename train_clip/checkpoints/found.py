@@ -277,6 +277,13 @@ def identify(contents: Contents) -> Found:
     )
 
 
+def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]], source: str, message: str) -> None:
+    """Refuse settings that are none of the usual values, the first of which stands for one that is missing."""
+    for name, known in usual.items():
+        if (value := values.get(name, known[0])) not in known:
+            raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
+
+
 def fill(model: nn.Module, tensors: Tensors, source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
     own = model.state_dict()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.found import FoundCLIP, Tensors
+from train_clip.checkpoints.found import FoundCLIP, Tensors, require_usual
 from train_clip.checkpoints.openai import named_as_preset
 from train_clip.checkpoints.read import Contents
 from train_clip.checkpoints.sources import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, HF_WEIGHTS
@@ -64,6 +64,7 @@ DEFAULTS = {
 LARGEST = 2
 END = 49_407  # CLIP's end token; its tokenizer's module has it too, and imports PyTorch
 BICUBIC = 3  # as Pillow counts
+JOIN = "train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
@@ -138,56 +139,34 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
     if values.get("model_type") != "clip":
         raise UserError(
             f"{source}: {HF_CONFIG} has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
-            "models can be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
+            f"models can be joined: {JOIN}"
         )
-    vision, text = (_tower(values, name) for name in SETTINGS)
-    for part in (vision, text):
-        _require(part["intermediate_size"] == 4 * part["hidden_size"], part, "intermediate_size", source)
-        _require(part["layer_norm_eps"] == EPS, part, "layer_norm_eps", source)
-        _require(part["hidden_act"] == vision["hidden_act"], part, "hidden_act", source)
-    _require(vision["num_channels"] == 3, vision, "num_channels", source)
-    ends = (LARGEST, end_token(text["vocab_size"]))
-    _require(text.get("eos_token_id", LARGEST) in ends, text, "eos_token_id", source)
-    _require_pixels(pixels, vision["image_size"], source)
-    image, texts = (
-        {ours: part[theirs] for theirs, ours in SETTINGS[name].items()}
-        for name, part in (("vision_config", vision), ("text_config", text))
-    )
+    towers = {}
+    for name, usual in DEFAULTS.items():
+        # Older versions wrote a copy under another name, which wins there, defaults and all.
+        copied = values.get(f"{name}_dict")
+        towers[name] = {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
+    vision, text = towers.values()
+    for tower in (vision, text):
+        usual = {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
+        usual |= {"hidden_act": (vision["hidden_act"],)}
+        usual |= {"eos_token_id": (LARGEST, end_token(text["vocab_size"]))} if tower is text else {}
+        own = "which CLIP's own towers do not have. Its towers can be joined:"
+        require_usual(tower, usual, source, f"{HF_CONFIG} has {{name}} = {{value!r}}, {own} {JOIN}")
+    size = vision["image_size"]
+    usual = {
+        **dict.fromkeys(STEPS, (True,)),
+        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size})},
+        "crop_size": (size, {"height": size, "width": size}),
+    }
+    prepared = "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on"
+    require_usual(pixels, usual, source, f"{prepared} with that, change the file.")
+    if abs((factor := pixels.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-6:
+        raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")
+    image, texts = ({ours: towers[name][theirs] for theirs, ours in names.items()} for name, names in SETTINGS.items())
     colours = {name: found for name in ("mean", "std") if (found := pixels.get(f"image_{name}"))}
     model = {"name": Path(source).name, "embed_dim": values.get("projection_dim", 512), "image": image, "text": texts}
     return named_as_preset(config_from_dict(model | colours | {"activation": vision["hidden_act"]}, source))
-
-
-def _require(right: bool, part: Mapping[str, Any], name: str, source: str) -> None:
-    if not right:
-        raise UserError(
-            f"{source}: {HF_CONFIG} has {name} = {part.get(name)!r}, which CLIP's own towers do not have. Its towers "
-            "can be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
-        )
-
-
-def _tower(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    # Older versions wrote a copy under another name, which wins there, defaults and all.
-    copied, usual = values.get(f"{name}_dict"), DEFAULTS[name]
-    return {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
-
-
-def _require_pixels(pixels: Mapping[str, Any], size: int, source: str) -> None:
-    """Refuse preprocessing of another kind than CLIP's."""
-    square = {"height": size, "width": size}
-    usual: dict[str, tuple[Any, ...]] = {
-        **dict.fromkeys(STEPS, (True,)),
-        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size}), "crop_size": (size, square)},
-    }
-    for name, values in usual.items():
-        if (found := pixels.get(name, values[0])) not in values:
-            raise UserError(
-                f"{source}: its preprocessing has {name} = {found!r}; images are prepared as CLIP's are, {name} "
-                f"{values[-1]!r}. To go on with that, change the file."
-            )
-    factor = pixels.get("rescale_factor", 1 / 255)
-    if abs(factor * 255 - 1) > 1e-6:
-        raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")
 
 
 def write_huggingface(model: CLIP, folder: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.found import FoundCLIP
+from train_clip.checkpoints.found import FoundCLIP, require_usual
 from train_clip.checkpoints.openai import HEAD, found_by_shapes, named_as_preset, scalar_temperature
 from train_clip.checkpoints.read import Contents
 from train_clip.checkpoints.sources import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
@@ -45,7 +45,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     "text_cfg": {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear"}
     | dict.fromkeys((*OF_TEXT, "pad_id", "eos_id")),
 }
-RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
+RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("", "shortest")}  # a value may be left out
+CHANGE = "To go on with that, change the file."
 
 
 def find_open_clip(contents: Contents) -> FoundCLIP | None:
@@ -89,7 +90,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             **({f"init_{name}": value for name, value in START_OF_SIGMOID.items()} if config.logit_bias else {}),
         },
         "preprocess_cfg": {"mean": list(config.mean), "std": list(config.std)}
-        | {name: known[0] for name, known in RESIZING.items()},
+        | {name: known[-1] for name, known in RESIZING.items()},
     }
 
 
@@ -104,12 +105,8 @@ def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
                         f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders "
                         "can be joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie there."
                     )
-        for name, known in RESIZING.items():
-            if (value := pixels.get(name, known[0])) not in known:
-                raise UserError(
-                    f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's "
-                    f"are, {name} {known[0]!r}. To go on with that, change the file."
-                )
+        resized = "preprocess_cfg.{name} = {value!r}; images are resized as CLIP's are, {name}"
+        require_usual(pixels, RESIZING, source, f"{OPEN_CLIP_CONFIG} has {resized} {{known!r}}. {CHANGE}")
         colours = {name: pixels[name] for name in ("mean", "std") if pixels.get(name)}
         return named_as_preset(config_from_dict(_sizes(model, source) | colours, source))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
