@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from typing_extensions import override
 
@@ -51,8 +51,6 @@ NO_CHOICE = WeightOptions()
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """A model in a file."""
-
-    wrapper: ClassVar[str]  # dotted name of the module that trains it
 
     format: str  # as `train-clip inspect` prints it
     source: str  # what messages name
@@ -105,8 +103,6 @@ class Found:
 @dataclass(frozen=True, kw_only=True)
 class FoundCLIP(Found):
     """A CLIP in a file."""
-
-    wrapper: ClassVar[str] = "train_clip.training.clip_wrapper:CLIPWrapper"
 
     config: ModelConfig
     unsaid: tuple[str, ...] = ()  # what of the configuration the file does not say: "activation", "heads"

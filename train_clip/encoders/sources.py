@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from typing_extensions import override
 
@@ -99,8 +99,6 @@ def _examples(kind: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class FoundEncoders(Found):
     """Two encoders that ``finetune`` has joined."""
-
-    wrapper: ClassVar[str] = "train_clip.encoders.wrapper:CustomCLIPWrapper"
 
     @override
     def require_clip(self, instead: str = "; expected a CLIP.") -> NoReturn:

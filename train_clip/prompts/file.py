@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from typing_extensions import override
 
@@ -38,8 +38,6 @@ ELSEWHERE = "--backbone of `train-clip evaluate` (in Python backbone=…)."
 @dataclass(frozen=True, kw_only=True)
 class FoundPrompts(FoundCLIP):
     """A CLIP with visual prompts: whole, or the prompts beside a backbone that lies in its own file."""
-
-    wrapper: ClassVar[str] = "train_clip.prompts.wrapper:PromptCLIPWrapper"
 
     prompts: PromptConfig
     is_whole: bool = False
