@@ -163,7 +163,7 @@ class FoundCLIP(Found):
             warnings.warn(
                 f"{self.source}: its vocabulary of {self.config.text.vocab:,} tokens is not CLIP's. The tokenizer that "
                 "comes with it here is, and does not belong to it.",
-                stacklevel=4,
+                stacklevel=5,
             )
         # Without memory for weights that are replaced at once, and the seconds that it takes to draw them.
         with torch.device("meta"):

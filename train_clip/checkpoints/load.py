@@ -40,11 +40,7 @@ def load(source: str | Path, *, backbone: str | Path | None = None, **choices: A
 
 
 def open_weights(weights: Found) -> Pretrained:
-    """Build and fill the model that weights are of.
-
-    Raises:
-        UserError: tensors that do not fit, or are damaged.
-    """
+    """Build the model that weights are of, and fill it."""
     model, tokenizer = weights.build()
     preprocess = Preprocess(model.image_size, model.pixel_norm.mean, model.pixel_norm.std)
     return Pretrained(model, preprocess, tokenizer)

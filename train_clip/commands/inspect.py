@@ -21,9 +21,6 @@ def inspect(file: str, /) -> dict[str, str]:
 
     Returns:
         What is printed, by its heading.
-
-    Raises:
-        UserError: nothing there, nothing that is known, damaged or hostile.
     """
     contents = find_contents(file)
     found = identify(contents)

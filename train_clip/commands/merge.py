@@ -112,9 +112,8 @@ def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
     merged = {}
     for name, end in tuned.items():
         wide = torch.promote_types(end.dtype, torch.float32)
-        # lerp is exact at both ends.
-        between = start[name].to(wide).lerp(end.to(wide), weight).to(end.dtype) if end.is_floating_point() else end
-        merged[name] = between.clone() if between is end else between
+        between = start[name].to(wide).lerp(end.to(wide), weight)  # which is exact at both ends
+        merged[name] = between.to(end.dtype) if end.is_floating_point() else end.clone()
     return merged
 
 

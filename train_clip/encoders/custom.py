@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +25,8 @@ INITIAL_LOG_SCALE = 3.9  # OTTER's code; clamped to [0, ln 100] there too
 class CustomCLIP(DualEncoder):
     """An image encoder and a text encoder, joined by a linear projection of the images where their widths differ.
 
-    The encoders are called ``visual`` and ``transformer``, as in train-CLIP's files.
-
-    Args:
-        image: maps normalised images to (B, W).
-        text: maps tokens to what ``text_features`` reads.
-        average: whether a caption is the mean over its tokens, or what the text encoder itself makes of them.
-        project: whether to add the projection; without it encoders of different widths are refused.
-
-    Raises:
-        UserError: the widths differ.
+    The encoders are called ``visual`` and ``transformer``, as in train-CLIP's files. A caption is the ``average`` over
+    its tokens, or what the text encoder itself makes of them; without ``project`` encoders of different widths are refused.
     """
 
     least_log_scale = 0.0
@@ -47,13 +38,16 @@ class CustomCLIP(DualEncoder):
                 f"Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, {text.width})), "
                 "or pass project=True, which adds such a layer."
             )
-        name = "+".join(_called(encoder.module, encoder.description) for encoder in (image, text))
-        super().__init__(name, text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
+        told = [(type(one.module).__name__, one.description) for one in (image, text)]
+        names = [description.get("label") or Path(description.get("name", kind)).name for kind, description in told]
+        super().__init__("+".join(names), text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
         self.average = average
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module
         self.transformer = text.module
-        self._takes = _arguments(text.module)
+        parameters = inspect.signature(text.module.forward).parameters.values()
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        self._takes = None if takes_any else frozenset(parameter.name for parameter in parameters)
         same = image.width == text.width
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
 
@@ -80,18 +74,6 @@ class CustomCLIP(DualEncoder):
     @override
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         return list(self.visual.parameters()), list(self.transformer.parameters())
-
-
-def _arguments(module: nn.Module) -> frozenset[str] | None:
-    # The names that its forward takes; None for any.
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters)
-
-
-def _called(module: nn.Module, description: Mapping[str, Any]) -> str:
-    return description.get("label") or Path(description.get("name", type(module).__name__)).name
 
 
 def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:

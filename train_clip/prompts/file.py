@@ -87,7 +87,7 @@ class FoundPrompts(FoundCLIP):
         with torch.device("meta"):
             add_prompts(model, self.prompts)
         if unused := self.about.get(LEFT_OUT):
-            warnings.warn(f"{self.source}: left out {unused}, which were never used.", stacklevel=4)
+            warnings.warn(f"{self.source}: left out {unused}, which were never used.", stacklevel=5)
         return model, tokenizer
 
     @override

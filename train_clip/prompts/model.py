@@ -22,11 +22,7 @@ from train_clip.prompts.config import PromptConfig
 
 
 def add_prompts(clip: CLIP, config: PromptConfig) -> None:
-    """Freeze a CLIP and put prompts into its image tower; the weights that it has stay.
-
-    Raises:
-        UserError: its image tower is no ViT, or has fewer blocks.
-    """
+    """Freeze a CLIP and put prompts into its image tower, a vision transformer; the weights that it has stay."""
     image = clip.config.image
     if not isinstance(image, ViTConfig) or not isinstance(clip.visual, VisionTransformer):
         raise UserError(
