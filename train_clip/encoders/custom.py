@@ -26,7 +26,7 @@ class CustomCLIP(DualEncoder):
     """An image encoder and a text encoder, joined by a linear projection of the images where their widths differ.
 
     The encoders are called ``visual`` and ``transformer``, as in train-CLIP's files. A caption is the ``average`` over
-    its tokens, or what the text encoder itself makes of them; without ``project`` encoders of different widths are refused.
+    its tokens, or what the text encoder itself makes of them. Without ``project`` different widths are refused.
     """
 
     least_log_scale = 0.0
