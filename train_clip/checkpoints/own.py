@@ -112,7 +112,13 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"{path}: {what}; expected a checkpoint, such as RUN/checkpoints/last.ckpt.")
     try:
-        require_whole(path)
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
+            if damaged := archive.testzip() or next(iter(folders), None):
+                raise UserError(
+                    f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint."
+                )
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except UserError:
         raise
@@ -128,16 +134,6 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a checkpoint of `train-clip train`.")
     return loaded
-
-
-def require_whole(path: Path) -> None:
-    """Hold every record of a checkpoint against its checksum."""
-    with zipfile.ZipFile(path) as archive:
-        # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
-        folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
-        damaged = archive.testzip() or next(iter(folders), None)
-    if damaged is not None:
-        raise UserError(f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint.")
 
 
 def root_cause(error: BaseException) -> str:

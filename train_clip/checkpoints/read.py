@@ -157,8 +157,8 @@ def _read_weights(path: Path) -> Contents:
     if not isinstance(data, dict):
         raise BadFile(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
     state = data.get("state_dict", data)
-    held = state.items() if isinstance(state, dict) else ()
-    tensors = {name: v for name, v in held if isinstance(name, str) and isinstance(v, TensorRecord)}
+    held = state if isinstance(state, dict) else {}
+    tensors = {name: v for name, v in held.items() if isinstance(name, str) and isinstance(v, TensorRecord)}
     if not tensors:
         names = ", ".join(key[:LONGEST_SHOWN] for key in list(data)[:6] if isinstance(key, str)) or "nothing"
         raise BadFile(f"holds no weights (but {names}).{EXPECTED}")

@@ -105,7 +105,18 @@ def fetch_openai(name: str) -> Path:
     if target.exists() and not target.is_file():
         raise UserError(f"{target}: is no regular file; expected OpenAI's {name}. Move it away.")
     if not target.exists():
-        _download(address, target, name)
+        from torch.hub import download_url_to_file
+
+        try:
+            with replacing(target) as beside:
+                print(f"OpenAI's {name}: {address} → {target}")
+                download_url_to_file(address, str(beside))
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", None) or first_line(error)
+            raise UserError(
+                f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({reason}). Where there is a "
+                f"network fetch {address} and put it at {target}; or give a file of your own."
+            ) from error
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != published:
@@ -114,21 +125,6 @@ def fetch_openai(name: str) -> Path:
             f"downloaded again, or put {address} there."
         )
     return target
-
-
-def _download(address: str, target: Path, name: str) -> None:
-    from torch.hub import download_url_to_file
-
-    try:
-        with replacing(target) as beside:
-            print(f"OpenAI's {name}: {address} → {target}")
-            download_url_to_file(address, str(beside))
-    except (OSError, HTTPException) as error:
-        raise UserError(
-            f"OpenAI's {name} is not in {target.parent}, and cannot be downloaded from here "
-            f"({getattr(error, 'reason', None) or first_line(error)}). Where there is a network fetch {address} and "
-            f"put it at {target}; or give a file of your own."
-        ) from error
 
 
 def _from_hub(name: str) -> Contents:
