@@ -207,7 +207,7 @@ def test_any_plain_data(held: dict[str, Any], tmp_path_factory: pytest.TempPathF
 def test_data_beside_the_weights_that_is_not_plain(tmp_path: Path) -> None:
     """Other things that checkpoints hold beside their weights do not keep the weights from being read.
 
-    What ``torch.load(weights_only=True)`` takes, and the classes that ``archive.HARMLESS`` names.
+    What ``torch.load(weights_only=True)`` takes, and the classes that ``read.HARMLESS`` names.
     """
     beside = {
         "a set": {1, 2},
