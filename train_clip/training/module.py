@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from train_clip.checkpoints.found import fill
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
-from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
 from train_clip.losses import LOSSES
