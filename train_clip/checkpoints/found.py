@@ -134,7 +134,7 @@ class FoundCLIP(Found):
             said = dataclasses.replace(said, activation=model.activation, mean=model.mean, std=model.std)
         for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
             if (found := getattr(said, name)) != (expected := getattr(model, name)):
-                self.refuse(f"another model: its {name} is {found!r}, expected {expected!r}")
+                self.refuse(f"another model: its {name} is {found}, expected {expected}")
         config = dataclasses.replace(model, logit_bias=self.config.logit_bias)
         return dataclasses.replace(self, config=config, choices=choices)
 
