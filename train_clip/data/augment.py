@@ -83,15 +83,9 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
 
 
 def colour_maps(brightness: Floats, contrast: Floats, saturation: Floats, angles: Floats) -> Floats:
-    """M of each image, (B, 3, 3).
+    """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each: 1, 1, 1 and 0 leave it, s = 0 is grey.
 
-        M = b c (L + s (cos θ (1 − L) + sin θ K))
-
-    Args:
-        brightness: (B,), b; 1 leaves it.
-        contrast: (B,), c; 1 leaves it.
-        saturation: (B,), s; 1 leaves it, 0 is grey.
-        angles: (B,), θ; red turns towards yellow.
+    M = b c (L + s (cos θ (1 − L) + sin θ K)); red turns towards yellow where θ > 0.
     """
     b, c, s, angle = (values[:, None, None] for values in (brightness, contrast, saturation, angles))
     luma = np.ones((3, 1)) * LUMA
@@ -108,9 +102,6 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
         images: (B, 3, S, S) uint8; or float that is already normalised, where colours stay.
         how: what was drawn.
         draws: B rows, on the images' device.
-
-    Returns:
-        The same shape and dtype.
 
     Raises:
         UserError: colours of floats are to change.
@@ -138,9 +129,7 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
 
 
 def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
-    """Map all colours of an image by its one affine map.
-
-        x' = M x + b (1 − c) mean(Y)
+    """Map all colours of an image by its one affine map, x' = M x + b (1 − c) mean(Y).
 
     Args:
         images: (B, 3, S, S) uint8.
