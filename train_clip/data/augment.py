@@ -62,7 +62,7 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
     """Draw for some images of a global batch: for each the same, whoever else draws for the others.
 
     Args:
-        how: what is drawn, with which chances.
+        how: what is drawn, with which probabilities.
         place: (seed, global batches before this one).
         rows: those of this process.
         number: N.
@@ -129,15 +129,9 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
 
 
 def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
-    """Map all colours of an image by its one affine map, x' = M x + b (1 − c) mean(Y).
+    """Map all colours of (B, 3, S, S) uint8 images by M and b (1 − c) of each channel's weight in Y, one an image.
 
-    Args:
-        images: (B, 3, S, S) uint8.
-        mixes: (B, 3, 3) float32, M.
-        lifts: (B, 3) float32, b (1 − c) of each channel's weight in Y.
-
-    Returns:
-        (B, 3, S, S) float32, whole numbers from 0 to 255.
+    x' = M x + b (1 − c) mean(Y), in float32, whole numbers from 0 to 255.
     """
     colours = images.flatten(2).float()
     mixed = (lifts * colours.mean(2)).sum(1)[:, None, None].expand(colours.shape)

@@ -109,15 +109,12 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min
 
 
 def cut(pixels: NDArray[Any], window: Window, reduction: int = 1) -> Tensor:
-    """Resize the window's box and cut its square.
+    """Resize the window's box and cut its square: (3, S, S) uint8.
 
     Args:
         pixels: (3, H, W) uint8, in any order in memory.
         window: in the picture as it was before it was reduced.
         reduction: by how much the pixels are fewer along each side.
-
-    Returns:
-        (3, S, S) uint8.
     """
     left, top, right, bottom = (reduced(edge, reduction) for edge in window.box)
     box = torch.from_numpy(np.require(pixels[:, top:bottom, left:right], requirements="W"))

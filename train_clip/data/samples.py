@@ -110,10 +110,10 @@ class _Pairs(Dataset[Sample]):
 
 
 class TrainingPairs(_Pairs):
-    """A random crop and a random caption line of each of at least one pair.
+    """A random crop and a random caption line of each pair.
 
     Args:
-        pairs: what is drawn of.
+        pairs: at least one.
         size: S.
         resize_ratio: least share of the area that the crop keeps; None for the paper's crop.
         seed: with epoch and index it decides crop and caption.

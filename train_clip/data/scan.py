@@ -58,11 +58,7 @@ class Scan:
     pair_by: str = "stem"
 
     def require_pairs(self) -> Scan:
-        """Return itself.
-
-        Raises:
-            UserError: something is at fault, or there is no pair. The message says what was found instead.
-        """
+        """Return itself, or raise a ``UserError`` of what was found where something is at fault, or there is no pair."""
         if self.faults:
             more = len(self.faults) - NAMED
             named = "\n".join(self.faults[:NAMED])
