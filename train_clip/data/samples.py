@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -223,11 +224,11 @@ class BatchTokenizer(Protocol):
         ...
 
 
+@dataclass
 class Collate:
     """Stack the pixels, tokenize the captions by the text encoder's tokenizer."""
 
-    def __init__(self, tokenizer: BatchTokenizer) -> None:
-        self.tokenizer = tokenizer
+    tokenizer: BatchTokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Return a ``Batch``: images (B, 3, S, S) of the samples' dtype, texts (B, L) int64 or a mapping."""

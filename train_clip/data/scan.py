@@ -30,8 +30,8 @@ def scan_source(folder: Path | None, options: SourceOptions) -> Scan:
     Raises:
         UserError: several are given or none, there is nothing of the kind, or another one is to be paired by number.
     """
-    paths = {name: folder if name == "folder" else getattr(options, name) for name in SOURCES}
-    given = [(name, path) for name, path in paths.items() if path is not None]
+    paths = vars(options) | {"folder": folder}
+    given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if not given:
         raise UserError("No data was given. Expected a folder of images and captions, or a table of pairs (--pairs).")
     if len(given) > 1:
@@ -58,7 +58,7 @@ class Scan:
     pair_by: str = "stem"
 
     def require_pairs(self) -> Scan:
-        """Return itself, or raise a ``UserError`` of what was found where something is at fault, or there is no pair."""
+        """Return itself, or raise a ``UserError`` of what is at fault, or of what was found in place of pairs."""
         if self.faults:
             more = len(self.faults) - NAMED
             named = "\n".join(self.faults[:NAMED])
@@ -69,14 +69,9 @@ class Scan:
 
     def followed_by(self, other: Scan) -> Scan:
         """This scan's pairs and then the other's, with what both found."""
-        return dataclasses.replace(
-            self,
-            num_entries=self.num_entries + other.num_entries,
-            pairs=self.pairs.followed_by(other.pairs),
-            lone_images=self.lone_images + other.lone_images,
-            lone_captions=self.lone_captions + other.lone_captions,
-            faults=self.faults + other.faults,
-        )
+        joined = ("num_entries", "lone_images", "lone_captions", "faults")
+        both = {name: getattr(self, name) + getattr(other, name) for name in joined}
+        return dataclasses.replace(self, pairs=self.pairs.followed_by(other.pairs), **both)
 
     def _no_pairs(self) -> list[str]:
         table, by_number = self.source.is_file(), self.pair_by == "number"
