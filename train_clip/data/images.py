@@ -103,10 +103,12 @@ def open_image(path: str) -> Jpeg | Image.Image:
 
 
 def upright_rgb(picture: Image.Image, name: str, mended: list[str] | None = None) -> Image.Image:
-    """Turn an opened picture upright and make it RGB, on white where it is transparent; ``mended`` hears of it.
+    """Turn an opened picture upright and make it RGB, on white where it is transparent.
 
-    Raises:
-        BadSample: pixels of unknown range; ``name`` stands for the file.
+    Args:
+        picture: of any mode; one of unknown range raises a ``BadSample``.
+        name: of its file, for that.
+        mended: to which is added what was mended.
     """
     mended = [] if mended is None else mended
     turn = _turn(picture, mended)

@@ -34,12 +34,9 @@ class Tokenizer:
 
     It holds its length and nothing else: a process reads the merges once, at its first caption (0.1 s), so an instance
     costs nothing to make or to send to a worker.
-
-    Args:
-        context_length: tokens of a row, start and end included; at least 2. 77 in every CLIP by OpenAI.
     """
 
-    context_length: int = 77
+    context_length: int = 77  # tokens of a row, start and end included, at least 2; 77 in every CLIP by OpenAI
     vocab_size: ClassVar[int] = 49_408  # 256 bytes, the same ending a word, 48,894 merges, start and end
     start_token: ClassVar[int] = 49_406
     end_token: ClassVar[int] = 49_407
