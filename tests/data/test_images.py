@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -489,6 +491,21 @@ def test_decoding_says_nothing_on_the_screen(tmp_path: Path, recwarn: pytest.War
     palette.save(tmp_path / "b.png", transparency=bytes([0, 255]))
     pixels(tmp_path / "b.png")
     assert not recwarn.list
+
+
+def test_the_process_keeps_its_warnings(tmp_path: Path) -> None:
+    """What was warned of once stays said once, and no filter stays behind: neither of a picture nor of a bad file."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"<html>")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        before = list(warnings.filters)
+        for name in ("a.png", "b.png", "a.png"):
+            warnings.warn("once", stacklevel=1)
+            with contextlib.suppress(BadSample):
+                pixels(tmp_path / name)
+        assert list(warnings.filters) == before
+    assert len(said) == 1
 
 
 # What is mended

@@ -770,6 +770,18 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [table]
 
 
+def test_csv_keeps_the_process_limit(tmp_path: Path) -> None:
+    """A cell may be as long as a caption file, within the reading alone; also where the table is refused."""
+    before = csv.field_size_limit()
+    touch(tmp_path, "a.jpg")
+    assert texts(scan_text(tmp_path, ".csv", f"image,caption\na.jpg,{'a' * (before + 1)}\n")) == {
+        "a.jpg": ["a" * (before + 1)]
+    }
+    with pytest.raises(UserError):
+        scan_text(tmp_path, ".csv", "a,b\n")
+    assert csv.field_size_limit() == before
+
+
 # Folder or table
 
 

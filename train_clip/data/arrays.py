@@ -46,20 +46,13 @@ class Header(NamedTuple):
 
 
 def read_header(path: str) -> Header:
-    """Read what a file says that it holds, without reading it.
-
-    Raises:
-        BadSample: as ``read_array``, but for damage behind the header.
-    """
+    """Read what a file says that it holds; errors as of ``read_array``, but for damage behind it."""
     with _open(path) as (header, _):
         return header
 
 
 def read_array(path: str) -> NDArray[Any]:
     """Read an image's array.
-
-    Args:
-        path: an ``.npz`` file with the array ``data``, stored or deflated.
 
     Returns:
         (3, H, W) uint8, float16 or float32, read-only; floating-point values are finite.
@@ -77,7 +70,7 @@ def read_array(path: str) -> NDArray[Any]:
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an image's (3, H, W) array, whole or not at all, its folder too: the same bytes for the same array."""
+    """Write an image's (3, H, W) array, whole or not at all: the same bytes for the same array; its folder is made."""
     content = io.BytesIO()
     # Stored: deflate takes a fifth off photographs, and more time to read than all else together (docs/data.md).
     np.savez(content, data=np.ascontiguousarray(array))

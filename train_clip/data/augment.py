@@ -62,7 +62,7 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
     """Draw for some images of a global batch: for each the same, whoever else draws for the others.
 
     Args:
-        how: what is drawn, with which chances.
+        how: what is drawn, with which probabilities.
         place: (seed, global batches before this one).
         rows: those of this process.
         number: N.
@@ -83,15 +83,9 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
 
 
 def colour_maps(brightness: Floats, contrast: Floats, saturation: Floats, angles: Floats) -> Floats:
-    """M of each image, (B, 3, 3).
+    """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each: 1, 1, 1 and 0 leave it, s = 0 is grey.
 
-        M = b c (L + s (cos θ (1 − L) + sin θ K))
-
-    Args:
-        brightness: (B,), b; 1 leaves it.
-        contrast: (B,), c; 1 leaves it.
-        saturation: (B,), s; 1 leaves it, 0 is grey.
-        angles: (B,), θ; red turns towards yellow.
+    M = b c (L + s (cos θ (1 − L) + sin θ K)); red turns towards yellow where θ > 0.
     """
     b, c, s, angle = (values[:, None, None] for values in (brightness, contrast, saturation, angles))
     luma = np.ones((3, 1)) * LUMA
@@ -108,9 +102,6 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
         images: (B, 3, S, S) uint8; or float that is already normalised, where colours stay.
         how: what was drawn.
         draws: B rows, on the images' device.
-
-    Returns:
-        The same shape and dtype.
 
     Raises:
         UserError: colours of floats are to change.
@@ -138,17 +129,9 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
 
 
 def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
-    """Map all colours of an image by its one affine map.
+    """Map all colours of (B, 3, S, S) uint8 images by M and b (1 − c) of each channel's weight in Y, one an image.
 
-        x' = M x + b (1 − c) mean(Y)
-
-    Args:
-        images: (B, 3, S, S) uint8.
-        mixes: (B, 3, 3) float32, M.
-        lifts: (B, 3) float32, b (1 − c) of each channel's weight in Y.
-
-    Returns:
-        (B, 3, S, S) float32, whole numbers from 0 to 255.
+    x' = M x + b (1 − c) mean(Y), in float32, whole numbers from 0 to 255.
     """
     colours = images.flatten(2).float()
     mixed = (lifts * colours.mean(2)).sum(1)[:, None, None].expand(colours.shape)

@@ -91,29 +91,17 @@ class Window(NamedTuple):
 
 
 def random_crop(picture: tuple[int, int], size: int, rng: Generator) -> Window:
-    """Shorter side to S, then an S×S at random: the paper's only augmentation (CLIP paper, section 2.4).
-
-    Args:
-        picture: its width and height.
-        size: S.
-        rng: draws the place.
-    """
+    """Shorter side of a width and height to S, then an S×S at random: the paper's only augmentation (section 2.4)."""
     target = shorter_to(picture, size)
     left, top = (int(rng.integers(side - size + 1)) for side in target)
     return Window((0, 0, *picture), target, (left, top), size)
 
 
 def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min_share: float) -> Window:
-    """A square of a random share of the largest one that fits, resized to S×S: train-CLIP's crop.
+    """A square of at least a share of the largest one that fits, resized to S×S: train-CLIP's crop.
 
     On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``. That takes
     shares of the whole picture's area, for which a 3:2 photograph has no room from 0.75 up, and then cuts the centre.
-
-    Args:
-        picture: its width and height.
-        size: S.
-        rng: draws share and place.
-        min_share: least share of the largest square's area, in (0, 1].
     """
     side = max(1, round(min(picture) * math.sqrt(rng.uniform(min_share, 1.0))))
     left, top = (int(rng.integers(whole - side + 1)) for whole in picture)
@@ -121,15 +109,12 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min
 
 
 def cut(pixels: NDArray[Any], window: Window, reduction: int = 1) -> Tensor:
-    """Resize the window's box and cut its square.
+    """Resize the window's box and cut its square: (3, S, S) uint8.
 
     Args:
         pixels: (3, H, W) uint8, in any order in memory.
         window: in the picture as it was before it was reduced.
         reduction: by how much the pixels are fewer along each side.
-
-    Returns:
-        (3, S, S) uint8.
     """
     left, top, right, bottom = (reduced(edge, reduction) for edge in window.box)
     box = torch.from_numpy(np.require(pixels[:, top:bottom, left:right], requirements="W"))
@@ -164,11 +149,7 @@ def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
 
 
 def centre_square(image: Image.Image | str | Path, size: int) -> Tensor:
-    """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8.
-
-    Raises:
-        BadSample: it cannot be read as an image.
-    """
+    """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8."""
     picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
     return to_tensor(center_crop(picture, size))
 
@@ -211,32 +192,19 @@ class Preprocess:
     """Shorter side to S by bicubic interpolation, the S×S in the middle, (x / 255 - mean) / std.
 
     Bit for bit as OpenAI's (openai/CLIP, clip.py, _transform), but that pictures are turned upright by their EXIF, and
-    are made RGB, transparency laid on white, before they are resized.
-
-    Args:
-        size: S.
-        mean: (3, 1, 1) float32, of each channel, in [0, 1].
-        std: (3, 1, 1) float32, likewise.
+    are made RGB, transparency laid on white, before they are resized. Mean and std: (3, 1, 1) float32, in [0, 1].
     """
 
     def __init__(self, size: int, mean: Tensor, std: Tensor) -> None:
         self.size, self.mean, self.std = size, mean.cpu(), std.cpu()
 
     def __call__(self, image: Image.Image | str | Path) -> Tensor:
-        """Prepare a picture, or the file of one: (3, S, S) float32.
-
-        Raises:
-            BadSample: it cannot be read as an image.
-        """
+        """Prepare a picture, or the file of one (``BadSample`` where it cannot be read): (3, S, S) float32."""
         return (centre_square(image, self.size).float() / 255 - self.mean) / self.std
 
 
 def read_picture(path: str) -> Decoded:
-    """Read an image, or its array, as a picture to look at.
-
-    Raises:
-        BadSample: the file cannot be used.
-    """
+    """Read an image, or its array, as a picture to look at; errors as of ``read_square``."""
     if not is_npz(path):
         return read_image(path)
     array = read_array(path)
@@ -258,18 +226,16 @@ def _to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
-    """Refuse an array that was made for another S.
-
-    Raises:
-        UserError: its (3, H, W) do not fit.
-    """
+    """Refuse an array, (3, H, W), that was made for another S, with a ``UserError``."""
     _, height, width = shape
-    if dtype == np.uint8 and min(height, width) != size:
+    if dtype == np.uint8:
+        if min(height, width) == size:
+            return
         raise UserError(
             f"{path}: was made for a model of {min(height, width)} pixels (it is {width} by {height}); expected "
             f"{size} on its shorter side. Make the cache anew: train-clip data npz FOLDER --image_size {size}"
         )
-    if dtype != np.uint8 and (height, width) != (size, size):
+    if (height, width) != (size, size):
         raise UserError(
             f"{path}: holds {NORMALISED}, {width} by {height} of them; expected {size} by {size}. Train a model of "
             "that size (--image_size), or move the file away and make a cache of the images: train-clip data npz"

@@ -9,6 +9,7 @@ in its image's place, and the pair is still known by its image. Any other array 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import re
@@ -29,12 +30,9 @@ CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at
 
 
 def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
-    """Pair the images and captions below a folder.
+    """Pair the images and captions below a folder, by what the options say that their names share.
 
-    Args:
-        folder: searched with its subfolders. Names that begin with a dot and ``__MACOSX`` are passed over, and links to
-            folders are not followed.
-        options: what of their names a pair's files share: the stem, or the number.
+    Names that begin with a dot and ``__MACOSX`` are passed over, and links to folders are not followed.
 
     Returns:
         What was found. Its faults are names of which it is not clear which belong together, folders and files without
@@ -44,27 +42,22 @@ def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
         UserError: no such folder.
     """
     try:
-        exists = folder.is_dir()
+        if not folder.is_dir():
+            table = " A table of pairs is given by --pairs." if folder.is_file() else ""
+            raise UserError(f"{folder}: there is no such folder. Expected one of images and captions (.txt).{table}")
     except PermissionError:
         raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
-    if not exists:
-        table = " A table of pairs is given by --pairs." if folder.is_file() else ""
-        raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).{table}")
     found = _Found(folder)
     PAIRINGS[options.pair_by](found, _images_and_captions(found))
-    found.pairs.sort(key=lambda pair: plain_name(pair[0]))
-    images = [image for image, _ in found.pairs]
+    pairs = sorted(found.pairs, key=lambda pair: plain_name(pair[0]))
+    root = os.path.join(folder, "")  # noqa: PTH118, with its separator at the end
+    caches = (found.caches.get(image, "") for image, _ in pairs) if found.caches else ()
     return Scan(
         folder,
         found.num_files,
-        PairList(
-            os.path.join(folder, ""),  # noqa: PTH118, with its separator at the end
-            images,
-            (caption for _, caption in found.pairs),
-            caches=(found.caches.get(image, "") for image in images) if found.caches else (),
-        ),
+        PairList(root, (image for image, _ in pairs), (caption for _, caption in pairs), caches),
         sorted(path for path in found.lone if not is_caption(path)),
-        sorted(path for path in found.lone if is_caption(path)),
+        sorted(filter(is_caption, found.lone)),
         sorted(found.faults),
         found.others,
         sorted(found.folder_links),
@@ -114,8 +107,7 @@ def _images_and_captions(found: _Found) -> Iterator[str]:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             path = f"{parent}/{entry.name}" if parent else entry.name
-            stem, dot, suffix = entry.name.rpartition(".")
-            suffix = dot + suffix.lower() if stem else ""
+            suffix = posixpath.splitext(entry.name)[1].lower()
             if suffix not in wanted and entry.is_dir(follow_symlinks=False):
                 folders.append(path)
             elif entry.is_symlink() and _is(entry.is_dir):
@@ -132,10 +124,9 @@ def _images_and_captions(found: _Found) -> Iterator[str]:
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return kind()
-    except OSError:
-        return False
+    return False
 
 
 def _fault(entry: os.DirEntry[str]) -> str | None:
@@ -240,33 +231,25 @@ def _pair_one_stem(found: _Found, files: list[str]) -> None:
         image, caption = sorted(files, key=is_caption)
         found.pairs.append((image, caption))
         return
-    waiting: dict[str, list[str]] = defaultdict(list)
+    waiting: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for path in files:
-        waiting[posixpath.dirname(path)].append(path)
+        waiting[tuple(path.split("/")[:-1])].append(path)
     while waiting:
-        deepest = max(map(_depth, waiting))
-        for place in sorted(place for place in waiting if _depth(place) == deepest):
-            here = waiting.pop(place)
-            images = [path for path in here if not is_caption(path)]
-            captions = [path for path in here if is_caption(path)]
-            if images and captions:
-                if len(here) > 2:
-                    counts = f"{_number(images, 'image')} and {_number(captions, 'caption')}"
-                    found.faults.append(
-                        f"{found.folder / place}: one stem has {counts}, so it is not clear which belong together:\n"
-                        f"{_listed(sorted(here))}  Expected one of each. Rename or remove the others."
-                    )
-                    return
-                found.pairs.append((images[0], captions[0]))
+        deepest = max(map(len, waiting))
+        for place in sorted(place for place in waiting if len(place) == deepest):
+            here = sorted(waiting.pop(place), key=is_caption)
+            captions = sum(map(is_caption, here))
+            images = len(here) - captions
+            if images == captions == 1:
+                found.pairs.append((here[0], here[1]))
+            elif images and captions:
+                found.faults.append(
+                    f"{found.folder.joinpath(*place)}: one stem has {images} image{'s'[: images - 1]} and {captions} "
+                    f"caption{'s'[: captions - 1]}, so it is not clear which belong together:\n"
+                    f"{_listed(sorted(here))}  Expected one of each. Rename or remove the others."
+                )
+                return
             elif place:
-                waiting[posixpath.dirname(place)] += here
+                waiting[place[:-1]] += here
             else:
                 found.lone += here
-
-
-def _number(files: list[str], noun: str) -> str:
-    return f"{len(files)} {noun}" + ("" if len(files) == 1 else "s")
-
-
-def _depth(place: str) -> int:
-    return place.count("/") + 1 if place else 0

@@ -81,10 +81,7 @@ def open_rgb(path: str) -> Image.Image:
 
 
 def read_image(path: str) -> Decoded:
-    """Decode an image file; the first frame where there are several.
-
-    Args:
-        path: a file of any of ``FORMATS``, known by its content.
+    """Decode an image file of any of ``FORMATS``, known by its content; the first frame where there are several.
 
     Returns:
         An RGB picture, upright by its EXIF orientation, on white where it is transparent.
@@ -109,12 +106,9 @@ def upright_rgb(picture: Image.Image, name: str, mended: list[str] | None = None
     """Turn an opened picture upright and make it RGB, on white where it is transparent.
 
     Args:
-        picture: of any mode.
-        name: for the error.
-        mended: what is mended is added to it, in words.
-
-    Raises:
-        BadSample: pixels of unknown range.
+        picture: of any mode; one of unknown range raises a ``BadSample``.
+        name: of its file, for that.
+        mended: to which is added what was mended.
     """
     mended = [] if mended is None else mended
     turn = _turn(picture, mended)
@@ -133,25 +127,18 @@ def is_npz(path: str) -> bool:
 
 
 def require_sides(path: str, width: int, height: int) -> None:
-    """Refuse what is too thin for a picture.
-
-    Raises:
-        BadSample: a side or the aspect is beyond the bounds.
-    """
+    """Refuse what is too thin for a picture, with a ``BadSample``."""
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
 
 
 @contextmanager
 def reading(path: str, what: str) -> Iterator[None]:
-    """Turn whatever is raised within the block into ``BadSample``, and keep Pillow from warning.
+    """Turn whatever is raised within the block into a ``BadSample``, and keep Pillow from warning.
 
     Args:
         path: the file that is read there.
         what: it holds, for the reason.
-
-    Raises:
-        BadSample: anything was raised.
     """
     filters: list[Any] = warnings.filters  # type: ignore[assignment]
     filters.insert(0, PILLOWS_WARNINGS)

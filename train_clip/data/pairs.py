@@ -36,11 +36,7 @@ class Pair:
         return self.cache or self.image
 
     def captions(self) -> list[str]:
-        """At least one caption.
-
-        Raises:
-            BadSample: they cannot be read, or hold NUL.
-        """
+        """At least one caption; ``BadSample`` where they cannot be read, or hold NUL."""
         if not self.texts:
             return read_captions(self.caption)
         if any("\0" in text for text in self.texts):
@@ -79,8 +75,7 @@ class PairList(Sequence[Pair]):
         root: folder that names are relative to.
         images: names of the images, POSIX paths below the root (or anywhere, where they are absolute).
         captions: names of the files of captions, likewise; or IN_TABLE and the captions themselves, lines joined.
-        caches: names of the arrays that are read in place of the images, empty for an image that has none; none at all
-            where no image has one.
+        caches: names of the arrays that are read in place of the images, or empty; none at all where no image has one.
     """
 
     def __init__(self, root: str, images: Iterable[str], captions: Iterable[str], caches: Iterable[str] = ()) -> None:
@@ -133,11 +128,10 @@ def read_captions(path: str) -> list[str]:
 
 
 def read_caption_lines(path: str) -> CaptionLines:
-    r"""Read every caption of a file, one a line, blank lines dropped.
+    """Read every caption of a file in UTF-8, one a line, blank lines dropped.
 
-    Args:
-        path: UTF-8 text, with or without a byte order mark. Lines end in LF or CRLF and nowhere else: U+2028 and the
-            other separators that ``str.splitlines`` knows belong to the caption.
+    Lines end in LF or CRLF and nowhere else: U+2028 and the other separators that ``str.splitlines`` knows belong to
+    the caption.
 
     Raises:
         BadSample: the file cannot be read, is not UTF-8, holds NUL, holds only blanks, or is over ``MAX_BYTES``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -152,24 +153,16 @@ class TrainingPairs(_Pairs):
 def draw(
     pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: Generator
 ) -> tuple[Tensor, str, str]:
-    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read.
-
-    Raises:
-        BadSample: a file of the pair cannot be used.
-        UserError: an array that was made for another S.
-    """
+    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read."""
     pair = pairs[index]
     captions, path = pair.captions(), pair.pixels
     caption = captions[rng.integers(len(captions))]
-    if resize_ratio is None:
-        window = partial(random_crop, size=size, rng=rng)
-    else:
-        window = partial(random_resized_crop, size=size, rng=rng, min_share=resize_ratio)
-    return read_square(path, size, window), caption, path
+    crop = random_crop if resize_ratio is None else partial(random_resized_crop, min_share=resize_ratio)
+    return read_square(path, size, partial(crop, size=size, rng=rng)), caption, path
 
 
 class ValidationPairs(_Pairs):
-    """The centre crop and the first caption line of each of the pairs; arguments and errors as of ``TrainingPairs``."""
+    """The centre crop and the first caption line of each of the pairs; errors as of ``TrainingPairs``."""
 
     def __getitem__(self, index: int) -> Sample:
         """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""
@@ -202,11 +195,7 @@ class PixelKind(NamedTuple):
 
     @classmethod
     def of(cls, paths: Iterable[str], size: int) -> PixelKind:
-        """What the first file that can be read holds; a picture where none can.
-
-        Raises:
-            UserError: an array that was made for another S, as ``read_square``.
-        """
+        """What the first file that can be read holds; a picture where none can."""
         for path in paths:
             if not is_npz(path):
                 return cls(torch.uint8, path)
@@ -217,11 +206,7 @@ class PixelKind(NamedTuple):
         return cls(torch.uint8, "")
 
     def require(self, pixels: Tensor, path: str) -> Tensor:
-        """Return the pixels.
-
-        Raises:
-            UserError: they are of the other kind.
-        """
+        """Return the pixels, or raise a ``UserError`` where they are of the other kind."""
         if pixels.dtype == self.dtype:
             return pixels
         found = {self.dtype: self.example, pixels.dtype: path}
@@ -239,11 +224,11 @@ class BatchTokenizer(Protocol):
         ...
 
 
+@dataclass
 class Collate:
     """Stack the pixels, tokenize the captions by the text encoder's tokenizer."""
 
-    def __init__(self, tokenizer: BatchTokenizer) -> None:
-        self.tokenizer = tokenizer
+    tokenizer: BatchTokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Return a ``Batch``: images (B, 3, S, S) of the samples' dtype, texts (B, L) int64 or a mapping."""

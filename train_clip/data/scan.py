@@ -19,7 +19,7 @@ DEFAULTS = SourceOptions()
 
 CAPTION_SUFFIX = ".txt"
 NAMED = 5  # faults in a message
-KNOWN_FOLDERS = ("img", "text", "npz")  # of the fork of train-CLIP: image1.jpg, text1.txt, data1.npz
+KNOWN_FOLDERS = ("img/", "text/", "npz/")  # of the fork of train-CLIP: image1.jpg, text1.txt, data1.npz
 SHOWN = 3  # names of each of them
 EFFECTIVE = os.access in os.supports_effective_ids
 
@@ -30,8 +30,8 @@ def scan_source(folder: Path | None, options: SourceOptions) -> Scan:
     Raises:
         UserError: several are given or none, there is nothing of the kind, or another one is to be paired by number.
     """
-    paths = {name: folder if name == "folder" else getattr(options, name) for name in SOURCES}
-    given = [(name, path) for name, path in paths.items() if path is not None]
+    paths = vars(options) | {"folder": folder}
+    given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if not given:
         raise UserError("No data was given. Expected a folder of images and captions, or a table of pairs (--pairs).")
     if len(given) > 1:
@@ -58,11 +58,7 @@ class Scan:
     pair_by: str = "stem"
 
     def require_pairs(self) -> Scan:
-        """Return itself.
-
-        Raises:
-            UserError: something is at fault, or there is no pair. The message says what was found instead.
-        """
+        """Return itself, or raise a ``UserError`` of what is at fault, or of what was found in place of pairs."""
         if self.faults:
             more = len(self.faults) - NAMED
             named = "\n".join(self.faults[:NAMED])
@@ -73,57 +69,45 @@ class Scan:
 
     def followed_by(self, other: Scan) -> Scan:
         """This scan's pairs and then the other's, with what both found."""
-        return dataclasses.replace(
-            self,
-            num_entries=self.num_entries + other.num_entries,
-            pairs=self.pairs.followed_by(other.pairs),
-            lone_images=self.lone_images + other.lone_images,
-            lone_captions=self.lone_captions + other.lone_captions,
-            faults=self.faults + other.faults,
-        )
+        joined = ("num_entries", "lone_images", "lone_captions", "faults")
+        both = {name: getattr(self, name) + getattr(other, name) for name in joined}
+        return dataclasses.replace(self, pairs=self.pairs.followed_by(other.pairs), **both)
 
     def _no_pairs(self) -> list[str]:
         table, by_number = self.source.is_file(), self.pair_by == "number"
+        images, captions, links = self.lone_images, self.lone_captions, self.folder_links
         lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if table else 'files'}."]
-        for image in self.lone_images[:1]:
-            of_its_name = "no caption of its number" if by_number else f"no {PurePosixPath(image).stem}{CAPTION_SUFFIX}"
-            wanted = "its caption is empty" if table else of_its_name
-            lines.append(f"  Images without a caption: {len(self.lone_images):,}, for instance {image} ({wanted}).")
-        for image in self.lone_captions[:1]:
-            wanted = f" (no {self.source.parent / image})" if table else ""
-            lines.append(f"  Captions without an image: {len(self.lone_captions):,}, for instance {image}{wanted}.")
-        for link in self.folder_links[:1]:
+        if images:
+            of_its_stem = f"no {PurePosixPath(images[0]).stem}{CAPTION_SUFFIX}"
+            wanted = "its caption is empty" if table else "no caption of its number" if by_number else of_its_stem
+            lines.append(f"  Images without a caption: {len(images):,}, for instance {images[0]} ({wanted}).")
+        if captions:
+            wanted = f" (no {self.source.parent / captions[0]})" if table else ""
+            lines.append(f"  Captions without an image: {len(captions):,}, for instance {captions[0]}{wanted}.")
+        if links:
             lines.append(
-                f"  Links to folders, which are not followed: {len(self.folder_links):,}, for instance {link}. Give "
-                "the folder that it leads to."
+                f"  Links to folders, which are not followed: {len(links):,}, for instance {links[0]}. Give the folder "
+                "that it leads to."
             )
-        if table:
-            return [
-                *lines,
-                "  Expected rows of an image and a caption, the image's path relative to the table's folder.",
-            ]
-        if by_number:
-            return [
-                *lines,
-                "  A pair shares its number: image1.jpg and text1.txt, one caption a line. Rename the files.",
-            ]
-        return [
-            *lines,
-            *self._by_number(),
-            "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, or "
-            "list them in a table (--pairs).",
+        known = {name: [path for path in images + captions if path.startswith(name)] for name in KNOWN_FOLDERS}
+        holding = [
+            f"  {name} holds {', '.join(path.removeprefix(name) for path in some[:SHOWN])}"
+            for name, some in known.items()
+            if some
         ]
-
-    def _by_number(self) -> list[str]:
-        """What lies in folders that are known, and the offer to pair it by number; nothing where it is not so."""
-        lines = []
-        for known in KNOWN_FOLDERS:
-            start = f"{known}/"
-            names = [name for name in self.lone_images + self.lone_captions if name.startswith(start)]
-            if names:
-                lines.append(f"  {start} holds {', '.join(name.removeprefix(start) for name in names[:SHOWN])}")
-        offer = "  If the number in its name says which belong together, pass --pair_by number."
-        return [*lines, offer] if len(lines) > 1 else []
+        if table:
+            lines.append("  Expected rows of an image and a caption, the image's path relative to the table's folder.")
+        elif by_number:
+            lines.append("  A pair shares its number: image1.jpg and text1.txt, one caption a line. Rename the files.")
+        else:
+            if len(holding) > 1:
+                offer = "  If the number in its name says which belong together, pass --pair_by number."
+                lines += [*holding, offer]
+            lines.append(
+                "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, "
+                "or list them in a table (--pairs)."
+            )
+        return lines
 
 
 def may_read(path: str) -> bool:

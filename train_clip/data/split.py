@@ -13,17 +13,10 @@ from train_clip.errors import UserError
 
 
 def split_pairs(pairs: PairList, share: float) -> tuple[PairList, PairList]:
-    """Hold out a share of the pairs, chosen by a hash of the image's name.
+    """Hold out round(share · len(pairs)), chosen by a hash of the image's name; none in place of a single one.
 
-    The choice depends on names alone: not on a seed, so that runs can be compared, nor on where the folder lies.
-
-    Args:
-        pairs: all of them.
-        share: in [0, 1).
-
-    Returns:
-        Those to train on, and round(share · len(pairs)) to validate on; none where that is a single one, among which
-        retrieval is always right.
+    The choice depends on names alone: not on a seed, so that runs can be compared, nor on where the folder lies. Among
+    a single pair retrieval is always right.
     """
     require_share("val_share", share)
     held_out = held_out_indices(pairs, share)
@@ -59,7 +52,7 @@ def divide(contents: Sequence[bytes], classes: Sequence[str], shares: Shares) ->
     """Divide pairs into ``train``, ``val`` and ``test``; those whose images are the same stay together.
 
     The order in which pairs are taken is that of a hash of the seed and the image's content, so that neither names nor
-    the machine matter.
+    the machine matter. A class, where there is a cap, keeps its first pairs.
 
     Args:
         contents: a digest of each pair's image.

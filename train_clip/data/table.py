@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import posixpath
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from train_clip.options import SourceOptions
 
 
 def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
-    """Read a table's rows and look whether its images are there.
+    """Read a table's rows, and look whether its images are there.
 
     Args:
         table: ``.csv``, ``.tsv`` or ``.jsonl``, UTF-8 with or without a byte order mark.
@@ -39,9 +40,8 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
         UserError: no such table, not of these kinds, not UTF-8, or without the columns.
     """
     captions, num_rows, faults = _read(table, options)
-    root = os.path.join(table.parent, "")  # noqa: PTH118, with its separator at the end
+    root, gone = os.path.join(table.parent, ""), []  # noqa: PTH118, with its separator at the end
     there: dict[str, str] = {}
-    gone: list[str] = []
     for name, texts in captions.items():
         spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
         path = posixpath.join(root, spelling)
@@ -59,15 +59,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
 
 
 def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Write a CSV table of pairs, whole or not at all.
-
-    Args:
-        table: to be written; its folder is made.
-        rows: path of an image, and its captions.
-
-    Raises:
-        UserError: a name that is not UTF-8.
-    """
+    """Write a CSV table, whole or not at all, of images and their captions; its folder is made."""
     here = os.path.realpath(table.parent)
     with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         # Lines end in CR LF, as RFC 4180 has it: only then is a name or caption that holds either put in quotes.
@@ -106,7 +98,7 @@ def _read(table: Path, options: SourceOptions) -> tuple[dict[str, str], int, lis
                     continue
                 parts = (part for at, part in enumerate(image.split("/")) if (part or not at) and part != ".")
                 name = "/".join(parts) or "."
-                lines = [text for text in map(_one_line, texts) if not is_blank(text)]
+                lines = [text for text in (re.sub("\r?\n", " ", text).strip() for text in texts) if not is_blank(text)]
                 captions[name] = "\n".join(filter(None, (captions.get(name), *lines)))
     except PermissionError:
         raise UserError(f"{table}: no permission to read this table. Give it (chmod +r; chmod +x a folder).") from None
@@ -180,8 +172,7 @@ def _require_columns(table: Path, header: list[str], names: tuple[str, str]) -> 
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(items)
-    if len(row) < len(items):
+    if len(row := dict(items)) < len(items):
         # JSON itself would take the last of them.
         raise ValueError("a key is there twice")
     return row
@@ -190,10 +181,6 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def _is_text(value: Any) -> bool:
     """Whether a value is text that UTF-8 can hold: JSON can spell half of a character."""
     return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\r\n", " ").replace("\n", " ").strip()
 
 
 def _spellings(root: str, name: str) -> Iterator[str]:

@@ -34,15 +34,9 @@ class Tokenizer:
 
     It holds its length and nothing else: a process reads the merges once, at its first caption (0.1 s), so an instance
     costs nothing to make or to send to a worker.
-
-    Args:
-        context_length: tokens of a row, start and end included; at least 2. 77 in every CLIP by OpenAI.
-
-    Raises:
-        ValueError: a context without room for start and end.
     """
 
-    context_length: int = 77
+    context_length: int = 77  # tokens of a row, start and end included, at least 2; 77 in every CLIP by OpenAI
     vocab_size: ClassVar[int] = 49_408  # 256 bytes, the same ending a word, 48,894 merges, start and end
     start_token: ClassVar[int] = 49_406
     end_token: ClassVar[int] = 49_407
@@ -52,17 +46,10 @@ class Tokenizer:
             raise ValueError(f"context_length: found {self.context_length}, expected at least 2, for start and end.")
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Tokenize into rows of the full length: start, ids, end, zeros; what is too long is cut before its end token.
-
-        Args:
-            texts: one caption or B of them.
+        """Tokenize one caption or B into rows of the full length: start, ids, end, zeros.
 
         Returns:
-            (B, context_length) int64 in [0, vocab_size).
-
-        Raises:
-            TypeError: something else than a string or a list of strings.
-            ValueError: as ``encode``.
+            (B, context_length) int64 in [0, vocab_size); what is too long is cut before its end token.
         """
         rows, _ = self._rows([texts] if isinstance(texts, str) else texts)
         return _pad(rows, self.context_length)
@@ -70,31 +57,14 @@ class Tokenizer:
     def batch(self, texts: list[str]) -> tuple[Tensor, int]:
         """Tokenize into rows as long as the longest: the text tower is causal, so zeros after it change nothing.
 
-        Args:
-            texts: B captions.
-
         Returns:
             (B, L) int64 in [0, vocab_size) with L ≤ context_length, and how many captions were cut.
-
-        Raises:
-            TypeError: something else than a list of strings.
-            ValueError: as ``encode``.
         """
         rows, num_cut = self._rows(texts)
         return _pad(rows, max(map(len, rows), default=0)), num_cut
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Give each caption's ids, uncut, without start and end.
-
-        Args:
-            texts: B captions.
-
-        Returns:
-            B lists of ids in [0, vocab_size), empty for a blank caption.
-
-        Raises:
-            TypeError: something else than a list of strings.
-        """
+        """Give each caption's ids, in [0, vocab_size), uncut, without start and end; none for a blank caption."""
         if not isinstance(texts, list):
             raise TypeError(f"texts: found {type(texts).__name__}, expected a list of str.")
         for place, text in enumerate(texts):
@@ -136,7 +106,6 @@ class Tokenizer:
         return bytes(byte_of[letter] for letter in letters).decode("utf-8", errors="replace").replace("</w>", " ")
 
     def _rows(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        """Frame each caption by start and end, cut so that both fit, and count the cuts."""
         room = self.context_length - 2
         captions = self.encode(texts)
         rows = [[self.start_token, *caption[:room], self.end_token] for caption in captions]
