@@ -17,8 +17,8 @@ import torch
 from clock import now
 
 from train_clip import CLIPWrapper
+from train_clip.options import TrainingOptions
 from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
-from train_clip.training.tuning import Tuning
 
 CASES = (("mini-8-64px", 256), ("ViT-B/32", 64))
 ROUNDS = 5
@@ -57,7 +57,7 @@ def measure(name: str, batch: int, device: torch.device, rounds: int) -> Times:
     model, config = module.model, module.model.config.optimizer
     optimizers = []
     for kind in ("adamw", "muon"):
-        tuning = Tuning(optimizer=kind)
+        tuning = TrainingOptions.of({"optimizer": kind}).optimizer
         groups = parameter_groups(module, config, None, muon_matrices(model, config, tuning))
         optimizers.append(build_optimizer(groups, config, tuning, fused=True))
     images = torch.randint(256, (batch, 3, model.image_size, model.image_size), dtype=torch.uint8, device=device)

@@ -7,6 +7,7 @@ and a run's ``config.yaml`` are their fields. Where a default is None, the model
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ DISTILLATION = {
     "softmax": "train_clip.losses.distillation:softmax_targets",
 }
 
+MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+USUAL_MOMENTUM = 0.9
 PairBy = Literal["stem", "number"]
 
 
@@ -61,20 +64,28 @@ class Options:
     """
 
     def __post_init__(self) -> None:
+        hints = self.hints()
         for one in dataclasses.fields(self):
-            value, check, names = getattr(self, one.name), one.metadata["check"], self.choices(one.name)
-            if value is not None and names and value not in names:
+            value, check = getattr(self, one.name), one.metadata.get("check")
+            if value is None:
+                continue
+            kinds = (hints[one.name], *get_args(hints[one.name]))
+            names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+            if names and value not in names:
                 raise UserError(f"{one.name} is {value!r}; expected one of {', '.join(names)}.")
-            if value is not None and check and not check.holds(value):
+            if check and not check.holds(value):
                 raise UserError(f"{one.name} is {value}; expected {check.expected}.")
 
     @classmethod
-    def choices(cls, name: str) -> tuple[str, ...]:
-        """The names that an option chooses among; none for any value."""
-        hint = get_type_hints(cls)[name]
-        literals = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
-        names: tuple[str, ...] = cls.__dataclass_fields__[name].metadata["choices"]
-        return names or tuple(value for kind in literals for value in get_args(kind))
+    @functools.cache
+    def hints(cls) -> dict[str, Any]:
+        """Each option's type; that of a table's names is a Literal of them."""
+        hints = get_type_hints(cls)
+        for one in dataclasses.fields(cls):
+            if names := one.metadata.get("choices"):
+                named = Literal[names]  # type: ignore[valid-type]
+                hints[one.name] = named | None if one.default is None else named
+        return hints
 
     @classmethod
     def pick(cls, values: Mapping[str, Any], **rest: Any) -> Self:
@@ -370,6 +381,8 @@ class TrainingOptions:
         if unknown := sorted(set(values) - known):
             raise TypeError(f"Unknown argument {unknown[0]!r}; expected the options of {', '.join(groups)}.")
         given = defaults | {name: value for name, value in values.items() if value is not None}
+        given.setdefault("momentum", MOMENTUM.get(given.get("optimizer", ""), USUAL_MOMENTUM))
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         return cls(**{name: group.pick(given) for name, group in groups.items()})
 
     def flat(self) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
             r"image_learning_rate is 0\.0001 beside lock_image: a tower that is",
         ),
         ("--lock_text --text_learning_rate 1e-4", r"text_learning_rate is 0\.0001 beside lock_text"),
-        ("--precision bf16-true", r"in half precision a running mean stands still"),
+        ("--precision bf16-true", r"in half precision an EMA of the weights stands still"),
     ],
 )
 def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
@@ -267,7 +267,10 @@ def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected
         ),
         ("clip/checkpoints/last.ckpt --text_encoder hf:bert", r"--text_encoder: is for two encoders"),
         ("clip/checkpoints/last.ckpt --avg_word_embs true", r"--avg_word_embs: is for two encoders"),
-        ("clip/checkpoints/last.ckpt --distillation softmax --precision 16-true", r"a running mean stands still"),
+        (
+            "clip/checkpoints/last.ckpt --distillation softmax --precision 16-true",
+            r"an EMA of the weights stands still",
+        ),
     ],
 )
 def test_a_whole_model_that_cannot_start_is_refused(here, capsys, words, expected):

@@ -684,7 +684,7 @@ def test_half_precision_modules_train_in_float32():
     """As files of half precision do; in true half precision the teacher would stand still, which is refused."""
     module = CustomCLIPWrapper(image_tower(), bert().to(torch.bfloat16), avg_word_embs=True, image_size=SIDE)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    with pytest.raises(UserError, match="a running mean stands still"):
+    with pytest.raises(UserError, match="an EMA of the weights stands still"):
         bare_trainer(max_steps=1, precision="bf16-true").fit(module, loader(B, B))
 
 

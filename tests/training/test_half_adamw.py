@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from train_clip.models.config import OptimizerConfig
+from train_clip.options import TrainingOptions
 from train_clip.training import half_precision as half_adamw
 from train_clip.training.half_precision import HalfAdamW
 from train_clip.training.optimizer import build_optimizer
-from train_clip.training.tuning import Tuning
 
 RATE, BETAS, EPS, DECAY = 3e-3, (0.9, 0.98), 1e-6, 0.2
 COPIES = 40_000  # of each number, by whose mean an expectation is judged
-BOTH = Tuning(adam_statistics="bfloat16", half_weights="both")
+BOTH = TrainingOptions.of({"adam_statistics": "bfloat16", "half_weights": "both"}).optimizer
 
 
 def optimizer_of(*parameters: nn.Parameter, half_moments: bool = True, **how: Any) -> HalfAdamW:
@@ -231,7 +231,7 @@ def test_replicas_stay_equal_and_seeds_differ() -> None:
 def test_six_bytes_a_parameter() -> None:
     """Weights and moments of a matrix, counted by their storages: 6 bytes a number with both, 12 with neither."""
     config = OptimizerConfig(RATE, BETAS, EPS, DECAY, 0, 1)
-    for dtype, tuning, expected in ((torch.bfloat16, BOTH, 6), (torch.float32, Tuning(), 12)):
+    for dtype, tuning, expected in ((torch.bfloat16, BOTH, 6), (torch.float32, TrainingOptions.of({}).optimizer, 12)):
         parameter = nn.Parameter(seeded(64, 32).to(dtype))
         parameter.grad = seeded(64, 32).to(dtype)
         optimizer = build_optimizer([{"params": [parameter]}], config, tuning)
@@ -245,9 +245,9 @@ def test_float32_runs_keep_the_fused_adamw() -> None:
     """Chosen by what is asked for, not by the weights."""
     config = OptimizerConfig(RATE, BETAS, EPS, DECAY, 0, 1)
     groups = [{"params": [nn.Parameter(seeded(3, 3))]}]
-    assert type(build_optimizer(groups, config, Tuning(), fused=True)) is torch.optim.AdamW
+    assert type(build_optimizer(groups, config, TrainingOptions.of({}).optimizer, fused=True)) is torch.optim.AdamW
     for one in ({"adam_statistics": "bfloat16"}, {"half_weights": "text"}):
-        assert type(build_optimizer(groups, config, Tuning(**one), fused=True)) is HalfAdamW
+        assert type(build_optimizer(groups, config, TrainingOptions.of(one).optimizer, fused=True)) is HalfAdamW
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")

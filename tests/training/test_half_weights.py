@@ -24,14 +24,17 @@ from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, cli
 from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
+from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.wrapper import PromptCLIPWrapper
 from train_clip.training.distillation import MOMENTUM
 from train_clip.training.ema import RunningMean
 from train_clip.training.encode import Chunks, StandIns, encode_in_chunks
 from train_clip.training.half_precision import HalfAdamW, narrow, widen
-from train_clip.training.tuning import Tuning
 
-TEXT, BOTH = Tuning(half_weights="text"), Tuning(half_weights="both", adam_statistics="bfloat16")
+TEXT, BOTH = (
+    TrainingOptions.of({"half_weights": "text"}).optimizer,
+    TrainingOptions.of({"half_weights": "both", "adam_statistics": "bfloat16"}).optimizer,
+)
 PAPERS = {"half_weights": "text", "adam_statistics": "bfloat16"}
 
 
@@ -58,7 +61,7 @@ def types(model: nn.Module) -> dict[str, torch.dtype]:
 def test_matrices_of_the_towers_are_narrowed(which: str) -> None:
     """By name: the image tower is what begins with ``visual``; gains, biases and the temperature stay float32."""
     model = clip()
-    narrow(model, Tuning(half_weights=which))
+    narrow(model, TrainingOptions.of({"half_weights": which}).optimizer)
     for name, parameter in model.named_parameters():
         tower = "image" if name.startswith("visual.") else "text"
         half = which in (tower, "both") and parameter.ndim >= 2
@@ -93,7 +96,7 @@ def test_widened_they_are_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"optimizer": "sgd", "half_weights": "text"}, "beside optimizer 'sgd', which does not round by chance"),
+        ({"optimizer": "sgd", "half_weights": "text"}, "beside optimizer 'sgd', which does not round stochastically"),
         ({"optimizer": "sgd", "adam_statistics": "bfloat16"}, "expected 'float32' and 'none', or 'adamw' or 'muon'"),
         ({"lock_text": True, "half_weights": "both"}, "half_weights is 'both' beside lock_text"),
         ({"lock_image": True, "half_weights": "image"}, "half_weights is 'image' beside lock_image"),
@@ -104,8 +107,8 @@ def test_widened_they_are_the_same_numbers() -> None:
 def test_choices_that_do_not_go_together_are_refused(choices: dict[str, Any], message: str) -> None:
     """Found, expected, and what to do."""
     with pytest.raises(UserError, match=message):
-        Tuning(**choices)
-    Tuning(lock_image=True, half_weights="text")
+        TrainingOptions.of(choices)
+    TrainingOptions.of({"lock_image": True, "half_weights": "text"})
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
@@ -149,9 +152,11 @@ def test_the_sum_over_chunks_is_rounded_once(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuning", "rounding"), [(Tuning(), 1e-5), (TEXT, 2**-8)], ids=["float32 weights", "bfloat16 weights"]
+    ("tuning", "rounding"),
+    [(OptimizerOptions(), 1e-5), (TEXT, 2**-8)],
+    ids=["float32 weights", "bfloat16 weights"],
 )
-def test_autocasts_cache_of_weights_is_off(tuning: Tuning, rounding: float) -> None:
+def test_autocasts_cache_of_weights_is_off(tuning: OptimizerOptions, rounding: float) -> None:
     """128 chunks in bf16-mixed: each parameter's sum of their gradients, to float32's rounding, or a half weight's own.
 
     The cache is on around it, as PyTorch has it; left on, parameters are off by 2 to 4%. From float64's gradient ours

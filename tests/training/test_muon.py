@@ -18,12 +18,12 @@ from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
+from train_clip.options import TrainingOptions
 from train_clip.prompts.config import PromptConfig
 from train_clip.training import half_precision as half_adamw
 from train_clip.training import muon
 from train_clip.training.muon import BUFFER, Muon, hidden_matrices, orthogonalise, row_blocks
 from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
-from train_clip.training.tuning import Tuning
 
 RATE, DECAY = 1e-2, 0.2
 CONFIG = OptimizerConfig(1e-3, (0.9, 0.98), 1e-6, DECAY, 0, 1)
@@ -123,7 +123,7 @@ def test_what_goes_to_muon_by_name(values: dict[str, Any], beside: set[str]) -> 
 def test_groups_keep_rates_and_decay_apart() -> None:
     """Muon's first, at its own rate, on top of a tower's; each parameter once."""
     model = CLIP(config_from_dict(TINY))
-    tuning = Tuning(optimizer="muon", muon_learning_rate=4e-3)
+    tuning = TrainingOptions.of({"optimizer": "muon", "muon_learning_rate": 4e-3}).optimizer
     hidden = muon_matrices(model, CONFIG, tuning)
     assert hidden is not None
     rates = dict.fromkeys(model.visual.parameters(), 5e-4)
@@ -135,15 +135,15 @@ def test_groups_keep_rates_and_decay_apart() -> None:
     }  # fmt: skip
     assert [group["hidden"] for group in groups] == sorted((group["hidden"] for group in groups), reverse=True)
     assert sum(found.values()) == len(list(model.parameters()))
-    assert muon_matrices(model, CONFIG, Tuning()) is None
-    usual = muon_matrices(model, CONFIG, Tuning(optimizer="muon"))
+    assert muon_matrices(model, CONFIG, TrainingOptions.of({}).optimizer) is None
+    usual = muon_matrices(model, CONFIG, TrainingOptions.of({"optimizer": "muon"}).optimizer)
     assert {group["lr"] for group in parameter_groups(model, CONFIG, None, usual)} == {8e-3, 1e-3}
 
 
 def test_it_is_refused_where_it_would_update_nothing(tmp_path: Path) -> None:
     """Both towers locked beside a projection that is trained; prompts. Of locked towers nothing is found."""
     module = CustomCLIPWrapper(image_tower(), bert(), image_size=SIDE, optimizer="muon", lock_image=True)
-    found = muon_matrices(module.model, CONFIG, Tuning(optimizer="muon"))
+    found = muon_matrices(module.model, CONFIG, TrainingOptions.of({"optimizer": "muon"}).optimizer)
     assert found and not set(found) & set(module.model.visual.parameters())
     message = "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained"
     with pytest.raises(UserError, match=message):
@@ -159,7 +159,7 @@ def test_it_is_refused_where_it_would_update_nothing(tmp_path: Path) -> None:
 
 
 def made(model: CLIP, **how: Any) -> torch.optim.Optimizer:
-    tuning = Tuning(optimizer="muon", **how)
+    tuning = TrainingOptions.of({"optimizer": "muon"} | how).optimizer
     groups = parameter_groups(model, CONFIG, None, muon_matrices(model, CONFIG, tuning))
     return build_optimizer(groups, CONFIG, tuning, fused=True)
 

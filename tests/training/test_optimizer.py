@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, OptimizerConfig, config_from_dict
+from train_clip.options import TrainingOptions
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.optimizer import (
     build_optimizer,
@@ -25,7 +26,6 @@ from train_clip.training.optimizer import (
     parameter_groups,
     warmup_for,
 )
-from train_clip.training.tuning import Tuning
 
 TEXT = {"context": 6, "vocab": 50, "layers": 1, "width": 8, "heads": 2}
 IMAGES = {
@@ -47,7 +47,7 @@ def adamw(**how: Any) -> OptimizerConfig:
 
 def adamw_of(module: nn.Module, **how: Any) -> torch.optim.Optimizer:
     """The optimizer of training from scratch, of all of a module."""
-    return build_optimizer(parameter_groups(module, adamw(**how)), adamw(**how), Tuning())
+    return build_optimizer(parameter_groups(module, adamw(**how)), adamw(**how), TrainingOptions.of({}).optimizer)
 
 
 # Groups
@@ -286,7 +286,7 @@ def test_the_rate_goes_on_after_a_resume(tmp_path: Path) -> None:
 def test_an_update_waits_for_no_device(how: dict[str, Any]) -> None:
     """The second update, which has its state already, and may be held back: it synchronises nothing."""
     model = CLIP(config()).cuda()
-    tuning = Tuning(**how)
+    tuning = TrainingOptions.of(how).optimizer
     groups = parameter_groups(model, adamw(), None, muon_matrices(model, adamw(), tuning))
     optimizer = build_optimizer(groups, adamw(), tuning, fused=True)
     optimizer.found_inf = torch.zeros((), device="cuda")

@@ -6,7 +6,6 @@ defaults.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,10 +24,11 @@ from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import Texts
 from train_clip.models.config import OptimizerConfig
+from train_clip.options import StepOptions, TowerOptions, TrainingOptions
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.tuning import make_tuning, take_economy
 
-EPOCHS = 10  # OTTER, section 4.1
+# OTTER, section 4.1; betas and eps are PyTorch's, for other optimizers than its SGD.
+OTTER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0, epochs=10)
 ALIKE = 0.02  # embeddings of one caption, in any precision
 TRIAL_CAPTIONS = (
     "a small brown dog runs across a green field",
@@ -57,13 +57,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         image_size: side of the images of an image encoder of the user's own, in pixels.
         pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
         pixel_std: likewise.
-        weight_decay: on matrices and convolutions.
-        betas: AdamW's.
-        eps: AdamW's.
-        warmup_steps: optimizer steps until the peak.
-        seed: decides the random state of each step.
-        tuning: what is trained and towards what, see ``Tuning``, SGD and optimal transport where it does not
-            say; and how a step is computed, see ``Economy``.
+        options: others of ``train_clip.options.TrainingOptions``; SGD and optimal transport by default.
 
     Raises:
         UserError: encoders that do not go together, or of which one is missing.
@@ -74,58 +68,45 @@ class CustomCLIPWrapper(ContrastiveModule):
         *("image_encoder", "text_encoder", "avg_word_embs", "project", "tokenizer"),
         *("image_size", "pixel_mean", "pixel_std"),
     )
-    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "tokenizer")
+    free_to_change: ClassVar[tuple[str, ...]] = (*ContrastiveModule.free_to_change, "tokenizer")
 
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
         image_encoder: nn.Module | ImageEncoder | Mapping[str, Any] | None,
         text_encoder: nn.Module | TextEncoder | Mapping[str, Any] | None,
-        minibatch_size: int = 0,
-        learning_rate: float = 3e-3,
-        kl_coeff: float = 1.0,
+        minibatch_size: int = StepOptions.minibatch_size,
+        learning_rate: float = OTTER.lr,
+        kl_coeff: float = TowerOptions.kl_coeff,
         avg_word_embs: bool = False,
         project: bool = False,
         tokenizer: Any = None,
         image_size: int = 224,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
-        weight_decay: float = 0.0,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        warmup_steps: int | None = 0,
-        seed: int = 0,
-        **tuning: Any,
+        **options: Any,
     ) -> None:
         image = _image_encoder(
             image_encoder, Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
         )
         text = _text_encoder(text_encoder, avg_word_embs)
-        optimizer = OptimizerConfig(learning_rate, _pair(betas), eps, weight_decay, warmup_steps=0, epochs=EPOCHS)
-        economy = take_economy(tuning, minibatch_size)
-        choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
+        options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
+        given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
         model = CustomCLIP(image, text, avg_word_embs, project)
-        if choices.loss == "sigmoid":
+        if given.objective.loss == "sigmoid":
             model.add_bias()
-        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
+        super().__init__(model, OTTER, given)
         self.tokenizer = _tokenizer(tokenizer, text.context)
         self.save_hyperparameters(
             {
                 "image_encoder": image.description or None,
                 "text_encoder": text.description or None,
-                "minibatch_size": minibatch_size,
-                "learning_rate": learning_rate,
                 "avg_word_embs": avg_word_embs,
                 "project": project,
                 "image_size": image.size,
                 "pixel_mean": list(image.mean),
                 "pixel_std": list(image.std),
-                "weight_decay": weight_decay,
-                "betas": list(betas),
-                "eps": eps,
-                "warmup_steps": warmup_steps,
-                "seed": seed,
             }
-            | dataclasses.asdict(choices)
+            | self.options.flat()
         )
 
     def setup(self, stage: str) -> None:
@@ -242,9 +223,3 @@ def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:
     if len(values) != 3:
         raise UserError(f"{name} is {values}; expected a number for each of red, green and blue.")
     return float(values[0]), float(values[1]), float(values[2])
-
-
-def _pair(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) != 2:
-        raise UserError(f"betas are {values}; expected two numbers, such as (0.9, 0.999).")
-    return float(values[0]), float(values[1])

@@ -22,11 +22,12 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train_clip.data.augment import WORDS, BatchAugmentation, augment, count_named, draw_batch, some_captions
+from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
 from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
 from train_clip.gather import world
 from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on, token_ids
+from train_clip.options import AugmentationOptions
 
 
 def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
 MOST_SHOWN = 80  # letters of a caption
 
 
-def augmented(images: Tensor, how: BatchAugmentation, seed: int, batch: int) -> Tensor:
+def augmented(images: Tensor, how: AugmentationOptions, seed: int, batch: int) -> Tensor:
     """Augment this process's images, by draws that depend on the seed, the batch and their place in it alone.
 
     Args:
@@ -69,7 +70,7 @@ def augmented(images: Tensor, how: BatchAugmentation, seed: int, batch: int) -> 
 
 
 @rank_zero_only
-def warn_of_flips(how: BatchAugmentation, data: Any) -> None:
+def warn_of_flips(how: AugmentationOptions, data: Any) -> None:
     """Say where captions name what a flip turns round.
 
     Args:

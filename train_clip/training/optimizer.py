@@ -24,9 +24,9 @@ from train_clip.models.blocks import Transformer
 from train_clip.models.clip import CLIP, DualEncoder
 from train_clip.models.config import OptimizerConfig
 from train_clip.models.vit import VisionTransformer
+from train_clip.options import OptimizerOptions, TowerOptions, TrainingOptions
 from train_clip.training.half_precision import HalfAdamW
 from train_clip.training.muon import Muon, hidden_matrices
-from train_clip.training.tuning import Tuning
 
 
 def layer_rates(
@@ -142,7 +142,7 @@ WARMUP_SHARE = 0.1  # of a run that is too short for the model's own warm-up
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig, tuning: Tuning, fused: bool = False, seed: int = 0
+    groups: list[dict[str, Any]], config: OptimizerConfig, tuning: OptimizerOptions, fused: bool = False, seed: int = 0
 ) -> Optimizer:
     """Make the optimizer of groups of parameters.
 
@@ -206,7 +206,9 @@ def parameter_groups(
     ]
 
 
-def muon_matrices(model: DualEncoder, config: OptimizerConfig, tuning: Tuning) -> dict[nn.Parameter, float] | None:
+def muon_matrices(
+    model: DualEncoder, config: OptimizerConfig, tuning: OptimizerOptions
+) -> dict[nn.Parameter, float] | None:
     """What Muon updates, and what its rate is of the others'; None where another optimizer was asked for.
 
     Raises:
@@ -224,22 +226,22 @@ def muon_matrices(model: DualEncoder, config: OptimizerConfig, tuning: Tuning) -
     return dict.fromkeys(found, factor)
 
 
-def tower_rates(model: DualEncoder, tuning: Tuning) -> dict[nn.Parameter, float]:
+def tower_rates(model: DualEncoder, tuning: TowerOptions) -> dict[nn.Parameter, float]:
     """The rates of towers that have one of their own."""
     of_towers = zip(model.towers(), (tuning.image_learning_rate, tuning.text_learning_rate), strict=True)
     return {parameter: rate for tower, rate in of_towers if rate is not None for parameter in tower}
 
 
 def rates_and_matrices(
-    model: DualEncoder, config: OptimizerConfig, tuning: Tuning
+    model: DualEncoder, config: OptimizerConfig, options: TrainingOptions
 ) -> tuple[dict[nn.Parameter, float], dict[nn.Parameter, float] | None]:
     """What ``parameter_groups`` takes of a model: rates of its own, and what Muon updates.
 
     Raises:
         UserError: the rates are to fall by layer in a tower that has none, or nothing that is trained is for Muon.
     """
-    rates = layer_rates(model, tuning.layer_decay, tower_rates(model, tuning), config.lr)
-    return rates, muon_matrices(model, config, tuning)
+    rates = layer_rates(model, options.towers.layer_decay, tower_rates(model, options.towers), config.lr)
+    return rates, muon_matrices(model, config, options.optimizer)
 
 
 def usual_rate(optimizer: Optimizer, config: OptimizerConfig) -> float:

@@ -105,14 +105,14 @@ class SkipReport(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TextImageDataModule):
             return
-        pairs = len(data.training_pairs) + len(data.validation_pairs)
+        pairs, most = len(data.training_pairs) + len(data.validation_pairs), data.options.max_bad
         # Two processes can meet one file: this sum is only the cheap question.
-        if total(len(self.met), self._hosts) <= data.max_bad * pairs:
+        if total(len(self.met), self._hosts) <= most * pairs:
             return
         bad: dict[str, str] = {}
         for met in gather_objects(self.met):
             bad |= met
-        if len(bad) <= data.max_bad * pairs:
+        if len(bad) <= most * pairs:
             return
         if trainer.is_global_zero:
             self._log(bad)
@@ -120,7 +120,7 @@ class SkipReport(L.Callback):
         reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(bad.values()).most_common())
         raise UserError(
             f"{data.source}: {len(bad):,} of {pairs:,} pairs ({len(bad) / pairs:.1%}) could not be used so far, more "
-            f"than --max_bad {data.max_bad:g} ({reasons}). Their names are in {self.log_file}; `train-clip data check` "
+            f"than --max_bad {most:g} ({reasons}). Their names are in {self.log_file}; `train-clip data check` "
             "finds all there are. Mend or remove them, or allow more by --max_bad."
             + (f" The state of the run is saved in {saved}." if saved else "")
         )
