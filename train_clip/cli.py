@@ -26,57 +26,29 @@ from train_clip.options import Options, TrainerOptions
 # verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
     "demo": ("train_clip.commands.demo:demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
-    "train": (
-        "train_clip.commands.train:train",
-        "train a CLIP on a folder of images and captions, from scratch or from weights",
-    ),
+    "train": ("train_clip.commands.train:train", "train a CLIP on images and captions, from scratch or from weights"),
     "finetune": (
         "train_clip.encoders.finetune:finetune",
-        "join two pretrained encoders, or train a trained CLIP on your pairs",
+        "train two joined encoders, or a trained CLIP, on your pairs",
     ),
-    "prompt-tune": (
-        "train_clip.prompts.prompt_tune:prompt_tune",
-        "tune visual prompts beside a pretrained CLIP",
-    ),
-    "merge": (
-        "train_clip.commands.merge:merge",
-        "mix a fine-tuned model with the one it began as, and score the mixtures",
-    ),
+    "prompt-tune": ("train_clip.prompts.prompt_tune:prompt_tune", "tune visual prompts beside a pretrained CLIP"),
+    "merge": ("train_clip.commands.merge:merge", "mix a fine-tuned model with its start, and score the mixtures"),
     "inspect": ("train_clip.commands.inspect:inspect", "tell what lies in a file of weights, in a moment"),
-    "convert": (
-        "train_clip.commands.convert:convert",
-        "write a model for open_clip, Hugging Face or readers of .safetensors",
-    ),
-    "evaluate": (
-        "train_clip.commands.evaluate:evaluate",
-        "score a checkpoint: retrieval, and zero-shot classification",
-    ),
-    "data check": (
-        "train_clip.data_tools.check:data_check",
-        "look at every pair before training: what is bad, cut, repeated",
-    ),
+    "convert": ("train_clip.commands.convert:convert", "write a model for open_clip, Hugging Face or safetensors"),
+    "evaluate": ("train_clip.commands.evaluate:evaluate", "score a checkpoint: retrieval, zero-shot classification"),
+    "data check": ("train_clip.data_tools.check:data_check", "look at every pair before training: bad, cut, repeated"),
     "data show": ("train_clip.data_tools.show:data_show", "write a contact sheet: pairs as the model will see them"),
-    "data split": (
-        "train_clip.data_tools.split:data_split",
-        "divide pairs into tables for training, validation and test",
-    ),
-    "data npz": (
-        "train_clip.data_tools.npz:data_npz",
-        "decode every image once, into arrays that training reads faster",
-    ),
+    "data split": ("train_clip.data_tools.split:data_split", "divide pairs into tables: training, validation, test"),
+    "data npz": ("train_clip.data_tools.npz:data_npz", "decode every image once, into arrays that load faster"),
     "models": ("train_clip.commands.models:models", "list the models, their sizes and their optimizer numbers"),
 }
-
 # Spellings that people know → the option's one name.
 ALIASES = {
-    "batchsize": "batch_size",
-    "minibatchsize": "minibatch_size",
-    "max_epochs": "epochs",
-    "lr": "learning_rate",
+    **{"batchsize": "batch_size", "minibatchsize": "minibatch_size"},
+    **{"max_epochs": "epochs", "lr": "learning_rate"},
 }
 # Arguments of the Trainer that have another name here: --epochs and --output.
 OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}
-
 # System errors whose cause is a path that a user gave, or its disk.
 OF_FILES = (
     *(errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EPERM),
@@ -146,21 +118,23 @@ def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
 def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Read the words that follow a verb; return its function, and what to call it with."""
     function = pkgutil.resolve_name(VERBS[verb][0])
-    parser, groups = _parser(verb, function)
-    kinds = [kind for kind, _ in groups.values() if dataclasses.is_dataclass(kind)]
-    options = {f"--{one.name}": one for kind in kinds for one in dataclasses.fields(kind)}
+    hints, signature = typing.get_type_hints(function), inspect.signature(function)
+    parser, fields = _parser(verb, function, hints)
     words = normalise(words, verb)
     # Let --lock_image stand for --lock_image true.
-    words = [
-        f"{word}=true" if word in options and options[word].default is False and after.startswith("--") else word
-        for word, after in itertools.pairwise([*words, "--"])
-    ]
-    _require_one_word(words, {name for name, one in options.items() if "[" in str(one.type)})
+    flags = {f"--{one.name}" for one in fields if one.default is False}
+    pairs = itertools.pairwise([*words, "--"])
+    words = [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
+    _require_one_word(words, {f"--{one.name}" for one in fields if "[" in str(one.type)})
     parsed = parser.parse_args(words).as_dict()
-    values = OrderedDict()
-    for name, (kind, fields) in groups.items():
-        values[name] = kind(**{field: parsed[field] for field in fields}) if kind else parsed[name]
-    return function, inspect.BoundArguments(inspect.signature(function), values)
+    own = {"config", *signature.parameters, *(one.name for one in fields)}
+    trainer = TrainerOptions({name: value for name, value in parsed.items() if name not in own})
+    values = OrderedDict[str, Any]()
+    for name in signature.parameters:
+        kind = hints[name]
+        given = kind.pick(parsed) if hasattr(kind, "pick") else parsed.get(name)
+        values[name] = trainer if kind is TrainerOptions else given
+    return function, inspect.BoundArguments(signature, values)
 
 
 def normalise(words: Sequence[str], verb: str = "") -> list[str]:
@@ -246,8 +220,8 @@ def _is_number(word: str) -> bool:
     return re.fullmatch(r"[\d.,e+-]*\d[\d.,e+-]*", word) is not None
 
 
-def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tuple[Any, list[str]]]]:
-    """Build a verb's parser from its function's signature and docstring.
+def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, list[dataclasses.Field[Any]]]:
+    """Build a verb's parser from its function's signature and docstring; return the fields of its options too.
 
     Options are added flat, a group each; a positional-only parameter is a positional argument; ``TrainerOptions`` bring
     the Trainer's own arguments.
@@ -258,56 +232,45 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
     docstring = parse_docstring(function.__doc__ or "")
     help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
     parameters = inspect.signature(function).parameters
-    positional = {
-        name: f"[{name.upper()}]" if one.default is not inspect.Parameter.empty else name.upper()
-        for name, one in parameters.items()
-        if one.kind is inspect.Parameter.POSITIONAL_ONLY
-    }
+    optional = {name: {"default": one.default} for name, one in parameters.items() if one.default is not one.empty}
+    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY]
+    shown = [f"[{name.upper()}]" if name in optional else name.upper() for name in positional]
     parser = ArgumentParser(
         prog=f"train-clip {verb}",
         # The list of all options, which would bury an error below it, is what --help prints.
-        usage=" ".join(["%(prog)s", *positional.values(), "[options]"]),
+        usage=" ".join(["%(prog)s", *shown, "[options]"]),
         description=docstring.short_description,
         allow_abbrev=False,
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
-    groups: dict[str, tuple[Any, list[str]]] = {}
-    hints = typing.get_type_hints(function)
-    for name, parameter in parameters.items():
-        hint, text = hints[name], help_texts.get(name)
-        groups[name] = (None, [])
-        if isinstance(hint, type) and issubclass(hint, Options):
-            groups[name] = (hint, _add_options(parser, hint))
-        elif hint is TrainerOptions:
-            groups[name] = (hint, _add_trainer(parser))
-        elif name in positional:
-            optional = positional[name].startswith("[")
-            parser.add_argument(
-                name, type=hint, help=text, **({"nargs": "?", "default": parameter.default} if optional else {})
-            )
+    fields: list[dataclasses.Field[Any]] = []
+    for name in parameters:
+        hint = hints[name]
+        if hint is TrainerOptions:
+            import lightning as L
+
+            # As plain values: the verb makes what they describe.
+            parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
+        elif hasattr(hint, "pick"):
+            for kind in hint.groups().values():
+                fields += _add_options(parser, kind)
         else:
-            parser.add_argument(f"--{name}", type=hint, default=parameter.default, help=text)
-    return parser, groups
+            how = {"type": hint, "help": help_texts.get(name)} | optional.get(name, {})
+            if name in positional and name in optional:
+                how |= {"nargs": "?"}
+            parser.add_argument(name if name in positional else f"--{name}", **how)
+    return parser, fields
 
 
-def _add_options(parser: Any, kind: type[Options]) -> list[str]:
-    from docstring_parser import parse as parse_docstring
-
-    docstring = parse_docstring(kind.__doc__ or "")
-    group = parser.add_argument_group((docstring.short_description or "").rstrip("."))
-    told = {parameter.arg_name: parameter.description for parameter in docstring.params}
+def _add_options(parser: Any, kind: type[Options]) -> tuple[dataclasses.Field[Any], ...]:
+    docstring = inspect.getdoc(kind) or ""
+    group = parser.add_argument_group(docstring.splitlines()[0].rstrip("."))
     for one in dataclasses.fields(kind):
-        text = one.metadata.get("help") or told[one.name]
-        group.add_argument(f"--{one.name}", type=kind.hints()[one.name], default=one.default, help=text)
-    return [one.name for one in dataclasses.fields(kind)]
-
-
-def _add_trainer(parser: Any) -> list[str]:
-    """Add the Trainer's arguments as plain values; the verb makes what they describe."""
-    import lightning as L
-
-    return parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
+        group.add_argument(
+            f"--{one.name}", type=kind.hints()[one.name], default=one.default, help=one.metadata.get("help")
+        )
+    return dataclasses.fields(kind)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,7 @@ from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.commands.train import train
 from train_clip.errors import UserError
 from train_clip.files import write_text
-from train_clip.options import (
-    AugmentationOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RunOptions,
-    StepOptions,
-    TrainerOptions,
-)
+from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -183,10 +174,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     run = train(
         ModelOptions.pick(recipe),
         DataOptions.pick(recipe, folder=training),
-        AugmentationOptions.pick(recipe),
-        OptimizerOptions.pick(recipe),
-        ObjectiveOptions.pick(recipe),
-        StepOptions.pick(recipe, seed=seed),
+        TrainingOptions.pick(recipe | {"seed": seed}),
         RunOptions.pick(recipe, output=output / "run"),
         # One device: more would run this verb once for each.
         TrainerOptions(devices=1),

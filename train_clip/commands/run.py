@@ -25,7 +25,7 @@ from train_clip.commands.run_folder import Resumption, choose_run_folder, find_c
 from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.models.config import ModelConfig
-from train_clip.options import Options, RunOptions, TrainerOptions, flat
+from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
 from train_clip.training.checkpoints import BY_RECALL, AtomicCheckpointIO, Best, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.display import Curves, MetricsLog, RunProgress, Throughput
@@ -84,7 +84,7 @@ class Job:
     verb: str  # its name on the command line
     module: ContrastiveModule
     data: TextImageDataModule
-    options: tuple[Options, ...]  # the verb's groups, for the run's config.yaml
+    options: dict[str, Any]  # the verb's, flat, for the run's config.yaml
     epochs: int  # where neither --epochs nor --max_steps is given
     best_by: Best = BY_RECALL  # what its best.ckpt is best at
     advice: Callable[[int], str | None] | None = None  # a line to begin a run on so many pairs with
@@ -118,6 +118,12 @@ def remake(kind: type[M], arguments: Mapping[str, Any], source: str, **how: Any)
         raise UserError(
             f"{source}: cannot be loaded ({reason}). Expected a checkpoint that this version of train-clip wrote."
         ) from error
+
+
+def data_for(module: ContrastiveModule, options: DataOptions) -> TextImageDataModule:
+    """The pairs as a module takes them."""
+    how = {"image_size": module.model.image_size, "custom_tokenizer": module.tokenizer}
+    return TextImageDataModule(**how, seed=module.options.step.seed, **flat(options))
 
 
 def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> Path:
@@ -278,7 +284,7 @@ def _config(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
     A momentum that nobody asked for stays open, so that another optimizer beside that file has its own.
     """
     settled = job.module.options.flat() | {"momentum": None}
-    given = flat(*job.options, dataclasses.replace(run, output=None, resume=None))
+    given = job.options | flat(dataclasses.replace(run, output=None, resume=None))
     if job.own_model is not None:
         given["model_name"] = folder / OWN_MODEL
     values = {name: settled.get(name) if value is None else value for name, value in given.items()}

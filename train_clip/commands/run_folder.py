@@ -58,10 +58,7 @@ class Resumption:
     def require_same_start(self, asked: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
         """Refuse another start than the run had: its state holds the model, and what is asked for would go unheard.
 
-        Args:
-            asked: options of what it starts from, by their names; None for one that was left out.
-            known: those that the checkpoint itself tells of, for one that lies in no run, where an option that was left
-                out is the run's.
+        Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
 
         Raises:
             UserError: the run's own ``config.yaml``, or else the checkpoint, has another value.
@@ -81,11 +78,7 @@ class Resumption:
 
 
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
-    """The folder of the run that ``--resume`` means; None for a checkpoint that lies in no run.
-
-    Args:
-        resume: ``auto``, a run's folder, or a checkpoint.
-        output: with ``auto``, the run's folder; otherwise not asked.
+    """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint.
 
     Raises:
         UserError: there is no such run or file, or a run without checkpoints.
@@ -105,11 +98,7 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
 
 
 def require_verb(run: Path, verb: str) -> None:
-    """Refuse to go on with a run by another verb than the one that began it.
-
-    Raises:
-        UserError: another began it.
-    """
+    """Refuse to go on with a run by another verb than the one that began it."""
     about = run / "run.yaml"
     starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
     began = starts[-1].get("verb", verb) if starts and isinstance(starts[-1], dict) else verb
@@ -120,11 +109,7 @@ def require_verb(run: Path, verb: str) -> None:
 
 
 def find_checkpoint(resume: str, output: Path | None) -> Resumption:
-    """The newest checkpoint of a run that loads, or the one that is named; arguments as for ``run_to_resume``.
-
-    Raises:
-        UserError: there is none, or none that loads.
-    """
+    """The newest checkpoint of a run that loads, or the one that is named; arguments as for ``run_to_resume``."""
     run = run_to_resume(resume, output)
     if run is None or Path(resume).is_file():
         return _read(run, Path(resume))
@@ -139,11 +124,7 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
 
 
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
-    """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on.
-
-    Raises:
-        UserError: the folder holds another run already, or is no folder.
-    """
+    """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
     goes_on = None if resumed is None else resumed.run
     if goes_on is not None and (output is None or (output.exists() and output.samefile(goes_on))):
         return goes_on
@@ -168,14 +149,7 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
 def write_run_files(
     folder: Path, config: dict[str, Any], facts: dict[str, Any], resumed: Resumption | None = None
 ) -> None:
-    """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later.
-
-    Args:
-        folder: the run's.
-        config: every option, resolved.
-        facts: anything else, plain.
-        resumed: what the run goes on from.
-    """
+    """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later."""
     sweep(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     about: dict[str, Any] = {

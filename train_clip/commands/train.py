@@ -8,60 +8,44 @@ from pathlib import Path
 from train_clip.checkpoints.found import Choices
 from train_clip.checkpoints.sources import openai_name
 from train_clip.checkpoints.weights import Weights, find_weights, require_no_prompts
-from train_clip.commands.run import Job, begin, train_job
+from train_clip.commands.run import Job, begin, data_for, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, read_config
-from train_clip.options import (
-    AugmentationOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RunOptions,
-    StepOptions,
-    TrainerOptions,
-    flat,
-)
+from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.data_module import TextImageDataModule
 
 DEFAULT_MODEL = "ViT-B/32"
 RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for at most (docs/recipes.md)
 
 
-def train(  # noqa: PLR0913, each is a group of options
-    model: ModelOptions,
-    data: DataOptions,
-    augmentation: AugmentationOptions,
-    optimizer: OptimizerOptions,
-    objective: ObjectiveOptions,
-    step: StepOptions,
-    run: RunOptions,
-    trainer: TrainerOptions,
+def train(
+    model: ModelOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
 ) -> Path:
     """Train a CLIP on a folder of images and captions, from scratch or from weights; return the run's folder."""
-    resumed = begin(run, step.seed)
+    resumed = begin(run, training.step.seed)
     if resumed is not None:
         # The model itself is held against the run's by its sizes.
         resumed.require_same_start({"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
     config = choose_config(model) if weights is None else _require_clip(weights)
-    groups = augmentation, optimizer, objective, step
-    module = CLIPWrapper(config.name, config, **flat(*groups))
+    module = CLIPWrapper(config.name, config, **training.flat())
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
         model = dataclasses.replace(model, pretrained=weights.source)
-    pairs = TextImageDataModule(
-        image_size=config.image.size, context_length=config.text.context, seed=step.seed, **dataclasses.asdict(data)
-    )
     # Weights, or a file of the user's own: no preset's name builds the model again.
     is_own = model.pretrained is not None or (model.model_name or "").endswith((".yaml", ".yml"))
     model = dataclasses.replace(model, model_name=model.model_name or DEFAULT_MODEL)
-    advice = recipe_for if optimizer.optimizer is None and weights is None else None
-    job = Job("train", module, pairs, (model, data, *groups), config.optimizer.epochs)
-    job = dataclasses.replace(job, advice=advice, own_model=config if is_own else None)
+    job = Job(
+        "train",
+        module,
+        data_for(module, data),
+        flat(model, data) | training.flat(),
+        config.optimizer.epochs,
+        advice=recipe_for if training.optimizer.optimizer is None and weights is None else None,
+        own_model=config if is_own else None,
+    )
     return train_job(job, run, trainer, resumed)
 
 

@@ -31,6 +31,7 @@ from train_clip.data.samples import available_cores
 from train_clip.data.scan import PairBy
 from train_clip.errors import BadSample, UserError
 from train_clip.files import sweep
+from train_clip.options import Options
 from train_clip.types import Skip
 
 BATCH = 16  # images that a worker does at a time
@@ -135,7 +136,7 @@ NAMED = 1000  # files of one reason on the screen
 
 
 @dataclass(frozen=True)
-class NpzOptions:
+class NpzOptions(Options):
     """What the arrays are made for.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train_clip.checkpoints.weights import require_no_prompts
-from train_clip.commands.run import Job, begin, remake, train_job
+from train_clip.commands.run import Job, begin, data_for, remake, train_job
 from train_clip.commands.run_folder import Resumption
 from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
@@ -18,21 +18,9 @@ from train_clip.encoders.sources import load_image_encoder, load_text_encoder
 from train_clip.encoders.tokenizer import load_tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.options import (
-    AugmentationOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RunOptions,
-    StepOptions,
-    TowerOptions,
-    TrainerOptions,
-    flat,
-    option,
-)
+from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat, option
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.data_module import TextImageDataModule
+from train_clip.training.module import ContrastiveModule
 
 # What differs for a trained CLIP: rate and epochs are those of github.com/mlfoundations/wise-ft (README), for ViT-B/32
 # and batches of 512; the rest is that of training it from scratch.
@@ -70,42 +58,30 @@ class StartOptions(ModelOptions):
         return dataclasses.replace(self, **{name: others[name] for name in others if getattr(self, name) is None})
 
 
-def finetune(  # noqa: PLR0913, each is a group of options
-    start: StartOptions,
-    data: DataOptions,
-    augmentation: AugmentationOptions,
-    optimizer: OptimizerOptions,
-    towers: TowerOptions,
-    objective: ObjectiveOptions,
-    step: StepOptions,
-    run: RunOptions,
-    trainer: TrainerOptions,
+def finetune(
+    start: StartOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
 ) -> Path:
     """Fine-tune two pretrained encoders, self-distilled, or a trained CLIP on pairs; return the run's folder."""
-    resumed = begin(run, step.seed)
-    groups = augmentation, optimizer, towers, objective, step
-    usual = OF_CLIP if start.pretrained is not None else OF_OPTIMIZER.get(optimizer.optimizer or "", {})
-    how = usual | {name: value for name, value in flat(*groups).items() if value is not None}
-    module: CLIPWrapper | CustomCLIPWrapper
+    resumed = begin(run, training.step.seed)
+    usual = OF_CLIP if start.pretrained is not None else OF_OPTIMIZER.get(training.optimizer.optimizer or "", {})
+    how = usual | {name: value for name, value in training.flat().items() if value is not None}
+    module: ContrastiveModule
     if resumed is not None:
         start = _require_same(start, resumed)
-        module = remake(_kind_of(resumed.arguments), resumed.arguments, str(resumed.checkpoint), **how)
+        kind = CustomCLIPWrapper if "text_encoder" in resumed.arguments else CLIPWrapper
+        module = remake(kind, resumed.arguments, str(resumed.checkpoint), **how)
     elif start.pretrained is None:
         start = start.or_else(ENCODERS)
         module = _join(start, how)
     else:
         module, source = _train_on(start, how)
         start = dataclasses.replace(start, pretrained=source)
-    pairs = TextImageDataModule(
-        image_size=module.model.image_size,
-        custom_tokenizer=module.tokenizer,
-        seed=step.seed,
-        **dataclasses.asdict(data),
-    )
-    return train_job(Job("finetune", module, pairs, (start, data, *groups), OTTER.epochs), run, trainer, resumed)
+    options = flat(start, data) | training.flat()
+    job = Job("finetune", module, data_for(module, data), options, OTTER.epochs)
+    return train_job(job, run, trainer, resumed)
 
 
-def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[CLIPWrapper | CustomCLIPWrapper, str]:
+def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveModule, str]:
     """The whole model that the options name, and where it was found; an optimizer's state is left behind."""
     for name in ENCODERS:
         if getattr(start, name) is not None:
@@ -116,7 +92,7 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[CLIPWrapper 
     weights = pretrained_weights(start)
     assert weights is not None
     require_no_prompts(weights.found, weights.source)
-    module: CLIPWrapper | CustomCLIPWrapper
+    module: ContrastiveModule
     if weights.config is not None:
         module = CLIPWrapper(weights.config.name, weights.config, **how)
     else:
@@ -143,10 +119,6 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
         raise UserError(f"--{error}") from error
     average = bool(start.avg_word_embs)
     return CustomCLIPWrapper(image, text, avg_word_embs=average, project=True, tokenizer=tokenizer, **how)
-
-
-def _kind_of(arguments: Mapping[str, Any]) -> type[CLIPWrapper] | type[CustomCLIPWrapper]:
-    return CustomCLIPWrapper if "text_encoder" in arguments else CLIPWrapper
 
 
 def _require_same(start: StartOptions, resumed: Resumption) -> StartOptions:

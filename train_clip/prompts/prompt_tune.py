@@ -68,7 +68,7 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
     backbone = _backbone(model) if resumed is None else None
     config = _config_of(backbone, resumed)
     pairs = TextImageDataModule(
-        image_size=config.image.size, context_length=config.text.context, seed=step.seed, **dataclasses.asdict(data)
+        image_size=config.image.size, context_length=config.text.context, seed=step.seed, **flat(data)
     )
     pairs.setup()
     if optimizer.learning_rate is None:
@@ -85,8 +85,8 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
         assert backbone is not None
         module = PromptCLIPWrapper(backbone, _prompts(prompts, config), **how)
     model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
-    groups = model, data, prompts, optimizer, step
-    return train_job(Job("prompt-tune", module, pairs, groups, VPT.epochs, BY_LOSS), run, trainer, resumed)
+    options = flat(model, data, prompts, optimizer, step)
+    return train_job(Job("prompt-tune", module, pairs, options, VPT.epochs, BY_LOSS), run, trainer, resumed)
 
 
 def _config_of(backbone: Weights | None, resumed: Resumption | None) -> ModelConfig:

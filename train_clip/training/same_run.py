@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from train_clip.errors import UserError
@@ -12,16 +12,10 @@ MOST_NAMED = 4  # values in a message
 
 
 def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, free: Collection[str] = ()) -> None:
-    """Refuse to go on with other values than a run began with.
-
-    Args:
-        own: values by their names, nested or not; one that is missing counts as None.
-        kept: those that the run began with.
-        message: what to say, with ``{found}`` for the values that differ.
-        free: names of what may differ.
+    """Refuse to go on with other values, nested or not, than the run's: ``kept``, but for what is ``free`` to differ.
 
     Raises:
-        UserError: something else differs; the message has both values.
+        UserError: something else differs; the ``message``, with both values in place of ``{found}``.
     """
     now, then = ({name: value for name, value in _flat(values) if name not in free} for values in (own, kept))
     differ = [name for name in now | then if now.get(name) != then.get(name)]
@@ -40,9 +34,9 @@ def completed(kept: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return missing | dict(kept)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The values of nested mappings, their names joined by dots."""
-    found: list[tuple[str, Any]] = []
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return found
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
