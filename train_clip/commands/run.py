@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
@@ -33,32 +34,24 @@ from train_clip.training.module import ContrastiveModule
 from train_clip.training.signals import Stopped, end_with_starter
 
 # Messages that are about Lightning's products, repeat what the verb prints, or describe how it is meant to be here.
-NOT_ABOUT_THE_RUN = (
-    "GPU available",
-    "TPU available",
-    "💡 Tip",
-    "Loading `train_dataloader`",
-    "`Trainer.fit` stopped",
-    "Restoring states from the checkpoint path",
-    "Restored all states from the checkpoint",
+NOT_ABOUT_THE_RUN = re.compile(
+    r"GPU available|TPU available|💡 Tip|Loading `train_dataloader`|`Trainer.fit` stopped"
+    r"|Restoring states from the checkpoint path|Restored all states from the checkpoint"
 )
 WARNINGS_BY_DESIGN = (
     # PyTorch's own renaming, met in Lightning.
-    r".*LeafSpec.*is deprecated.*",
+    r".*LeafSpec.*is deprecated"
     # On a CPU every batch is logged in the display; short epochs are common with few pairs.
-    r".*smaller than the logging interval.*",
+    r"|.*smaller than the logging interval"
     # The loader's workers are chosen by the device; see DataOptions.num_workers.
-    r".*does not have many workers which may be a bottleneck.*",
+    r"|.*does not have many workers which may be a bottleneck"
     # No validation split where none is held out; ``overfit_batches`` as its documentation says.
-    r".*Total length of `list` across ranks is zero.*",
-    r".*defined a `validation_step` but have no `val_dataloader`.*",
-    r".*requested to overfit but enabled train dataloader shuffling.*",
+    r"|.*Total length of `list` across ranks is zero|.*defined a `validation_step` but have no `val_dataloader`"
+    r"|.*requested to overfit but enabled train dataloader shuffling"
     # The metrics of a run that is resumed go on in their file (MetricsLog).
-    r".*Experiment logs directory .* exists and is not empty.*",
-    # A teacher and locked towers stay in eval mode.
-    r"Found \d+ module\(s\) in eval mode at the start of training.*",
-    # This package's own loaders go on by the count of batches.
-    r".*your dataloader is not resumable.*",
+    r"|.*Experiment logs directory .* exists and is not empty"
+    # A teacher and locked towers stay in eval mode; this package's own loaders go on by the count of batches.
+    r"|Found \d+ module\(s\) in eval mode at the start of training|.*your dataloader is not resumable"
 )
 
 
@@ -71,10 +64,9 @@ MIN_POINTS = 50  # logged points
 def quiet() -> None:
     """Drop those messages for the rest of the process."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(NOT_ABOUT_THE_RUN)
+        lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
     )
-    for pattern in WARNINGS_BY_DESIGN:
-        warnings.filterwarnings("ignore", message=pattern)
+    warnings.filterwarnings("ignore", message=WARNINGS_BY_DESIGN)
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,7 @@ class Job:
 
 
 def begin(run: RunOptions, seed: int) -> Resumption | None:
-    """What comes before a model is made: signals, seed, and the checkpoint that the run goes on from.
-
-    Raises:
-        UserError: nothing to go on from.
-    """
+    """What comes before a model is made: signals, seed, and the checkpoint that the run goes on from, if any."""
     quiet()
     end_with_starter()
     L.seed_everything(seed, verbose=False)
@@ -168,14 +156,7 @@ def default_precision(accelerator: Any) -> str:
 def build_trainer(
     options: TrainerOptions, folder: Path, run: RunOptions, best_by: Best = BY_RECALL, first_step: int = 0
 ) -> L.Trainer:
-    """Make Lightning's Trainer with this package's callbacks beside the user's.
-
-    Args:
-        options: the Trainer's arguments as plain values.
-        folder: the run's.
-        run: epochs, and when to save and what to keep.
-        best_by: what best.ckpt is best at.
-        first_step: optimizer steps that a run which is resumed has done.
+    """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's.
 
     Raises:
         UserError: options that do not go together, or that need what is not there.

@@ -1,17 +1,17 @@
 """Any image encoder with any Hugging Face text encoder, and the module that trains them together.
 
-Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers are the
-defaults.
+Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from typing_extensions import override
 
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.custom import CustomCLIP, freeze_unreached
@@ -85,10 +85,13 @@ class CustomCLIPWrapper(ContrastiveModule):
         pixel_std: Sequence[float] = IMAGENET_STD,
         **options: Any,
     ) -> None:
-        image = _image_encoder(
-            image_encoder, Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
+        pixels = Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
+        image: ImageEncoder = _encoder(
+            image_encoder, "image_encoder", build_image_encoder, lambda module: live_image_encoder(module, pixels)
         )
-        text = _text_encoder(text_encoder, avg_word_embs)
+        text: TextEncoder = _encoder(
+            text_encoder, "text_encoder", build_text_encoder, lambda module: live_text_encoder(module, avg_word_embs)
+        )
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
         given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
         model = CustomCLIP(image, text, avg_word_embs, project)
@@ -109,8 +112,8 @@ class CustomCLIPWrapper(ContrastiveModule):
             | self.options.flat()
         )
 
+    @override
     def setup(self, stage: str) -> None:
-        """Before training: agree on the tokenizer, freeze what the loss never reaches, and say what to know."""
         collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
         if collate is not None:
             self._require_tokenizer(collate.tokenizer)
@@ -118,7 +121,11 @@ class CustomCLIPWrapper(ContrastiveModule):
         super().setup(stage)
         if stage != "fit":
             return
-        self._say_projection()
+        if isinstance(projection := self.model.image_projection, nn.Linear):
+            rank_zero_info(
+                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
+                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
+            )
         self._reader.padding_counts = self._padding_counts()
         frozen = freeze_unreached(self.model, self._some_tokens())
         if frozen:
@@ -133,14 +140,6 @@ class CustomCLIPWrapper(ContrastiveModule):
             rank_zero_info(
                 f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
                 f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
-            )
-
-    def _say_projection(self) -> None:
-        projection = self.model.image_projection
-        if isinstance(projection, nn.Linear):
-            rank_zero_info(
-                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
-                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
             )
 
     def _padding_counts(self) -> bool:
@@ -168,9 +167,10 @@ class CustomCLIPWrapper(ContrastiveModule):
         ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=generator).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the tokenizer, whose vocabulary is nothing for the loggers that show a run's arguments."""
         super().on_save_checkpoint(checkpoint)
+        # Not among the hparams: a vocabulary is nothing for the loggers that show them.
         checkpoint["hyper_parameters"] = checkpoint["hyper_parameters"] | {"tokenizer": self._described_tokenizer()}
 
     def _described_tokenizer(self) -> dict[str, Any] | None:
@@ -180,23 +180,11 @@ class CustomCLIPWrapper(ContrastiveModule):
         return None if self.tokenizer is None else self.tokenizer.describe()
 
 
-def _image_encoder(given: nn.Module | ImageEncoder | Mapping[str, Any] | None, pixels: Pixels) -> ImageEncoder:
-    if isinstance(given, ImageEncoder):
+def _encoder(given: Any, name: str, build: Callable[[dict[str, Any]], Any], wrap: Callable[[nn.Module], Any]) -> Any:
+    if isinstance(given, ImageEncoder | TextEncoder):
         return given
     if isinstance(given, Mapping):
-        return build_image_encoder(dict(given))
-    return live_image_encoder(_require_module(given, "image_encoder"), pixels)
-
-
-def _text_encoder(given: nn.Module | TextEncoder | Mapping[str, Any] | None, average: bool) -> TextEncoder:
-    if isinstance(given, TextEncoder):
-        return given
-    if isinstance(given, Mapping):
-        return build_text_encoder(dict(given))
-    return live_text_encoder(_require_module(given, "text_encoder"), average)
-
-
-def _require_module(given: Any, name: str) -> nn.Module:
+        return build(dict(given))
     if given is None:
         raise UserError(
             f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. "
@@ -207,7 +195,7 @@ def _require_module(given: Any, name: str) -> nn.Module:
             f"The {name} is a {type(given).__name__}; expected a torch.nn.Module, or what "
             f"train_clip.encoders.sources.load_{name}('hf:NAME') gives."
         )
-    return given
+    return wrap(given)
 
 
 def _tokenizer(given: Any, context: int | None) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from train_clip.checkpoints.found import Choices
 from train_clip.checkpoints.weights import Weights, digest_of, fill, find_model, find_weights, require_no_prompts
 from train_clip.data.tokenizer import Tokenizer
@@ -98,15 +100,16 @@ class PromptCLIPWrapper(ContrastiveModule):
             | self.options.flat()
         )
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained alone, and its mean."""
         super().on_save_checkpoint(checkpoint)
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the backbone, which this module has from its own file, so that loading stays strict."""
         super().on_load_checkpoint(checkpoint)
+        # The backbone, which this module has from its own file, so that loading stays strict.
         kept = self._kept()
         frozen = {name: value for name, value in self.state_dict().items() if name not in kept}
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
@@ -118,11 +121,7 @@ class PromptCLIPWrapper(ContrastiveModule):
 
 
 def _model_of(weights: Weights, digest: str | None) -> tuple[CLIP, str]:
-    """The backbone that prompts are put beside, and what it is by its content.
-
-    Raises:
-        UserError: it is no CLIP, has prompts already, or is another than the digest says.
-    """
+    """The backbone that prompts are put beside, and what it is by its content."""
     require_no_prompts(weights.found, weights.source)
     if weights.config is None:
         raise UserError(f"{weights.source}: {weights.found.format} of two encoders; expected a CLIP.")

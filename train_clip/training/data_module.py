@@ -11,6 +11,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.sampler import GlobalBatchSampler
@@ -42,20 +43,11 @@ class TextImageDataModule(L.LightningDataModule):
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
     of processes and workers. Pairs that do not fill a global batch are left out, others each epoch.
 
-    Args:
-        folder: images, and captions in ``.txt`` files, one a line; None where there is a table (``pairs``).
-        batch_size: pairs of a global batch, over all processes.
-        num_workers: loader processes for each training process; None for one a core, at most 8, and none where the
-            model itself runs on the cores.
+    Args: the fields of ``train_clip.options.DataOptions``, and
         image_size: side of the square that the model takes, in pixels.
-        resize_ratio: least share of the largest square that the training crop keeps (train-CLIP's crop, for instance
-            0.75); None for the paper's, a random square of the whole shorter side.
-        shuffle: permute the pairs each epoch.
         custom_tokenizer: a Hugging Face tokenizer in place of CLIP's, or one whose ``batch`` gives tokens.
-        val_share: share of the pairs held out for validation, chosen by file name.
         seed: decides order, crops and captions.
         context_length: tokens of a caption at most; None for the tokenizer's own (CLIP's: 77).
-        options: the other fields of ``train_clip.options.DataOptions``: ``pairs``, ``val_pairs``, ``max_bad``, ….
 
     Raises:
         UserError: numbers that cannot work, or, from ``setup``, no pairs.
@@ -84,7 +76,7 @@ class TextImageDataModule(L.LightningDataModule):
             num_workers=num_workers,
             resize_ratio=resize_ratio,
             shuffle=shuffle,
-            val_share=val_share,
+            val_share=val_share if options["val_pairs"] is None else 0.0,
             **options,
         )
         if self.options.folder is None and self.options.pairs is None:
@@ -97,13 +89,13 @@ class TextImageDataModule(L.LightningDataModule):
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
+    @override
     def setup(self, stage: str | None = None) -> None:
-        """Find the pairs, the first time, and settle the batch size for the number of processes, each time."""
         scan, options = None, self.options
         if not self.training_pairs:
             columns = Columns(options.image_column, options.caption_column)
             scan = scan_source(options.folder, options.pairs, columns, options.pair_by).require_pairs()
-            self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self._held_out())
+            self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.options.val_share)
             if options.val_pairs is not None:
                 self.validation_pairs = scan_table(options.val_pairs, columns).require_pairs().pairs
             self._names = pair_names(self.training_pairs)
@@ -117,8 +109,8 @@ class TextImageDataModule(L.LightningDataModule):
         """The folder or the table."""
         return self.options.folder or self.options.pairs or Path()
 
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
-        """Global batches of fixed size, this process's share."""
         dataset = TrainingPairs(self.training_pairs, self.augmentation)
         process = self._process()
         sampler = GlobalBatchSampler(
@@ -126,13 +118,14 @@ class TextImageDataModule(L.LightningDataModule):
         )
         return self._loader(dataset, sampler=sampler, batch_size=self.batch_size // process[1], drop_last=True)
 
+    @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The held-out pairs in order; Lightning shares them among the processes. Nothing where none are held out."""
         if not self.validation_pairs:
             return []
         dataset = ValidationPairs(self.validation_pairs, self.augmentation.size)
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What the order of the data depends on, for a checkpoint to keep; the position in it is the module's count."""
         return {
@@ -140,21 +133,18 @@ class TextImageDataModule(L.LightningDataModule):
             "pairs": len(self.training_pairs),
             "seed": self.augmentation.seed,
             "shuffle": self.options.shuffle,
-            "val_share": self._held_out(),
+            "val_share": self.options.val_share,
             "resize_ratio": self.options.resize_ratio,
             "names": self._names,
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold the data of a run that is resumed against what it began with, as ``require_same_data``."""
         if resuming(self.trainer):
             self.require_same_data(state_dict)
 
     def require_same_data(self, kept: Mapping[str, Any]) -> None:
-        """Hold the data against what a run began with; names that have changed are only warned of.
-
-        Args:
-            kept: another data module's ``state_dict``.
+        """Hold the data against the ``state_dict`` that a run began with; other names are only warned of.
 
         Raises:
             UserError: the order of the data is another, so that there is no going on in it.
@@ -194,9 +184,6 @@ class TextImageDataModule(L.LightningDataModule):
             **how,
         )
 
-    def _held_out(self) -> float:
-        return 0.0 if self.options.val_pairs is not None else self.options.val_share
-
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
@@ -206,29 +193,27 @@ class TextImageDataModule(L.LightningDataModule):
 
     def _summary(self, scan: Scan) -> str:
         left_out = len(self.training_pairs) % self.batch_size
-        lines = []
-        if self.batch_size < self.options.batch_size:
-            lines.append(f"Fewer pairs than a batch: it shrinks from {self.options.batch_size} to {self.batch_size}.")
-        lines += [
+        lines = [
             f"{self.source}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
             f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
             f"{self.batch_size:,} an epoch"
             + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
         ]
+        if self.batch_size < self.options.batch_size:
+            shrinks = f"Fewer pairs than a batch: it shrinks from {self.options.batch_size} to {self.batch_size}."
+            lines.insert(0, shrinks)
         if cached := scan.pairs.num_cached:
             lines.append(f"  {cached:,} of {len(scan.pairs):,} images are read from npz/, in place of the image files.")
-        if self._held_out() and not self.validation_pairs:
+        if self.options.val_share and not self.validation_pairs:
             lines.append(
                 f"  Too few to hold out a share of {self.options.val_share}: it takes 2 pairs to tell one from another."
             )
-        if scan.lone_images:
-            lines.append(f"  {len(scan.lone_images):,} images have no caption, for instance {scan.lone_images[0]}.")
-        if scan.lone_captions:
-            lines.append(f"  {len(scan.lone_captions):,} captions have no image, for instance {scan.lone_captions[0]}.")
-        if scan.folder_links:
-            lines.append(
-                f"  {len(scan.folder_links):,} links to folders are not followed, for instance {scan.folder_links[0]}."
-            )
+        for found, what in (
+            (scan.lone_images, "images have no caption"),
+            (scan.lone_captions, "captions have no image"),
+            (scan.folder_links, "links to folders are not followed"),
+        ):
+            lines += [f"  {len(found):,} {what}, for instance {found[0]}."] if found else []
         return "\n".join(lines)
 
 
@@ -252,12 +237,6 @@ def pair_names(pairs: PairList) -> str:
 
 def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, source: Path) -> int:
     """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer.
-
-    Args:
-        wanted: pairs of a global batch.
-        num_pairs: pairs to train on.
-        num_processes: what the batch is shared among.
-        source: named in messages.
 
     Raises:
         UserError: the batch does not divide among the processes, or there are too few pairs for any.

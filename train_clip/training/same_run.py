@@ -21,7 +21,7 @@ def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, 
     differ = [name for name in now | then if now.get(name) != then.get(name)]
     if differ:
         found = "; ".join(f"{name} {now.get(name)}, was {then.get(name)}" for name in differ[:MOST_NAMED])
-        raise UserError(message.format(found=found))
+        raise UserError(message.replace("{found}", found))
 
 
 def completed(kept: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
