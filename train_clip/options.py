@@ -105,15 +105,9 @@ class Options:
 class WeightOptions(Options):
     """What a file of weights may leave open, or is to be changed."""
 
-    model_name: str | None = option(
-        None, "a preset (`train-clip models` lists them) or a YAML file; default: the weights' own, or ViT-B/32"
-    )
-    image_size: int | None = option(
-        None, "side of the square input in pixels, positions interpolated; default: the model's", at_least(1)
-    )
-    context_length: int | None = option(
-        None, "tokens of a caption at most, start and end included; default: the model's (CLIP's: 77)", at_least(2)
-    )
+    model_name: str | None = option(None, "a preset or a YAML file; default: the weights' own, or ViT-B/32")
+    image_size: int | None = option(None, "side of the square input in pixels; default: the model's", at_least(1))
+    context_length: int | None = option(None, "tokens of a caption at most; default: the model's", at_least(2))
     activation: Literal["gelu", "quick_gelu"] | None = option(None, "of weights that do not say theirs")
 
 
@@ -121,18 +115,14 @@ class WeightOptions(Options):
 class ModelOptions(WeightOptions):
     """The model."""
 
-    pretrained: str | None = option(
-        None, "weights to start from: a file, a folder, hf-hub:NAME, or openai for OpenAI's of --model_name"
-    )
+    pretrained: str | None = option(None, "weights to start from: a file, a folder, hf-hub:NAME, openai (by name)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(Options):
     """Where pairs come from."""
 
-    pairs: Path | None = option(
-        None, "a table of images and captions (.csv, .tsv, .jsonl) in place of a folder, paths relative to it"
-    )
+    pairs: Path | None = option(None, "a table (.csv, .tsv, .jsonl) in place of a folder, paths relative to it")
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
     pair_by: PairBy = option(
@@ -154,9 +144,7 @@ class DataOptions(PairOptions):
     """The data."""
 
     folder: Path | None = option(None, "images and captions (.txt, one a line) that share a stem, in any subfolders")
-    batch_size: int = option(
-        256, "pairs of a global batch, over all processes; fewer where there are fewer pairs", at_least(2)
-    )
+    batch_size: int = option(256, "pairs of a global batch, over all processes; at most all pairs", at_least(2))
     num_workers: int | None = option(
         None, "loader processes of each process; default: one a core, at most 8, and none on a CPU", at_least(0)
     )
@@ -196,9 +184,7 @@ class OptimizerOptions(Options):
         None, "muon is for the towers' matrices, beside AdamW; default: adamw, sgd for two encoders", choices=OPTIMIZERS
     )
     momentum: float | None = option(None, "of SGD, default 0.9, or of Muon, default 0.95", BELOW_ONE)
-    muon_learning_rate: float | None = option(
-        None, "peak learning rate of Muon's matrices; default: 8 times --learning_rate", POSITIVE
-    )
+    muon_learning_rate: float | None = option(None, "Muon's; default: 8 times --learning_rate", POSITIVE)
     learning_rate: float | None = option(None, "peak learning rate; default: the preset's", POSITIVE)
     weight_decay: float | None = option(None, "of matrices and convolutions; default: the preset's", at_least(0))
     betas: tuple[float, float] | None = option(
@@ -240,9 +226,7 @@ class ObjectiveOptions(Options):
     mask_ratio: float = option(
         0.0, "share of each image's patches that a step drops, such as 0.5 (FLIP); for CLIP's own ViTs", BELOW_ONE
     )
-    unmasked_share: float = option(
-        0.05, "last part of the run's optimizer steps, which sees whole images again", PROBABILITY
-    )
+    unmasked_share: float = option(0.05, "last part of the run, which sees whole images again", PROBABILITY)
     stochastic_depth: float = option(
         0.0, "probability of skipping the last block of CLIP's transformers, falling to 0 at the first", BELOW_ONE
     )
@@ -252,12 +236,8 @@ class ObjectiveOptions(Options):
 class TowerOptions(Options):
     """What is trained of the towers, and self-distillation."""
 
-    image_learning_rate: float | None = option(
-        None, "peak learning rate of the image tower; default: --learning_rate", POSITIVE
-    )
-    text_learning_rate: float | None = option(
-        None, "peak learning rate of the text tower; default: --learning_rate", POSITIVE
-    )
+    image_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", POSITIVE)
+    text_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", POSITIVE)
     lock_image: bool = option(False, "keep the image tower frozen")
     lock_text: bool = option(False, "keep the text tower frozen")
     distillation: str | None = option(

@@ -17,7 +17,7 @@ def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, 
     Raises:
         UserError: something else differs; the ``message``, with both values in place of ``{found}``.
     """
-    now, then = ({name: value for name, value in _flat(values) if name not in free} for values in (own, kept))
+    now, then = (dict(_flat({name: values[name] for name in values if name not in free})) for values in (own, kept))
     differ = [name for name in now | then if now.get(name) != then.get(name)]
     if differ:
         found = "; ".join(f"{name} {now.get(name)}, was {then.get(name)}" for name in differ[:MOST_NAMED])
