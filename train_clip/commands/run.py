@@ -137,7 +137,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
     facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
-    write_run_files(folder, _config(job, run, folder) | options, facts, resumed)
+    write_run_files(folder, settled(job, run, folder) | options, facts, resumed)
     if job.own_model is not None and trainer.is_global_zero:
         write_text(folder / OWN_MODEL, yaml.safe_dump(job.own_model.to_dict(), sort_keys=False))
     say_start(module, trainer, folder, resumed)
@@ -259,16 +259,16 @@ def _instantiate(value: Any) -> Any:
         raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
 
 
-def _config(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
+def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
     """Every option of the run, flat, in plain values; what was left open is as the module has it.
 
     A momentum that nobody asked for stays open, so that another optimizer beside that file has its own.
     """
-    settled = job.module.options.flat() | {"momentum": None}
+    own = job.module.options.flat() | {"momentum": None}
     given = job.options | flat(dataclasses.replace(run, output=None, resume=None))
     if job.own_model is not None:
         given["model_name"] = folder / OWN_MODEL
-    values = {name: settled.get(name) if value is None else value for name, value in given.items()}
+    values = {name: own.get(name) if value is None else value for name, value in given.items()}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
