@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.commands.merge import interpolate
 from train_clip.errors import UserError
 
@@ -84,7 +84,7 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
         (("start", "tuned"), "--other_folder data --other_classes names.txt", "class"),
         (("start", "tuned"), "--other_classes names.txt", "is for --other_folder, which was not given"),
         (("start", "tuned"), "--other_templates names.txt", "is for --other_folder, which was not given"),
-        (("start", "tuned"), "--folder data --device nowhere", "not to be had here"),
+        (("start", "tuned"), "--folder data --device nowhere", "not available here"),
         (("start", "tuned"), "--folder data --json data", "is no regular file"),
         (("start", "nothing"), "", "there is no such file"),
     ],

@@ -21,20 +21,18 @@ import train_clip
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.wrapper import PromptCLIPWrapper
 from train_clip.training.distillation import MOMENTUM
-from train_clip.training.ema import RunningMean
+from train_clip.training.ema import WeightsEMA
 from train_clip.training.encode import Chunks, StandIns, encode_in_chunks
 from train_clip.training.half_precision import HalfAdamW, narrow, widen
 
-TEXT, BOTH = (
-    TrainingOptions.of({"half_weights": "text"}).optimizer,
-    TrainingOptions.of({"half_weights": "both", "adam_statistics": "bfloat16"}).optimizer,
-)
+TEXT = OptimizerOptions(half_weights="text")
+BOTH = OptimizerOptions(half_weights="both", adam_statistics="bfloat16")
 PAPERS = {"half_weights": "text", "adam_statistics": "bfloat16"}
 
 
@@ -61,7 +59,7 @@ def types(model: nn.Module) -> dict[str, torch.dtype]:
 def test_matrices_of_the_towers_are_narrowed(which: str) -> None:
     """By name: the image tower is what begins with ``visual``; gains, biases and the temperature stay float32."""
     model = clip()
-    narrow(model, TrainingOptions.of({"half_weights": which}).optimizer)
+    narrow(model, OptimizerOptions(half_weights=which))
     for name, parameter in model.named_parameters():
         tower = "image" if name.startswith("visual.") else "text"
         half = which in (tower, "both") and parameter.ndim >= 2
@@ -152,24 +150,22 @@ def test_the_sum_over_chunks_is_rounded_once(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuning", "rounding"),
-    [(OptimizerOptions(), 1e-5), (TEXT, 2**-8)],
-    ids=["float32 weights", "bfloat16 weights"],
+    ("options", "rounding"), [(OptimizerOptions(), 1e-5), (TEXT, 2**-8)], ids=["float32 weights", "bfloat16 weights"]
 )
-def test_autocasts_cache_of_weights_is_off(tuning: OptimizerOptions, rounding: float) -> None:
+def test_autocasts_cache_of_weights_is_off(options: OptimizerOptions, rounding: float) -> None:
     """128 chunks in bf16-mixed: each parameter's sum of their gradients, to float32's rounding, or a half weight's own.
 
     The cache is on around it, as PyTorch has it; left on, parameters are off by 2 to 4%. From float64's gradient ours
     is off by 1%, which is the rest of bfloat16's arithmetic.
     """
     model, tokens = clip(), captions(4).repeat(32, 1)
-    narrow(model, tuning)
+    narrow(model, options)
     plain, exact = copy.deepcopy(model).float(), copy.deepcopy(model).double()
 
     def in_bf16(model: CLIP, wrapped: bool, tokens: Tensor) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
             encode = (
-                StandIns(model, halves=tuning.half_weights != "none").around(model.encode_text)
+                StandIns(model, halves=options.has_half_weights).around(model.encode_text)
                 if wrapped
                 else model.encode_text
             )
@@ -333,7 +329,7 @@ def test_the_commands_take_such_a_checkpoint(pair_folder: Path, tmp_path: Path, 
 
 def test_a_poisoned_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """NaN in the third of four batches, the flag read late as on a GPU: weights and moments stay as they were."""
-    for module in ("finite", "half_adamw"):
+    for module in ("end_of_step", "half_precision"):
         monkeypatch.setattr(f"train_clip.training.{module}.known_at_once", lambda _: False)
     samples = pairs(16)
     samples[9][0][0, 3, 3] = torch.nan
@@ -362,7 +358,7 @@ def test_a_poisoned_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_the_teacher_is_the_mean_in_float32() -> None:
     """A student in bfloat16 that moves by less than the teacher's rounding would be: the formula, to 1e-6."""
     student = clip()
-    teacher = RunningMean(student, MOMENTUM)
+    teacher = WeightsEMA(student, MOMENTUM)
     expected = {name: parameter.detach().double() for name, parameter in student.named_parameters()}
     narrow(student, TEXT)
     for number in range(5):

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper
-from train_clip.checkpoints.tensors import read_checkpoint
-from train_clip.checkpoints.write import write_model
+from train_clip.checkpoints.own import read_checkpoint
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import TrainingOptions
 from train_clip.prompts.config import PromptConfig
 from train_clip.training.checkpoints import Checkpoints, Interval
-from train_clip.training.ema import RunningMean
+from train_clip.training.ema import WeightsEMA
 
 B = 4
 RESNET = {
@@ -56,7 +56,7 @@ class Loop(L.Callback):
                 self.mean[name] = m * self.mean[name] + (1 - m) * parameter.detach().double()
             self.count += 1
 
-    def assert_is(self, mean: RunningMean) -> None:
+    def assert_is(self, mean: WeightsEMA) -> None:
         assert mean.num_updates == self.count
         for name, parameter in mean.model.named_parameters():
             assert parameter.dtype == torch.float32 and not parameter.requires_grad, name

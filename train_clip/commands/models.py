@@ -12,12 +12,13 @@ from rich.table import Table
 
 from train_clip.commands.train import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig, ResNetConfig, presets, read_config
-from train_clip.options import OptimizerOptions
-from train_clip.training.muon import row_blocks
-from train_clip.training.optimizer import HIDDEN, muon_matrices, parameter_groups
+from train_clip.models.config import ModelConfig, presets, read_config
+from train_clip.options import TrainingOptions
+from train_clip.training.muon import HIDDEN, row_blocks
+from train_clip.training.optimizer import build_optimizer, default_momentum
 
 WIDTH = 200  # characters, what the widest row takes
+NUMBERS = ("parameters", "image", "text", "pixels", "embed")
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
 
 
@@ -34,18 +35,17 @@ def models(
         model_name: whose, a preset or a YAML file of your own
     """
     if optimizer is not None:
-        _print(_updates(read_config(model_name), OptimizerOptions(optimizer=optimizer)))
+        _print(_updates(read_config(model_name), optimizer))
         return
     if show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
         return
-    table = Table("model", box=None, header_style="bold", pad_edge=False)
-    for heading in ("parameters", "image", "text", "pixels", "embed"):
-        table.add_column(heading, justify="right")
-    for heading in ("image tower", "text tower", "lr", "betas", "eps", "decay", "warm-up", "epochs"):
-        table.add_column(heading)
-    for config in presets():
-        table.add_row(*_row(config))
+    rows = [_row(config) for config in presets()]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in rows[0]:
+        table.add_column(heading, justify="right" if heading in NUMBERS else "left")
+    for row in rows:
+        table.add_row(*row.values())
     _print(table)
 
 
@@ -54,17 +54,20 @@ def _print(table: Table) -> None:
     Console(width=max(WIDTH, Console().width)).print(table)
 
 
-def _updates(config: ModelConfig, tuning: OptimizerOptions) -> Table:
+def _updates(config: ModelConfig, optimizer: str) -> Table:
     """A row for each parameter, those of a tower's blocks together."""
     with torch.device("meta"):
         model = CLIP(config)
-    groups = parameter_groups(model, config.optimizer, None, muon_matrices(model, config.optimizer, tuning))
+    numbers = config.optimizer
+    how = {"optimizer": optimizer, "learning_rate": numbers.lr, "weight_decay": numbers.weight_decay}
+    rest = {"betas": numbers.betas, "eps": numbers.eps, "momentum": default_momentum(optimizer)}
+    groups = build_optimizer(model, model, TrainingOptions.of(how | rest)).param_groups
     of_group = {parameter: group for group in groups for parameter in group["params"]}
     rows: dict[tuple[str, ...], int] = {}
     for name, parameter in model.named_parameters():
         group = of_group[parameter]
         of_muon = group.get(HIDDEN, False)
-        by = NAMES["muon" if of_muon else "sgd" if tuning.optimizer == "sgd" else "adamw"]
+        by = NAMES["adamw" if optimizer == "muon" and not of_muon else optimizer]
         together = row_blocks(parameter) if of_muon else 1
         row = (
             re.sub(r"\.\d+\.", ".*.", name),
@@ -79,32 +82,18 @@ def _updates(config: ModelConfig, tuning: OptimizerOptions) -> Table:
     return table
 
 
-def _row(config: ModelConfig) -> list[str]:
+def _row(config: ModelConfig) -> dict[str, str]:
     with torch.device("meta"):
         model = CLIP(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     in_image = sum(parameter.numel() for parameter in model.visual.parameters())
     text, numbers = config.text, config.optimizer
-    return [
-        config.name,
-        f"{total:,}",
-        f"{in_image:,}",
-        f"{total - in_image - 1:,}",
-        str(config.image.size),
-        str(config.embed_dim),
-        _image_sizes(config),
-        f"{text.layers}×{text.width}, {text.heads} heads",
-        f"{numbers.lr:g}",
-        f"{numbers.betas[0]:g}, {numbers.betas[1]:g}",
-        f"{numbers.eps:g}",
-        f"{numbers.weight_decay:g}",
-        f"{numbers.warmup_steps:,}",
-        str(numbers.epochs),
-    ]
-
-
-def _image_sizes(config: ModelConfig) -> str:
-    image = config.image
-    if isinstance(image, ResNetConfig):
-        return f"blocks {'-'.join(map(str, image.blocks))}, width {image.width}"
-    return f"{image.layers}×{image.width}, {image.heads} heads, patch {image.patch}"
+    return {
+        **{"model": config.name, "parameters": f"{total:,}"},
+        **{"image": f"{in_image:,}", "text": f"{total - in_image - 1:,}"},
+        **{"pixels": str(config.image.size), "embed": str(config.embed_dim)},
+        "image tower": str(config.image).partition(" of ")[2].replace(" layers of ", "×"),
+        "text tower": f"{text.layers}×{text.width}, {text.heads} heads",
+        **{"lr": f"{numbers.lr:g}", "betas": f"{numbers.betas[0]:g}, {numbers.betas[1]:g}", "eps": f"{numbers.eps:g}"},
+        **{"decay": f"{numbers.weight_decay:g}", "warm-up": f"{numbers.warmup_steps:,}", "epochs": str(numbers.epochs)},
+    }

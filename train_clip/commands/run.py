@@ -48,8 +48,6 @@ WARNINGS_BY_DESIGN = (
     # No validation split where none is held out; ``overfit_batches`` as its documentation says.
     r"|.*Total length of `list` across ranks is zero|.*defined a `validation_step` but have no `val_dataloader`"
     r"|.*requested to overfit but enabled train dataloader shuffling"
-    # The metrics of a run that is resumed go on in their file (MetricsLog).
-    r"|.*Experiment logs directory .* exists and is not empty"
     # A teacher and locked towers stay in eval mode; this package's own loaders go on by the count of batches.
     r"|Found \d+ module\(s\) in eval mode at the start of training|.*your dataloader is not resumable"
 )
@@ -162,9 +160,10 @@ def build_trainer(
         UserError: options that do not go together, or that need what is not there.
     """
     made = {name: _instantiate(value) for name, value in options.items()}
-    callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
+    callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
     if made.get("enable_progress_bar") is not False:
         callbacks.append(RunProgress())
+        made["enable_progress_bar"] = False
     if made.get("enable_checkpointing") is not False:
         interval = None if run.save_every is None else Interval.parse(str(run.save_every))
         callbacks.append(Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))

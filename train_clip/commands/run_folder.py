@@ -17,9 +17,8 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
+from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN, read_checkpoint
 from train_clip.checkpoints.sources import openai_name
-from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.files import sweep, write_text
 from train_clip.training.same_run import require_same

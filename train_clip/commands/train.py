@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.found import Found, find_weights
 from train_clip.checkpoints.sources import openai_name
-from train_clip.checkpoints.weights import Weights, find_weights, require_no_prompts
 from train_clip.commands.run import Job, begin, data_for, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
@@ -17,6 +16,7 @@ from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOpt
 from train_clip.training.clip_wrapper import CLIPWrapper
 
 DEFAULT_MODEL = "ViT-B/32"
+TWO_ENCODERS = ", which `train-clip finetune --pretrained` trains on."
 RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for at most (docs/recipes.md)
 
 
@@ -29,7 +29,7 @@ def train(
         # The model itself is held against the run's by its sizes.
         resumed.require_same_start({"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
-    config = choose_config(model) if weights is None else _require_clip(weights)
+    config = choose_config(model) if weights is None else _require_vocabulary(weights.require_clip(TWO_ENCODERS).config)
     module = CLIPWrapper(config.name, config, **training.flat())
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
@@ -58,7 +58,7 @@ def recipe_for(num_pairs: int) -> str | None:
     )
 
 
-def pretrained_weights(model: ModelOptions) -> Weights | None:
+def pretrained_weights(model: ModelOptions) -> Found | None:
     """The weights that the options name; None where they name none.
 
     Raises:
@@ -66,13 +66,12 @@ def pretrained_weights(model: ModelOptions) -> Weights | None:
     """
     if model.pretrained is None:
         return None
-    choices = Choices(model.model_name, model.activation, model.image_size, model.context_length)
     if model.pretrained != OPENAI:
-        return find_weights(model.pretrained, choices)
+        return find_weights(model.pretrained, model)
     name = model.model_name or DEFAULT_MODEL
     if openai_name(name) is None:
         raise UserError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has published no such model.")
-    return find_weights(name, dataclasses.replace(choices, model_name=None))
+    return find_weights(name, dataclasses.replace(model, model_name=None, pretrained=None))
 
 
 def choose_config(model: ModelOptions) -> ModelConfig:
@@ -90,15 +89,6 @@ def choose_config(model: ModelOptions) -> ModelConfig:
     if model.image_size is not None:
         config = config.with_image_size(model.image_size)
     return config if model.context_length is None else config.with_context(model.context_length)
-
-
-def _require_clip(weights: Weights) -> ModelConfig:
-    require_no_prompts(weights.found, weights.source)
-    if weights.config is None:
-        raise UserError(
-            f"--pretrained {weights.source}: two encoders, which `train-clip finetune --pretrained` trains on."
-        )
-    return _require_vocabulary(weights.config)
 
 
 def _require_vocabulary(config: ModelConfig) -> ModelConfig:

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.weights import require_no_prompts
 from train_clip.commands.run import Job, begin, data_for, remake, train_job
 from train_clip.commands.run_folder import Resumption
 from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders.own import SOURCE
-from train_clip.encoders.sources import load_image_encoder, load_text_encoder
+from train_clip.encoders.sources import OWN, FoundEncoders, load_image_encoder, load_text_encoder
 from train_clip.encoders.tokenizer import load_tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
@@ -91,12 +89,12 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveM
             )
     weights = pretrained_weights(start)
     assert weights is not None
-    require_no_prompts(weights.found, weights.source)
     module: ContrastiveModule
-    if weights.config is not None:
-        module = CLIPWrapper(weights.config.name, weights.config, **how)
+    if isinstance(weights, FoundEncoders):
+        module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
     else:
-        module = remake(CustomCLIPWrapper, weights.found.arguments, weights.source, **how)
+        config = weights.require_clip().config
+        module = CLIPWrapper(config.name, config, **how)
     module.begin_with(weights.read(), weights.source)
     return module, weights.source
 
@@ -114,7 +112,7 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     assert context is not None  # every source knows it
     prefix, _, name = start.text_encoder.partition(":")
     try:
-        tokenizer = Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+        tokenizer = Tokenizer(context) if prefix == OWN else load_tokenizer(name, context)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     average = bool(start.avg_word_embs)

@@ -99,7 +99,7 @@ def loss_floor(groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
-    """Share of rows whose most similar column is their own pair, or equal to it.
+    """Share of rows whose most similar column is their own pair, or equal to it. Ties and NaN count against.
 
     Args:
         rows: (B, D) float, unit norm.
@@ -110,7 +110,31 @@ def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | No
     Returns:
         () float32 in [0, 1].
     """
-    own = offset + torch.arange(len(rows), device=rows.device)
-    found = torch.cat([(rows[tile] @ columns.T).argmax(dim=1) for tile in tiles(rows, columns)])
-    right = found == own if groups is None else groups[found] == groups[own]
-    return right.float().mean()
+    groups = torch.arange(len(columns), device=rows.device) if groups is None else groups
+    own = groups[offset : offset + len(rows), None]
+    found = [ranks(rows[tile], columns, own[tile] == groups) < 1 for tile in tiles(rows, columns)]
+    return torch.cat(found).float().mean()
+
+
+@torch.no_grad()
+def ranks(rows: Tensor, columns: Tensor, right: Tensor) -> Tensor:
+    """How many wrong columns stand before each row's best right one. Ties and NaN count against.
+
+    Similarities closer than D · eps are a tie. A computed product of two unit vectors is off by up to D · eps / 2, in
+    whatever order its D terms are added (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1);
+    and in which order a kernel adds them depends on the processor and on the place in the matrix.
+
+    Args:
+        rows: (B, D) float, unit norm.
+        columns: (N, D) float, unit norm.
+        right: (B, N) bool.
+
+    Returns:
+        (B,) int64 in [0, N].
+    """
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        similarity = rows.to(dtype) @ columns.to(dtype).T
+    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    tie = rows.shape[1] * torch.finfo(dtype).eps
+    return (~(similarity < best - tie) & ~right).sum(dim=1)

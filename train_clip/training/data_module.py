@@ -14,19 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.sampler import GlobalBatchSampler
 from train_clip.data.samples import (
-    Augmentation,
     BatchTokenizer,
     Collate,
+    GlobalBatchSampler,
     TrainingPairs,
     ValidationPairs,
     available_cores,
 )
-from train_clip.data.scan import Scan
-from train_clip.data.source import scan_source
+from train_clip.data.scan import Scan, scan_source
 from train_clip.data.split import split_pairs
-from train_clip.data.table import Columns, scan_table
+from train_clip.data.table import scan_table
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, StepOptions, WeightOptions
@@ -84,7 +82,7 @@ class TextImageDataModule(L.LightningDataModule):
         StepOptions(seed=seed)
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
-        self.augmentation = Augmentation(image_size, resize_ratio, seed)
+        self.image_size, self.seed = image_size, seed
         self.collate = Collate(_tokenizer(custom_tokenizer, context_length))
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
@@ -93,11 +91,10 @@ class TextImageDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         scan, options = None, self.options
         if not self.training_pairs:
-            columns = Columns(options.image_column, options.caption_column)
-            scan = scan_source(options.folder, options.pairs, columns, options.pair_by).require_pairs()
+            scan = scan_source(options.folder, options).require_pairs()
             self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.options.val_share)
             if options.val_pairs is not None:
-                self.validation_pairs = scan_table(options.val_pairs, columns).require_pairs().pairs
+                self.validation_pairs = scan_table(options.val_pairs, options).require_pairs().pairs
             self._names = pair_names(self.training_pairs)
         processes = self._process()[1]
         self.batch_size = fit_batch_size(options.batch_size, len(self.training_pairs), processes, self.source)
@@ -111,10 +108,10 @@ class TextImageDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset = TrainingPairs(self.training_pairs, self.augmentation)
+        dataset = TrainingPairs(self.training_pairs, self.image_size, self.options.resize_ratio, self.seed)
         process = self._process()
         sampler = GlobalBatchSampler(
-            dataset, self.batch_size, self._consumed_batches, self.options.shuffle, self.augmentation.seed, process
+            dataset, self.batch_size, self._consumed_batches, self.options.shuffle, self.seed, process
         )
         return self._loader(dataset, sampler=sampler, batch_size=self.batch_size // process[1], drop_last=True)
 
@@ -122,7 +119,7 @@ class TextImageDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_pairs:
             return []
-        dataset = ValidationPairs(self.validation_pairs, self.augmentation.size)
+        dataset = ValidationPairs(self.validation_pairs, self.image_size)
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
     @override
@@ -131,7 +128,7 @@ class TextImageDataModule(L.LightningDataModule):
         return {
             "batch_size": self.batch_size,
             "pairs": len(self.training_pairs),
-            "seed": self.augmentation.seed,
+            "seed": self.seed,
             "shuffle": self.options.shuffle,
             "val_share": self.options.val_share,
             "resize_ratio": self.options.resize_ratio,

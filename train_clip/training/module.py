@@ -13,7 +13,6 @@ What a training step tells of a batch, beside its loss.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,9 +24,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
+from train_clip.checkpoints.found import fill
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
-from train_clip.checkpoints.weights import fill
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
 from train_clip.losses import LOSSES
@@ -40,19 +40,12 @@ from train_clip.training.batch import BatchReader, Inputs, augmented, warn_of_fl
 from train_clip.training.compile import compile_towers
 from train_clip.training.distillation import Distillation, require_room
 from train_clip.training.dropping import PatchDropping, skip_blocks
-from train_clip.training.ema import RunningMean, of_mean
+from train_clip.training.ema import WeightsEMA, ema_figure
 from train_clip.training.encode import StandIns, TowerRuns, share
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_precision import narrow, widen
-from train_clip.training.lightning_internals import gradient_scaler, resuming
-from train_clip.training.optimizer import (
-    build_optimizer,
-    build_schedule,
-    parameter_groups,
-    rates_and_matrices,
-    usual_rate,
-    warmup_for,
-)
+from train_clip.training.lightning_internals import gradient_scaler, resuming, trainer_of
+from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, usual_rate, warmup_for
 from train_clip.training.same_run import completed, require_same
 from train_clip.training.skips import SkipReport
 from train_clip.training.validation import ValidationSplit
@@ -232,16 +225,15 @@ class ContrastiveModule(EmbeddingModule):
                 "lock_image or lock_text."
             )
         self.distillation = Distillation(model, str(towers.distillation)) if towers.distils else None
-        self.ema = RunningMean(model, options.optimizer.ema) if options.optimizer.ema else None
+        self.ema = WeightsEMA(model, options.optimizer.ema) if options.optimizer.ema else None
         for tower in (model.visual, model.transformer):
             if step.gradient_checkpointing and any(parameter.requires_grad for parameter in tower.parameters()):
                 recompute_blocks(tower, step.gradient_checkpointing)
         self._patches = PatchDropping(model, objective)
         skip_blocks(model, objective.stochastic_depth)
-        self._optimizer_config = _numbers(preset, options)
-        # Refuses a model without layers, or nothing for Muon.
-        rates_and_matrices(model, self._optimizer_config, options)
+        build_optimizer(self, model, options)  # refuses a model that has no layers, or nothing for Muon
         self._towers = TowerRuns(self._reader, step, options.optimizer.has_half_weights, step.seed)
+        self._preset = preset
         self._end_of_step = EndOfStep()
         self._loss = LOSSES[objective.loss]
         self._validation_split, self._ema_split = (ValidationSplit(model.embed_dim, self._loss) for _ in range(2))
@@ -308,7 +300,7 @@ class ContrastiveModule(EmbeddingModule):
 
     def configure_model(self) -> None:
         """Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32."""
-        if resuming(self._trainer):
+        if resuming(trainer_of(self)):
             narrow(self.model, self.options.optimizer)
 
     def teardown(self, stage: str) -> None:
@@ -333,17 +325,15 @@ class ContrastiveModule(EmbeddingModule):
                 "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
                 "max_epochs is -1. Set the Trainer's max_steps."
             )
-        num_steps, config = int(num_steps), self._optimizer_config
-        asked = self.options.optimizer.warmup_steps
-        warmup_steps = warmup_for(num_steps, config) if asked is None else asked
-        groups = parameter_groups(self, config, *rates_and_matrices(self.model, config, self.options))
-        optimizer = build_optimizer(groups, config, self.options.optimizer, self._fuses(), self.options.step.seed)
-        schedule = build_schedule(optimizer, warmup_steps, num_steps)
+        num_steps, asked = int(num_steps), self.options.optimizer.warmup_steps
+        warmup_steps = warmup_for(num_steps, self._preset) if asked is None else asked
+        optimizer = build_optimizer(self, self.model, self.options, self._fuses())
+        schedule = LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Measure the captions while they are on the host, unless someone changes the batch on its way."""
-        owners = [owner for owner in (self, getattr(self._trainer, "datamodule", None)) if owner is not None]
+        owners = [owner for owner in (self, getattr(trainer_of(self), "datamodule", None)) if owner is not None]
         if not any(is_overridden(hook, owner) for hook in LATER_HOOKS for owner in owners):
             self._reader.measure(batch)
         return batch
@@ -399,7 +389,7 @@ class ContrastiveModule(EmbeddingModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants."""
         self._towers.forget()
-        if resuming(self._trainer):
+        if resuming(trainer_of(self)):
             if RUNNING_MEAN in checkpoint:
                 raise UserError(f"The checkpoint {NO_STATE}")
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
@@ -447,11 +437,11 @@ class ContrastiveModule(EmbeddingModule):
         if self.ema is not None:
             mean = self.ema.model
             of_ema = self._ema_split.score(mean.logit_scale.exp(), dataset, mean.logit_bias)
-            figures |= {of_mean(name): value for name, value in of_ema.items()}
+            figures |= {ema_figure(name): value for name, value in of_ema.items()}
         # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
         self.log_dict(figures, sync_dist=True)
 
-    def _means(self) -> list[RunningMean]:
+    def _means(self) -> list[WeightsEMA]:
         """Of the model: the teacher, and the one that ``--ema`` asks for."""
         teacher = None if self.distillation is None else self.distillation.teacher
         return [mean for mean in (teacher, self.ema) if mean is not None]
@@ -474,19 +464,9 @@ class ContrastiveModule(EmbeddingModule):
         due = every and (self.trainer.global_step + 1) % every == 0
         if not due and self.device.type != "cpu":
             return
-        figures = step_figures(
-            pairs, parts, None if self.options.objective.equal_captions == "mask" else self._loss.floor
-        )
-        rate = usual_rate(self.trainer.optimizers[0], self._optimizer_config)
+        mask = self.options.objective.equal_captions == "mask"
+        figures = step_figures(pairs, parts, None if mask else self._loss.floor)
+        rate = usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate)
         figures |= learned_figures(self.model, self.distillation)
         figures |= {"train/loss": loss, "train/learning_rate": torch.tensor(rate, device=self.device)}
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
-
-
-def _numbers(preset: OptimizerConfig, options: TrainingOptions) -> OptimizerConfig:
-    numbers = options.optimizer
-    assert numbers.learning_rate is not None and numbers.weight_decay is not None
-    assert numbers.betas is not None and numbers.eps is not None
-    return dataclasses.replace(
-        preset, lr=numbers.learning_rate, weight_decay=numbers.weight_decay, betas=numbers.betas, eps=numbers.eps
-    )
