@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib
 import inspect
 import itertools
 import os
+import pkgutil
 import re
 import sys
 import typing
@@ -21,62 +21,55 @@ from pathlib import Path
 from typing import Any
 
 from train_clip.errors import UserError
+from train_clip.options import Options, TrainerOptions
 
-# verb, of one word or two → the module whose function of that name it calls, and what it does.
+# verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
-    "demo": ("train_clip.commands.demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
-    "train": (
-        "train_clip.commands.train",
-        "train a CLIP on a folder of images and captions, from scratch or from weights",
+    "demo": ("train_clip.commands.demo:demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
+    "train": ("train_clip.commands.train:train", "train a CLIP on images and captions, from scratch or from weights"),
+    "finetune": (
+        "train_clip.encoders.finetune:finetune",
+        "train two joined encoders, or a trained CLIP, on your pairs",
     ),
-    "finetune": ("train_clip.encoders.finetune", "join two pretrained encoders, or train a trained CLIP on your pairs"),
-    "prompt-tune": ("train_clip.prompts.prompt_tune", "tune visual prompts beside a pretrained CLIP"),
-    "merge": ("train_clip.commands.merge", "mix a fine-tuned model with the one it began as, and score the mixtures"),
-    "inspect": ("train_clip.commands.inspect", "tell what lies in a file of weights, in a moment"),
-    "convert": ("train_clip.commands.convert", "write a model for open_clip, Hugging Face or readers of .safetensors"),
-    "evaluate": ("train_clip.commands.evaluate", "score a checkpoint: retrieval, and zero-shot classification"),
-    "data check": ("train_clip.data_tools.check", "look at every pair before training: what is bad, cut, repeated"),
-    "data show": ("train_clip.data_tools.show", "write a contact sheet: pairs as the model will see them"),
-    "data split": ("train_clip.data_tools.split", "divide pairs into tables for training, validation and test"),
-    "data npz": ("train_clip.data_tools.npz", "decode every image once, into arrays that training reads faster"),
-    "models": ("train_clip.commands.models", "list the models, their sizes and their optimizer numbers"),
+    "prompt-tune": ("train_clip.prompts.prompt_tune:prompt_tune", "tune visual prompts beside a pretrained CLIP"),
+    "merge": ("train_clip.commands.merge:merge", "mix a fine-tuned model with its start, and score the mixtures"),
+    "inspect": ("train_clip.commands.inspect:inspect", "tell what lies in a file of weights, in a moment"),
+    "convert": ("train_clip.commands.convert:convert", "write a model for open_clip, Hugging Face or safetensors"),
+    "evaluate": ("train_clip.commands.evaluate:evaluate", "score a checkpoint: retrieval, zero-shot classification"),
+    "data check": ("train_clip.data_tools.check:data_check", "look at every pair before training: bad, cut, repeated"),
+    "data show": ("train_clip.data_tools.show:data_show", "write a contact sheet: pairs as the model will see them"),
+    "data split": ("train_clip.data_tools.split:data_split", "divide pairs into tables: training, validation, test"),
+    "data npz": ("train_clip.data_tools.npz:data_npz", "decode every image once, into arrays that load faster"),
+    "models": ("train_clip.commands.models:models", "list the models, their sizes and their optimizer numbers"),
 }
-
 # Spellings that people know → the option's one name.
 ALIASES = {
-    "--batchsize": "--batch_size",
-    "--minibatchsize": "--minibatch_size",
-    "--max_epochs": "--epochs",
-    "--lr": "--learning_rate",
+    **{"batchsize": "batch_size", "minibatchsize": "minibatch_size"},
+    **{"max_epochs": "epochs", "lr": "learning_rate"},
 }
-
+# Arguments of the Trainer that have another name here: --epochs and --output.
+OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}
 # System errors whose cause is a path that a user gave, or its disk.
 OF_FILES = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.EROFS,
+    *(errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS),
 )
 OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the verb that the arguments name; without one, or with ``--help``, list the verbs.
-
-    Args:
-        arguments: those of the process where None.
-    """
-    _print_anything()
+    """Run the verb that the arguments, or the process's, name; without one, or with ``--help``, list the verbs."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
+            stream.reconfigure(errors="replace")
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         # What is left to print goes out here: at the interpreter's end a closed pipe would be a traceback.
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"train-clip: {_message(error)}")
+        # A loader's worker sends its traceback, with the message at the end.
+        sys.exit(f"train-clip: {str(error).rsplit('UserError: ', 1)[-1].rstrip()}")
     except BrokenPipeError:
         # `| head` has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,16 +95,13 @@ def _run(words: list[str]) -> None:
         function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
     elif not rest or rest[0] in ("-h", "--help"):
-        print(_overview())
+        verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items())
+        print(
+            f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
+            "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."
+        )
     else:
         sys.exit(f"train-clip: unknown verb {' '.join(rest[:2])!r}; expected one of {', '.join(VERBS)}.")
-
-
-def _print_anything() -> None:
-    """Arrows and × stand in messages; a terminal or log that cannot write them must not end a run."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -126,75 +116,94 @@ def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
-    """Read a verb's arguments.
-
-    Args:
-        verb: a key of ``VERBS``.
-        words: what follows it.
-
-    Returns:
-        The verb's function, and what to call it with.
-    """
-    function = getattr(importlib.import_module(VERBS[verb][0]), verb.replace(" ", "_").replace("-", "_"))
-    parser, groups = _parser(verb, function)
-    kinds = [kind for kind, _ in groups.values() if dataclasses.is_dataclass(kind)]
-    fields_of_all = [field for kind in kinds for field in dataclasses.fields(kind)]
-    flags = {f"--{field.name}" for field in fields_of_all if field.default is False}
-    words = _bare_flags(normalise(words, verb), flags)
-    _require_one_word(words, {f"--{field.name}" for field in fields_of_all if "[" in str(field.type)})
+    """Read the words that follow a verb; return its function, and what to call it with."""
+    function = pkgutil.resolve_name(VERBS[verb][0])
+    hints, signature = typing.get_type_hints(function), inspect.signature(function)
+    parser, fields = _parser(verb, function, hints)
+    words = normalise(words, verb)
+    # Let --lock_image stand for --lock_image true.
+    flags = {f"--{one.name}" for one in fields if one.default is False}
+    pairs = itertools.pairwise([*words, "--"])
+    words = [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
+    _require_one_word(words, {f"--{one.name}" for one in fields if "[" in str(one.type)})
     parsed = parser.parse_args(words).as_dict()
-    values = OrderedDict()
-    for name, (kind, fields) in groups.items():
-        values[name] = kind(**{field: parsed[field] for field in fields}) if kind else parsed[name]
-    return function, inspect.BoundArguments(inspect.signature(function), values)
+    own = {"config", *signature.parameters, *(one.name for one in fields)}
+    trainer = TrainerOptions({name: value for name, value in parsed.items() if name not in own})
+    values = OrderedDict[str, Any]()
+    for name in signature.parameters:
+        kind = hints[name]
+        given = kind.pick(parsed) if hasattr(kind, "pick") else parsed.get(name)
+        values[name] = trainer if kind is TrainerOptions else given
+    return function, inspect.BoundArguments(signature, values)
 
 
 def normalise(words: Sequence[str], verb: str = "") -> list[str]:
     """Give every option its one name, and move ``--config`` to the front, so that the command line wins over it.
 
-    ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``; a recipe's name becomes its
-    path. A run that is resumed (``--resume``) brings the options that it began with.
-
-    Args:
-        words: what follows the verb.
-        verb: a run that was begun by another is refused.
+    ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``, in a file of options too,
+    which is passed on by its content. A run that is resumed (``--resume``) brings the options that it began with; one
+    that another verb began is refused.
     """
     rest: list[str] = []
     configs: list[str] = []
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
     queue = list(words)
     while queue:
         word = queue.pop(0)
         option, equals, value = word.partition("=")
         if option == "--config" and (equals or queue):
-            configs += ["--config", _recipe(value if equals else queue.pop(0))]
+            configs += _config(value if equals else queue.pop(0), values)
         elif option.startswith("--"):
-            option = "--" + option[2:].replace("-", "_")
-            values[option] = value if equals or not queue else queue[0]
-            rest.append(ALIASES.get(option, option) + equals + value)
+            name = _one_name(option[2:])
+            values[name] = value if equals or not queue else queue[0]
+            rest.append(f"--{name}{equals}{value}")
         else:
             rest.append(word)
-    if "--resume" in values:
-        configs = _options_of_run(verb, values["--resume"], values.get("--output")) + configs
+    if values.get("resume") is not None:
+        configs = _options_of_run(verb, str(values["resume"]), values.get("output")) + configs
     return configs + rest
 
 
-def _bare_flags(words: list[str], flags: Set[str]) -> list[str]:
-    """Let ``--lock_image`` stand for ``--lock_image true``."""
-    pairs = itertools.pairwise([*words, "--"])
-    return [word + "=true" if word in flags and after.startswith("--") else word for word, after in pairs]
+def _one_name(option: str) -> str:
+    option = option.replace("-", "_")
+    return ALIASES.get(option, option)
+
+
+def _config(name: str, values: dict[str, Any]) -> list[str]:
+    """The words for a file of options; what it says is noted in ``values``, over which the command line wins."""
+    import yaml
+
+    folder = resources.files("train_clip") / "recipes"
+    shipped = {Path(file.name).stem: str(file) for file in folder.iterdir() if file.name.endswith(".yaml")}
+    if name not in shipped and not Path(name).is_file():
+        raise UserError(f"--config {name}: neither a file nor a recipe. Recipes: {', '.join(sorted(shipped))}.")
+    path = shipped.get(name, name)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        content = None
+    if not isinstance(content, dict):
+        return ["--config", path]  # the parser says what it is instead
+    content = {_one_name(str(option)): value for option, value in content.items()}
+    values |= content | values
+    return ["--config", yaml.safe_dump(content, sort_keys=False)]
+
+
+def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
+    """A run that is resumed brings its own options, before all others."""
+    from train_clip.commands.run_folder import require_verb, run_to_resume
+
+    run = run_to_resume(resume, None if output is None else Path(output))
+    if run is None or not (run / "config.yaml").is_file():
+        return []
+    require_verb(run, verb)
+    # The run's own copy of its model, wherever the run lies by now.
+    model = ["--model_name", str(run / "model.yaml")] if (run / "model.yaml").is_file() else []
+    return ["--config", str(run / "config.yaml"), *model]
 
 
 def _require_one_word(words: list[str], lists: Set[str]) -> None:
-    """Show the form of several numbers, which the parser would call something else.
-
-    Args:
-        words: of the command line.
-        lists: options that take several values.
-
-    Raises:
-        UserError: there are several words, or one without brackets.
-    """
+    """Show the form of several numbers, which the parser would call something else."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         if option not in lists:
@@ -211,33 +220,11 @@ def _is_number(word: str) -> bool:
     return re.fullmatch(r"[\d.,e+-]*\d[\d.,e+-]*", word) is not None
 
 
-def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
-    """A run that is resumed brings its own options, before all others."""
-    from train_clip.commands.run_folder import require_verb, run_to_resume
+def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, list[dataclasses.Field[Any]]]:
+    """Build a verb's parser from its function's signature and docstring; return the fields of its options too.
 
-    run = run_to_resume(resume, None if output is None else Path(output))
-    if run is None or not (run / "config.yaml").is_file():
-        return []
-    require_verb(run, verb)
-    # The run's own copy of its model, wherever the run lies by now.
-    model = ["--model_name", str(run / "model.yaml")] if (run / "model.yaml").is_file() else []
-    return ["--config", str(run / "config.yaml"), *model]
-
-
-def _recipe(name: str) -> str:
-    """The path of a recipe that ships with the package, or the path that was given."""
-    folder = resources.files("train_clip") / "recipes"
-    shipped = {Path(file.name).stem: str(file) for file in folder.iterdir() if file.name.endswith(".yaml")}
-    if name in shipped or Path(name).is_file():
-        return shipped.get(name, name)
-    raise UserError(f"--config {name}: neither a file nor a recipe. Recipes: {', '.join(sorted(shipped))}.")
-
-
-def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tuple[Any, list[str]]]]:
-    """Build a verb's parser from its function's signature and docstring.
-
-    A dataclass is added flat, field by field; a positional-only parameter is a positional argument; a mapping of
-    Trainer options brings the Trainer's own arguments.
+    Options are added flat, a group each; a positional-only parameter is a positional argument; ``TrainerOptions`` bring
+    the Trainer's own arguments.
     """
     from docstring_parser import parse as parse_docstring
     from jsonargparse import ArgumentParser
@@ -245,64 +232,45 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
     docstring = parse_docstring(function.__doc__ or "")
     help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
     parameters = inspect.signature(function).parameters
-    positional = [name for name, one in parameters.items() if one.kind is inspect.Parameter.POSITIONAL_ONLY]
+    optional = {name: {"default": one.default} for name, one in parameters.items() if one.default is not one.empty}
+    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY]
+    shown = [f"[{name.upper()}]" if name in optional else name.upper() for name in positional]
     parser = ArgumentParser(
         prog=f"train-clip {verb}",
         # The list of all options, which would bury an error below it, is what --help prints.
-        usage=" ".join(["%(prog)s", *(_in_usage(parameters[name]) for name in positional), "[options]"]),
+        usage=" ".join(["%(prog)s", *shown, "[options]"]),
         description=docstring.short_description,
         allow_abbrev=False,
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
-    groups: dict[str, tuple[Any, list[str]]] = {}
-    hints = typing.get_type_hints(function)
-    for name, parameter in parameters.items():
-        hint, text = hints[name], help_texts.get(name)
-        if dataclasses.is_dataclass(hint):
-            groups[name] = (hint, parser.add_class_arguments(hint, None))
-            for field in dataclasses.fields(hint):
-                if "help" in field.metadata:
-                    parser._option_string_actions[f"--{field.name}"].help = field.metadata["help"]
-        elif isinstance(hint, type) and issubclass(hint, dict):
-            groups[name] = (hint, _add_trainer(parser))
-        elif name in positional:
-            required = parameter.default is inspect.Parameter.empty
-            optional = {} if required else {"nargs": "?", "default": parameter.default}
-            parser.add_argument(name, type=hint, help=text, **optional)
-            groups[name] = (None, [])
+    fields: list[dataclasses.Field[Any]] = []
+    for name in parameters:
+        hint = hints[name]
+        if hint is TrainerOptions:
+            import lightning as L
+
+            # As plain values: the verb makes what they describe.
+            parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
+        elif hasattr(hint, "pick"):
+            for kind in hint.groups().values():
+                fields += _add_options(parser, kind)
         else:
-            parser.add_argument(f"--{name}", type=hint, default=parameter.default, help=text)
-            groups[name] = (None, [])
-    return parser, groups
+            how = {"type": hint, "help": help_texts.get(name)} | optional.get(name, {})
+            if name in positional and name in optional:
+                how |= {"nargs": "?"}
+            parser.add_argument(name if name in positional else f"--{name}", **how)
+    return parser, fields
 
 
-def _in_usage(parameter: inspect.Parameter) -> str:
-    """A positional argument in the line on usage."""
-    name = parameter.name.upper()
-    return name if parameter.default is inspect.Parameter.empty else f"[{name}]"
-
-
-def _add_trainer(parser: Any) -> list[str]:
-    """Add the Trainer's arguments as plain values; the verb makes what they describe."""
-    import lightning as L
-
-    from train_clip.commands.options import OWN_TRAINER_OPTIONS
-
-    return parser.add_class_arguments(L.Trainer, None, skip=set(OWN_TRAINER_OPTIONS), instantiate=False)
-
-
-def _message(error: UserError) -> str:
-    """What an error says. A loader's worker sends its traceback, with the message at the end."""
-    return str(error).rsplit("UserError: ", 1)[-1].rstrip()
-
-
-def _overview() -> str:
-    verbs = "\n".join(f"  {verb:11} {help_text}" for verb, (_, help_text) in VERBS.items())
-    return (
-        f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
-        "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."
-    )
+def _add_options(parser: Any, kind: type[Options]) -> tuple[dataclasses.Field[Any], ...]:
+    docstring = inspect.getdoc(kind) or ""
+    group = parser.add_argument_group(docstring.splitlines()[0].rstrip("."))
+    for one in dataclasses.fields(kind):
+        group.add_argument(
+            f"--{one.name}", type=kind.hints()[one.name], default=one.default, help=one.metadata.get("help")
+        )
+    return dataclasses.fields(kind)
 
 
 if __name__ == "__main__":

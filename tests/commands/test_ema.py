@@ -147,7 +147,7 @@ def test_what_is_said(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     said = Path("said.txt").read_text()
     assert re.search(r"epoch 1, step 4, held out:  loss .*\nepoch 1, step 4, EMA:  loss \d", said)
     best, best_mean = (max(figures(f"{prefix}/mean_recall")) for prefix in ("val", "val_ema"))
-    assert ("The running mean of the weights scored better" in said) == (best_mean > best)
+    assert ("The EMA of the weights scored better" in said) == (best_mean > best)
     (tmp_path / "ema").mkdir()
     (tmp_path / "ema/best.ckpt").touch()
     for best_mean, by, shown in ((0.5, BY_RECALL, True), (0.4, BY_RECALL, False), (0.5, BY_LOSS, False)):

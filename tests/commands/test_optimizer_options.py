@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import TINY
-from train_clip import CLIPWrapper
-from train_clip.commands.options import OptimizerOptions, resolve_optimizer
+from train_clip import CLIPWrapper, TextImageDataModule
+from train_clip.commands.run import Job, settled
+from train_clip.options import RunOptions, TrainingOptions
 
 
 @pytest.mark.parametrize(
@@ -21,15 +23,16 @@ from train_clip.commands.options import OptimizerOptions, resolve_optimizer
         ({"optimizer": "muon", "momentum": 0.9}, 0.9),
     ],
 )
-def test_the_momentum_that_is_kept(given: dict[str, Any], kept: float | None) -> None:
+def test_the_momentum_that_is_kept(given: dict[str, Any], kept: float | None, tmp_path: Path) -> None:
     """The one that was given, or none: by its file Muon and SGD have their own, and the run itself goes on."""
     module = CLIPWrapper("tiny", TINY, **given)
-    resolved = resolve_optimizer(OptimizerOptions(**given), module.hparams)
-    assert (resolved.optimizer, resolved.momentum) == (given["optimizer"], kept)
-    assert resolved.learning_rate == TINY["optimizer"]["lr"]
-    again = CLIPWrapper("tiny", TINY, **(given | {"momentum": resolved.momentum}))
+    asked = TrainingOptions.pick(given).flat()
+    config = settled(Job("train", module, TextImageDataModule(tmp_path), asked, epochs=1), RunOptions(), tmp_path)
+    assert (config["optimizer"], config["momentum"]) == (given["optimizer"], kept)
+    assert config["learning_rate"] == TINY["optimizer"]["lr"]
+    again = CLIPWrapper("tiny", TINY, **(given | {"momentum": config["momentum"]}))
     again.require_same_model(module.hparams)
     if kept is None:
         for optimizer, own in (("muon", 0.95), ("sgd", 0.9)):
-            by_that_file = CLIPWrapper("tiny", TINY, optimizer=optimizer, momentum=resolved.momentum)
+            by_that_file = CLIPWrapper("tiny", TINY, optimizer=optimizer, momentum=config["momentum"])
             assert by_that_file.hparams["momentum"] == own

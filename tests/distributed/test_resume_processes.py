@@ -57,7 +57,7 @@ def fit(folder: Path, name: str, resume: Path | None = None, accumulate: int = 1
         accumulate_grad_batches=accumulate,
     )
     module = CLIPWrapper("tiny", TINY, minibatch_size=3, learning_rate=1e-2, warmup_steps=2)
-    data = TextImageDataModule(folder / "data", BATCH, workers, image_size=16, context_length=16)
+    data = TextImageDataModule(folder / "data", BATCH, workers, image_size=16, context_length=16, val_share=0.0)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     everyones = gather_objects(seen.batches)
     batches = [[sample for part in parts for sample in part] for parts in zip(*everyones, strict=True)]

@@ -88,7 +88,7 @@ def test_normalised_images_stop_a_run_that_would_recolour_them() -> None:
 def warnings_of(folder: Path, recwarn: pytest.WarningsRecorder, **how: float) -> list[str]:
     """What a run warns of captions."""
     recwarn.clear()
-    data = TextImageDataModule(folder, BATCH, image_size=16, context_length=16)
+    data = TextImageDataModule(folder, BATCH, image_size=16, context_length=16, val_share=0.0)
     L.seed_everything(0, verbose=False)
     bare_trainer(max_steps=1).fit(CLIPWrapper("tiny", TINY, **how), data)
     return [str(one.message) for one in recwarn if "captions looked at" in str(one.message)]

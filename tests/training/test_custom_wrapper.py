@@ -495,7 +495,7 @@ def test_hugging_face_encoders_are_built_again(tmp_path):
     """Saved as plain data and loaded without an argument, the data module's tokenizer too: embeddings bit for bit."""
     folder = numbered_pairs(tmp_path / "pairs", 8)
     module = CustomCLIPWrapper(vit(), bert(), avg_word_embs=True, image_size=SIDE, pixel_mean=(0.5, 0.4, 0.3))
-    data = TextImageDataModule(folder, 4, image_size=SIDE, custom_tokenizer=tokenizer())
+    data = TextImageDataModule(folder, 4, image_size=SIDE, custom_tokenizer=tokenizer(), val_share=0.0)
     trainer = bare_trainer()
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
@@ -545,7 +545,7 @@ def train(run: Path, data: Path, kind: str, resume: Path | None = None) -> list[
         image_tower(12, "batch"), bert(0.1), project=True, minibatch_size=3, distillation=kind, learning_rate=0.05
     )
     torch.manual_seed(99 if resume else 1)  # a new process stands elsewhere
-    pairs = TextImageDataModule(data, 4, image_size=SIDE, custom_tokenizer=tokenizer())
+    pairs = TextImageDataModule(data, 4, image_size=SIDE, custom_tokenizer=tokenizer(), val_share=0.0)
     trainer.fit(module, pairs, ckpt_path=resume, weights_only=True)
     return watch.losses
 
@@ -663,7 +663,7 @@ def test_clips_tokens_do_not_go_into_another_encoder(tmp_path):
         )
     )
     module = CustomCLIPWrapper(image_tower(), text, avg_word_embs=True, image_size=SIDE)
-    data = TextImageDataModule(write_pairs(tmp_path / "pairs", 8), 4, image_size=SIDE)
+    data = TextImageDataModule(write_pairs(tmp_path / "pairs", 8), 4, image_size=SIDE, val_share=0.0)
     with pytest.raises(UserError, match=r"has CLIP's tokenizer; expected the text encoder's own: .*custom_tokenizer"):
         bare_trainer(max_steps=1).fit(module, data)
 
@@ -684,7 +684,7 @@ def test_half_precision_modules_train_in_float32():
     """As files of half precision do; in true half precision the teacher would stand still, which is refused."""
     module = CustomCLIPWrapper(image_tower(), bert().to(torch.bfloat16), avg_word_embs=True, image_size=SIDE)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    with pytest.raises(UserError, match="a running mean stands still"):
+    with pytest.raises(UserError, match="an EMA of the weights stands still"):
         bare_trainer(max_steps=1, precision="bf16-true").fit(module, loader(B, B))
 
 

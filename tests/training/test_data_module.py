@@ -74,7 +74,9 @@ def make_pairs(folder: Path, number: int) -> Path:
 
 
 def data(folder: Path, batch_size: int, **how: Any) -> TextImageDataModule:
-    return TextImageDataModule(folder, batch_size, **({"image_size": SIZE, "context_length": CONTEXT} | how))
+    return TextImageDataModule(
+        folder, batch_size, **({"image_size": SIZE, "context_length": CONTEXT, "val_share": 0.0} | how)
+    )
 
 
 def trainer(folder: Path, **how: Any) -> L.Trainer:
@@ -112,7 +114,7 @@ def test_a_bad_val_share(tmp_path: Path, share: float) -> None:
     """Word for word, before anything is read."""
     with pytest.raises(UserError) as caught:
         data(tmp_path, 4, val_share=share)
-    assert str(caught.value) == f"val_share is {share}; expected a share from 0 (none) to below 1."
+    assert str(caught.value) == f"val_share is {share}; expected from 0 to below 1."
 
 
 @pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan")])
@@ -128,17 +130,17 @@ def test_a_batch_without_negatives(tmp_path: Path, size: int) -> None:
     """Word for word, before anything is read."""
     with pytest.raises(UserError) as caught:
         data(tmp_path, size)
-    assert str(caught.value) == f"batch_size is {size}; a contrastive loss needs at least 2 pairs."
+    assert str(caught.value) == f"batch_size is {size}; expected 2 or above."
 
 
 @pytest.mark.parametrize(
     ("name", "number", "expected"),
     [
         ("seed", -1, "0 or above"),
-        ("image_size", 0, "a number of pixels above 0"),
-        ("image_size", -16, "a number of pixels above 0"),
-        ("context_length", 1, "2 or above, for start and end"),
-        ("context_length", -3, "2 or above, for start and end"),
+        ("image_size", 0, "1 or above"),
+        ("image_size", -16, "1 or above"),
+        ("context_length", 1, "2 or above"),
+        ("context_length", -3, "2 or above"),
         ("num_workers", -1, "0 or above"),
     ],
 )
@@ -319,7 +321,7 @@ def test_a_data_module_that_is_used_again_fits_the_wanted_batch_each_time(tmp_pa
         for rank in range(size):
             among(module, rank, size).setup()
             shares += [len(batch.images) for batch in module.train_dataloader()]
-        assert (module.wanted_batch_size, module.batch_size, shares) == (8, fitting, [fitting // size] * size)
+        assert (module.options.batch_size, module.batch_size, shares) == (8, fitting, [fitting // size] * size)
         splits.append((module.training_pairs, module.validation_pairs))
     assert all(split == splits[0] for split in splits)
 

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.models.blocks import Transformer
+from train_clip.options import StepOptions
 from train_clip.training import encode as stand_ins
+from train_clip.training.compile import compile_tower, compile_towers
 from train_clip.training.encode import StandIns, _RowsToTable
-from train_clip.training.tuning import Economy, compile_tower
 
 VIT = {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2}
 RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}
@@ -93,7 +94,7 @@ def test_compiled_in_bf16():
 def test_captions_of_all_lengths_compile_a_few_times():
     """Twelve lengths in as many batches: the number of compiled forms does not grow with them."""
     module = wrapper(compile=True)
-    compile_tower(module.model.transformer, dynamic=True)
+    compile_towers(module.model)
     for length in range(3, 13):
         tokens = torch.full((B, length), 5)
         tokens[:, -1] = END
@@ -168,7 +169,7 @@ def test_as_many_rows_as_tokens_is_no_form_of_its_own():
 @pytest.mark.parametrize("name", ["minibatch_size", "kept_minibatches", "gradient_checkpointing"])
 def test_numbers_that_cannot_work(name):
     with pytest.raises(UserError, match=f"{name} is -1; expected 0 or above"):
-        Economy(**{name: -1})
+        StepOptions(**{name: -1})
 
 
 def test_a_locked_tower_is_not_asked_to_recompute():

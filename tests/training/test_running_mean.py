@@ -20,10 +20,10 @@ from train_clip.checkpoints.own import read_checkpoint
 from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
+from train_clip.options import TrainingOptions
 from train_clip.prompts.config import PromptConfig
 from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.ema import WeightsEMA
-from train_clip.training.tuning import Tuning
 
 B = 4
 RESNET = {
@@ -170,13 +170,13 @@ def test_what_is_locked_is_held_once() -> None:
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 1.5, float("nan")])
 def test_other_momenta_are_refused(momentum: float) -> None:
     """With what was found and what to give."""
-    with pytest.raises(UserError, match=r"ema is .*; expected 0 for none, or a momentum below 1, such as 0\.999"):
-        Tuning(ema=momentum)
+    with pytest.raises(UserError, match=r"ema is .*; expected from 0 to below 1"):
+        TrainingOptions.of({"ema": momentum})
 
 
 def test_half_precision_of_all_weights_is_refused() -> None:
     """There the mean would stand still."""
-    with pytest.raises(UserError, match=r"bf16-true: in half precision a running mean stands still.* --ema 0"):
+    with pytest.raises(UserError, match=r"bf16-true: in half precision an EMA of the weights stands still.* --ema 0"):
         bare_trainer(precision="bf16-true").fit(CLIPWrapper("tiny", TINY, ema=0.9), pixels(1, 16))
 
 

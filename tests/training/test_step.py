@@ -66,7 +66,14 @@ def batches(number: int) -> list[tuple[Tensor, Tensor]]:
 def untrained() -> CLIPWrapper:
     torch.manual_seed(0)
     return CLIPWrapper(
-        "small", CONFIG, MINIBATCH, RATE, weight_decay=DECAY, betas=BETAS, eps=EPSILON, warmup_steps=WARMUP_STEPS
+        "small",
+        CONFIG,
+        MINIBATCH,
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        betas=BETAS,
+        eps=EPSILON,
+        warmup_steps=WARMUP_STEPS,
     )
 
 

@@ -19,19 +19,10 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
-from train_clip.commands.options import (
-    AugmentationOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RunOptions,
-    TrainerOptions,
-    select,
-)
 from train_clip.commands.train import train
 from train_clip.errors import UserError
 from train_clip.files import write_text
+from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
 COLOURS = {
     "red": (214, 39, 40), "orange": (255, 150, 30), "yellow": (240, 215, 40), "green": (44, 160, 44),
@@ -74,12 +65,10 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
 
     recipe = yaml.safe_load((resources.files("train_clip") / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
     run = train(
-        select(ModelOptions, recipe),
-        select(DataOptions, recipe, folder=training),
-        select(AugmentationOptions, recipe),
-        select(OptimizerOptions, recipe),
-        select(ObjectiveOptions, recipe),
-        select(RunOptions, recipe, seed=seed, output=output / "run"),
+        ModelOptions.pick(recipe),
+        DataOptions.pick(recipe, folder=training),
+        TrainingOptions.pick(recipe | {"seed": seed}),
+        RunOptions.pick(recipe, output=output / "run"),
         # One device: more would run this verb once for each.
         TrainerOptions(devices=1),
     )

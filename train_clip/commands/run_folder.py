@@ -1,10 +1,8 @@
-"""The folder of a run: what it was asked, what it ran on, and where its checkpoints, logs and plots go.
-
-Where a run goes on: the newest of its checkpoints that loads.
-"""
+"""The folder of a run: what it was asked, what it ran on, its checkpoints, and from which of them it goes on."""
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shlex
 import sys
@@ -19,45 +17,72 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN, read_checkpoint
+from train_clip.checkpoints.sources import openai_name
 from train_clip.errors import UserError
 from train_clip.files import sweep, write_text
+from train_clip.training.same_run import require_same
 
 AUTO = "auto"
+OPENAI = "openai"
 RUNS = Path("runs")  # where runs lie that were given no folder
+VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a run goes on from.
+    """What a run goes on from."""
 
-    Args:
-        run: the folder of the run that the checkpoint is of; None where it lies in none.
-        checkpoint: one that loads.
-        step: optimizer steps that it has done.
-        state: what it holds besides tensors of the model and the optimizer.
-        passed_over: newer ones and why they were not taken, a line each.
-    """
+    run: Path | None  # the folder of the run that the checkpoint is of; None where it lies in none
+    checkpoint: Path  # one that loads
+    state: Mapping[str, Any]  # what it holds besides tensors of the model and the optimizer
+    passed_over: tuple[str, ...] = ()  # newer ones and why they were not taken, a line each
 
-    run: Path | None
-    checkpoint: Path
-    step: int
-    state: Mapping[str, Any]
-    passed_over: tuple[str, ...] = ()
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the run has done."""
+        return int(self.state["global_step"])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its module was made with."""
+        return dict(self.state.get("hyper_parameters", {}))
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The options of the run; None for a checkpoint that lies in none."""
+        file = None if self.run is None else self.run / "config.yaml"
+        return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file and file.is_file() else None
+
+    def require_same_start(self, asked: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+        """Refuse another start than the run had: its state holds the model, and what is asked for would go unheard.
+
+        Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
+
+        Raises:
+            UserError: the run's own ``config.yaml``, or else the checkpoint, has another value.
+        """
+        own = self.config
+        if own is None:
+            asked = {name: value for name, value in asked.items() if value is not None}
+        kept = {name: (known or {} if own is None else own).get(name) for name in asked}
+        if _same_weights(asked.get("pretrained"), kept.get("pretrained")):
+            kept |= {"pretrained": asked["pretrained"]}
+        require_same(
+            asked,
+            kept,
+            f"{self.checkpoint}: the run began with another start (found {{found}}). Leave the option out, or begin a "
+            "new run.",
+        )
 
 
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
-    """The folder of the run that ``--resume`` means; None for a checkpoint that lies in no run.
-
-    Args:
-        resume: ``auto``, a run's folder, or a checkpoint.
-        output: with ``auto``, the run's folder; otherwise not asked.
+    """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint.
 
     Raises:
         UserError: there is no such run or file, or a run without checkpoints.
     """
-    if resume == AUTO and output is None:
-        return _newest_run()
-    path = output if resume == AUTO and output is not None else Path(resume)
+    path = Path(resume) if resume != AUTO else _newest_run() if output is None else output
     path = path.parent if path.is_dir() and path.name == "checkpoints" else path
     if path.is_dir() or resume == AUTO:
         if not _newest_first(path):
@@ -72,15 +97,7 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
 
 
 def require_verb(run: Path, verb: str) -> None:
-    """Refuse to go on with a run by another verb than the one that began it.
-
-    Args:
-        run: its folder.
-        verb: on the command line.
-
-    Raises:
-        UserError: another began it.
-    """
+    """Refuse to go on with a run by another verb than the one that began it."""
     about = run / "run.yaml"
     starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
     began = starts[-1].get("verb", verb) if starts and isinstance(starts[-1], dict) else verb
@@ -91,15 +108,7 @@ def require_verb(run: Path, verb: str) -> None:
 
 
 def find_checkpoint(resume: str, output: Path | None) -> Resumption:
-    """The newest checkpoint of a run that loads, or the one that is named.
-
-    Args:
-        resume: as for ``run_to_resume``.
-        output: as there.
-
-    Raises:
-        UserError: there is none, or none that loads.
-    """
+    """The newest checkpoint of a run that loads, or the one that is named; arguments as for ``run_to_resume``."""
     run = run_to_resume(resume, output)
     if run is None or Path(resume).is_file():
         return _read(run, Path(resume))
@@ -113,72 +122,24 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
     raise UserError(f"--resume {resume}: no checkpoint loads in {run}/checkpoints/.{reasons}")
 
 
-def _newest_run() -> Path:
-    runs = [folder for folder in RUNS.glob("*") if _newest_first(folder)]
-    if not runs:
-        raise UserError(
-            f"--resume auto: no run below {RUNS}/ has a checkpoint. Give the run's folder by --output, or leave "
-            "--resume out to begin a run."
-        )
-    return max(runs, key=lambda folder: _written(_newest_first(folder)[0]))
-
-
-def _newest_first(run: Path) -> list[Path]:
-    """A run's checkpoints, each file by one of its names: last.ckpt, which is the newest, then by their times."""
-    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", _written(file)))
-    different: dict[int, Path] = {}
-    for file in reversed(files):
-        different.setdefault(file.stat().st_ino, file)
-    return list(different.values())
-
-
-def _written(file: Path) -> int:
-    return file.stat().st_mtime_ns
-
-
-def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
-    from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN, read_checkpoint
-
-    state = read_checkpoint(file)
-    if RUNNING_MEAN in state:
-        raise UserError(f"{file}: {NO_STATE}")
-    if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:
-        raise UserError(
-            f"{file}: holds no state of a run, only weights or something else. Expected a checkpoint of `train-clip "
-            "train`."
-        )
-    small = {name: value for name, value in state.items() if name not in ("state_dict", "optimizer_states")}
-    return Resumption(run, file, state["global_step"], small, passed_over)
-
-
-VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
-
-
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
-    """The folder of a new run, or of the one that goes on.
-
-    Args:
-        output: what the user asked for; None for ``runs/MODEL-DATE-TIME``.
-        model_name: for the default name.
-        resumed: what the run goes on from, in its own folder where no other is asked for.
-
-    Raises:
-        UserError: the folder holds another run already, or is no folder.
-    """
-    if resumed is not None and resumed.run is not None and (output is None or _same(output, resumed.run)):
-        return resumed.run
+    """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
+    goes_on = None if resumed is None else resumed.run
+    if goes_on is not None and (output is None or (output.exists() and output.samefile(goes_on))):
+        return goes_on
     if output is None:
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
-        return Path("runs") / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     # Other processes of the same run come here after the first has begun to write.
-    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if first and output.exists():
+    if rank_zero_only.rank == 0 and output.exists():  # type: ignore[attr-defined]
         if not output.is_dir():
             raise UserError(f"{output}: is a file; expected a folder for the run. Give another --output.")
         if _holds_run(output):
+            others = (output.with_name(f"{output.name}-{number}") for number in itertools.count(2))
+            free = next(folder for folder in others if not folder.exists())
             raise UserError(
-                f"{output}: holds a run already, which stays as it is. Try --output {_next_free(output)}, or --resume "
-                f"{output} to go on with it."
+                f"{output}: holds a run already, which stays as it is. Try --output {free}, or --resume {output} to go "
+                "on with it."
             )
     return output
 
@@ -187,14 +148,7 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
 def write_run_files(
     folder: Path, config: dict[str, Any], facts: dict[str, Any], resumed: Resumption | None = None
 ) -> None:
-    """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later.
-
-    Args:
-        folder: the run's.
-        config: every option, resolved.
-        facts: anything else, plain.
-        resumed: what the run goes on from.
-    """
+    """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later."""
     sweep(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     about: dict[str, Any] = {
@@ -213,6 +167,47 @@ def write_run_files(
     write_text(file, earlier + yaml.safe_dump(about | {"output": str(folder)} | facts, sort_keys=False))
 
 
+def _newest_run() -> Path:
+    runs = [folder for folder in RUNS.glob("*") if _newest_first(folder)]
+    if not runs:
+        raise UserError(
+            f"--resume auto: no run below {RUNS}/ has a checkpoint. Give the run's folder by --output, or leave "
+            "--resume out to begin a run."
+        )
+    return max(runs, key=lambda folder: _newest_first(folder)[0].stat().st_mtime_ns)
+
+
+def _newest_first(run: Path) -> list[Path]:
+    """A run's checkpoints, each file by one of its names: last.ckpt, which is the newest, then by their times."""
+    files = sorted(
+        (run / "checkpoints").glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime_ns)
+    )
+    different: dict[int, Path] = {}
+    for file in reversed(files):
+        different.setdefault(file.stat().st_ino, file)
+    return list(different.values())
+
+
+def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
+    state = read_checkpoint(file)
+    if RUNNING_MEAN in state:
+        raise UserError(f"{file}: {NO_STATE}")
+    if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:
+        raise UserError(
+            f"{file}: holds no state of a run, only weights or something else. Expected a checkpoint of `train-clip "
+            "train`."
+        )
+    small = {name: value for name, value in state.items() if name not in ("state_dict", "optimizer_states")}
+    return Resumption(run, file, small, passed_over)
+
+
+def _same_weights(asked: str | None, was: str | None) -> bool:
+    """Whether both name one file, or OpenAI's weights, which a run keeps by their model's name."""
+    if asked is None or was is None:
+        return False
+    return Path(asked).resolve() == Path(was).resolve() or (asked == OPENAI and openai_name(was) is not None)
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
@@ -226,14 +221,3 @@ def _holds_run(folder: Path) -> bool:
         return True
     config = folder / "config.yaml"
     return config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and one.samefile(other)
-
-
-def _next_free(folder: Path) -> Path:
-    number = 2
-    while folder.with_name(f"{folder.name}-{number}").exists():
-        number += 1
-    return folder.with_name(f"{folder.name}-{number}")

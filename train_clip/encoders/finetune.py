@@ -6,35 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from train_clip.commands.options import (
-    AugmentationOptions,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OptimizerOptions,
-    RunOptions,
-    TrainerOptions,
-    resolve_optimizer,
-    select,
-)
-from train_clip.commands.run import Job, begin, train_job
+from train_clip.commands.run import Job, begin, data_for, remake, train_job
 from train_clip.commands.run_folder import Resumption
-from train_clip.commands.train import pretrained_weights, require_same_start
+from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders.sources import OWN, load_image_encoder, load_text_encoder
+from train_clip.encoders.sources import OWN, FoundEncoders, load_image_encoder, load_text_encoder
 from train_clip.encoders.tokenizer import load_tokenizer
-from train_clip.encoders.wrapper import EPOCHS, CustomCLIPWrapper
+from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.load import rebuilt, retrained
+from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat, option
+from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.module import ContrastiveModule
 
 # What differs for a trained CLIP: rate and epochs are those of github.com/mlfoundations/wise-ft (README), for ViT-B/32
 # and batches of 512; the rest is that of training it from scratch.
 OF_CLIP = {"optimizer": "adamw", "distillation": "none", "learning_rate": 3e-5, "weight_decay": 0.0}
-OF_ENCODERS = {"optimizer": "sgd", "distillation": "transport"}
 # SGD's rate is far too high for the others (the rate of benchmarks/distillation.py in docs/finetuning.md).
 OF_OPTIMIZER = {"adamw": {"learning_rate": 3e-4}, "muon": {"learning_rate": 3e-4}}
 # What two encoders are joined of where nothing else is asked for.
@@ -47,104 +35,52 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class StartOptions(ModelOptions):
-    """What training starts from.
+    """What training starts from."""
 
-    Args:
-        image_encoder: hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; without --pretrained
-            hf:microsoft/resnet-50, if not told
-        text_encoder: hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; hf:johngiorgi/declutr-sci-base, if not told
-        avg_word_embs: whether a caption is the mean over its tokens (true, if not told), or what the text encoder pools
-            by itself (false)
-    """
-
-    image_encoder: str | None = None
-    text_encoder: str | None = None
-    avg_word_embs: bool | None = None
-
-
-@dataclass(frozen=True)
-class TuningOptions(ObjectiveOptions):
-    """What is trained, and towards what.
-
-    Args:
-        image_learning_rate: of the image tower, if not that of the rest
-        text_learning_rate: of the text tower, if not that of the rest
-        lock_image: keep the image tower as it is
-        lock_text: keep the text tower as it is
-        distillation: a term towards what a running mean of the model makes of the batch, by optimal transport or by
-            softmax; transport for two encoders and none for a trained CLIP, if not told
-        kl_coeff: weight of that term
-        layer_decay: what the rate is multiplied by for each layer that lies further from a tower's output, such as
-            0.75; 1 for one rate
-    """
-
-    image_learning_rate: float | None = None
-    text_learning_rate: float | None = None
-    lock_image: bool = False
-    lock_text: bool = False
-    distillation: Literal["transport", "softmax", "none"] | None = None
-    kl_coeff: float = 1.0
-    layer_decay: float = 1.0
-
-
-def finetune(  # noqa: PLR0913, each is a group of options
-    start: StartOptions,
-    data: DataOptions,
-    augmentation: AugmentationOptions,
-    optimizer: OptimizerOptions,
-    tuning: TuningOptions,
-    run: RunOptions,
-    trainer: TrainerOptions,
-) -> Path:
-    """Fine-tune two pretrained encoders, self-distilled, or a trained CLIP on pairs of your own.
-
-    Args:
-        start: the encoders, or the trained model.
-        data: the data.
-        augmentation: of its images.
-        optimizer: its numbers.
-        tuning: what is trained, and towards what.
-        run: length, seed and folder of the run.
-        trainer: arguments of Lightning's Trainer.
-
-    Returns:
-        The run's folder.
-    """
-    resumed = begin(run)
-    usual = (
-        OF_CLIP if start.pretrained is not None else OF_ENCODERS | OF_OPTIMIZER.get(optimizer.optimizer or "sgd", {})
+    image_encoder: str | None = option(
+        None,
+        "hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; default, without --pretrained: "
+        "hf:microsoft/resnet-50",
     )
-    given = dataclasses.asdict(optimizer) | dataclasses.asdict(tuning) | dataclasses.asdict(augmentation)
-    how = usual | {name: value for name, value in given.items() if value is not None}
-    how |= run.step | {"seed": run.seed, "ema": run.ema}
+    text_encoder: str | None = option(
+        None,
+        "hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; default, likewise: hf:johngiorgi/declutr-sci-base",
+    )
+    avg_word_embs: bool | None = option(
+        None,
+        "whether a caption is the mean over its tokens (the default), or what the text encoder pools by itself (false)",
+    )
+
+    def or_else(self, others: Mapping[str, Any]) -> StartOptions:
+        """The options with what they leave open of two encoders."""
+        return dataclasses.replace(self, **{name: others[name] for name in others if getattr(self, name) is None})
+
+
+def finetune(
+    start: StartOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
+) -> Path:
+    """Fine-tune two pretrained encoders, self-distilled, or a trained CLIP on pairs; return the run's folder."""
+    resumed = begin(run, training.step.seed)
+    usual = OF_CLIP if start.pretrained is not None else OF_OPTIMIZER.get(training.optimizer.optimizer or "", {})
+    how = usual | {name: value for name, value in training.flat().items() if value is not None}
+    module: ContrastiveModule
     if resumed is not None:
         start = _require_same(start, resumed)
-        module: ContrastiveModule = rebuilt(resumed.state, resumed.checkpoint, **how)
+        kind = CustomCLIPWrapper if "text_encoder" in resumed.arguments else CLIPWrapper
+        module = remake(kind, resumed.arguments, str(resumed.checkpoint), **how)
     elif start.pretrained is None:
-        start = _with_encoders(start, ENCODERS)
+        start = start.or_else(ENCODERS)
         module = _join(start, how)
     else:
         module, source = _train_on(start, how)
         start = dataclasses.replace(start, pretrained=source)
-    pairs = TextImageDataModule(
-        image_size=module.model.image_size, custom_tokenizer=module.tokenizer, seed=run.seed, **dataclasses.asdict(data)
-    )
-
-    def options(_: Path) -> tuple[object, ...]:
-        """What the run's ``config.yaml`` keeps."""
-        resolved = resolve_optimizer(optimizer, module.hparams), select(TuningOptions, dict(module.hparams))
-        return start, data, augmentation, *resolved
-
-    return train_job(Job("finetune", module, pairs, EPOCHS, options), run, trainer, resumed)
-
-
-def _with_encoders(start: StartOptions, others: Mapping[str, Any]) -> StartOptions:
-    """The options with what they leave open of two encoders."""
-    return dataclasses.replace(start, **{name: others[name] for name in others if getattr(start, name) is None})
+    options = flat(start, data) | training.flat()
+    job = Job("finetune", module, data_for(module, data), options, OTTER.epochs)
+    return train_job(job, run, trainer, resumed)
 
 
 def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveModule, str]:
-    """The whole model that the options name, and where it was found."""
+    """The whole model that the options name, and where it was found; an optimizer's state is left behind."""
     for name in ENCODERS:
         if getattr(start, name) is not None:
             raise UserError(
@@ -153,7 +89,14 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveM
             )
     weights = pretrained_weights(start)
     assert weights is not None
-    return retrained(weights, **how), weights.source
+    module: ContrastiveModule
+    if isinstance(weights, FoundEncoders):
+        module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
+    else:
+        config = weights.require_clip().config
+        module = CLIPWrapper(config.name, config, **how)
+    module.begin_with(weights.read(), weights.source)
+    return module, weights.source
 
 
 def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
@@ -166,33 +109,22 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     context = text.context if start.context_length is None else start.context_length
     if text.context is not None and context is not None and context > text.context:
         raise UserError(f"--context_length {context}: the text encoder takes {text.context} tokens at most.")
-    return CustomCLIPWrapper(
-        image,
-        text,
-        avg_word_embs=bool(start.avg_word_embs),
-        project=True,
-        tokenizer=_tokenizer(start.text_encoder, context),
-        **how,
-    )
-
-
-def _tokenizer(source: str, context: int | None) -> Any:
-    """The tokenizer that belongs to a text encoder."""
-    prefix, _, name = source.partition(":")
     assert context is not None  # every source knows it
+    prefix, _, name = start.text_encoder.partition(":")
     try:
-        return Tokenizer(context) if prefix == OWN else load_tokenizer(name, context)
+        tokenizer = Tokenizer(context) if prefix == OWN else load_tokenizer(name, context)
     except ValueError as error:
         raise UserError(f"--{error}") from error
+    average = bool(start.avg_word_embs)
+    return CustomCLIPWrapper(image, text, avg_word_embs=average, project=True, tokenizer=tokenizer, **how)
 
 
 def _require_same(start: StartOptions, resumed: Resumption) -> StartOptions:
     """Refuse another start than the run had; what the options leave open of it is its own."""
-    arguments = resumed.state.get("hyper_parameters", {})
+    arguments = resumed.arguments
     known = {name: _named(arguments[name]) for name in ENCODERS if arguments.get(name) is not None}
-    asked = dataclasses.asdict(start)
-    require_same_start(resumed, asked, known)
-    return start if start.pretrained is not None else _with_encoders(start, known)
+    resumed.require_same_start(dataclasses.asdict(start), known)
+    return start if start.pretrained is not None else start.or_else(known)
 
 
 def _named(kept: Any) -> Any:

@@ -1,18 +1,17 @@
 """Any image encoder with any Hugging Face text encoder, and the module that trains them together.
 
-Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers are the
-defaults.
+Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers it has.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from typing_extensions import override
 
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.custom import CustomCLIP, freeze_unreached
@@ -24,10 +23,11 @@ from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import Texts
 from train_clip.models.config import OptimizerConfig
+from train_clip.options import StepOptions, TowerOptions, TrainingOptions
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.tuning import make_tuning, take_economy
 
-EPOCHS = 10  # OTTER, section 4.1
+# OTTER, section 4.1; betas and eps are PyTorch's, for other optimizers than its SGD.
+OTTER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0, epochs=10)
 ALIKE = 0.02  # embeddings of one caption, in any precision
 TRIAL_CAPTIONS = (
     "a small brown dog runs across a green field",
@@ -56,13 +56,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         image_size: side of the images of an image encoder of the user's own, in pixels.
         pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
         pixel_std: likewise.
-        weight_decay: on matrices and convolutions.
-        betas: AdamW's.
-        eps: AdamW's.
-        warmup_steps: optimizer steps until the peak.
-        seed: decides the random state of each step.
-        tuning: what is trained and towards what, see ``Tuning``, SGD and optimal transport where it does not
-            say; and how a step is computed, see ``Economy``.
+        options: others of ``train_clip.options.TrainingOptions``; SGD and optimal transport by default.
 
     Raises:
         UserError: encoders that do not go together, or of which one is missing.
@@ -73,62 +67,52 @@ class CustomCLIPWrapper(ContrastiveModule):
         *("image_encoder", "text_encoder", "avg_word_embs", "project", "tokenizer"),
         *("image_size", "pixel_mean", "pixel_std"),
     )
-    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "tokenizer")
+    free_to_change: ClassVar[tuple[str, ...]] = (*ContrastiveModule.free_to_change, "tokenizer")
 
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
         image_encoder: nn.Module | ImageEncoder | Mapping[str, Any] | None,
         text_encoder: nn.Module | TextEncoder | Mapping[str, Any] | None,
-        minibatch_size: int = 0,
-        learning_rate: float = 3e-3,
-        kl_coeff: float = 1.0,
+        minibatch_size: int = StepOptions.minibatch_size,
+        learning_rate: float = OTTER.lr,
+        kl_coeff: float = TowerOptions.kl_coeff,
         avg_word_embs: bool = False,
         project: bool = False,
         tokenizer: Any = None,
         image_size: int = 224,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
-        weight_decay: float = 0.0,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        warmup_steps: int | None = 0,
-        seed: int = 0,
-        **tuning: Any,
+        **options: Any,
     ) -> None:
-        image = _image_encoder(
-            image_encoder, Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
+        pixels = Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
+        image: ImageEncoder = _encoder(
+            image_encoder, "image_encoder", build_image_encoder, lambda module: live_image_encoder(module, pixels)
         )
-        text = _text_encoder(text_encoder, avg_word_embs)
-        optimizer = OptimizerConfig(learning_rate, _pair(betas), eps, weight_decay, warmup_steps=0, epochs=EPOCHS)
-        economy = take_economy(tuning, minibatch_size)
-        choices = make_tuning(tuning, optimizer="sgd", distillation="transport", kl_coeff=kl_coeff)
+        text: TextEncoder = _encoder(
+            text_encoder, "text_encoder", build_text_encoder, lambda module: live_text_encoder(module, avg_word_embs)
+        )
+        options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
+        given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
         model = CustomCLIP(image, text, avg_word_embs, project)
-        if choices.loss == "sigmoid":
+        if given.objective.loss == "sigmoid":
             model.add_bias()
-        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
+        super().__init__(model, OTTER, given)
         self.tokenizer = _tokenizer(tokenizer, text.context)
         self.save_hyperparameters(
             {
                 "image_encoder": image.description or None,
                 "text_encoder": text.description or None,
-                "minibatch_size": minibatch_size,
-                "learning_rate": learning_rate,
                 "avg_word_embs": avg_word_embs,
                 "project": project,
                 "image_size": image.size,
                 "pixel_mean": list(image.mean),
                 "pixel_std": list(image.std),
-                "weight_decay": weight_decay,
-                "betas": list(betas),
-                "eps": eps,
-                "warmup_steps": warmup_steps,
-                "seed": seed,
             }
-            | dataclasses.asdict(choices)
+            | self.options.flat()
         )
 
+    @override
     def setup(self, stage: str) -> None:
-        """Before training: agree on the tokenizer, freeze what the loss never reaches, and say what to know."""
         collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
         if collate is not None:
             self._require_tokenizer(collate.tokenizer)
@@ -136,7 +120,11 @@ class CustomCLIPWrapper(ContrastiveModule):
         super().setup(stage)
         if stage != "fit":
             return
-        self._say_projection()
+        if isinstance(projection := self.model.image_projection, nn.Linear):
+            rank_zero_info(
+                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
+                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
+            )
         self._reader.padding_counts = self._padding_counts()
         frozen = freeze_unreached(self.model, self._some_tokens())
         if frozen:
@@ -151,14 +139,6 @@ class CustomCLIPWrapper(ContrastiveModule):
             rank_zero_info(
                 f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
                 f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
-            )
-
-    def _say_projection(self) -> None:
-        projection = self.model.image_projection
-        if isinstance(projection, nn.Linear):
-            rank_zero_info(
-                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
-                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
             )
 
     def _padding_counts(self) -> bool:
@@ -186,9 +166,10 @@ class CustomCLIPWrapper(ContrastiveModule):
         ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=generator).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the tokenizer, whose vocabulary is nothing for the loggers that show a run's arguments."""
         super().on_save_checkpoint(checkpoint)
+        # Not among the hparams: a vocabulary is nothing for the loggers that show them.
         checkpoint["hyper_parameters"] = checkpoint["hyper_parameters"] | {"tokenizer": self._described_tokenizer()}
 
     def _described_tokenizer(self) -> dict[str, Any] | None:
@@ -198,23 +179,11 @@ class CustomCLIPWrapper(ContrastiveModule):
         return None if self.tokenizer is None else self.tokenizer.describe()
 
 
-def _image_encoder(given: nn.Module | ImageEncoder | Mapping[str, Any] | None, pixels: Pixels) -> ImageEncoder:
-    if isinstance(given, ImageEncoder):
+def _encoder(given: Any, name: str, build: Callable[[dict[str, Any]], Any], wrap: Callable[[nn.Module], Any]) -> Any:
+    if isinstance(given, ImageEncoder | TextEncoder):
         return given
     if isinstance(given, Mapping):
-        return build_image_encoder(dict(given))
-    return live_image_encoder(_require_module(given, "image_encoder"), pixels)
-
-
-def _text_encoder(given: nn.Module | TextEncoder | Mapping[str, Any] | None, average: bool) -> TextEncoder:
-    if isinstance(given, TextEncoder):
-        return given
-    if isinstance(given, Mapping):
-        return build_text_encoder(dict(given))
-    return live_text_encoder(_require_module(given, "text_encoder"), average)
-
-
-def _require_module(given: Any, name: str) -> nn.Module:
+        return build(dict(given))
     if given is None:
         raise UserError(
             f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. "
@@ -225,7 +194,7 @@ def _require_module(given: Any, name: str) -> nn.Module:
             f"The {name} is a {type(given).__name__}; expected a torch.nn.Module, or what "
             f"train_clip.encoders.sources.load_{name}('hf:NAME') gives."
         )
-    return given
+    return wrap(given)
 
 
 def _tokenizer(given: Any, context: int | None) -> Any:
@@ -241,9 +210,3 @@ def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:
     if len(values) != 3:
         raise UserError(f"{name} is {values}; expected a number for each of red, green and blue.")
     return float(values[0]), float(values[1]), float(values[2])
-
-
-def _pair(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) != 2:
-        raise UserError(f"betas are {values}; expected two numbers, such as (0.9, 0.999).")
-    return float(values[0]), float(values[1])

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from train_clip.checkpoints.found import Found, FoundCLIP, digest_of, fill, find_model, find_weights
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
+from train_clip.options import StepOptions, TrainingOptions
 from train_clip.prompts.config import PromptConfig
 from train_clip.prompts.model import add_prompts
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.tuning import make_tuning, take_economy
 
-EPOCHS = 100  # VPT, appendix A, table 6
-NO_LIMIT = 2**31  # steps: the warm-up is a tenth of any run, as 10 epochs of 100 are there
+# VPT, appendix A, table 6: the warm-up is a tenth of any run, as 10 epochs of 100 are there. Betas and eps: PyTorch's.
+VPT = OptimizerConfig(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=2**31, epochs=100)
 
 
 class PromptCLIPWrapper(ContrastiveModule):
@@ -36,13 +38,9 @@ class PromptCLIPWrapper(ContrastiveModule):
         prompts: how many, and where; or its fields as plain data.
         minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
         learning_rate: at the peak.
-        weight_decay: of the prompts.
-        warmup_steps: optimizer steps until the peak; None for a tenth of the run.
-        seed: decides the random state of each step. Prompts are drawn from PyTorch's global generator.
         digest: of the backbone, as a checkpoint has it.
         config: of the backbone, likewise.
-        tuning: how it is trained, see ``Tuning``, SGD where it does not say, without distillation; and how a step is
-            computed, see ``Economy``.
+        options: others of ``train_clip.options.TrainingOptions``: how it is trained, by SGD by default.
 
     Raises:
         UserError: the backbone cannot be loaded, is another than the checkpoint's, or has no tokens.
@@ -50,30 +48,30 @@ class PromptCLIPWrapper(ContrastiveModule):
 
     model: CLIP
     names_of_model: ClassVar[tuple[str, ...]] = ("backbone", "prompts", "digest", "config")
-    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size", "backbone")
+    free_to_change: ClassVar[tuple[str, ...]] = (*ContrastiveModule.free_to_change, "backbone")
 
-    def __init__(  # noqa: PLR0913, as the other wrappers
+    def __init__(
         self,
         backbone: str | Path | Found,
         prompts: PromptConfig | Mapping[str, Any],
-        minibatch_size: int = 0,
-        learning_rate: float = 0.1,
-        weight_decay: float = 0.0,
-        warmup_steps: int | None = None,
-        seed: int = 0,
+        minibatch_size: int = StepOptions.minibatch_size,
+        learning_rate: float = VPT.lr,
+        *,
         digest: str | None = None,
         config: Mapping[str, Any] | None = None,
-        **tuning: Any,
+        **options: Any,
     ) -> None:
-        economy = take_economy(tuning, minibatch_size)
-        choices = make_tuning(tuning, optimizer="sgd", lock_text=True)
-        if choices.distillation != "none":
-            raise UserError(f"distillation is {choices.distillation!r}; prompts are tuned without a teacher.")
-        if choices.has_half_weights:
-            raise UserError(f"half_weights is {choices.half_weights!r}; the backbone of prompts stays as it is.")
-        for name, usual in (("mask_ratio", 0), ("stochastic_depth", 0), ("layer_decay", 1)):
-            if (value := getattr(choices, name)) != usual:
-                raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
+        options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate}
+        given = TrainingOptions.of(options, optimizer="sgd", lock_text=True)
+        if given.towers.distils:
+            raise UserError(f"distillation is {given.towers.distillation!r}; prompts are tuned without a teacher.")
+        values = given.flat()
+        usual_values = {"half_weights": "none", "mask_ratio": 0, "stochastic_depth": 0, "layer_decay": 1}
+        for name, usual in usual_values.items():
+            if values[name] != usual:
+                raise UserError(
+                    f"{name} is {values[name]}; the backbone of prompts stays and runs as it is. Leave it out."
+                )
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))
         if not isinstance(backbone, Found):
@@ -84,39 +82,34 @@ class PromptCLIPWrapper(ContrastiveModule):
             )
         backbone = backbone.require_clip()
         model, found = _model_of(backbone, digest)
-        if choices.loss == "sigmoid" and model.logit_bias is None:
+        if given.objective.loss == "sigmoid" and model.logit_bias is None:
             raise UserError(
                 f"loss is 'sigmoid', and {backbone.source} has no logit_bias, being trained with the softmax loss. A "
                 "backbone stays as it is: leave the loss out."
             )
         add_prompts(model, prompts)
-        optimizer = OptimizerConfig(learning_rate, (0.9, 0.999), 1e-8, weight_decay, NO_LIMIT, EPOCHS)
-        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
+        super().__init__(model, VPT, given)
         self.tokenizer = Tokenizer(model.config.text.context)
         self.save_hyperparameters(
             {
                 "backbone": _place(backbone.source),
                 "prompts": dataclasses.asdict(prompts) | {"layers": list(prompts.layers)},
-                "minibatch_size": minibatch_size,
-                "learning_rate": learning_rate,
-                "weight_decay": weight_decay,
-                "warmup_steps": warmup_steps,
-                "seed": seed,
                 "digest": found,
                 "config": model.config.to_dict(),
             }
-            | dataclasses.asdict(choices)
+            | self.options.flat()
         )
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained alone, and its mean."""
         super().on_save_checkpoint(checkpoint)
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the backbone, which this module has from its own file, so that loading stays strict."""
         super().on_load_checkpoint(checkpoint)
+        # The backbone, which this module has from its own file, so that loading stays strict.
         kept = self._kept()
         frozen = {name: value for name, value in self.state_dict().items() if name not in kept}
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
@@ -128,11 +121,7 @@ class PromptCLIPWrapper(ContrastiveModule):
 
 
 def _model_of(weights: FoundCLIP, digest: str | None) -> tuple[CLIP, str]:
-    """The backbone that prompts are put beside, and what it is by its content.
-
-    Raises:
-        UserError: it is another than the digest says.
-    """
+    """The backbone that prompts are put beside, and what it is by its content."""
     tensors = weights.read_as_kept()
     found = digest_of(tensors)
     if digest not in (None, found):

@@ -11,7 +11,7 @@ from train_clip.errors import UserError
 from train_clip.models.blocks import Transformer
 from train_clip.models.clip import DualEncoder
 from train_clip.models.vit import VisionTransformer
-from train_clip.training.tuning import Tuning
+from train_clip.options import ObjectiveOptions
 
 
 class PatchDropping:
@@ -27,7 +27,7 @@ class PatchDropping:
         UserError: the image tower is no vision transformer of this package, or would have no patch to look at.
     """
 
-    def __init__(self, model: DualEncoder, tuning: Tuning) -> None:
+    def __init__(self, model: DualEncoder, tuning: ObjectiveOptions) -> None:
         self._unmasked_share = tuning.unmasked_share
         self._kept: list[tuple[VisionTransformer, int]] = []
         if not tuning.mask_ratio:

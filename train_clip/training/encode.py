@@ -47,9 +47,9 @@ from train_clip.gather import gather_with_gradient, world
 from train_clip.losses.softmax import Pairs
 from train_clip.models.blocks import SelfAttention, get_statistics, momentum, set_statistics, still, training_norms
 from train_clip.models.clip import CLIP, DualEncoder, Texts
+from train_clip.options import StepOptions
 from train_clip.tensors import seed_of, sent
 from train_clip.training.batch import BatchReader, Inputs
-from train_clip.training.tuning import Economy
 
 
 class PooledNorms:
@@ -471,7 +471,7 @@ class TowerRuns:
         seed: with the count of batches it decides the random state of each chunk.
     """
 
-    def __init__(self, reader: BatchReader, economy: Economy, halves: bool, seed: int) -> None:
+    def __init__(self, reader: BatchReader, economy: StepOptions, halves: bool, seed: int) -> None:
         self.reader = reader
         self.economy = economy
         self.halves = halves

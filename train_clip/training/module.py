@@ -13,7 +13,6 @@ What a training step tells of a batch, beside its loss.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -33,10 +32,12 @@ from train_clip.errors import UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
 from train_clip.losses import LOSSES
 from train_clip.losses.softmax import Pairs, accuracy
+from train_clip.models.blocks import recompute_blocks
 from train_clip.models.clip import DualEncoder, Texts
 from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
 from train_clip.options import TrainingOptions
 from train_clip.training.batch import BatchReader, Inputs, augmented, warn_of_flips
+from train_clip.training.compile import compile_towers
 from train_clip.training.distillation import Distillation, require_room
 from train_clip.training.dropping import PatchDropping, skip_blocks
 from train_clip.training.ema import WeightsEMA, ema_figure
@@ -45,8 +46,8 @@ from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_precision import narrow, widen
 from train_clip.training.lightning_internals import gradient_scaler, resuming, trainer_of
 from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, usual_rate, warmup_for
+from train_clip.training.same_run import completed, require_same
 from train_clip.training.skips import SkipReport
-from train_clip.training.tuning import PLAIN, Economy, Tuning, require_precision, require_same_arguments
 from train_clip.training.validation import ValidationSplit
 from train_clip.types import Batch
 
@@ -183,6 +184,10 @@ LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than th
 warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 
+FLOAT32_WEIGHTS = ("32-true", "16-mixed", "bf16-mixed")
+HALF = ("bf16-true", "16-true")
+
+
 class ContrastiveModule(EmbeddingModule):
     """Trains a model of two towers on batches that start with images and texts.
 
@@ -191,56 +196,46 @@ class ContrastiveModule(EmbeddingModule):
 
     Args:
         model: both towers and the temperature.
-        optimizer: its numbers.
-        tuning: what is trained, and towards what.
-        warmup_steps: optimizer steps until the peak; None for the optimizer's own, or a tenth of a run that is short.
-        economy: how a step is computed.
-        seed: with the count of batches it decides the random state of each step.
+        preset: what the optimizer options leave open, and the warm-up.
+        options: how it is trained; with the preset's values in ``self.options``.
     """
 
     # Arguments that say what model it is; the others say how it is trained.
     names_of_model: ClassVar[tuple[str, ...]] = ()
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
-    free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size",)
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile"),
+    )
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        optimizer: OptimizerConfig,
-        tuning: Tuning,
-        warmup_steps: int | None = None,
-        economy: Economy = PLAIN,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(model, tuning.has_half_weights)
-        for name, value in (("warmup_steps", warmup_steps or 0), ("seed", seed)):
-            if value < 0:
-                raise UserError(f"{name} is {value}; expected 0 or above.")
-        self.model.lock(tuning.lock_image, tuning.lock_text)
+    def __init__(self, model: DualEncoder, preset: OptimizerConfig, options: TrainingOptions) -> None:
+        super().__init__(model, options.optimizer.has_half_weights)
+        self.options = options = TrainingOptions.of(
+            options.flat(),
+            optimizer="adamw",
+            distillation="none",
+            learning_rate=preset.lr,
+            **{name: getattr(preset, name) for name in ("weight_decay", "betas", "eps")},
+        )
+        towers, objective, step = options.towers, options.objective, options.step
+        model.lock(towers.lock_image, towers.lock_text)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if {id(parameter) for parameter in trained} <= {id(parameter) for parameter in model.temperature()}:
             raise UserError(
                 "Both towers are locked and nothing joins them: only the temperature would be trained. Leave out "
                 "lock_image or lock_text."
             )
-        self.distillation = None if tuning.distillation == "none" else Distillation(model, tuning.distillation)
-        self.ema = WeightsEMA(model, tuning.ema) if tuning.ema else None
-        economy.recompute(model)
-        self._patches = PatchDropping(model, tuning)
-        skip_blocks(model, tuning.stochastic_depth)
-        numbers = {name: getattr(optimizer, name) for name in ("weight_decay", "betas", "eps")}
-        self.options = TrainingOptions.of(
-            dataclasses.asdict(tuning) | numbers | {"learning_rate": optimizer.lr, "seed": seed}
-        )
-        build_optimizer(self, model, self.options)  # refuses a model that has no layers, or nothing for Muon
-        self._towers = TowerRuns(self._reader, economy, tuning.has_half_weights, seed)
+        self.distillation = Distillation(model, str(towers.distillation)) if towers.distils else None
+        self.ema = WeightsEMA(model, options.optimizer.ema) if options.optimizer.ema else None
+        for tower in (model.visual, model.transformer):
+            if step.gradient_checkpointing and any(parameter.requires_grad for parameter in tower.parameters()):
+                recompute_blocks(tower, step.gradient_checkpointing)
+        self._patches = PatchDropping(model, objective)
+        skip_blocks(model, objective.stochastic_depth)
+        build_optimizer(self, model, options)  # refuses a model that has no layers, or nothing for Muon
+        self._towers = TowerRuns(self._reader, step, options.optimizer.has_half_weights, step.seed)
+        self._preset = preset
         self._end_of_step = EndOfStep()
-        self._optimizer_config = optimizer
-        self._tuning = tuning
-        self._warmup_steps = warmup_steps
-        self._economy = economy
-        self._seed = seed
-        self._loss = LOSSES[tuning.loss]
+        self._loss = LOSSES[objective.loss]
         self._validation_split, self._ema_split = (ValidationSplit(model.embed_dim, self._loss) for _ in range(2))
 
     def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:
@@ -272,22 +267,36 @@ class ContrastiveModule(EmbeddingModule):
             require_room(num_pairs)
 
     def require_precision(self, precision: str) -> None:
-        """Refuse a precision in which a running mean would stand still, or half weights be another thing.
-
-        Args:
-            precision: the Trainer's.
+        """Refuse a Trainer's precision in which an EMA would stand still, or half weights be another thing.
 
         Raises:
             UserError: it is one, for what is trained.
         """
-        require_precision(precision, self._tuning, self._economy)
+        optimizer, step = self.options.optimizer, self.options.step
+        if optimizer.keeps_halves and precision not in FLOAT32_WEIGHTS:
+            raise UserError(
+                f"--precision {precision}: --half_weights and --adam_statistics are for weights that are float32 "
+                f"otherwise. Use one of {', '.join(FLOAT32_WEIGHTS)}, or leave the two options out."
+            )
+        if optimizer.has_half_weights and step.gradient_checkpointing and precision != "bf16-mixed":
+            raise UserError(
+                f"--precision {precision}: blocks that are recomputed take half weights as they are, which bf16-mixed "
+                "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
+                "--gradient_checkpointing."
+            )
+        if self._means() and precision in HALF:
+            raise UserError(
+                f"--precision {precision}: in half precision an EMA of the weights stands still, and with it the "
+                "teacher. Use bf16-mixed or 16-mixed, or --distillation none and --ema 0."
+            )
 
     def setup(self, stage: str) -> None:
         """Hold the Trainer against what is minimised."""
         if stage == "fit":
             self.require_precision(self.trainer.precision)
-            self._economy.prepare(self.model)
-            warn_of_flips(self._tuning.augmentation, getattr(self.trainer, "datamodule", None))
+            if self.options.step.compile:
+                compile_towers(self.model)
+            warn_of_flips(self.options.augmentation, getattr(self.trainer, "datamodule", None))
 
     def configure_model(self) -> None:
         """Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32."""
@@ -316,8 +325,8 @@ class ContrastiveModule(EmbeddingModule):
                 "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
                 "max_epochs is -1. Set the Trainer's max_steps."
             )
-        num_steps, own = int(num_steps), self._warmup_steps
-        warmup_steps = warmup_for(num_steps, self._optimizer_config) if own is None else own
+        num_steps, asked = int(num_steps), self.options.optimizer.warmup_steps
+        warmup_steps = warmup_for(num_steps, self._preset) if asked is None else asked
         optimizer = build_optimizer(self, self.model, self.options, self._fuses())
         schedule = LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -337,17 +346,17 @@ class ContrastiveModule(EmbeddingModule):
         """Loss of this process's rows against the global batch, () float32."""
         inputs = self._reader.read(batch, self.device)
         self._end_of_step.require_equal_shares(len(inputs.images))
-        images = augmented(inputs.images, self._tuning.augmentation, self._seed, self.consumed_batches)
+        images = augmented(inputs.images, self.options.augmentation, self.options.step.seed, self.consumed_batches)
         inputs = inputs._replace(images=images)
         pairs = share(*self._towers.embed(self.model, inputs, self.consumed_batches), inputs.captions)
         taught = self._embed_by_teacher(inputs, len(pairs.all_images))
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
-            mask = self._tuning.equal_captions == "mask"
+            mask = self.options.objective.equal_captions == "mask"
             scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
             parts = {"contrastive_loss": self._loss.of(pairs, scale, bias, mask)}
             if self.distillation is not None:
-                parts["distillation_loss"] = self._tuning.kl_coeff * self.distillation(pairs, *taught)
+                parts["distillation_loss"] = self.options.towers.kl_coeff * self.distillation(pairs, *taught)
             loss = torch.stack(list(parts.values())).sum()
         self._log_step(loss.detach(), parts, pairs)
         return self._end_of_step.finite.note_loss(loss)
@@ -397,8 +406,13 @@ class ContrastiveModule(EmbeddingModule):
         Raises:
             UserError: the model is another, or so is how it is trained.
         """
-        # A run of before a choice was to be made has made the usual one.
-        require_same_arguments(self.hparams, dataclasses.asdict(Tuning()) | dict(kept), self.free_to_change)
+        require_same(
+            self.hparams,
+            completed(kept, self.hparams),
+            "The run began with another model or optimizer (found {found}), and its checkpoint holds their state. Give "
+            "the earlier values, or leave them out; to train with others begin a new run.",
+            self.free_to_change,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let no state be saved after a step that was not finite."""
@@ -450,7 +464,8 @@ class ContrastiveModule(EmbeddingModule):
         due = every and (self.trainer.global_step + 1) % every == 0
         if not due and self.device.type != "cpu":
             return
-        figures = step_figures(pairs, parts, None if self._tuning.equal_captions == "mask" else self._loss.floor)
+        mask = self.options.objective.equal_captions == "mask"
+        figures = step_figures(pairs, parts, None if mask else self._loss.floor)
         rate = usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate)
         figures |= learned_figures(self.model, self.distillation)
         figures |= {"train/loss": loss, "train/learning_rate": torch.tensor(rate, device=self.device)}

@@ -93,17 +93,17 @@ class SkipReport(Callback):
             return
         pairs = len(data.training_pairs) + len(data.validation_pairs)
         # Two processes can meet one file: this sum is only the cheap question.
-        if total(len(self.met), self._hosts) <= data.max_bad * pairs:
+        if total(len(self.met), self._hosts) <= data.options.max_bad * pairs:
             return
         bad = {path: reason for met in gather_objects(self.met) for path, reason in met.items()}
-        if len(bad) <= data.max_bad * pairs:
+        if len(bad) <= data.options.max_bad * pairs:
             return
         if trainer.is_global_zero:
             self._log(bad)
         saved = save_now(trainer, within_epoch)
         raise UserError(
             f"{data.source}: {len(bad):,} of {pairs:,} pairs ({len(bad) / pairs:.1%}) could not be used so far, more "
-            f"than --max_bad {data.max_bad:g} ({_tally(bad)}). Their names are in {self.log_file}; "
+            f"than --max_bad {data.options.max_bad:g} ({_tally(bad)}). Their names are in {self.log_file}; "
             "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad."
             + (f" The state of the run is saved in {saved}." if saved else "")
         )

@@ -1,0 +1,42 @@
+"""Whether a run that goes on is the one that began: the same model, optimizer, data and start."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from train_clip.errors import UserError
+from train_clip.options import TrainingOptions
+
+MOST_NAMED = 4  # values in a message
+
+
+def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, free: Collection[str] = ()) -> None:
+    """Refuse to go on with other values, nested or not, than the run's: ``kept``, but for what is ``free`` to differ.
+
+    Raises:
+        UserError: something else differs; the ``message``, with both values in place of ``{found}``.
+    """
+    now, then = (dict(_flat({name: values[name] for name in values if name not in free})) for values in (own, kept))
+    differ = [name for name in now | then if now.get(name) != then.get(name)]
+    if differ:
+        found = "; ".join(f"{name} {now.get(name)}, was {then.get(name)}" for name in differ[:MOST_NAMED])
+        raise UserError(message.replace("{found}", found))
+
+
+def completed(kept: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``hparams`` of a checkpoint, with the options that the version that wrote it did not have yet.
+
+    It did what their defaults do; where the preset decides (None), what it decides for this module, ``own``.
+    """
+    defaults = TrainingOptions().flat()
+    missing = {name: own.get(name) if value is None else value for name, value in defaults.items() if name not in kept}
+    return missing | dict(kept)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
