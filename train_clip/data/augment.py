@@ -36,6 +36,7 @@ from torch import Tensor
 
 from train_clip.data.pairs import Pair
 from train_clip.errors import BadSample, UserError
+from train_clip.options import AugmentationOptions
 from train_clip.tensors import sent
 
 LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
@@ -110,7 +111,7 @@ class Draws:
         return Draws(*(sent(tensor, device) for tensor in (self.mixes, self.lifts, self.mirrored, self.upended)))
 
 
-def draw_batch(how: BatchAugmentation, place: tuple[int, int], rows: slice, number: int) -> Draws:
+def draw_batch(how: BatchAugmentation | AugmentationOptions, place: tuple[int, int], rows: slice, number: int) -> Draws:
     """Draw for some images of a global batch: for each the same, whoever else draws for the others.
 
     Args:
@@ -158,7 +159,7 @@ def colour_maps(
     return maps
 
 
-def augment(images: Tensor, how: BatchAugmentation, draws: Draws) -> Tensor:
+def augment(images: Tensor, how: BatchAugmentation | AugmentationOptions, draws: Draws) -> Tensor:
     """Change the images as it was drawn. They themselves stay: a loader may bring them again.
 
     Args:

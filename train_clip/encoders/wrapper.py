@@ -25,6 +25,7 @@ from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import Texts
 from train_clip.models.config import OptimizerConfig
+from train_clip.training.bridge import training_options
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning, take_economy
 
@@ -106,7 +107,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         model = CustomCLIP(image, text, avg_word_embs, project)
         if choices.loss == "sigmoid":
             model.add_bias()
-        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
+        super().__init__(model, optimizer, training_options(choices, economy, warmup_steps, seed))
         self.tokenizer = _tokenizer(tokenizer, text.context)
         self.save_hyperparameters(
             {

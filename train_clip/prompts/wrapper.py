@@ -18,6 +18,7 @@ from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
 from train_clip.prompts.config import PromptConfig
 from train_clip.prompts.model import add_prompts
+from train_clip.training.bridge import training_options
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning, take_economy
 
@@ -91,7 +92,7 @@ class PromptCLIPWrapper(ContrastiveModule):
             )
         add_prompts(model, prompts)
         optimizer = OptimizerConfig(learning_rate, (0.9, 0.999), 1e-8, weight_decay, NO_LIMIT, EPOCHS)
-        super().__init__(model, optimizer, choices, warmup_steps, economy, seed)
+        super().__init__(model, optimizer, training_options(choices, economy, warmup_steps, seed))
         self.tokenizer = Tokenizer(model.config.text.context)
         self.save_hyperparameters(
             {

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
+from train_clip.training.bridge import training_options
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.tuning import make_tuning, take_economy
 
@@ -69,7 +70,7 @@ class CLIPWrapper(ContrastiveModule):
         economy = take_economy(tuning, minibatch_size)
         choices = make_tuning(tuning)
         config = dataclasses.replace(config, logit_bias=choices.loss == "sigmoid")
-        super().__init__(CLIP(config), optimizer, choices, warmup_steps, economy, seed)
+        super().__init__(CLIP(config), optimizer, training_options(choices, economy, warmup_steps, seed))
         self.tokenizer = Tokenizer(config.text.context)
         # Plain values only: anything else makes the file unloadable without running code.
         self.save_hyperparameters(

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from train_clip.models.clip import DualEncoder
+from train_clip.options import OptimizerOptions
 from train_clip.tensors import local, seed_of, sent, shard_of
 from train_clip.training.end_of_step import known_at_once
-from train_clip.training.tuning import Tuning
 
 HALF_STEP = 1 << 15  # of the 2^16 float32 numbers from one bfloat16 number to the next
 TOP_16_BITS = -(1 << 16)
@@ -263,7 +263,7 @@ def update(kept: tuple[Tensor, ...], gradient: Tensor, numbers: Tensor, noise: T
     )
 
 
-def narrow(model: DualEncoder, tuning: Tuning) -> None:
+def narrow(model: DualEncoder, tuning: OptimizerOptions) -> None:
     """Keep in bfloat16 what is trained of the towers that are to be half as wide, rounded to nearest."""
     for tower, which in zip(model.towers(), ("image", "text"), strict=True):
         if tuning.half_weights in (which, "both"):
@@ -272,7 +272,7 @@ def narrow(model: DualEncoder, tuning: Tuning) -> None:
                     parameter.data = parameter.data.bfloat16()
 
 
-def widen(model: nn.Module, tuning: Tuning) -> None:
+def widen(model: nn.Module, tuning: OptimizerOptions) -> None:
     """Keep them in float32 again, the same numbers."""
     for parameter in model.parameters():
         if tuning.has_half_weights and parameter.dtype == torch.bfloat16:

@@ -14,14 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
-from torch.fx.experimental import _config as shapes
-
 from train_clip.data.augment import BatchAugmentation
 from train_clip.errors import UserError
-from train_clip.models.blocks import BlockStack, Transformer, recompute_blocks
-from train_clip.models.clip import DualEncoder
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
@@ -182,10 +176,6 @@ def make_tuning(given: dict[str, Any], **defaults: Any) -> Tuning:
     return Tuning(**(defaults | given))
 
 
-# Compiled forms of a block at most: by tower, training or not, and by batch. PyTorch gives up after 8.
-MOST_VERSIONS = 64
-
-
 @dataclass(frozen=True)
 class Economy:
     """How a step is computed.
@@ -210,24 +200,6 @@ class Economy:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 or above.")
 
-    def recompute(self, model: DualEncoder) -> None:
-        """Have the towers that are trained recompute their blocks, where that is asked for.
-
-        Raises:
-            UserError: a tower cannot.
-        """
-        for tower in (model.visual, model.transformer):
-            if self.gradient_checkpointing and any(parameter.requires_grad for parameter in tower.parameters()):
-                recompute_blocks(tower, self.gradient_checkpointing)
-
-    def prepare(self, model: DualEncoder) -> None:
-        """Compile both towers, where that is asked for. Copies of the model, pickled ones too, are not compiled."""
-        if self.compile:
-            # Blocks that are left out by chance see another number of rows each, and would be compiled for each number.
-            stacks = [module for module in model.visual.modules() if isinstance(module, Transformer)]
-            compile_tower(model.visual, dynamic=any(stack.stochastic_depth for stack in stacks))
-            compile_tower(model.transformer, dynamic=True)
-
 
 PLAIN = Economy()
 
@@ -243,35 +215,11 @@ def take_economy(given: dict[str, Any], minibatch_size: int) -> Economy:
     return Economy(minibatch_size, **{name: given.pop(name) for name in names})
 
 
-def compile_tower(tower: nn.Module, dynamic: bool) -> None:
-    """Compile a tower in place: names of parameters, and checkpoints, stay as they are.
-
-    A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
-    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through.
-
-    Args:
-        tower: is changed.
-        dynamic: whether one form serves all shapes, as of captions and under stochastic depth, or each shape has its
-            own, as of images. What is compiled again once shapes turn out to change would part a chunk from its
-            recomputation.
-    """
-    torch._dynamo.config.recompile_limit = MOST_VERSIONS
-    # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
-    # met in the first one's recomputation (tests/training/test_economy.py).
-    shapes.use_duck_shape = False
-    stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
-    by_block = [stack for stack in stacks if isinstance(stack, Transformer) or stack.recompute]
-    for block in (block for stack in by_block for block in stack.blocks()):
-        block.compile(dynamic=dynamic)
-    if not by_block:
-        tower.compile(dynamic=dynamic)
-
-
 FLOAT32_WEIGHTS = ("32-true", "16-mixed", "bf16-mixed")
 HALF = ("bf16-true", "16-true")
 
 
-def require_precision(precision: str, tuning: Tuning, economy: Economy) -> None:
+def require_precision(precision: str, tuning: Tuning, economy: Any) -> None:
     """Refuse a precision in which a running mean would stand still, or half weights be another thing.
 
     Args:
