@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train_clip.data.crops import center_crop, to_tensor
 from train_clip.data.images import open_rgb, upright_rgb
-from train_clip.models.clip import DualEncoder, Texts
+from train_clip.models.clip import DualEncoder, Texts, unit_norm
 
 EMBED_AT_ONCE = 64  # images or captions
 
@@ -78,11 +77,6 @@ def embed_texts(
         for start in range(0, len(texts), batch_size):
             parts.append(unit_norm(model.encode_text(tokenize(texts[start : start + batch_size]))))
     return torch.cat(parts)
-
-
-def unit_norm(embeddings: Tensor) -> Tensor:
-    """Scale (N, D) rows to length 1, in float32 or wider."""
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
 
 def _pixels(image: Picture, size: int) -> Tensor:

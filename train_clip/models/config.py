@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -43,6 +43,8 @@ class ViTConfig:
         heads: attention heads; divides the width.
     """
 
+    tower: ClassVar[str] = "train_clip.models.vit:VisionTransformer"
+
     size: int
     patch: int
     layers: int
@@ -64,6 +66,8 @@ class ResNetConfig:
         blocks: number of bottlenecks in each of the four stages.
         width: channels of the stem (table 19 prints 32 times this).
     """
+
+    tower: ClassVar[str] = "train_clip.models.resnet:ModifiedResNet"
 
     size: int
     blocks: tuple[int, int, int, int]

@@ -76,7 +76,7 @@ class PromptedTransformer(nn.Module):
         transformer = self.backbone.transformer
         layers = [partial(self._layer, number=number) for number in range(len(transformer.resblocks))]
         x = run_blocks(layers, self.backbone.embed(images), transformer.recompute)
-        return self.backbone.read_out(x) @ self.backbone.proj
+        return self.backbone.ln_post(x[:, 0]) @ self.backbone.proj
 
     def _layer(self, x: Tensor, number: int) -> Tensor:
         """Map what a block would take without prompts of its own to what it gives: (B, L, W)."""
