@@ -32,45 +32,33 @@ MOST_VERSIONS = 64
 Block = Callable[[Tensor], Tensor]
 
 
-class BlockStack(nn.Module):
-    """What runs through blocks by ``run_blocks(…, self.recompute)``."""
+class Blocks(nn.Sequential):
+    """Blocks one after the other, by ``run_blocks``."""
 
     recompute: int = 0  # blocks whose activations are recomputed together in the backward pass; 0 to keep everything
+    stochastic_depth: float = 0.0  # share of the rows that the last block is left out for in training
 
-    def blocks(self) -> Iterator[nn.Module]:
-        """The blocks, first to last."""
-        raise NotImplementedError
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return run_blocks(list(self), x, self.recompute, self.stochastic_depth if self.training else 0.0)
 
 
-class Transformer(BlockStack):
-    """A stack of pre-norm residual blocks (CLIP paper, section 2.4).
-
-    Args:
-        width: W.
-        layers: number of blocks.
-        heads: H, divides the width.
-        activation: a key of ``ACTIVATIONS``.
-        causal: each position sees itself and those before it.
+class Transformer(nn.Module):
+    """Pre-norm residual blocks (CLIP paper, section 2.4); where it is causal a position sees itself and those before.
 
     Raises:
-        UserError: the activation is unknown.
+        UserError: the activation is none of ``ACTIVATIONS``.
     """
-
-    stochastic_depth: float = 0.0  # share of the rows that the last block is left out for in training
 
     def __init__(self, width: int, layers: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise UserError(f"Unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, activation, causal) for _ in range(layers))
+        self.resblocks = Blocks(*(ResidualBlock(width, heads, activation, causal) for _ in range(layers)))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return run_blocks(list(self.resblocks), x, self.recompute, self.stochastic_depth if self.training else 0.0)
-
-    @override
-    def blocks(self) -> Iterator[ResidualBlock]:
-        return cast(Iterator[ResidualBlock], iter(self.resblocks))
+        return self.resblocks(x)
 
 
 class ResidualBlock(nn.Module):
@@ -133,14 +121,7 @@ class SelfAttention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Scaled dot-product attention, softmax(q kᵀ / √E) v, by whichever way is faster.
 
-    Args:
-        q: (B, H, L, E) float.
-        k: (B, H, M, E) float.
-        v: (B, H, M, E) float.
-        causal: position i sees positions 0 to i.
-
-    Returns:
-        (B, H, L, E).
+    Of (B, H, L, E) q, (B, H, M, E) k and v: (B, H, L, E). Where it is causal, position i sees positions 0 to i.
     """
     if q.device.type != "cpu" or k.shape[-2] > PLAIN_UP_TO:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -198,19 +179,20 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, group: int, skipping: float =
         group: blocks that are recomputed together; 0 to keep everything.
         skipping: share of the rows that the last block is left out for; 0 for none.
     """
+
+    def run(x: Tensor, steps: Sequence[tuple[Block, float]]) -> Tensor:
+        for block, rate in steps:
+            x = through_some_rows(block, x, rate) if rate else block(x)
+        return x
+
     steps = list(zip(blocks, skip_rates(skipping, len(blocks)), strict=True))
     if group == 0 or not torch.is_grad_enabled():
-        return _run(steps, x)
+        return run(x, steps)
     for start in range(0, len(steps), group):
         some = steps[start : start + group]
         norms = [norm for block, _ in some if isinstance(block, nn.Module) for norm in training_norms(block)]
-        x = cast(Tensor, checkpoint(_run, some, x, use_reentrant=False, context_fn=partial(recomputing, norms)))
-    return x
-
-
-def _run(steps: Sequence[tuple[Block, float]], x: Tensor) -> Tensor:
-    for block, rate in steps:
-        x = through_some_rows(block, x, rate) if rate else block(x)
+        contexts = partial(recomputing, norms)
+        x = cast(Tensor, checkpoint(run, x, some, use_reentrant=False, context_fn=contexts))
     return x
 
 
@@ -231,9 +213,6 @@ def through_some_rows(block: Block, x: Tensor, rate: float) -> Tensor:
         block: maps rows to rows of the same shape, each by itself.
         x: (B, …).
         rate: from 0 to below 1; at least one row goes through.
-
-    Returns:
-        (B, …).
     """
     kept = max(1, round((1 - rate) * len(x)))
     if kept == len(x):
@@ -270,18 +249,14 @@ def recomputing(norms: Iterable[_BatchNorm]) -> tuple[Any, Any]:
 
 
 def recompute_blocks(tower: nn.Module, group: int) -> None:
-    """Have the blocks of a tower recomputed.
-
-    Args:
-        tower: of this package, or of a library that can do it by itself (transformers, timm).
-        group: blocks that are recomputed together, 0 for none; libraries recompute each by itself.
+    """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one.
 
     Raises:
         UserError: the tower offers no such thing.
     """
-    stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
-    for stack in stacks:
-        stack.recompute = group
+    stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
+    for blocks in stacks:
+        blocks.recompute = group
     if stacks or not group:
         return
     library: Any = tower
@@ -301,47 +276,36 @@ def recompute_blocks(tower: nn.Module, group: int) -> None:
 
 
 def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
-    """Have the blocks of a tower left out at random in training.
-
-    Args:
-        tower: its transformers are changed.
-        name: image or text.
-        highest: share of the rows that the last block of each is left out for; 0 for none.
+    """Have the last block of a tower, image or text, left out for that share of the rows in training, others for less.
 
     Raises:
         UserError: the tower has no transformer of this package.
     """
-    stacks = [module for module in tower.modules() if isinstance(module, Transformer)]
+    stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
     if highest and not stacks:
         raise UserError(
             f"stochastic_depth is {highest}; the {name} tower is {type(tower).__name__}, whose blocks cannot be left "
             "out: a ResNet's end in more than a sum, and a library's are its own. Expected CLIP's own transformers, "
             f"such as ViT-B/32's. Leave stochastic_depth out, or keep that tower: lock_{name}."
         )
-    for stack in stacks:
-        stack.stochastic_depth = highest
+    for blocks in stacks:
+        blocks.stochastic_depth = highest
 
 
 def compile_tower(tower: nn.Module, dynamic: bool) -> None:
-    """Compile a tower in place: names of parameters, and checkpoints, stay as they are.
+    """Compile a tower in place: names of parameters, and checkpoints, stay as they are; copies are not compiled.
 
     A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
-    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through.
-
-    Args:
-        tower: is changed; copies of it, pickled ones too, are not compiled.
-        dynamic: whether one form serves all shapes, as of captions, or each shape has its own, as of images. Blocks
-            that are left out by chance see another number of rows each, and would be compiled for each number. What is
-            compiled again once shapes turn out to change would part a chunk from its recomputation.
+    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through. One form serves all shapes
+    where ``dynamic``, as of captions, or blocks are left out for other numbers of rows; else each shape has its own.
+    What is compiled again once shapes turn out to change would part a chunk from its recomputation.
     """
     torch._dynamo.config.recompile_limit = MOST_VERSIONS
     # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
     # met in the first one's recomputation (tests/training/test_economy.py).
     shapes.use_duck_shape = False
-    stacks = [module for module in tower.modules() if isinstance(module, BlockStack)]
-    dynamic = dynamic or any(getattr(stack, "stochastic_depth", 0) for stack in stacks)
-    by_block = [stack for stack in stacks if isinstance(stack, Transformer) or stack.recompute]
-    for block in (block for stack in by_block for block in stack.blocks()):
-        block.compile(dynamic=dynamic)
-    if not by_block:
-        tower.compile(dynamic=dynamic)
+    stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
+    dynamic = dynamic or any(blocks.stochastic_depth for blocks in stacks)
+    by_block = [blocks for blocks in stacks if blocks.recompute or isinstance(blocks[0], ResidualBlock)]
+    for part in [block for blocks in by_block for block in blocks] or [tower]:
+        part.compile(dynamic=dynamic)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from train_clip.models.blocks import LayerNorm, Transformer
+from train_clip.models.blocks import LayerNorm, ResidualBlock, Transformer
 from train_clip.models.config import MEAN, START_OF_SIGMOID, STD, ModelConfig
 
 MAX_LOGIT_SCALE = 100.0  # CLIP paper, section 2.5
@@ -224,7 +224,7 @@ class CLIP(DualEncoder):
         width, layers = self.config.text.width, self.config.text.layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.blocks():
+        for block in cast(list[ResidualBlock], list(self.transformer.resblocks)):
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)

@@ -9,14 +9,13 @@ B  images      S  side of the image in pixels      C  channels      L  positions
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from train_clip.models.blocks import BlockStack, attend, run_blocks
+from train_clip.models.blocks import Blocks, attend
 from train_clip.models.config import ResNetConfig
 
 EXPANSION = 4  # a bottleneck's output over its inner channels (He et al. 2015, arXiv 1512.03385, table 1)
@@ -35,10 +34,9 @@ class ModifiedResNet(nn.Module):
         self.conv3 = nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         channels = [width, *(width * 2**stage * EXPANSION for stage in range(4))]
-        self.layer1 = Stage(channels[0], width, config.blocks[0], stride=1)
-        self.layer2 = Stage(channels[1], width * 2, config.blocks[1], stride=2)
-        self.layer3 = Stage(channels[2], width * 4, config.blocks[2], stride=2)
-        self.layer4 = Stage(channels[3], width * 8, config.blocks[3], stride=2)
+        for stage, blocks in enumerate(config.blocks):
+            layer = _stage(channels[stage], width * 2**stage, blocks, stride=2 if stage else 1)
+            self.add_module(f"layer{stage + 1}", layer)
         # Heads of 64 channels: 32 · width / 64 (openai/CLIP, model.py).
         self.attnpool = AttentionPool(config.size // 32, channels[4], heads=width // 2, embed_dim=embed_dim)
 
@@ -57,25 +55,14 @@ class ModifiedResNet(nn.Module):
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         x = F.avg_pool2d(x, 2)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
         return x
 
 
-class Stage(BlockStack, nn.Sequential):
-    """Bottlenecks one after the other, the first of which may have a stride."""
-
-    def __init__(self, inputs: int, channels: int, blocks: int, stride: int) -> None:
-        later = [Bottleneck(channels * EXPANSION, channels, stride=1) for _ in range(1, blocks)]
-        super().__init__(Bottleneck(inputs, channels, stride), *later)
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return run_blocks(list(self), x, self.recompute)
-
-    @override
-    def blocks(self) -> Iterator[nn.Module]:
-        return iter(self)
+def _stage(inputs: int, channels: int, blocks: int, stride: int) -> Blocks:
+    later = [Bottleneck(channels * EXPANSION, channels, stride=1) for _ in range(1, blocks)]
+    return Blocks(Bottleneck(inputs, channels, stride), *later)
 
 
 class Bottleneck(nn.Module):

@@ -46,7 +46,14 @@ class VisionTransformer(nn.Module):
         In training it may be (B, 1 + K, W): patches that are left out are not embedded (FLIP, arXiv 2212.00794).
         """
         as_product = is_plain(self.conv1, nn.Conv2d)
-        patches = cut_patches(images, self.patch) if as_product else self.conv1(images).flatten(2).transpose(1, 2)
+        if as_product:
+            # A convolution that does not overlap is a product of its squares, and so is its weight's gradient, for
+            # which PyTorch's convolution takes many times as long on a CPU. What is left over at the right and at the
+            # bottom is dropped by both.
+            squares = images.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)  # (B, 3, …, …, p, p)
+            patches = squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, P, 3 · p²), row by row
+        else:
+            patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, P, W)
         positions: Tensor = self.positional_embedding
         if self.training and self.kept_patches:
             patches, places = choose_patches(patches, self.kept_patches)
@@ -56,22 +63,6 @@ class VisionTransformer(nn.Module):
             patches = F.linear(patches, self.conv1.weight.flatten(1))
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return self.ln_pre(torch.cat([class_token, patches], dim=1) + positions.to(patches.dtype))
-
-
-def cut_patches(images: Tensor, side: int) -> Tensor:
-    """Cut images into squares, row by row: a convolution that does not overlap is a product of its squares.
-
-    As a product its weight's gradient is one too; PyTorch's convolution takes many times as long for it on a CPU.
-
-    Args:
-        images: (B, 3, S, S).
-        side: of a square, in pixels; what is left over at the right and at the bottom is dropped, as by a convolution.
-
-    Returns:
-        (B, P, 3 · side²).
-    """
-    squares = images.unfold(2, side, side).unfold(3, side, side)  # (B, 3, S / side, S / side, side, side)
-    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def choose_patches(patches: Tensor, number: int) -> tuple[Tensor, Tensor]:

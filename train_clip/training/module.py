@@ -286,7 +286,7 @@ class ContrastiveModule(L.LightningModule):
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Measure the captions while they are on the host, unless someone changes the batch on its way.
-        owners = [owner for owner in (self, getattr(trainer_of(self), "datamodule", None)) if owner is not None]
+        owners = [owner for owner in (self, getattr(self.trainer, "datamodule", None)) if owner is not None]
         if not any(is_overridden(hook, owner) for hook in LATER_HOOKS for owner in owners):
             self._reader.measure(batch)
         return batch
