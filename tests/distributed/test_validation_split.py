@@ -16,7 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 from two_processes import run
 
 from train_clip.gather import world
-from train_clip.losses.softmax import Pairs, clip_loss
+from train_clip.losses import Pairs
+from train_clip.losses.softmax import clip_loss
 from train_clip.models.clip import up_to_end
 from train_clip.training.batch import caption_ids
 from train_clip.training.validation import ValidationSplit, interleave, loss_in_batches

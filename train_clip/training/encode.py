@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -88,10 +88,8 @@ class Towers:
         # equals what it would have computed to within that.
         keys = inputs.captions.tolist()
         if new := {key: place for place, key in enumerate(keys) if key not in self.fixed_texts}:
-            places = list(new.values())
-            rows = torch.tensor(places, device=inputs.captions.device)
-            texts = inputs.texts
-            some = {name: t[rows] for name, t in texts.items()} if isinstance(texts, Mapping) else texts[rows]
+            texts, places = inputs.texts, list(new.values())
+            some = {name: t[places] for name, t in texts.items()} if isinstance(texts, Mapping) else texts[places]
             self.fixed_texts |= zip(new, embed(some, inputs.lengths[places]).cpu(), strict=True)
         return torch.stack([self.fixed_texts[key] for key in keys]).to(inputs.captions.device)
 
@@ -173,23 +171,22 @@ def _first(rows: Rows) -> Tensor:
 
 
 def _cut(batch: Rows, number: int, lengths: NDArray[np.int64] | None) -> tuple[list[Any], Tensor | None]:
-    """Chunks of nearly equal numbers of rows (one row alone is more than some BatchNorms can bear), and their order.
+    # Chunks of nearly equal numbers of rows (one row alone is more than some BatchNorms can bear), and their order:
+    # with lengths the rows are sorted by them, and a chunk ends with its longest.
+    order = None
+    if lengths is not None and number > 1:
+        places = np.argsort(lengths, kind="stable")
+        order, lengths = sent(torch.from_numpy(places), _first(batch).device), lengths[places]
+    ends = [None] * number if lengths is None else [int(some.max()) for some in np.array_split(lengths, number)]
 
-    With lengths the rows are sorted by them, and a chunk ends with its longest; the order is (B,) places in the batch.
-    """
-    if isinstance(batch, Mapping):
-        cut = {name: _cut(rows, number, lengths) for name, rows in batch.items()}
-        parts = [{name: chunks[place] for name, (chunks, _) in cut.items()} for place in range(number)]
-        return parts, next(iter(cut.values()))[1]
-    if lengths is None:
-        return list(batch.tensor_split(number)), None
-    if number == 1:
-        return [batch[:, : int(lengths.max())] if batch.ndim > 1 else batch], None
-    places = np.argsort(lengths, kind="stable")
-    longest = [int(lengths[some[-1]]) for some in np.array_split(places, number)]
-    order = sent(torch.from_numpy(places), batch.device)
-    chunks = zip(batch[order].tensor_split(number), longest, strict=True)
-    return [rows[:, :end] if rows.ndim > 1 else rows for rows, end in chunks], order
+    def cut(rows: Tensor) -> list[Tensor]:
+        parts = (rows if order is None else rows[order]).tensor_split(number)
+        return [part[:, :end] if part.ndim > 1 else part for part, end in zip(parts, ends, strict=True)]
+
+    if isinstance(batch, Tensor):
+        return cut(batch), order
+    columns = {name: cut(rows) for name, rows in batch.items()}
+    return [{name: parts[place] for name, parts in columns.items()} for place in range(number)], order
 
 
 def _seeded(encode: Callable[[Any], Tensor], chunk: Any, seed: int) -> Tensor:
@@ -205,48 +202,35 @@ def _recording(norms: Sequence[_BatchNorm], statistics: Sequence[list[tuple[int,
     counts = [0] * len(norms)
 
     def count_elements(place: int, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        counts[place] = inputs[0].numel() // inputs[0].shape[1] * _processes(norm)
+        counts[place] = inputs[0].numel() // inputs[0].shape[1]
+        if isinstance(norm, nn.SyncBatchNorm) and world()[1] > 1:
+            counts[place] *= distributed.get_world_size(cast(Any, norm.process_group))
 
-    hooks = [norm.register_forward_pre_hook(partial(count_elements, place)) for place, norm in enumerate(norms)]
-    try:
-        with scratch_statistics(norms):
-            yield
-            for norm, count, seen in zip(norms, counts, statistics, strict=True):
-                if count:
-                    seen.append((count, cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _processes(norm: nn.Module) -> int:
-    """How many processes a norm's statistics span."""
-    if not isinstance(norm, nn.SyncBatchNorm):
-        return 1
-    return world()[1] if norm.process_group is None else distributed.get_world_size(norm.process_group)
+    with ExitStack() as stack:
+        for place, norm in enumerate(norms):
+            stack.callback(norm.register_forward_pre_hook(partial(count_elements, place)).remove)
+        stack.enter_context(scratch_statistics(norms))
+        yield
+        for norm, count, seen in zip(norms, counts, statistics, strict=True):
+            if count:
+                seen.append((count, cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)))
 
 
 @torch.no_grad()
 def _update(norm: _BatchNorm, chunks: Sequence[tuple[int, Tensor, Tensor]]) -> None:
-    """Give a norm one update from the pooled statistics of its chunks.
-
-    mean = Σ n_k mean_k / n        var = Σ n_k (var_k + (mean_k - mean)²) / n        unbiased: var · n / (n - 1)
-    """
-    running_mean, running_var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    wide = torch.promote_types(running_mean.dtype, torch.float32)
-    counts = sent(torch.tensor([count for count, _, _ in chunks], dtype=wide), running_mean.device)[:, None]
-    means = torch.stack([mean for _, mean, _ in chunks]).to(wide)
-    variances = torch.stack([variance for _, _, variance in chunks]).to(wide)
-    total = counts.sum()
-    mean = (counts * means).sum(dim=0) / total
-    biased = variances * (counts - 1) / counts
+    # mean = Σ n_k mean_k / n      var = Σ n_k (var_k + (mean_k - mean)²) / n      unbiased: var · n / (n - 1)
+    counts, means, variances = zip(*chunks, strict=True)
+    before, tracked = cast(Tensor, norm.running_mean), cast(Tensor, norm.num_batches_tracked)
+    wide = torch.promote_types(before.dtype, torch.float32)
+    n = sent(torch.tensor(counts, dtype=wide), before.device)[:, None]
+    mean_k, var_k = torch.stack(means).to(wide), torch.stack(variances).to(wide)
+    mean = (n * mean_k).sum(dim=0) / n.sum()
     # Squares of differences, not differences of squares, which cancel where the mean is large.
-    variance = (counts * (biased + (means - mean) ** 2)).sum(dim=0) / (total - 1)
-    tracked = cast(Tensor, norm.num_batches_tracked)
+    var = (n * (var_k * (n - 1) / n + (mean_k - mean) ** 2)).sum(dim=0) / (n.sum() - 1)
     # momentum None is a cumulative average (torch.nn.BatchNorm2d).
     share = 1 / (int(tracked) + 1) if norm.momentum is None else norm.momentum
-    running_mean.copy_(running_mean.to(wide).lerp(mean, share))
-    running_var.copy_(running_var.to(wide).lerp(variance, share))
+    for running, pooled in ((before, mean), (cast(Tensor, norm.running_var), var)):
+        running.copy_(running.to(wide).lerp(pooled, share))
     tracked.add_(1)
 
 
