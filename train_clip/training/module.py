@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -34,7 +34,7 @@ from train_clip.models.clip import DualEncoder, Texts
 from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
 from train_clip.models.vit import patches_to_keep
 from train_clip.options import AugmentationOptions, TrainingOptions
-from train_clip.training.batch import BatchReader, Inputs
+from train_clip.training.batch import BatchReader
 from train_clip.training.bridge import (
     WeightsEMA,
     build_optimizer,
@@ -108,6 +108,7 @@ class ContrastiveModule(L.LightningModule):
         self._towers = Towers(model, options)
         self._end_of_step = EndOfStep()
         self._augments = options.augmentation.changes_colours or options.augmentation.flips
+        self._mask_equal = objective.equal_captions == "mask"
         self._loss = loss_named(objective.loss)
         self._validation_split, self._ema_split = (ValidationSplit(model.embed_dim, self._loss) for _ in range(2))
 
@@ -118,17 +119,20 @@ class ContrastiveModule(L.LightningModule):
         self._end_of_step.require_equal_shares(len(inputs.images))
         if self._augments:
             inputs = inputs._replace(images=self._augmented(inputs.images))
-        pairs = share(*self._towers.embed(self.model, inputs, self.consumed_batches), inputs.captions)
-        taught = self._embed_by_teacher(inputs, len(pairs.all_images)) if self.distillation is not None else ()
+        images, texts = self._towers.embed(self.model, inputs, self.consumed_batches)
+        pairs = share(images, texts, inputs.captions)
+        if self.distillation is not None:
+            require_room(len(pairs.all_images))
+            with torch.no_grad():
+                taught = self._towers.embed(self.distillation.teacher.model, inputs, self.consumed_batches)
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
         with torch.autocast(self.device.type, enabled=False):
-            mask_equal = self.options.objective.equal_captions == "mask"
             scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-            parts = {"contrastive_loss": self._loss.of(pairs, scale, bias, mask_equal)}
+            parts = {"contrastive_loss": self._loss.of(pairs, scale, bias, self._mask_equal)}
             if self.distillation is not None:
                 parts["distillation_loss"] = self.options.towers.kl_coeff * self.distillation(pairs, *taught)
             loss = torch.stack(list(parts.values())).sum()
-        self._log_step(loss.detach(), parts, pairs)
+        self._log_step(loss, parts, pairs)
         return self._end_of_step.finite.note_loss(loss)
 
     def _augmented(self, images: Tensor) -> Tensor:
@@ -139,36 +143,26 @@ class ContrastiveModule(L.LightningModule):
         return augment(images, how, draws.on(images.device))
 
     @torch.no_grad()
-    def _embed_by_teacher(self, inputs: Inputs, num_pairs: int) -> tuple[Tensor, Tensor]:
-        assert self.distillation is not None
-        require_room(num_pairs)
-        return self._towers.embed(self.distillation.teacher.model, inputs, self.consumed_batches)
-
     def _log_step(self, loss: Tensor, parts: dict[str, Tensor], pairs: Pairs) -> None:
         # On the steps that reach a logger: reading the figures waits for the device.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every and (self.trainer.global_step + 1) % every == 0
-        if not due and self.device.type != "cpu":
+        if self.device.type != "cpu" and not (every and (self.trainer.global_step + 1) % every == 0):
             return
-        assert pairs.captions is not None
-        floor = 0.0 if self.options.objective.equal_captions == "mask" else self._loss.floor(pairs.captions)
+        rate = usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate)
+        floor = 0.0 if self._mask_equal else self._loss.floor(cast(Tensor, pairs.captions))
         figures = {
             "loss": loss,
-            "loss_above_floor": parts["contrastive_loss"].detach() - floor,
+            "loss_above_floor": parts["contrastive_loss"] - floor,
             "accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
             "accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
-            "logit_scale": self.model.logit_scale.detach().exp(),
-            "learning_rate": torch.tensor(
-                usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate), device=self.device
-            ),
+            "logit_scale": self.model.logit_scale.exp(),
+            "learning_rate": torch.tensor(rate, device=self.device),
         }
-        if len(parts) > 1:
-            figures |= {name: part.detach() for name, part in parts.items()}
         if self.model.logit_bias is not None:
-            figures["logit_bias"] = self.model.logit_bias.detach()
+            figures["logit_bias"] = self.model.logit_bias
         if self.distillation is not None:
-            figures["distillation_scale"] = self.distillation.log_scale.detach().exp()
-        figures = {f"train/{name}": figure for name, figure in figures.items()}
+            figures |= parts | {"distillation_scale": self.distillation.log_scale.exp()}
+        figures = {f"train/{name}": figure.detach() for name, figure in figures.items()}
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
 
     @override
@@ -177,11 +171,7 @@ class ContrastiveModule(L.LightningModule):
         if self._kept_patches:
             num_steps = self._end_of_step.num_steps
             whole = self.trainer.global_step >= num_steps - round(self.options.objective.unmasked_share * num_steps)
-            self._keep_patches(0 if whole else self._kept_patches)
-
-    def _keep_patches(self, number: int) -> None:
-        if self._kept_patches:
-            self.model.visual.kept_patches = number  # type: ignore[assignment]
+            cast(Any, self.model.visual).kept_patches = 0 if whole else self._kept_patches
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -240,12 +230,12 @@ class ContrastiveModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         # The split is scored as a whole: its loss over global batches of fixed size, and retrieval.
         dataset = getattr(self.trainer.val_dataloaders, "dataset", None)
-        figures, *of_ema = (
-            split.score(model.logit_scale.exp(), dataset, model.logit_bias) for split, model in self._splits()
-        )
-        figures |= {ema_figure(name): value for one in of_ema for name, value in one.items()}
-        # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
-        self.log_dict(figures, sync_dist=True)
+        for split, model in self._splits():
+            figures = split.score(model.logit_scale.exp(), dataset, model.logit_bias)
+            if model is not self.model:
+                figures = {ema_figure(name): value for name, value in figures.items()}
+            # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
+            self.log_dict(figures, sync_dist=True)
 
     def _splits(self) -> list[tuple[ValidationSplit, DualEncoder]]:
         own = [(self._validation_split, self.model)]
@@ -276,7 +266,8 @@ class ContrastiveModule(L.LightningModule):
     @override
     def teardown(self, stage: str) -> None:
         # After training: give the model back in float32, and looking at whole images.
-        self._keep_patches(0)
+        if self._kept_patches:
+            cast(Any, self.model.visual).kept_patches = 0
         widen(self.model, self.options.optimizer)
 
     @override
@@ -361,7 +352,7 @@ class ContrastiveModule(L.LightningModule):
     @override
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption, as ``DualEncoder.forward``."""
-        with self._float32_weights():
+        with self._float32():
             return self.model(images, texts)
 
     def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
@@ -379,7 +370,7 @@ class ContrastiveModule(L.LightningModule):
         Raises:
             BadSample: a file that cannot be read as an image.
         """
-        with self._float32_weights():
+        with self._float32():
             return embed_images(self.model, images, batch_size)
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
@@ -388,10 +379,10 @@ class ContrastiveModule(L.LightningModule):
         Returns:
             (N, D) float32, unit norm, on this module's device.
         """
-        with self._float32_weights():
+        with self._float32():
             return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
 
-    def _float32_weights(self) -> Any:
+    def _float32(self) -> Any:
         return WeightSubstitutes(self.model, self.options.optimizer.has_half_weights).in_place()
 
 
