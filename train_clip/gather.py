@@ -25,14 +25,9 @@ def world() -> tuple[int, int]:
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """Everyone's rows, with a gradient that flows back to the process that each came from.
 
-    The gradient of a row is the sum of what all processes send it. Where each takes the mean over its own rows and the
-    parameters' gradients are averaged (DDP), the result is one process's gradient on the global batch.
-
-    Args:
-        rows: (B, D) float, the same B on every process.
-
-    Returns:
-        (W · B, D), rank r's rows at r · B and after.
+    Of (B, D), the same B on each: (W · B, D), rank r's rows at r · B and after. The gradient of a row is the sum of
+    what all processes send it. Where each takes the mean over its own rows and the parameters' gradients are averaged
+    (DDP), the result is one process's gradient on the global batch.
     """
     return rows if world()[1] == 1 else _Gather.apply(rows)
 

@@ -12,9 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from train_clip import CLIP
 from train_clip.errors import UserError
-from train_clip.models.blocks import Blocks, recompute_blocks, run_blocks
+from train_clip.models.blocks import Blocks, run_blocks
 from train_clip.models.config import config_from_dict
 from train_clip.models.resnet import Bottleneck
+from train_clip.models.switches import recompute_blocks
 from train_clip.prompts.config import PromptConfig
 from train_clip.prompts.model import add_prompts
 

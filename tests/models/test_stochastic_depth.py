@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from train_clip import CLIP
-from train_clip.models.blocks import Transformer, recompute_blocks, skip_rates, through_some_rows
+from train_clip.models.blocks import Transformer, skip_rates, through_some_rows
 from train_clip.models.config import config_from_dict
+from train_clip.models.switches import recompute_blocks
 
 B, L, W = 10, 3, 8
 

@@ -10,7 +10,7 @@ from tiny_encoders import bert, image_tower
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.models.blocks import recompute_blocks
+from train_clip.models.switches import recompute_blocks
 from train_clip.training.encode import Chunks, encode_in_chunks
 
 VIT = {"size": 16, "patch": 8, "layers": 3, "width": 16, "heads": 2}

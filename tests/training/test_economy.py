@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.models.blocks import Transformer, compile_tower
+from train_clip.models.blocks import Transformer
+from train_clip.models.switches import compile_tower
 from train_clip.options import StepOptions
 from train_clip.training import encode as module_of_chunks
 from train_clip.training.encode import WeightSubstitutes, _RowsToTable

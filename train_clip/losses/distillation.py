@@ -35,9 +35,7 @@ def transport_targets(images: Tensor, texts: Tensor) -> Targets:
 
         Q = Sinkhorn(exp(S / λ))            S_v = S_vv + S_tt + S_vt,  S_t = S_vv + S_tt + S_tv,  own pairs removed
 
-    Args:
-        images: (N, D) float, unit norm: the teacher's, of everyone.
-        texts: (N, D) float, unit norm: likewise.
+    Images and texts are the teacher's embeddings of everyone, (N, D) float, unit norm.
     """
     return _targets(images, texts, _sinkhorn)
 
@@ -58,9 +56,6 @@ def divergence(rows: Tensor, columns: Tensor, scale: Tensor, log_target: Tensor)
         columns: (N, D) float, unit norm: everyone's of the other side.
         scale: () float, exp of the temperature of distillation.
         log_target: (B, N) float32: ln Q of this process's rows.
-
-    Returns:
-        () float32, or wider where the inputs are.
     """
     similarity = scale * rows @ columns.T
     log_student = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).log_softmax(dim=1)

@@ -20,16 +20,8 @@ def sigmoid_loss(pairs: Pairs, scale: Tensor, bias: Tensor | None, mask_equal: b
 
         S = scale · images textsᵀ + bias            L = -mean over i of Σ_j ln σ(z_ij S_ij)
 
-    with z = 1 for the own pair and -1 for every other.
-
-    Args:
-        pairs: see ``Pairs``.
-        scale: () float, exp of the learned temperature.
-        bias: () float, learned too; never None.
-        mask_equal: leave the other pairs of an equal caption out of the sum.
-
-    Returns:
-        () float32, or wider where the inputs are. Its gradient cannot be differentiated again.
+    with z = 1 for the own pair and -1 for every other. With ``mask_equal`` the other pairs of an equal caption leave
+    the sum. () float32, or wider; its gradient cannot be differentiated again.
     """
     assert bias is not None
     inputs = (pairs.images, pairs.all_texts, scale, bias)
@@ -51,14 +43,8 @@ def sigmoid_tile(logits: Tensor, own: Tensor, wants_gradient: bool) -> Tensor:
 def sigmoid_floor(groups: Tensor) -> Tensor:
     """The least that the loss can be where captions are equal: one logit s then stands for one yes and n - 1 noes.
 
-        floor = mean over i of min over s of -ln σ(s) - (n_i - 1) ln σ(-s)
-              = mean over i of ln n_i + (n_i - 1) ln(1 + 1 / (n_i - 1))       n_i  entries equal to entry i, itself too
-
-    Args:
-        groups: (N,) int64, equal for equal captions.
-
-    Returns:
-        () float32; 0 where all are different.
+    floor = mean over i of min over s of -ln σ(s) - (n_i - 1) ln σ(-s)
+          = mean over i of ln n_i + (n_i - 1) ln(1 + 1 / (n_i - 1))       n_i  entries equal to entry i, itself too
     """
     _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     others = counts[inverse].float() - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train_clip.losses import Loss, Pairs
-from train_clip.losses.tiles import TILE, tiled_loss, tiles
+from train_clip.losses.tiles import TILE, tiled_loss
 
 
 def clip_loss(pairs: Pairs, scale: Tensor, _bias: Tensor | None = None, mask_equal: bool = False) -> Tensor:
@@ -20,14 +20,7 @@ def clip_loss(pairs: Pairs, scale: Tensor, _bias: Tensor | None = None, mask_equ
 
         L = ½ (InfoNCE(images → texts) + InfoNCE(texts → images))
 
-    Args:
-        pairs: see ``Pairs``.
-        scale: () float, exp of the learned temperature.
-        _bias: none; other losses have one.
-        mask_equal: leave the other pairs of an equal caption out of the denominators.
-
-    Returns:
-        () float32, or wider where the inputs are.
+    With ``mask_equal`` the other pairs of an equal caption leave the denominators. () float32, or wider.
     """
     groups = pairs.captions if mask_equal else None
     image_to_text = info_nce(pairs.images, pairs.all_texts, scale, pairs.offset, groups)
@@ -46,9 +39,6 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, grou
         scale: () float, exp of the learned temperature, at most 100.
         offset: column of this process's first pair.
         groups: (N,) int64: columns equal to a row's own leave its denominator, the own one stays. None for all to stay.
-
-    Returns:
-        () float32, or wider where the inputs are.
     """
     if len(rows) * len(columns) > TILE:
         return tiled_loss(softmax_tile, (rows, columns, scale, None), offset, groups)
@@ -74,13 +64,7 @@ def softmax_tile(logits: Tensor, own: Tensor, wants_gradient: bool) -> Tensor:
 def loss_floor(groups: Tensor) -> Tensor:
     """The least that ``info_nce`` can be where captions are equal: a row cannot tell its own from those equal to it.
 
-        floor = mean over i of ln n_i            n_i  entries equal to entry i, itself included
-
-    Args:
-        groups: (N,) int64, equal for equal captions.
-
-    Returns:
-        () float32; 0 where all are different.
+    floor = mean over i of ln n_i            n_i  entries equal to entry i, itself included
     """
     _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     return counts[inverse].float().log().mean()
@@ -90,7 +74,8 @@ def loss_floor(groups: Tensor) -> Tensor:
 def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
     """Share of rows, as of ``info_nce``, whose most similar column is their own pair or equal to it: () float32."""
     own = offset + torch.arange(len(rows), device=rows.device)
-    found = torch.cat([(rows[tile] @ columns.T).argmax(dim=1) for tile in tiles(rows, columns)])
+    at_once = max(1, TILE // max(1, len(columns)))
+    found = torch.cat([(some @ columns.T).argmax(dim=1) for some in rows.split(at_once)])
     right = found == own if groups is None else groups[found] == groups[own]
     return right.float().mean()
 

@@ -8,7 +8,7 @@ B  pairs on this process      N  pairs of the global batch      D  embedding wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,29 +22,19 @@ TileLoss = Callable[[Tensor, Tensor, bool], Tensor]
 """(b, N) logits, (b, 1) own columns, whether to overwrite the logits by their gradient → () sum of the rows' losses."""
 
 
-def tiles(rows: Tensor, columns: Tensor) -> Iterator[slice]:
-    """Cut (B, …) rows into as many at a time as make one tile with (N, …) columns."""
-    some = max(1, TILE // max(1, len(columns)))
-    for start in range(0, len(rows), some):
-        yield slice(start, min(start + some, len(rows)))
-
-
 def tiled_loss(
     tile_loss: TileLoss,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
     offset: int = 0,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the rows of their loss against all columns; its gradient cannot be differentiated again.
+    """Mean over the rows of their loss against all columns, () float32 or wider, to be differentiated once.
 
     Args:
         tile_loss: of a tile's logits, scale · rows columnsᵀ + bias.
         inputs: (B, D) rows and (N, D) columns, float, of unit norm; () scale; () bias or None.
         offset: column of this process's first pair.
         groups: (N,) int64: columns equal to a row's own leave its loss, the own one stays. None for all to stay.
-
-    Returns:
-        () float32, or wider where the inputs are.
     """
     if not torch.is_grad_enabled():
         inputs = tuple(tensor if tensor is None else tensor.detach() for tensor in inputs)  # type: ignore[assignment]
@@ -74,7 +64,9 @@ class _Tiled(torch.autograd.Function):
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
         loss, of_bias = torch.zeros(2, dtype=dtype, device=rows.device).unbind()
         of_rows, of_columns = (torch.zeros_like(side) if wants_gradient else side for side in (wide_rows, wide_columns))
-        for tile in tiles(rows, columns):
+        at_once = max(1, TILE // max(1, len(columns)))
+        for start in range(0, len(rows), at_once):
+            tile = slice(start, min(start + at_once, len(rows)))
             own = torch.arange(offset + tile.start, offset + tile.stop, device=rows.device)[:, None]
             logits = (scale.to(dtype) * wide_rows[tile]) @ wide_columns.T
             if bias is not None:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import _config as shapes
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +25,6 @@ from train_clip.errors import UserError
 # Positions up to which, on a CPU, plain products train faster than the fused kernel (benchmarks/attention.py).
 PLAIN_UP_TO = 128
 SHARPNESS = 1.702  # openai/CLIP, model.py, QuickGELU
-# Compiled forms of a block at most: by tower, training or not, and by batch. PyTorch gives up after 8.
-MOST_VERSIONS = 64
 
 Block = Callable[[Tensor], Tensor]
 
@@ -229,83 +226,20 @@ def training_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def scratch_statistics(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Within the block norms write this batch's own statistics into fresh buffers; the running ones stay."""
+def scratch_statistics(norms: Iterable[_BatchNorm], momentum: float = 0.0) -> Iterator[None]:
+    """Within the block norms write into fresh buffers, with momentum 1 this batch's own statistics; theirs stay."""
     before = [(norm, dict(norm._buffers), norm.momentum) for norm in norms]
     for norm, buffers, _ in before:
         norm._buffers.update({name: torch.zeros_like(cast(Tensor, buffer)) for name, buffer in buffers.items()})
-        norm.momentum = 1.0
+        norm.momentum = momentum
     try:
         yield
     finally:  # ``checkpoint`` leaves a recomputation by an exception, once it has what it needs
-        for norm, buffers, momentum in before:
+        for norm, buffers, own in before:
             norm._buffers.update(buffers)
-            norm.momentum = momentum
+            norm.momentum = own
 
 
 def recomputing(norms: Iterable[_BatchNorm]) -> tuple[Any, Any]:
     """What ``checkpoint`` runs a forward pass and its recomputation in, so that running statistics are updated once."""
     return nullcontext(), scratch_statistics(norms)
-
-
-def recompute_blocks(tower: nn.Module, group: int) -> None:
-    """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one.
-
-    Raises:
-        UserError: the tower offers no such thing.
-    """
-    stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
-    for blocks in stacks:
-        blocks.recompute = group
-    if stacks or not group:
-        return
-    library: Any = tower
-    kind = type(tower).__name__
-    if group != 1:
-        raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block by itself. Expected 1.")
-    if hasattr(library, "gradient_checkpointing_enable"):
-        library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif hasattr(library, "set_grad_checkpointing"):
-        library.set_grad_checkpointing(True)
-    else:
-        raise UserError(
-            f"{kind} has no gradient checkpointing: found neither gradient_checkpointing_enable (transformers) nor "
-            "set_grad_checkpointing (timm). Leave gradient_checkpointing out; minibatch_size saves memory with any "
-            "encoder."
-        )
-
-
-def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
-    """Have the last block of a tower, image or text, left out for that share of the rows in training, others for less.
-
-    Raises:
-        UserError: the tower has no transformer of this package.
-    """
-    stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
-    if highest and not stacks:
-        raise UserError(
-            f"stochastic_depth is {highest}; the {name} tower is {type(tower).__name__}, whose blocks cannot be left "
-            "out: a ResNet's end in more than a sum, and a library's are its own. Expected CLIP's own transformers, "
-            f"such as ViT-B/32's. Leave stochastic_depth out, or keep that tower: lock_{name}."
-        )
-    for blocks in stacks:
-        blocks.stochastic_depth = highest
-
-
-def compile_tower(tower: nn.Module, dynamic: bool) -> None:
-    """Compile a tower in place: names of parameters, and checkpoints, stay as they are; copies are not compiled.
-
-    A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
-    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through. One form serves all shapes
-    where ``dynamic``, as of captions, or blocks are left out for other numbers of rows; else each shape has its own.
-    What is compiled again once shapes turn out to change would part a chunk from its recomputation.
-    """
-    torch._dynamo.config.recompile_limit = MOST_VERSIONS
-    # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
-    # met in the first one's recomputation (tests/training/test_economy.py).
-    shapes.use_duck_shape = False
-    stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
-    dynamic = dynamic or any(blocks.stochastic_depth for blocks in stacks)
-    by_block = [blocks for blocks in stacks if blocks.recompute or isinstance(blocks[0], ResidualBlock)]
-    for part in [block for blocks in by_block for block in blocks] or [tower]:
-        part.compile(dynamic=dynamic)

@@ -67,16 +67,7 @@ class PixelNorm(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Two towers that map images and captions into one space.
-
-    Args:
-        name: how it is called in messages.
-        embed_dim: D.
-        image_size: S.
-        context_length: tokens of a caption at most; None where it is not known.
-        vocab_size: token ids are below it; None likewise.
-        initial_scale: what similarities are multiplied by before training, at most 100.
-    """
+    """Two towers that map images and captions into one space."""
 
     visual: nn.Module  # the image tower
     transformer: nn.Module  # of the text tower
@@ -90,9 +81,9 @@ class DualEncoder(nn.Module):
         name: str,
         embed_dim: int,
         image_size: int,
-        context_length: int | None,
-        vocab_size: int | None,
-        initial_scale: float,
+        context_length: int | None,  # tokens of a caption at most; None where it is not known
+        vocab_size: int | None,  # likewise
+        initial_scale: float,  # what similarities are multiplied by before training, at most 100
     ) -> None:
         super().__init__()
         self.name = name
@@ -127,12 +118,7 @@ class DualEncoder(nn.Module):
 
     @override
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Score every image against every caption.
-
-        Returns:
-            Two (B, B) float matrices, logits: scaled cosines, plus the bias where there is one; images by captions, and
-            its transpose.
-        """
+        """Score every image against every caption: (B, B) logits, scaled cosines plus the bias, and their transpose."""
         image_embeddings = F.normalize(self.encode_image(images), dim=-1)
         text_embeddings = F.normalize(self.encode_text(texts), dim=-1)
         logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T

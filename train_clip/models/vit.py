@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from train_clip.errors import UserError
 from train_clip.models.blocks import LayerNorm, Transformer, is_plain
 from train_clip.models.config import ViTConfig
 
@@ -74,26 +73,3 @@ def choose_patches(patches: Tensor, number: int) -> tuple[Tensor, Tensor]:
     chances = torch.rand(patches.shape[:2], device=patches.device, dtype=torch.float32)
     places = chances.topk(number, dim=1, sorted=False).indices
     return patches.gather(1, places.unsqueeze(-1).expand(-1, -1, patches.shape[-1])), places
-
-
-def patches_to_keep(tower: nn.Module, mask_ratio: float) -> int:
-    """K = round((1 - mask_ratio) · P), for ``kept_patches``; 0 where none are dropped.
-
-    Raises:
-        UserError: the tower is no vision transformer of this package, or would have no patch to look at.
-    """
-    if not mask_ratio:
-        return 0
-    if not isinstance(tower, VisionTransformer):
-        raise UserError(
-            f"mask_ratio is {mask_ratio}; the image tower is {type(tower).__name__}, of which no patches can be left "
-            "out. Expected CLIP's own vision transformer, such as ViT-B/32. Leave mask_ratio out."
-        )
-    patches = len(tower.positional_embedding) - 1
-    kept = round((1 - mask_ratio) * patches)
-    if not kept:
-        raise UserError(
-            f"mask_ratio is {mask_ratio}: nothing is left of the {patches:,} patches of an image. Expected at least "
-            "one to be: a lower ratio."
-        )
-    return kept

@@ -45,8 +45,10 @@ class BatchReader:
         Without it ``read`` finds them, and has to wait for the device. What the batch holds is checked when it is read.
         """
         self._lengths = None
-        texts = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-        if texts is not None and _are_tokens(texts):
+        texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+        tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
+        ids: Any = texts.get("input_ids") if isinstance(texts, Mapping) else texts
+        if all(isinstance(one, Tensor) and one.numel() for one in (*tensors, ids)) and ids.ndim == 2:
             self._lengths = self.lengths(self._taken(texts))
 
     def lengths(self, texts: Texts) -> NDArray[np.int64]:
@@ -111,29 +113,17 @@ class BatchReader:
 
 
 def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
-    """A number for each caption, equal for equal captions: a random linear hash of its tokens.
+    """A number for each caption, (B,) int64, equal for equal captions: a random linear hash of its tokens.
 
     Args:
         ids: (B, L) int64, at least 0.
         mask: (B, L) bool, which of them make up the caption; padding may stand on either side.
-
-    Returns:
-        (B,) int64.
     """
     # Products wrap around: two captions collide once in about 2⁶³ pairs.
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(2**62), 2**62, (ids.shape[1],), generator=generator).to(ids.device)
     places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     return ((ids + 1) * mask * weights[places]).sum(dim=1)
-
-
-def _are_tokens(texts: Any) -> bool:
-    """Whether it is (B, L) tokens, or a mapping of tensors with such."""
-    tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
-    if not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in tensors):
-        return False
-    ids = texts.get("input_ids") if isinstance(texts, Mapping) else texts
-    return ids is not None and ids.ndim == 2
 
 
 def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:

@@ -55,31 +55,25 @@ class Towers:
         self.fixed_texts: dict[int, Tensor] = {}  # (D,) on the host by the caption's number, of a locked text tower
 
     def embed(self, model: DualEncoder, inputs: Inputs, batch: int) -> tuple[Tensor, Tensor]:
-        """Embed both sides of this process's share.
+        """Embed both sides, by the model that is trained or one of its form: two (B, D), unit norm, float32 or wider.
 
-        Args:
-            model: whose towers; the one that is trained, or one of its form.
-            inputs: what the batch holds.
-            batch: global batches before it; with the seed it decides the random state of each chunk.
-
-        Returns:
-            Two (B, D), unit norm, float32 or wider.
+        ``batch`` is the number of global batches before it; with the seed it decides the random state of each chunk.
         """
         # A compiled look-up gives no gradient by rows; of CLIP's own towers only the blocks are compiled.
         tables = isinstance(model, CLIP) or not self.step.compile
         substitutes = WeightSubstitutes(model, self.has_half_weights, tables)
         size, kept, key = self.step.minibatch_size, self.step.kept_minibatches, (self.step.seed, batch, world()[0])
-        image_chunks, text_chunks = (Chunks(size, kept, (*key, tower)) for tower in (0, 1))
+        of_images, of_texts = (Chunks(size, kept, (*key, tower)) for tower in (0, 1))
         encode_image, encode_text = substitutes.around(model.encode_image), substitutes.around(model.encode_text)
 
         def embed_texts(texts: Texts, lengths: NDArray[np.int64]) -> Tensor:
-            return encode_in_chunks(encode_text, texts, text_chunks, model.transformer, lengths)
+            return encode_in_chunks(encode_text, texts, of_texts, model.transformer, lengths)
 
         if model.text_is_fixed and model is self.model:
             texts = self._look_up(inputs, embed_texts)
         else:
             texts = embed_texts(inputs.texts, inputs.lengths)
-        images = encode_in_chunks(encode_image, inputs.images, image_chunks, model.visual)
+        images = encode_in_chunks(encode_image, inputs.images, of_images, model.visual)
         return unit_norm(images), unit_norm(texts)
 
     @torch.no_grad()
@@ -117,7 +111,7 @@ def encode_in_chunks(
     encoder: nn.Module,
     lengths: NDArray[np.int64] | None = None,
 ) -> Tensor:
-    """Encode a batch, holding the activations of few chunks at a time.
+    """Encode B rows to (B, D), in their order, holding the activations of few chunks at a time.
 
     Args:
         encode: maps (b, …) rows to (b, D) embeddings.
@@ -126,9 +120,6 @@ def encode_in_chunks(
         encoder: the module that ``encode`` runs. Its BatchNorms normalise chunk by chunk, with one update of their
             running statistics a batch. Where nothing of it is trained, nothing is recomputed.
         lengths: (B,) tokens of each row, the rest of which makes no difference; None where all are looked at.
-
-    Returns:
-        (B, D), in the order of the batch.
     """
     norms = training_norms(encoder)
     # With a BatchNorm among the words the captions that meet in a chunk, and their padding, would make a difference.
@@ -209,7 +200,8 @@ def _recording(norms: Sequence[_BatchNorm], statistics: Sequence[list[tuple[int,
     with ExitStack() as stack:
         for place, norm in enumerate(norms):
             stack.callback(norm.register_forward_pre_hook(partial(count_elements, place)).remove)
-        stack.enter_context(scratch_statistics(norms))
+        # Not the momentum of a recomputation: the compiler tells its form, without these hooks, by that alone.
+        stack.enter_context(scratch_statistics(norms, momentum=1.0))
         yield
         for norm, count, seen in zip(norms, counts, statistics, strict=True):
             if count:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -25,16 +25,13 @@ from train_clip.checkpoints.weights import fill
 from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
 from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
-from train_clip.evaluation.embed import EMBED_AT_ONCE, Picture, embed_images, embed_texts
 from train_clip.gather import world
 from train_clip.losses import Pairs, loss_named
 from train_clip.losses.softmax import accuracy
-from train_clip.models.blocks import compile_tower, recompute_blocks, skip_blocks
-from train_clip.models.clip import DualEncoder, Texts
+from train_clip.models.clip import DualEncoder
 from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
-from train_clip.models.vit import patches_to_keep
+from train_clip.models.switches import compile_tower, patches_to_keep, recompute_blocks, skip_blocks
 from train_clip.options import AugmentationOptions, TrainingOptions
-from train_clip.training.batch import BatchReader
 from train_clip.training.bridge import (
     WeightsEMA,
     build_optimizer,
@@ -46,7 +43,8 @@ from train_clip.training.bridge import (
     usual_rate,
 )
 from train_clip.training.distillation import Distillation, require_room
-from train_clip.training.encode import Towers, WeightSubstitutes, share
+from train_clip.training.embedding import EmbeddingModule
+from train_clip.training.encode import Towers, share
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_precision import narrow, widen
 from train_clip.training.lightning_internals import gradient_scaler, resuming
@@ -61,8 +59,8 @@ LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than th
 MOST_SHOWN = 80  # letters of a caption
 
 
-class ContrastiveModule(L.LightningModule):
-    """Trains a model of two towers on batches that start with images and texts, and embeds images and captions.
+class ContrastiveModule(EmbeddingModule):
+    """Trains a model of two towers on batches that start with images and texts.
 
     Works under any ``Trainer`` and with any loader. Images are uint8, or float that is already normalised; texts are
     token tensors (B, L), lists of strings, or a tokenizer's mapping with ``input_ids``.
@@ -79,8 +77,8 @@ class ContrastiveModule(L.LightningModule):
     free_to_change: ClassVar[tuple[str, ...]] = ("minibatch_size",)
 
     def __init__(self, model: DualEncoder, preset: OptimizerConfig, options: TrainingOptions) -> None:
-        super().__init__()
-        self.model, self._preset = model, preset
+        super().__init__(model, options.optimizer.has_half_weights)
+        self._preset = preset
         self.options = options = TrainingOptions.of(
             options.flat(),
             optimizer="adamw",
@@ -104,13 +102,13 @@ class ContrastiveModule(L.LightningModule):
                 skip_blocks(tower, name, objective.stochastic_depth)
         self._kept_patches = patches_to_keep(model.visual, objective.mask_ratio)
         build_optimizer(self, model, options)  # refuses a model that has no layers, or nothing for Muon
-        self._reader = BatchReader(model, None)
         self._towers = Towers(model, options)
         self._end_of_step = EndOfStep()
         self._augments = options.augmentation.changes_colours or options.augmentation.flips
         self._mask_equal = objective.equal_captions == "mask"
         self._loss = loss_named(objective.loss)
-        self._validation_split, self._ema_split = (ValidationSplit(model.embed_dim, self._loss) for _ in range(2))
+        scored = [model] if self.ema is None else [model, self.ema.model]
+        self._splits = [(ValidationSplit(model.embed_dim, self._loss), one) for one in scored]
 
     @override
     def training_step(self, batch: Any, _: int) -> Tensor:
@@ -223,23 +221,19 @@ class ContrastiveModule(L.LightningModule):
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
         inputs = self._reader.read(batch, self.device)
         missing = batch.missing if isinstance(batch, Batch) else ()
-        for split, model in self._splits():
+        for split, model in self._splits:
             split.add(*self._towers.embed(model, inputs, self.consumed_batches), inputs.captions, missing)
 
     @override
     def on_validation_epoch_end(self) -> None:
         # The split is scored as a whole: its loss over global batches of fixed size, and retrieval.
         dataset = getattr(self.trainer.val_dataloaders, "dataset", None)
-        for split, model in self._splits():
+        for split, model in self._splits:
             figures = split.score(model.logit_scale.exp(), dataset, model.logit_bias)
             if model is not self.model:
                 figures = {ema_figure(name): value for name, value in figures.items()}
             # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
             self.log_dict(figures, sync_dist=True)
-
-    def _splits(self) -> list[tuple[ValidationSplit, DualEncoder]]:
-        own = [(self._validation_split, self.model)]
-        return own if self.ema is None else [*own, (self._ema_split, self.ema.model)]
 
     @property
     def consumed_batches(self) -> int:
@@ -339,51 +333,6 @@ class ContrastiveModule(L.LightningModule):
         """Hold this module's arguments against those that a run began with, ``hparams`` of another module."""
         # A run of before a choice was to be made has made the usual one.
         require_same_arguments(self.hparams, dataclasses.asdict(Tuning()) | dict(kept), self.free_to_change)
-
-    @property
-    def tokenizer(self) -> Any:
-        """For captions that are strings: its ``batch`` gives tokens, and the number of captions that were cut."""
-        return self._reader.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._reader.tokenizer = tokenizer
-
-    @override
-    def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Score every image against every caption, as ``DualEncoder.forward``."""
-        with self._float32():
-            return self.model(images, texts)
-
-    def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed images for search and comparison, with the model in eval mode.
-
-        Args:
-            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-                uint8 or already normalised.
-            batch_size: images at a time.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
-            of their embeddings.
-
-        Raises:
-            BadSample: a file that cannot be read as an image.
-        """
-        with self._float32():
-            return embed_images(self.model, images, batch_size)
-
-    def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed captions, one or several, so many at a time; what is over the context length is cut.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device.
-        """
-        with self._float32():
-            return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
-
-    def _float32(self) -> Any:
-        return WeightSubstitutes(self.model, self.options.optimizer.has_half_weights).in_place()
 
 
 @rank_zero_only
