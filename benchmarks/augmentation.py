@@ -43,16 +43,17 @@ def main() -> None:
 
 def ours(size: int) -> dict[str, float]:
     """Seconds of each way of ours."""
-    from train_clip.data.augment import BatchAugmentation, augment, draw_batch
+    from train_clip.data.augment import augment, draw_batch
+    from train_clip.options import AugmentationOptions
 
     ways = {
-        "all": BatchAugmentation(1.0, 0.2, 0.5, 0.5),
-        "colours": BatchAugmentation(1.0, 0.2),
-        "one flip": BatchAugmentation(horizontal_flip=0.5),
+        "all": AugmentationOptions(color_jitter=1.0, grayscale=0.2, horizontal_flip=0.5, vertical_flip=0.5),
+        "colours": AugmentationOptions(color_jitter=1.0, grayscale=0.2),
+        "one flip": AugmentationOptions(horizontal_flip=0.5),
     }
     images = pixels(size)
 
-    def once(how: BatchAugmentation) -> Callable[[], object]:
+    def once(how: AugmentationOptions) -> Callable[[], object]:
         return lambda: augment(images, how, draw_batch(how, (0, 0), slice(None), BATCH).on(images.device))
 
     return {name: median(once(how)) for name, how in ways.items()}

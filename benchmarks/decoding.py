@@ -81,10 +81,10 @@ def serve(way: str, folder: Path, size: int) -> None:
 def ours(way: str, folder: Path, size: int) -> Callable[[int], int]:
     """Every pair once, from its path to bytes, with its caption line."""
     from train_clip.data.folder import scan_folder
-    from train_clip.data.samples import Augmentation, TrainingPairs
+    from train_clip.data.samples import TrainingPairs
 
     pairs = list(scan_folder(folder).require_pairs().pairs)
-    data = TrainingPairs(pairs, Augmentation(size, None if way == WAYS[0] else 0.75, 0))
+    data = TrainingPairs(pairs, size, None if way == WAYS[0] else 0.75)
     return lambda epoch: len([data[epoch, index] for index in range(len(data))])
 
 

@@ -33,7 +33,7 @@ import PIL
 from PIL import Image
 
 from train_clip.data import images
-from train_clip.data.crops import crop_of_image, random_crop
+from train_clip.data.crops import random_crop, read_square
 from train_clip.errors import BadSample
 
 SECONDS, SLOW = 30, 2.0  # for a file: until it counts as a hang, and as worth a look
@@ -279,7 +279,7 @@ def outcome_of(path: str) -> tuple[str, str]:
     """What reading a file gives, whole and as a training crop: a picture, a bad sample and its reason, or wrong."""
     whole = outcome_of_whole(path)
     try:
-        crop = crop_of_image(path, partial(random_crop, size=CROP, rng=np.random.default_rng(0)))
+        crop = read_square(path, 0, partial(random_crop, size=CROP, rng=np.random.default_rng(0)))
     except BadSample as bad:
         return whole if whole == ("bad", bad.reason) and bad.path == path else ("wrong", "other")
     except BaseException:

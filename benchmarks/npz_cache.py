@@ -23,7 +23,7 @@ import numpy as np
 
 from train_clip.data.folder import scan_folder
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import Augmentation, TrainingPairs
+from train_clip.data.samples import TrainingPairs
 from train_clip.data_tools.npz import NpzOptions, data_npz
 
 
@@ -48,8 +48,8 @@ def main() -> None:
             "| crop | JPEG, images/s | arrays, images/s | ratio | arrays, deflated, images/s |\n|---|---|---|---|---|"
         )
         for name, ratio in (("paper's", None), ("`--resize_ratio 0.75`", 0.75)):
-            how = Augmentation(options.image_size, ratio, 0)
-            found = rates({kind: TrainingPairs(pairs, how) for kind, pairs in kinds.items()}, options.rounds)
+            ways = {kind: TrainingPairs(pairs, options.image_size, ratio) for kind, pairs in kinds.items()}
+            found = rates(ways, options.rounds)
             jpeg, stored, deflated = (found[kind] for kind in kinds)
             print(f"| {name} | {jpeg:.0f} | {stored:.0f} | {stored / jpeg:.1f} | {deflated:.0f} |")
         sizes = [sum(Path(pair.pixels).stat().st_size for pair in pairs) / 2**20 for pairs in kinds.values()]

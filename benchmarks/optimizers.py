@@ -17,8 +17,8 @@ import torch
 from clock import now
 
 from train_clip import CLIPWrapper
-from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
-from train_clip.training.tuning import Tuning
+from train_clip.options import TrainingOptions
+from train_clip.training.optimizer import build_optimizer, default_momentum
 
 CASES = (("mini-8-64px", 256), ("ViT-B/32", 64))
 ROUNDS = 5
@@ -54,12 +54,11 @@ def measure(name: str, batch: int, device: torch.device, rounds: int) -> Times:
     """Time a model's step and both updates, after a round that is thrown away."""
     torch.manual_seed(0)
     module = CLIPWrapper(name).to(device)
-    model, config = module.model, module.model.config.optimizer
+    model = module.model
     optimizers = []
     for kind in ("adamw", "muon"):
-        tuning = Tuning(optimizer=kind)
-        groups = parameter_groups(module, config, None, muon_matrices(model, config, tuning))
-        optimizers.append(build_optimizer(groups, config, tuning, fused=True))
+        how = {"optimizer": kind, "momentum": default_momentum(kind)}
+        optimizers.append(build_optimizer(module, model, TrainingOptions.of(module.options.flat() | how), fused=True))
     images = torch.randint(256, (batch, 3, model.image_size, model.image_size), dtype=torch.uint8, device=device)
     texts = torch.randint(1, 40_000, (batch, TOKENS), device=device)
     texts[:, -1] = 49_407

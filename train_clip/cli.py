@@ -261,6 +261,9 @@ def _parser(verb: str, function: Callable[..., Any]) -> tuple[Any, dict[str, tup
         hint, text = hints[name], help_texts.get(name)
         if dataclasses.is_dataclass(hint):
             groups[name] = (hint, parser.add_class_arguments(hint, None))
+            for field in dataclasses.fields(hint):
+                if "help" in field.metadata:
+                    parser._option_string_actions[f"--{field.name}"].help = field.metadata["help"]
         elif isinstance(hint, type) and issubclass(hint, dict):
             groups[name] = (hint, _add_trainer(parser))
         elif name in positional:

@@ -6,17 +6,12 @@ class UserError(Exception):
 
 
 class BadSample(Exception):
-    """One image or caption that cannot be used. The data set counts it by reason and draws a substitute.
-
-    Args:
-        path: the file.
-        reason: why, in a few words that are the same for every file with the same fault.
-    """
+    """One image or caption that cannot be used. The data set counts it by reason and draws a substitute."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
         self.path = path
-        self.reason = reason
+        self.reason = reason  # in a few words that are the same for every file with the same fault
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

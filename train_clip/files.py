@@ -14,15 +14,9 @@ BESIDE = ".tmp-"  # and the process's number, behind the target's name
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Write to the path that this yields; the target appears, or is replaced, only once all of it is on disk.
-
-    Args:
-        target: the file's final place. Its folder is made.
-
-    Yields:
-        A path in the same folder, so that the rename stays within one file system.
-    """
+    """Write to the path that this yields; the target appears, or is replaced, only once all of it is on disk."""
     require_place(target)
+    # In the same folder, so that the rename stays within one file system.
     beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
     try:
         yield beside

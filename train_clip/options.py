@@ -128,8 +128,19 @@ class SourceOptions(Options):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(SourceOptions):
+    """Where pairs come from, which are held out, and how many may be bad."""
+
+    val_share: float = option(
+        0.05, "share of the pairs held out for validation, chosen by file name; 0 for none", BELOW_ONE
+    )
+    max_bad: float = option(0.01, "share of the pairs that may be unreadable before the run stops", PROBABILITY)
+    val_pairs: Path | None = option(None, "a table of pairs to validate on, in place of --val_share")
+
+
 @dataclass(frozen=True)
-class DataOptions(SourceOptions):
+class DataOptions(PairOptions):
     """The data."""
 
     folder: Path | None = option(None, "images and captions (.txt, one a line) that share a stem, in any subfolders")
@@ -148,11 +159,6 @@ class DataOptions(SourceOptions):
         UP_TO_ONE,
     )
     shuffle: bool = option(True, "permute the pairs each epoch")
-    val_share: float = option(
-        0.05, "share of the pairs held out for validation, chosen by file name; 0 for none", BELOW_ONE
-    )
-    max_bad: float = option(0.01, "share of the pairs that may be unreadable before the run stops", PROBABILITY)
-    val_pairs: Path | None = option(None, "a table of pairs to validate on, in place of --val_share")
 
 
 @dataclass(frozen=True, kw_only=True)

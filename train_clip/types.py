@@ -11,30 +11,17 @@ from torch import Tensor
 
 
 class Skip(NamedTuple):
-    """A sample that could not be read, and for which another was drawn.
+    """A sample that could not be read, and for which another was drawn."""
 
-    Args:
-        path: the file that was at fault.
-        reason: why, the same words for the same fault.
-    """
-
-    path: str
-    reason: str
+    path: str  # the file that was at fault
+    reason: str  # the same words for the same fault
 
 
 class Batch(NamedTuple):
-    """One process's share of a global batch. Any other batch that starts with images and texts serves as well.
+    """One process's share of a global batch. Any other batch that starts with images and texts serves as well."""
 
-    Args:
-        images: (B, 3, H, W) uint8 in [0, 255], or float that is already normalised.
-        texts: (B, L) int64 tokens, or whatever the text encoder takes.
-        skips: for each sample that was replaced, the files that could not be read on the way to another.
-        num_cut: captions that were longer than the text encoder's context.
-        missing: rows that only hold the place of a pair that could not be read (validation).
-    """
-
-    images: Tensor
-    texts: Any
-    skips: tuple[tuple[Skip, ...], ...] = ()
-    num_cut: int = 0
-    missing: tuple[int, ...] = ()
+    images: Tensor  # (B, 3, H, W) uint8 in [0, 255], or float that is already normalised
+    texts: Any  # (B, L) int64 tokens, or whatever the text encoder takes
+    skips: tuple[tuple[Skip, ...], ...] = ()  # of each sample that was replaced, the bad files on the way to another
+    num_cut: int = 0  # captions that were longer than the text encoder's context
+    missing: tuple[int, ...] = ()  # rows that only hold the place of a pair that could not be read (validation)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
-import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.conftest import write_pairs
 from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
 from train_clip import cli
-from train_clip.data_tools import check as command
-from train_clip.data_tools.check import CheckOptions, data_check
-from train_clip.data_tools.facts import Audit, AuditStore, perceptual_hash
-from train_clip.data_tools.report import Report
+from train_clip.data_tools.check import data_check
+from train_clip.data_tools.facts import Audit, perceptual_hash
+from train_clip.data_tools.report import CheckOptions, Report
 from train_clip.errors import UserError
 
 
@@ -46,30 +45,30 @@ def test_one_of_everything(everything: Everything) -> None:
     expected: dict[str, list[str]] = {}
     for name, why in everything.bad.items():
         expected.setdefault(why, []).append(str(folder / name))
-    assert report.bad == {why: sorted(paths) for why, paths in expected.items()}
-    assert report.bad_pairs == len(everything.bad)
-    assert report.pairs == len(everything.clean) + len(everything.bad)
-    assert {what: (found.number, found.examples) for what, found in report.mended.items()} == {
+    assert report["bad"] == {why: sorted(paths) for why, paths in expected.items()}
+    assert report["bad_pairs"] == len(everything.bad)
+    assert report["pairs"] == len(everything.clean) + len(everything.bad)
+    assert {what: (found["number"], found["examples"]) for what, found in report["mended"].items()} == {
         what: (len(names), sorted(names)[:5]) for what, names in everything.mended.items()
     }
-    assert (report.lone_images.number, report.lone_images.examples) == (1, ["lone_image.jpg"])
-    assert (report.lone_captions.number, report.lone_captions.examples) == (1, ["lone_caption.txt"])
-    assert report.others == {".json": 1, ".heic": 1}
-    assert report.entries == 2 * report.pairs + 4
-    assert report.faults == report.problems == []
+    assert (report["lone_images"]["number"], report["lone_images"]["examples"]) == (1, ["lone_image.jpg"])
+    assert (report["lone_captions"]["number"], report["lone_captions"]["examples"]) == (1, ["lone_caption.txt"])
+    assert report["others"] == {".json": 1, ".heic": 1}
+    assert report["entries"] == 2 * report["pairs"] + 4
+    assert report["faults"] == report["problems"] == []
 
 
 def test_captions_of_everything(everything: Everything) -> None:
     """The long line is the one that is cut, by 15 of its 90 tokens; U+2028 and CR LF begin one line and no line."""
-    captions = check(everything.folder).captions
+    captions = check(everything.folder)["captions"]
     assert captions is not None
-    assert (captions.longest, captions.longest_in) == (len(LONG.split()), "long.jpg")
-    assert (captions.cut, captions.tokens_cut) == (1, 90 - 75)
+    assert (captions["longest"], captions["longest_in"]) == (len(LONG.split()), "long.jpg")
+    assert (captions["cut"], captions["tokens_cut"]) == (1, 90 - 75)
     # One line each; CR LF has two. Images that are bad have good captions.
     readable = len(everything.clean) + sum(name.endswith((".jpg", ".png", ".tif")) for name in everything.bad)
-    assert captions.lines == readable + 1
-    assert captions.most_lines == 2
-    assert (captions.repeated, captions.repeated_nearly) == (0, 0)
+    assert captions["lines"] == readable + 1
+    assert captions["most_lines"] == 2
+    assert (captions["repeated"], captions["repeated_nearly"]) == (0, 0)
 
 
 def test_what_no_run_begins_with(tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_more_bad_pairs_than_may_be(tmp_path: Path, max_bad: float, stops: bool)
     for index in range(8):
         (folder / f"{index:03}.png").write_bytes(b"")
     if not stops:
-        assert check(folder, max_bad=max_bad).problems == []
+        assert check(folder, max_bad=max_bad)["problems"] == []
         return
     with pytest.raises(UserError, match=r"8 of 19 pairs \(42\.1%\) cannot be used, more than --max_bad 0\."):
         check(folder, max_bad=max_bad)
@@ -121,13 +120,13 @@ def test_a_table_is_checked_like_the_folder(everything: Everything, tmp_path: Pa
     (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(rows), encoding="utf-8")
     report = data_check(options=CheckOptions(pairs=tmp_path / "pairs.csv", max_bad=1.0, num_workers=0))
     of_folder = check(everything.folder)
-    assert (report.pairs, report.entries, report.bad_pairs) == (len(rows), len(rows), len(images))
-    of_images = {why: paths for why, paths in of_folder.bad.items() if not paths[0].endswith(".txt")}
-    assert report.bad == of_images
-    assert {what: found.number for what, found in report.mended.items()} == {
-        what: found.number for what, found in of_folder.mended.items() if what.split()[0] not in ("byte", "line")
+    assert (report["pairs"], report["entries"], report["bad_pairs"]) == (len(rows), len(rows), len(images))
+    of_images = {why: paths for why, paths in of_folder["bad"].items() if not paths[0].endswith(".txt")}
+    assert report["bad"] == of_images
+    assert {what: found["number"] for what, found in report["mended"].items()} == {
+        what: found["number"] for what, found in of_folder["mended"].items() if what.split()[0] not in ("byte", "line")
     }
-    assert report.sizes is not None
+    assert report["sizes"] is not None
 
 
 def test_repeats_and_leaks(tmp_path: Path) -> None:
@@ -146,23 +145,23 @@ def test_repeats_and_leaks(tmp_path: Path) -> None:
         (folder / f"{index}.png").write_bytes(image)
         (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
     report = check(folder, val_share=0.5)
-    assert report.repeats.equal == 2
-    assert report.repeats.equal_groups == [["0.png", "1.png"]]
-    assert report.captions is not None
-    assert (report.captions.repeated, report.captions.repeated_nearly) == (2, 1)
-    assert report.captions.most_repeated == [(2, "a dog")]
+    assert report["repeats"]["equal"] == 2
+    assert report["repeats"]["equal_groups"] == [["0.png", "1.png"]]
+    assert report["captions"] is not None
+    assert (report["captions"]["repeated"], report["captions"]["repeated_nearly"]) == (2, 1)
+    assert report["captions"]["most_repeated"] == [[2, "a dog"]]
     held = held_out_names(folder)
     sides = [f"{index}.png" in held for index in range(6)]
-    assert report.leaks.held_out == sum(sides) == 3
-    assert report.leaks.images == int(sides[0] != sides[1])
+    assert report["leaks"]["held_out"] == sum(sides) == 3
+    assert report["leaks"]["images"] == int(sides[0] != sides[1])
     dogs = [sides[index] for index in (0, 2, 3)]
-    assert report.leaks.captions == (sum(dogs) if len(set(dogs)) == 2 else 0)
+    assert report["leaks"]["captions"] == (sum(dogs) if len(set(dogs)) == 2 else 0)
     if perceptual_hash() is None:
-        assert report.repeats.near is report.leaks.images_nearly is None
+        assert report["repeats"]["near"] is report["leaks"]["images_nearly"] is None
     else:
-        assert report.repeats.near == 3
+        assert report["repeats"]["near"] == 3
         alike = sides[:3]
-        assert report.leaks.images_nearly == (sum(alike) if len(set(alike)) == 2 else 0)
+        assert report["leaks"]["images_nearly"] == (sum(alike) if len(set(alike)) == 2 else 0)
 
 
 @pytest.mark.parametrize("source", ["folder", "table"])
@@ -185,10 +184,15 @@ def test_leaks_between_lists(tmp_path: Path, source: str) -> None:
         if number == 2:
             drawing(7, 200, 150).save(tmp_path / "b" / "5.png")
         report = data_check(folder, options=CheckOptions(val_pairs=val, num_workers=0, **options))  # type: ignore[arg-type]
-        assert (report.pairs, report.leaks.held_out, report.leaks.images, report.leaks.captions) == (7, 3, images, 1)
-        assert report.leaks.examples == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/5.png"][:images]
-        assert report.repeats.equal == 2 * images
-    assert report.problems == []
+        assert (
+            report["pairs"],
+            report["leaks"]["held_out"],
+            report["leaks"]["images"],
+            report["leaks"]["captions"],
+        ) == (7, 3, images, 1)
+        assert report["leaks"]["examples"] == [f"{tmp_path}/a/1.png", f"{tmp_path}/b/5.png"][:images]
+        assert report["repeats"]["equal"] == 2 * images
+    assert report["problems"] == []
 
 
 def held_out_names(folder: Path) -> set[str]:
@@ -209,12 +213,12 @@ def test_sizes(tmp_path: Path) -> None:
     drawing(9, 400, 100).save(folder / "4.jpg", exif=exif)
     for index in range(5):
         (folder / f"{index}.txt").write_text(f"number {index}")
-    sizes = check(folder, image_size=100).sizes
+    sizes = check(folder, image_size=100)["sizes"]
     assert sizes is not None
-    assert [sizes.width[at] for at in (0, 2, 4)] == [64, 100, 300]
-    assert [sizes.height[at] for at in (0, 2, 4)] == [50, 200, 400]
-    assert [sizes.aspect[at] for at in (0, 2, 4)] == [1.0, 2.0, 4.0]
-    assert sizes.enlarged == 3
+    assert [sizes["width"][at] for at in (0, 2, 4)] == [64, 100, 300]
+    assert [sizes["height"][at] for at in (0, 2, 4)] == [50, 200, 400]
+    assert [sizes["aspect"][at] for at in (0, 2, 4)] == [1.0, 2.0, 4.0]
+    assert sizes["enlarged"] == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -226,13 +230,13 @@ def test_workers_change_nothing(everything: Everything, workers: int) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The places of the pairs that are looked at from here on."""
     looked_at: list[int] = []
-    look = Audit.__getitem__
+    look = Audit.__call__
 
-    def recorded(self: Audit, index: int) -> object:
-        looked_at.append(self.places[index])
-        return look(self, index)
+    def recorded(self: Audit, place: int) -> object:
+        looked_at.append(place)
+        return look(self, place)
 
-    monkeypatch.setattr(Audit, "__getitem__", recorded)
+    monkeypatch.setattr(Audit, "__call__", recorded)
     return looked_at
 
 
@@ -243,8 +247,8 @@ def test_a_second_look_opens_what_has_changed_alone(
     folder = everything.folder
     looked_at = counted(monkeypatch)
     first = check(folder)
-    assert len(looked_at) == first.pairs
-    assert len(list((cache / "scans").glob("everything-*.sqlite"))) == 1
+    assert len(looked_at) == first["pairs"]
+    assert len(list((cache / "scans").glob("everything-*.npz"))) == 1
     looked_at.clear()
     assert check(folder) == first
     assert looked_at == []
@@ -256,8 +260,8 @@ def test_a_second_look_opens_what_has_changed_alone(
     assert len(looked_at) == 2
     looked_at.clear()
     assert second == check(folder, cache=False)
-    assert second.bad_pairs == first.bad_pairs - 1
-    assert second.pairs == first.pairs
+    assert second["bad_pairs"] == first["bad_pairs"] - 1
+    assert second["pairs"] == first["pairs"]
 
 
 def test_captions_of_a_table_that_change_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,15 +277,30 @@ def test_captions_of_a_table_that_change_are_looked_at(tmp_path: Path, monkeypat
     assert looked_at == [1]
 
 
-@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(2000)])
+def test_pairs_that_are_in_both_lists_are_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One table to train and to validate on: each of its pairs twice, and none is looked at again."""
+    write_pairs(tmp_path / "pairs", 3)
+    table = tmp_path / "table.csv"
+    table.write_text("image,caption\n" + "".join(f"pairs/00{index}.png,say {index}\n" for index in range(3)))
+    options = CheckOptions(pairs=table, val_pairs=table, num_workers=0)
+    looked_at = counted(monkeypatch)
+    first = data_check(options=options)
+    assert looked_at == [0, 1, 2, 3, 4, 5]
+    assert (first["leaks"]["images"], first["leaks"]["captions"]) == (3, 3)
+    looked_at.clear()
+    assert data_check(options=options) == first
+    assert looked_at == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\3\4" + bytes(2000)])
 def test_a_damaged_store_is_made_anew(tmp_path: Path, cache: Path, content: bytes) -> None:
-    """Nothing, text and a broken database in its place: the same report."""
+    """Nothing, text and a broken archive in its place: the same report."""
     folder = write_pairs(tmp_path / "pairs", 4)
     first = check(folder)
     (kept,) = (cache / "scans").iterdir()
     kept.write_bytes(content)
     assert check(folder) == first
-    assert sqlite3.connect(kept).execute("SELECT COUNT(*) FROM pairs").fetchone() == (4,)
+    assert len(np.load(kept)["pairs"]) == 4
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -289,42 +308,56 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     folder = write_pairs(tmp_path / "pairs", 4)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert check(folder).pairs == 4
+    assert check(folder)["pairs"] == 4
     assert "What is found cannot be kept in the cache folder" in capsys.readouterr().out
 
 
-def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, capsys) -> None:
-    """Zeros behind its first two pages: the same report without it, and a new one the next time."""
+def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros behind its first two thousand bytes, and a byte flipped: the same report without it, then a new one."""
     folder = write_pairs(tmp_path / "pairs", 40)
     first = check(folder)
     (kept,) = (cache / "scans").iterdir()
-    kept.write_bytes(kept.read_bytes()[:8192] + bytes(kept.stat().st_size - 8192))
-    capsys.readouterr()
-    assert check(folder) == first
-    assert "What is found cannot be kept" in capsys.readouterr().out
-    assert check(folder) == check(folder) == first
-    assert "40 of 40 pairs have not changed" in capsys.readouterr().out
+    whole = bytearray(kept.read_bytes())
+    looked_at = counted(monkeypatch)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (whole[:2000] + bytes(len(whole) - 2000), flipped):
+        kept.write_bytes(damaged)
+        assert check(folder) == first
+        assert looked_at == list(range(40))
+        assert check(folder) == first
+        assert len(looked_at) == 40
+        looked_at.clear()
 
 
-def test_a_store_that_another_check_has(tmp_path: Path, cache: Path, capsys) -> None:
-    """One check at a time has the store: a second one says so, reports the same, and leaves the first one's alone."""
+def test_two_checks_at_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one begins and ends within the first: the same report from both, and from what they have kept."""
     folder = write_pairs(tmp_path / "pairs", 6)
-    with contextlib.closing(AuditStore([folder], cache)) as store:
-        report = check(folder)
-        assert "cannot be kept in the cache folder (database is locked)" in capsys.readouterr().out
-        assert store.one("SELECT COUNT(*) FROM pairs") == (0,)
-    assert check(folder) == report
-    assert "cannot be kept" not in capsys.readouterr().out
+    look = Audit.__call__
+    reports: list[Report] = []
+
+    def interposed(self: Audit, place: int) -> object:
+        if place == 3 and not reports:
+            monkeypatch.setattr(Audit, "__call__", look)
+            reports.append(check(folder))
+        return look(self, place)
+
+    monkeypatch.setattr(Audit, "__call__", interposed)
+    reports.append(check(folder))
+    looked_at = counted(monkeypatch)
+    reports.append(check(folder))
+    assert reports[0] == reports[1] == reports[2]
+    assert looked_at == []
+    assert len(list((cache / "scans").iterdir())) == 1
 
 
-def test_a_store_of_another_format_is_made_anew(tmp_path: Path, cache: Path, monkeypatch) -> None:
+def test_a_store_of_another_format_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept by a Pillow of another version: every pair is looked at again."""
     folder = write_pairs(tmp_path / "pairs", 4)
-    first = check(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.__version__", "0.1")
+        first = check(folder)
     looked_at = counted(monkeypatch)
-    (kept,) = (cache / "scans").iterdir()
-    with contextlib.closing(sqlite3.connect(kept)) as database, database:
-        database.execute("UPDATE about SET format = REPLACE(format, '.', '!')")
     assert check(folder) == first
     assert looked_at == [0, 1, 2, 3]
 
@@ -337,24 +370,24 @@ def test_what_passes_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("train_clip.data.images._open", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
         (folder / "000.png").touch()
-        assert check(folder).bad == {"image cannot be read (OSError)": [f"{folder}/000.png"]}
+        assert check(folder)["bad"] == {"image cannot be read (OSError)": [f"{folder}/000.png"]}
     assert check(folder) == first
     (folder / "001.png").write_bytes(bytes(before.st_size))
     os.utime(folder / "001.png", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert check(folder).bad_pairs == 1
+    assert check(folder)["bad_pairs"] == 1
 
 
 def test_several_processes_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, by their numbers: neither is this process."""
     folder = write_pairs(tmp_path / "pairs", 64)
-    look = Audit.__getitem__
+    look = Audit.__call__
 
-    def noted(self: Audit, index: int) -> object:
+    def noted(self: Audit, place: int) -> object:
         with (tmp_path / "processes").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return look(self, index)
+        return look(self, place)
 
-    monkeypatch.setattr(Audit, "__getitem__", noted)
+    monkeypatch.setattr(Audit, "__call__", noted)
     check(folder, num_workers=2)
     processes = set((tmp_path / "processes").read_text().split())
     assert len(processes) == 2
@@ -381,8 +414,8 @@ def test_similar_images_on_both_sides(tmp_path: Path) -> None:
         (tmp_path / f"{side}.csv").write_text("image,caption\n" + "".join(rows))
     options = CheckOptions(pairs=tmp_path / "a.csv", val_pairs=tmp_path / "b.csv", num_workers=0)
     report = data_check(options=options)
-    assert (report.repeats.equal, report.repeats.near) == (0, 16)
-    assert (report.leaks.images, report.leaks.images_nearly) == (0, 8)
+    assert (report["repeats"]["equal"], report["repeats"]["near"]) == (0, 16)
+    assert (report["leaks"]["images"], report["leaks"]["images_nearly"]) == (0, 8)
 
 
 def test_a_pair_that_is_bad_twice_is_one_bad_pair(tmp_path: Path) -> None:
@@ -391,8 +424,8 @@ def test_a_pair_that_is_bad_twice_is_one_bad_pair(tmp_path: Path) -> None:
     (folder / "000.png").write_bytes(b"")
     (folder / "000.txt").write_bytes(b"")
     report = check(folder)
-    assert report.bad_pairs == 1
-    assert report.bad == {"caption is empty": [f"{folder}/000.txt"], "empty file": [f"{folder}/000.png"]}
+    assert report["bad_pairs"] == 1
+    assert report["bad"] == {"caption is empty": [f"{folder}/000.txt"], "empty file": [f"{folder}/000.png"]}
 
 
 def test_nothing_left_to_train_or_validate_on(tmp_path: Path) -> None:
@@ -406,23 +439,43 @@ def test_nothing_left_to_train_or_validate_on(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after 40 of 60 pairs: what was kept by then is not looked at again."""
+    """Ctrl-C after 40 of 60 pairs: what was found by then is not looked at again."""
     folder = write_pairs(tmp_path / "pairs", 60)
-    monkeypatch.setattr(command, "KEPT_EVERY", 1)
     looked_at = counted(monkeypatch)
-    look = Audit.__getitem__
+    look = Audit.__call__
 
-    def interrupted(self: Audit, index: int) -> object:
-        if index == 40:
+    def interrupted(self: Audit, place: int) -> object:
+        if place == 40:
             raise KeyboardInterrupt
-        return look(self, index)
+        return look(self, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Audit, "__getitem__", interrupted)
+        patch.setattr(Audit, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             check(folder)
     looked_at.clear()
-    assert check(folder).pairs == 60
+    assert check(folder)["pairs"] == 60
+    assert looked_at == list(range(32, 60))
+
+
+KILLED = """
+import os, sys
+from train_clip import cli
+from train_clip.data_tools import facts
+
+look = facts.Audit.__call__
+facts.KEPT_EVERY = 16
+facts.Audit.__call__ = lambda self, place: os._exit(9) if place == 40 else look(self, place)
+cli.main(["data", "check", sys.argv[1], "--num_workers", "0"])
+"""
+
+
+def test_a_killed_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone without a word after 40 of 60 pairs: what was kept by then is not looked at again."""
+    folder = write_pairs(tmp_path / "pairs", 60)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False).returncode == 9
+    looked_at = counted(monkeypatch)
+    assert check(folder)["pairs"] == 60
     assert looked_at == list(range(32, 60))
 
 
@@ -433,12 +486,12 @@ def test_without_the_library_for_perceptual_hashes(
     folder = write_pairs(tmp_path / "pairs", 4)
     whole = check(folder)
     with monkeypatch.context() as patch:
-        for module in ("facts", "store", "repeats"):
+        for module in ("facts", "report"):
             patch.setattr(f"train_clip.data_tools.{module}.perceptual_hash", lambda: None)
         report = check(folder)
     assert "Similar images were not looked for: pip install ImageHash" in capsys.readouterr().out
-    assert report.repeats.near is None
-    assert dataclasses.replace(report, repeats=whole.repeats, leaks=whole.leaks) == whole
+    assert report["repeats"]["near"] is None
+    assert report | {"repeats": whole["repeats"], "leaks": whole["leaks"]} == whole
     assert check(folder) == whole
 
 
@@ -447,24 +500,22 @@ def test_the_report_in_words_and_for_machines(everything: Everything, tmp_path: 
     report = check(everything.folder, json=tmp_path / "report.json")
     said = capsys.readouterr().out.splitlines()
     for name, why in everything.bad.items():
-        below = said[said.index(f"  {len(report.bad[why])} × {why}") + 1 :]
+        below = said[said.index(f"  {len(report['bad'][why])} × {why}") + 1 :]
         assert f"    {everything.folder / name}" in below
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(dataclasses.asdict(report))
-    )
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--image_size 0", "--image_size 0: expected 1 or above"),
-        ("--context_length 1", "--context_length 1: expected 2 or above"),
-        ("--val_share 1", "val_share is 1.0; expected a share from 0"),
-        ("--num_workers -1", "--num_workers -1: expected 0 or above"),
+        ("--image_size 0", "image_size is 0; expected 1 or above"),
+        ("--context_length 1", "context_length is 1; expected 2 or above"),
+        ("--val_share 1", "val_share is 1.0; expected from 0"),
+        ("--num_workers -1", "num_workers is -1; expected 0 or above"),
         ("--json /dev/null", "/dev/null: is no regular file"),
         ("--json .", ".: is no regular file"),
-        ("--max_bad 2", "--max_bad 2.0: expected a share from 0 to 1"),
-        ("--pairs other.csv", "expected one of them"),
+        ("--max_bad 2", "max_bad is 2.0; expected from 0 to 1"),
+        ("--pairs other.csv", "were given; expected one"),
     ],
 )
 def test_what_cannot_work_is_told_in_a_line(tmp_path: Path, words: str, message: str) -> None:
@@ -480,5 +531,5 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "pairs", 2)
     (folder / os.fsdecode(b"b\xe4r.png")).touch()
     (folder / os.fsdecode(b"b\xe4r.txt")).write_text("a bear")
-    assert check(folder).bad == {"empty file": [f"{folder}/b\\xe4r.png"]}
-    assert check(folder).bad_pairs == 1
+    assert check(folder)["bad"] == {"empty file": [f"{folder}/b\\xe4r.png"]}
+    assert check(folder)["bad_pairs"] == 1

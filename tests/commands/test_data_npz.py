@@ -20,11 +20,12 @@ from tests.commands.test_train import model_file  # noqa: F401
 from tests.conftest import write_pairs
 from train_clip import cli
 from train_clip.data.folder import scan_folder
-from train_clip.data.scan import PairBy
-from train_clip.data_tools.check import CheckOptions, data_check
+from train_clip.data_tools.check import data_check
 from train_clip.data_tools.npz import NpzOptions, data_npz
+from train_clip.data_tools.report import CheckOptions
 from train_clip.data_tools.show import ShowOptions, data_show
 from train_clip.errors import UserError
+from train_clip.options import PairBy
 from train_clip.training.data_module import TextImageDataModule
 
 SIZE = 16
@@ -203,10 +204,10 @@ def test_no_room(folder: Path) -> None:
 SLOWLY = """
 import time
 from train_clip import cli
-from train_clip.data import npz_cache
+from train_clip.data_tools import npz
 
-at_once = npz_cache.write_array
-npz_cache.write_array = lambda *given: (at_once(*given), time.sleep(0.05))
+at_once = npz.write_array
+npz.write_array = lambda *given: (at_once(*given), time.sleep(0.05))
 cli.main()
 """
 
@@ -248,7 +249,7 @@ def test_nothing_to_do(tmp_path: Path, folder: Path) -> None:
         make(tmp_path / "empty")
     with pytest.raises(UserError, match="there is no such folder"):
         make(tmp_path / "gone")
-    with pytest.raises(UserError, match="--image_size 1: expected 2 or above"):
+    with pytest.raises(UserError, match="image_size is 1; expected 2 or above"):
         make(folder, size=1)
     make(folder)
     shutil.rmtree(folder / "img")
@@ -262,10 +263,10 @@ def test_check_and_show_read_the_arrays(folder: Path, capsys: pytest.CaptureFixt
     (folder / "npz" / "005.npz").write_bytes(b"")
     options = CheckOptions(image_size=SIZE, max_bad=0.5, num_workers=0, cache=False)
     report = data_check(folder, options=options)
-    assert (report.pairs, report.cached) == (12, 12)
-    assert report.bad == {"empty file": [f"{folder}/npz/005.npz"]}
-    assert report.sizes is not None
-    assert (report.sizes.height[0], report.sizes.height[-1]) == (SIZE, SIZE)
+    assert (report["pairs"], report["cached"]) == (12, 12)
+    assert report["bad"] == {"empty file": [f"{folder}/npz/005.npz"]}
+    assert report["sizes"] is not None
+    assert (report["sizes"]["height"][0], report["sizes"]["height"][-1]) == (SIZE, SIZE)
     assert "12 × read from npz/, in place of the image" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"11 arrays are not of the model's 224 pixels.*data npz --image_size 224"):
         data_check(folder, options=CheckOptions(max_bad=0.5, num_workers=0, cache=False))
@@ -312,8 +313,8 @@ def test_the_forks_files_train(tmp_path: Path, model_file: Path, pair_by: PairBy
     )
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     report = data_check(folder, options=CheckOptions(image_size=SIZE, num_workers=0, cache=False, pair_by=pair_by))
-    assert (report.cached, report.bad, report.problems) == (12, {}, [])
-    assert [listed.number for listed in report.mended.values()] == [12]
+    assert (report["cached"], report["bad"], report["problems"]) == (12, {}, [])
+    assert [listed["number"] for listed in report["mended"].values()] == [12]
     data_show(folder, options=ShowOptions(output=tmp_path / "page.html", image_size=SIZE, pair_by=pair_by))
     with pytest.raises(UserError, match=r"already normalised|by its number"):
         make(folder, pair_by=pair_by)

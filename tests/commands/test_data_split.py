@@ -13,7 +13,7 @@ from PIL import Image
 from tests.commands.test_train import metrics, model_file  # noqa: F401
 from tests.conftest import write_pairs
 from train_clip import cli
-from train_clip.data.table import Columns, scan_table
+from train_clip.data.table import scan_table
 from train_clip.data_tools.split import SplitOptions, data_split
 from train_clip.errors import UserError
 
@@ -24,7 +24,7 @@ def split(folder: Path, output: Path, **options: object) -> dict[str, set[str]]:
     """Divide, and give the content of each part's images."""
     data_split(folder, options=SplitOptions(output=output, **options))  # type: ignore[arg-type]
     return {
-        part: {Path(pair.image).read_bytes().hex() for pair in scan_table(output / f"{part}.csv", Columns()).pairs}
+        part: {Path(pair.image).read_bytes().hex() for pair in scan_table(output / f"{part}.csv").pairs}
         for part in PARTS
     }
 
@@ -80,7 +80,7 @@ def test_a_cap_on_each_class(tmp_path: Path) -> None:
             (place / f"{index}.cls").write_text("bird")
     parts = split(tmp_path / "pairs", tmp_path / "a", max_per_class=3, val_share=0.0, test_share=0.0)
     assert len(parts["train"]) == 9
-    names = [Path(pair.image) for pair in scan_table(tmp_path / "a" / "train.csv", Columns()).pairs]
+    names = [Path(pair.image) for pair in scan_table(tmp_path / "a" / "train.csv").pairs]
     classes = ["bird" if int(name.stem) < 4 else name.parent.name for name in names]
     assert sorted(classes) == ["bird"] * 3 + ["cat"] * 3 + ["dog"] * 3
     other = split(tmp_path / "pairs", tmp_path / "b", max_per_class=3, val_share=0.2, test_share=0.2)
@@ -159,7 +159,7 @@ def test_a_table_of_the_whole_folder_trains_as_the_folder(tmp_path: Path, model_
     [
         ({"val_share": 0.5, "test_share": 0.5}, "expected their sum below 1"),
         ({"val_share": -0.1}, "val_share is -0.1"),
-        ({"max_per_class": 0}, "--max_per_class 0: expected 1 or above"),
+        ({"max_per_class": 0}, "max_per_class is 0; expected 1 or above"),
     ],
 )
 def test_what_cannot_work(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_its_mean(here: Path, tmp_path: Path) -> None:
 def test_what_is_said(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Figures of both after each validation; the mean's best file where it is the better one, and only there."""
     said = Path("said.txt").read_text()
-    assert re.search(r"epoch 1, step 4, held out:  loss .*\nepoch 1, step 4, running mean:  loss \d", said)
+    assert re.search(r"epoch 1, step 4, held out:  loss .*\nepoch 1, step 4, EMA:  loss \d", said)
     best, best_mean = (max(figures(f"{prefix}/mean_recall")) for prefix in ("val", "val_ema"))
     assert ("The running mean of the weights scored better" in said) == (best_mean > best)
     (tmp_path / "ema").mkdir()

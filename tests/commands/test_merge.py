@@ -84,7 +84,7 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
         (("start", "tuned"), "--other_folder data --other_classes names.txt", "class"),
         (("start", "tuned"), "--other_classes names.txt", "is for --other_folder, which was not given"),
         (("start", "tuned"), "--other_templates names.txt", "is for --other_folder, which was not given"),
-        (("start", "tuned"), "--folder data --device nowhere", "not to be had here"),
+        (("start", "tuned"), "--folder data --device nowhere", "not available here"),
         (("start", "tuned"), "--folder data --json data", "is no regular file"),
         (("start", "nothing"), "", "there is no such file"),
     ],

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from train_clip.data import augment as batch_augmentation
-from train_clip.data.augment import BatchAugmentation, Draws, augment, colour_maps, draw_batch
+from train_clip.data.augment import Draws, augment, colour_maps, draw_batch
 from train_clip.errors import UserError
+from train_clip.options import AugmentationOptions
 
 B, S = 5, 6
 PIXELS = torch.randint(256, (B, 3, S, S), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-FULL = BatchAugmentation(1.0, 0.2, 0.5, 0.5)
+FULL = AugmentationOptions(color_jitter=1.0, grayscale=0.2, horizontal_flip=0.5, vertical_flip=0.5)
 # Of each image: brightness, contrast, saturation, angle. Some leave the range, one is grey, one stays as it is.
 DRAWN = [(1.7, 0.3, 1.6, 0.9), (0.2, 1.8, 0.4, -1.2), (1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 1.0, 0.0), (0.8, 0.0, 1.2, 3.0)]
 MIRRORED, UPENDED = [True, False, True, False, False], [False, True, True, False, True]
@@ -99,7 +100,12 @@ def test_one_map_of_colours_is_all_steps_in_any_order(
 def test_what_is_drawn_has_its_ranges_and_shares() -> None:
     """100,000 images at half of SimCLR's strength: four factors out of each map, uniform; a fifth is not jittered."""
     number = 100_000
-    draws = draw_batch(BatchAugmentation(0.5, 0.3, 0.25, 0.75), (0, 7), slice(None), number)
+    draws = draw_batch(
+        AugmentationOptions(color_jitter=0.5, grayscale=0.3, horizontal_flip=0.25, vertical_flip=0.75),
+        (0, 7),
+        slice(None),
+        number,
+    )
     maps, lifts = draws.mixes.double(), draws.lifts.double().sum(1)
     b = maps.sum(2)[:, 0] + lifts
     c = maps.sum(2)[:, 0] / b
@@ -126,14 +132,14 @@ def test_what_is_drawn_has_its_ranges_and_shares() -> None:
 
 def test_no_factor_is_below_none() -> None:
     """At the greatest strength, 2: brightness from 0, not from -0.6, to 2.6."""
-    draws = draw_batch(BatchAugmentation(2.0), (0, 0), slice(None), 10_000)
+    draws = draw_batch(AugmentationOptions(color_jitter=2.0), (0, 0), slice(None), 10_000)
     b = draws.mixes.sum(2)[:, 0] + draws.lifts.sum(1)
     assert (b.min().item(), b.max().item()) == pytest.approx((0.0, 2.6), abs=5e-3)
 
 
 def test_hue_turns_both_ways() -> None:
     """Of a pure red: over 1,000 draws as many turn towards yellow as towards magenta."""
-    maps = draw_batch(BatchAugmentation(1.0), (0, 0), slice(None), 1000).mixes
+    maps = draw_batch(AugmentationOptions(color_jitter=1.0), (0, 0), slice(None), 1000).mixes
     green, blue = (maps[:, channel, 0] for channel in (1, 2))
     turned = maps[(maps - torch.eye(3)).abs().amax((1, 2)) > 1e-6]
     assert len(turned) == pytest.approx(800, abs=50)
@@ -146,7 +152,7 @@ def test_an_image_is_drawn_by_its_place_in_the_global_batch() -> None:
     whole = draw_batch(FULL, (3, 5), slice(0, 8), 8)
     for rows in (slice(0, 4), slice(4, 8)):
         part = draw_batch(FULL, (3, 5), rows, 8)
-        for name in Draws.__dataclass_fields__:
+        for name in Draws._fields:
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     found = [whole.lifts, *(draw_batch(FULL, place, slice(0, 8), 8).lifts for place in ((3, 6), (4, 5), (5, 3)))]
     numbers = torch.cat(found).sum(1)
@@ -155,7 +161,7 @@ def test_an_image_is_drawn_by_its_place_in_the_global_batch() -> None:
 
 def test_another_option_leaves_the_draws_of_the_first() -> None:
     """Flips beside a jitter: the same jitter."""
-    alone, beside = (draw_batch(how, (0, 0), slice(None), 32) for how in (BatchAugmentation(1.0), FULL))
+    alone, beside = (draw_batch(how, (0, 0), slice(None), 32) for how in (AugmentationOptions(color_jitter=1.0), FULL))
     grey = torch.linalg.det(beside.mixes.double()).abs() < 1e-6
     assert 0 < int(grey.sum()) < 16
     assert torch.equal(alone.mixes[~grey], beside.mixes[~grey])
@@ -172,10 +178,10 @@ def test_half_precision_around_it_changes_nothing() -> None:
 def test_normalised_pixels_are_flipped_and_not_recoloured() -> None:
     """Floats: mirrored exactly; a change of colour is refused."""
     floats = PIXELS.float() / 100 - 1
-    found = augment(floats, BatchAugmentation(horizontal_flip=0.5), drawn_by_hand())
+    found = augment(floats, AugmentationOptions(horizontal_flip=0.5), drawn_by_hand())
     expected = [image.flip(2) if mirrored else image for image, mirrored in zip(floats, MIRRORED, strict=True)]
     assert torch.equal(found, torch.stack(expected))
-    for how in (BatchAugmentation(color_jitter=0.5), BatchAugmentation(grayscale=0.1)):
+    for how in (AugmentationOptions(color_jitter=0.5), AugmentationOptions(grayscale=0.1)):
         with pytest.raises(UserError, match=r"images are torch\.float32: already normalised.*Expected bytes"):
             augment(floats, how, drawn_by_hand())
 
@@ -185,7 +191,7 @@ def test_normalised_pixels_are_flipped_and_not_recoloured() -> None:
     [
         ({"color_jitter": -0.1}, r"color_jitter is -0\.1; expected from 0 \(none\) to 2"),
         ({"color_jitter": 2.5}, r"color_jitter is 2\.5"),
-        ({"grayscale": 1.1}, r"grayscale is 1\.1; expected a share"),
+        ({"grayscale": 1.1}, r"grayscale is 1\.1; expected from 0 to 1"),
         ({"horizontal_flip": -1}, "horizontal_flip is -1"),
         ({"vertical_flip": math.nan}, "vertical_flip is nan"),
     ],
@@ -193,4 +199,4 @@ def test_normalised_pixels_are_flipped_and_not_recoloured() -> None:
 def test_numbers_that_cannot_work(options: dict[str, float], message: str) -> None:
     """Out of range: refused by name."""
     with pytest.raises(UserError, match=message):
-        BatchAugmentation(**options)
+        AugmentationOptions(**options)

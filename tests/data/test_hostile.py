@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.fuzz import chunk, damaged, originals, with_checksums
 from train_clip.data import images
-from train_clip.data.crops import Draw, crop_of_image, random_crop
+from train_clip.data.crops import Draw, random_crop, read_square
 from train_clip.data.images import FORMATS, MAX_BYTES, MAX_SCANS, open_rgb, read_image
 from train_clip.data.pairs import read_caption_lines
 from train_clip.errors import BadSample
@@ -47,10 +47,10 @@ def assert_picture_or_bad_sample(path: Path) -> bool:
             assert bad.path == str(path)
             assert bad.reason
             with pytest.raises(BadSample) as caught:
-                crop_of_image(str(path), training_crop())
+                read_square(str(path), 0, training_crop())
             assert (caught.value.path, caught.value.reason) == (bad.path, bad.reason)
             return False
-        assert crop_of_image(str(path), training_crop()).shape == (3, CROP, CROP)
+        assert read_square(str(path), 0, training_crop()).shape == (3, CROP, CROP)
     assert picture.mode == "RGB"
     assert np.asarray(picture).shape == (picture.height, picture.width, 3)
     return True
@@ -212,7 +212,7 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 from train_clip.data.images import image_suffixes, read_image
-from train_clip.data.crops import crop_of_image
+from train_clip.data.crops import read_square
 from train_clip.data.crops import random_crop
 from train_clip.errors import BadSample
 
@@ -224,7 +224,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     signal.alarm(20)
     try:
         print(path.name, read_image(str(path)).picture.size, sep=": ")
-        crop_of_image(str(path), lambda size: random_crop(size, 224, np.random.default_rng(0)))
+        read_square(str(path), 0, lambda size: random_crop(size, 224, np.random.default_rng(0)))
     except BadSample as bad:
         print(bad.path.rsplit("/", 1)[1], bad.reason, sep=": ")
 """

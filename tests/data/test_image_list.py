@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from train_clip.data.crops import center_crop, to_tensor
-from train_clip.data.samples import ImageList, image_loader
+from train_clip.data.samples import image_loader
 from train_clip.types import Skip
 
 
@@ -51,12 +51,12 @@ def test_a_batch_of_bad_files_is_empty(paths: list[str]) -> None:
 
 
 def test_one_at_a_time(paths: list[str]) -> None:
-    """The index comes with the pixels, or with what is wrong."""
-    files = ImageList(paths, 16)
+    """The index comes with the pixels, or there is what is wrong."""
+    files = list(image_loader(paths, 16, 1, 0))
     assert len(files) == 7
-    index, pixels = files[1]
-    assert index == 1
-    assert isinstance(pixels, torch.Tensor)
-    assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
+    indices, pixels, skips = files[1]
+    assert (indices, skips) == ([1], [])
+    assert (pixels.shape, pixels.dtype) == ((1, 3, 16, 16), torch.uint8)
     assert np.asarray(pixels).max() > 100
-    assert files[2] == (2, Skip(paths[2], "not an image but an HTML page"))
+    indices, pixels, skips = files[2]
+    assert (indices, len(pixels), skips) == ([], 0, [Skip(paths[2], "not an image but an HTML page")])

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.data import crops as jpeg
-from train_clip.data.crops import Window, crop_of_image, cut, random_crop, random_resized_crop
+from train_clip.data import images
+from train_clip.data.crops import Window, cut, random_crop, random_resized_crop, read_square
 from train_clip.data.images import open_rgb
 from train_clip.errors import BadSample
 
@@ -83,7 +84,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def never_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are decoded without Pillow, or the test fails."""
-    monkeypatch.setattr(jpeg, "decoded", mock.Mock(side_effect=AssertionError("left to Pillow")))
+
+    def plain(path: str) -> images.Jpeg:
+        image = images.open_image(path)
+        assert isinstance(image, images.Jpeg)
+        return image
+
+    monkeypatch.setattr(jpeg, "open_image", plain)
+    monkeypatch.setattr(jpeg, "open_rgb", mock.Mock(side_effect=AssertionError("left to Pillow")))
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "grey"])
@@ -94,7 +102,7 @@ def test_pixels_are_pillows_at_each_scale(tmp_path: Path, never_pillow: None, na
     path = saved(tmp_path / "a.jpg", picture, **VARIANTS.get(name, {}))
     for seed in range(5):
         draw, again = (partial(random_crop, size=size, rng=np.random.default_rng(seed)) for _ in range(2))
-        window, found = again((200, 131)), crop_of_image(path, draw)
+        window, found = again((200, 131)), read_square(path, 0, draw)
         reduction = {130: 1, 64: 2, 32: 4, 16: 8}[size]
         with Image.open(path) as reference:
             reference.draft(None, (200 // reduction, 131 // reduction))
@@ -113,7 +121,7 @@ def test_pixels_are_pillows_at_each_scale(tmp_path: Path, never_pillow: None, na
 def test_a_full_decode_is_pillows_to_the_bit(tmp_path: Path, never_pillow: None, name: str, draw: Any) -> None:
     """Where the crop needs all pixels: the crop out of Pillow's decode, byte for byte."""
     path = saved(tmp_path / "a.jpg", photo_like(200, 131), **VARIANTS[name])
-    found = crop_of_image(path, draw(100))
+    found = read_square(path, 0, draw(100))
     assert torch.equal(found, whole(path, draw(100)))
 
 
@@ -126,7 +134,7 @@ def test_windows_lie_in_the_upright_picture(
     """All eight orientations at full, half and eighth size: colours that say where they are, against a full decode."""
     path = saved(tmp_path / "a.jpg", gradient(203, 131), exif=turned(orientation), subsampling=0)
     for seed in range(5):
-        found, expected = crop_of_image(path, draw(size, seed)), whole(path, draw(size, seed))
+        found, expected = read_square(path, 0, draw(size, seed)), whole(path, draw(size, seed))
         difference = (found.int() - expected.int()).abs().numpy()
         # A pixel of the crop is 235 / size levels at the most; both edges are within half a one.
         assert difference.max() <= (0 if size == 100 else 3 + 245 / size)
@@ -145,7 +153,7 @@ def test_how_far_reduced_crops_are(tmp_path: Path, size: int) -> None:
             (gradient(640, 480), square, 123 / size, 6 + 123 / size),
         ):
             path = saved(tmp_path / "a.jpg", picture)
-            difference = (crop_of_image(path, draw(size, seed)).int() - whole(path, draw(size, seed)).int()).abs()
+            difference = (read_square(path, 0, draw(size, seed)).int() - whole(path, draw(size, seed)).int()).abs()
             assert difference.float().mean() <= (0 if size == 400 else mean)
             assert difference.max() <= (0 if size == 400 else most)
 
@@ -155,7 +163,7 @@ def test_no_more_is_decoded_than_is_needed(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.jpg", photo_like(640, 480))
     for size, expected in ((480, 480), (241, 480), (240, 240), (121, 240), (120, 120), (60, 60), (10, 60)):
         with mock.patch.object(simplejpeg, "decode_jpeg", side_effect=simplejpeg.decode_jpeg) as decode:
-            crop_of_image(path, paper(size))
+            read_square(path, 0, paper(size))
         assert decode.call_args.kwargs == {"min_height": expected, "min_width": expected * 4 // 3}
 
 
@@ -172,7 +180,7 @@ def test_what_libjpeg_warns_of_is_left_to_pillow(tmp_path: Path, size: int) -> N
     path.write_bytes(damaged(path.read_bytes()))
     with pytest.raises(ValueError, match=r"."):
         simplejpeg.decode_jpeg(path.read_bytes())
-    assert torch.equal(crop_of_image(str(path), paper(size)), whole(str(path), paper(size)))
+    assert torch.equal(read_square(str(path), 0, paper(size)), whole(str(path), paper(size)))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -212,11 +220,11 @@ def test_what_is_no_plain_jpeg(tmp_path: Path) -> None:
             expected = whole(str(path), paper(20))
         except BadSample as bad:
             with pytest.raises(BadSample) as caught:
-                crop_of_image(str(path), paper(20))
+                read_square(str(path), 0, paper(20))
             assert (caught.value.path, caught.value.reason) == (bad.path, bad.reason)
             reasons[name] = bad.reason
         else:
-            assert torch.equal(crop_of_image(str(path), paper(20)), expected), name
+            assert torch.equal(read_square(str(path), 0, paper(20)), expected), name
     assert reasons.keys() >= {"cut", "cut in the header", "100 scans", "empty", "a page", "one row", "a strip"}
     assert not reasons.keys() & {"CMYK", "YCCK", "PNG called .jpg"}
     assert reasons["too many pixels"] == "over 89,478,485 pixels"
@@ -227,7 +235,7 @@ def test_a_file_that_changes_size_within_is_left_to_pillow(tmp_path: Path) -> No
     path = saved(tmp_path / "a.jpg", photo_like(200, 131))
     other = np.zeros((20, 20, 3), dtype=np.uint8)
     with mock.patch.object(simplejpeg, "decode_jpeg", return_value=other):
-        assert torch.equal(crop_of_image(path, paper(100)), whole(path, paper(100)))
+        assert torch.equal(read_square(path, 0, paper(100)), whole(path, paper(100)))
 
 
 def test_the_window_is_drawn_once(tmp_path: Path) -> None:
@@ -239,6 +247,6 @@ def test_the_window_is_drawn_once(tmp_path: Path) -> None:
     states = set()
     for path in (plain, str(bad), lossless):
         rng = np.random.default_rng(0)
-        crop_of_image(path, partial(random_resized_crop, size=20, rng=rng, min_share=0.5))
+        read_square(path, 0, partial(random_resized_crop, size=20, rng=rng, min_share=0.5))
         states.add(str(rng.bit_generator.state))
     assert len(states) == 1

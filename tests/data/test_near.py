@@ -42,9 +42,8 @@ def test_any_hashes(centres: list[int], flips: list[tuple[int, set[int]]], most:
     assert found(hashes, most) == by_force(hashes, most)
 
 
-def test_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thousand hashes of twelve bits, which share most of their pieces, compared in blocks of a few rows."""
-    monkeypatch.setattr("train_clip.data_tools.report.BLOCK", 5000)
+def test_a_crowd() -> None:
+    """Two thousand hashes of twelve bits, which share most of their pieces."""
     hashes = np.random.default_rng(0).permutation(2**12)[:2000].tolist()
     assert found(hashes, 2) == by_force(hashes, 2)
 

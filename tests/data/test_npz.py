@@ -18,7 +18,7 @@ from PIL import Image
 from train_clip.data.arrays import MAX_DATA, read_array, read_header, write_array
 from train_clip.data.crops import read_picture, resize_shorter
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import Augmentation, Collate, ImageList, TrainingPairs, ValidationPairs, image_loader
+from train_clip.data.samples import Collate, TrainingPairs, ValidationPairs, image_loader
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Skip
@@ -66,7 +66,7 @@ def numbered(tmp_path: Path, arrays: list[np.ndarray]) -> list[Pair]:
 def test_a_random_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pair], list[Pair]]) -> None:
     """The paper's crop and caption for 5 pairs in 6 epochs, with and without arrays: the same window and words."""
     # To within what two bicubics differ by on noise; a window that is a pixel off is some 60 levels off on average.
-    plain, with_cache = (TrainingPairs(pairs, Augmentation(SIZE, None, 3)) for pairs in cached)
+    plain, with_cache = (TrainingPairs(pairs, SIZE, None, 3) for pairs in cached)
     seen = set()
     for key in [(epoch, index) for epoch in range(6) for index in range(5)]:
         expected, found = plain[key], with_cache[key]
@@ -83,8 +83,9 @@ def test_a_random_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pair]
 def test_the_centre_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pair], list[Pair]]) -> None:
     """Validation and scoring with arrays, against Pillow's resize and crop of the images here: the same bytes."""
     plain, with_cache = cached
-    validation, scored = ValidationPairs(with_cache, SIZE), ImageList([pair.pixels for pair in with_cache], SIZE)
-    for index, pair in enumerate(plain):
+    validation = ValidationPairs(with_cache, SIZE)
+    scored = image_loader([pair.pixels for pair in with_cache], SIZE, 1, 0)
+    for index, (pair, (_, (pixels,), _)) in enumerate(zip(plain, scored, strict=True)):
         with Image.open(pair.image) as image:
             factor = SIZE / min(image.size)
             wide, high = (SIZE if side == min(image.size) else int(side * factor + 1e-9) for side in image.size)
@@ -92,14 +93,14 @@ def test_the_centre_crop_of_an_array_is_that_of_its_image(cached: tuple[list[Pai
             cropped = image.resize((wide, high), Image.Resampling.BICUBIC).crop((left, top, left + SIZE, top + SIZE))
         expected = np.asarray(cropped).transpose(2, 0, 1)
         assert np.array_equal(validation[index].pixels, expected)
-        assert np.array_equal(scored[index][1], expected)  # type: ignore[arg-type]
+        assert np.array_equal(pixels, expected)
 
 
 def test_squares_are_resized_out_of_arrays(tmp_path: Path) -> None:
     """``resize_ratio``: share and place drawn here by the same generator, cut out, resized by Pillow, to within 12."""
     array = np.random.default_rng(1).integers(0, 256, (3, SIZE, 40), dtype=np.uint8)
     pairs = numbered(tmp_path, [array, array])
-    data = TrainingPairs(pairs, Augmentation(SIZE, 0.3, 7))
+    data = TrainingPairs(pairs, SIZE, 0.3, 7)
     for epoch in range(5):
         rng = np.random.default_rng((7, epoch, 1))
         rng.integers(1)  # the caption
@@ -140,7 +141,7 @@ def test_normalised_pixels_are_passed_on_as_they_are(tmp_path: Path, dtype: Any)
     """The fork's files in training (any epoch), validation, scoring and a batch: the array's values, as float32."""
     arrays = [normalised(seed, dtype) for seed in range(3)]
     pairs = numbered(tmp_path, arrays)
-    training, validation = TrainingPairs(pairs, Augmentation(SIZE, None, 0)), ValidationPairs(pairs, SIZE)
+    training, validation = TrainingPairs(pairs, SIZE, None, 0), ValidationPairs(pairs, SIZE)
     for index, array in enumerate(arrays):
         for sample in (training[0, index], training[5, index], validation[index]):
             assert sample.pixels.dtype == torch.float32
@@ -166,9 +167,9 @@ def test_both_kinds_in_one_list_are_refused(tmp_path: Path, first: int) -> None:
     """Pictures and normalised pixels, whichever comes first: training, validation and scoring name one of each."""
     pairs = numbered(tmp_path, [picture(), normalised()] if first == 0 else [normalised(), picture()])
     for read in (
-        lambda: TrainingPairs(pairs, Augmentation(SIZE, None, 0))[0, 1],
+        lambda: TrainingPairs(pairs, SIZE, None, 0)[0, 1],
         lambda: ValidationPairs(pairs, SIZE)[1],
-        lambda: ImageList([pair.pixels for pair in pairs], SIZE)[1],
+        lambda: list(image_loader([pair.pixels for pair in pairs], SIZE, 1, 0)),
     ):
         with pytest.raises(UserError) as refused:
             read()
@@ -180,9 +181,9 @@ def test_an_array_for_another_model_stops(tmp_path: Path) -> None:
     pairs = numbered(tmp_path, [picture(SIZE), picture(SIZE + 4), normalised()])
     remedy = r"1.npz: was made for a model of 20 pixels.*train-clip data npz FOLDER --image_size 16"
     with pytest.raises(UserError, match=remedy):
-        TrainingPairs(pairs[1:], Augmentation(SIZE, None, 0))
+        TrainingPairs(pairs[1:], SIZE, None, 0)
     with pytest.raises(UserError, match=remedy):
-        TrainingPairs(pairs, Augmentation(SIZE, 0.5, 0))[0, 1]
+        TrainingPairs(pairs, SIZE, 0.5, 0)[0, 1]
     with pytest.raises(UserError, match=r"2.npz: holds already normalised pixels.*16 by 16 of them; expected 32 by 32"):
         ValidationPairs(pairs[2:], 32)
 
@@ -320,7 +321,7 @@ def test_what_is_no_image_is_a_bad_sample(tmp_path: Path, name: str, request: py
     assert bad.value.path == str(file)
     assert reason in bad.value.reason
     assert peak < 2**22
-    sample = TrainingPairs(pairs, Augmentation(SIZE, None, 0))[0, 1]
+    sample = TrainingPairs(pairs, SIZE, None, 0)[0, 1]
     assert sample.skips[0] == Skip(str(file), bad.value.reason)
     assert sample.pixels.shape == (3, SIZE, SIZE)
 

@@ -7,18 +7,17 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from train_clip.data.folder import cache_name, scan_folder
-from train_clip.data.scan import PairBy, Scan
-from train_clip.data.source import scan_source
+from train_clip.data.scan import Scan, scan_source
 from train_clip.data.split import split_pairs
-from train_clip.data.table import Columns
 from train_clip.errors import UserError
+from train_clip.options import PairBy, SourceOptions
 
 
 def scan(folder: Path, *names: str, pair_by: PairBy = "stem") -> Scan:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
-    return scan_folder(folder, pair_by)
+    return scan_folder(folder, SourceOptions(pair_by=pair_by))
 
 
 def found(scan: Scan) -> list[tuple[str, ...]]:
@@ -145,7 +144,7 @@ def test_no_pair_by_stem_in_folders_that_are_known(tmp_path: Path) -> None:
         "pass --pair_by number.",
     ):
         assert line in str(refused.value)
-    assert len(scan_folder(tmp_path, "number").require_pairs().pairs) == 5
+    assert len(scan_folder(tmp_path, SourceOptions(pair_by="number")).require_pairs().pairs) == 5
 
 
 def test_the_offer_is_for_those_folders_alone(tmp_path: Path) -> None:
@@ -162,6 +161,6 @@ def test_the_offer_is_for_those_folders_alone(tmp_path: Path) -> None:
 def test_a_table_is_not_paired_by_number(tmp_path: Path) -> None:
     """A table says what belongs together; a word that is no way to pair is refused with those that are."""
     with pytest.raises(UserError, match="--pair_by number: is for a folder"):
-        scan_source(None, tmp_path / "pairs.csv", Columns(), "number")
+        scan_source(None, SourceOptions(pairs=tmp_path / "pairs.csv", pair_by="number"))
     with pytest.raises(UserError, match="pair_by is 'name'; expected one of stem, number"):
-        scan_source(tmp_path, None, Columns(), "name")  # type: ignore[arg-type]
+        scan_source(tmp_path, SourceOptions(pair_by="name"))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_clip.data.pairs import FlatStrings, Pair, PairList, plain_name
+from train_clip.data.pairs import IN_TABLE, FlatStrings, Pair, PairList, plain_name
 from train_clip.errors import BadSample
 
 # Any names that a file system can give: bytes, as Python shows them.
@@ -23,8 +23,8 @@ NAMES = st.binary(max_size=12).map(lambda name: name.decode("utf-8", "surrogatee
 def made_up(number: int, root: str = "/data/", in_table: bool = False) -> PairList:
     """Pairs that lie nowhere."""
     names = [f"u/{index:09}.jpg" for index in range(number)]
-    captions = [f"line {index}\nanother" if in_table else f"u/{index:09}.txt" for index in range(number)]
-    return PairList(root, names, captions, in_table)
+    captions = [f"{IN_TABLE}line {index}\nanother" if in_table else f"u/{index:09}.txt" for index in range(number)]
+    return PairList(root, names, captions)
 
 
 # Strings
@@ -175,7 +175,7 @@ def size_of(root: object) -> int:
 )
 def test_texts_of_a_table(texts: list[str]) -> None:
     """Captions joined by line breaks: those captions, whatever other separators they hold, without any file."""
-    (pair,) = PairList("/nowhere/", ["a.jpg"], ["\n".join(texts)], in_table=True)
+    (pair,) = PairList("/nowhere/", ["a.jpg"], [IN_TABLE + "\n".join(texts)])
     assert pair == Pair("/nowhere/a.jpg", texts=tuple(texts))
     assert pair.captions() == texts
 

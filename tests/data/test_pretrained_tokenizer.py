@@ -269,14 +269,14 @@ def test_context():
 def test_a_folder_without_tokenizer(tmp_path):
     """For a folder with a model alone the library makes a tokenizer that knows no word; that is refused."""
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"cannot load its tokenizer .*Put tokenizer.json and its companions"):
+    with pytest.raises(UserError, match=r"the tokenizer cannot be loaded \(found no tokenizer.json.*Copy or download"):
         load_tokenizer(str(tmp_path), CONTEXT)
 
 
 def test_a_broken_tokenizer(tmp_path):
     write_unigram(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version":')
-    with pytest.raises(UserError, match=f"^hf:{tmp_path}: cannot load its tokenizer"):
+    with pytest.raises(UserError, match=f"^hf:{tmp_path}: the tokenizer cannot be loaded"):
         load_tokenizer(str(tmp_path), CONTEXT)
 
 
@@ -287,7 +287,7 @@ def test_a_name_without_network(monkeypatch, tmp_path):
     with pytest.raises(UserError) as failure:
         load_tokenizer("nobody/nothing", CONTEXT)
     message = str(failure.value)
-    assert message.startswith("hf:nobody/nothing: its tokenizer is not in this machine's cache and not reachable (")
+    assert message.startswith("hf:nobody/nothing: the tokenizer is not in this machine's cache and not reachable (")
     assert "`hf download nobody/nothing --local-dir FOLDER`" in message
     assert message.endswith("--text_encoder hf:FOLDER.")
 

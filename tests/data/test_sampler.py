@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 from torch.utils.data import DataLoader
 
-from train_clip.data.sampler import GlobalBatchSampler
+from train_clip.data.samples import GlobalBatchSampler
 
 N, G = 22, 4  # pairs, and pairs of a global batch: 5 batches an epoch, 2 pairs left over
 BATCHES = N // G

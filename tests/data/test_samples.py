@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from train_clip.data.crops import center_crop, to_tensor
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import MAX_SUBSTITUTES, Augmentation, Sample, TrainingPairs, ValidationPairs
+from train_clip.data.samples import MAX_SUBSTITUTES, Sample, TrainingPairs, ValidationPairs
 from train_clip.errors import UserError
 from train_clip.types import Skip
 
@@ -31,7 +31,7 @@ def plain(sample: Sample) -> tuple[bytes, str, tuple[Skip, ...]]:
 
 
 def training(pairs: list[Pair], seed: int = 0, resize_ratio: float | None = None) -> TrainingPairs:
-    return TrainingPairs(pairs, Augmentation(SIZE, resize_ratio, seed))
+    return TrainingPairs(pairs, SIZE, resize_ratio, seed)
 
 
 def as_list(samples: list[Sample]) -> list[Sample]:
@@ -230,6 +230,6 @@ def test_sizes_of_the_sample(numbered_pairs: NumberedPairs) -> None:
     """Any size that is asked for, in all three ways to crop."""
     pairs = numbered_pairs(1)
     for size in (1, 7, 32, 65):
-        for dataset in (TrainingPairs(pairs, Augmentation(size, ratio, 0)) for ratio in (None, 0.5)):
+        for dataset in (TrainingPairs(pairs, size, ratio, 0) for ratio in (None, 0.5)):
             assert dataset[(0, 0)].pixels.shape == (3, size, size)
         assert ValidationPairs(pairs, size)[0].pixels.shape == (3, size, size)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
-from train_clip.data.pairs import PairList
+from train_clip.data.pairs import IN_TABLE, PairList
 from train_clip.data.split import Shares, divide, held_out_indices, require_share, split_pairs
 from train_clip.errors import UserError
 
@@ -71,7 +71,7 @@ def test_the_split_depends_on_names_alone() -> None:
 def test_captions_in_a_table_or_in_files_split_alike() -> None:
     """The same images with their captions beside them and in a table: the same are held out."""
     names = made_up_names(50)
-    table = PairList("/data", names, [f"caption {name}\nanother" for name in names], in_table=True)
+    table = PairList("/data", names, [f"{IN_TABLE}caption {name}\nanother" for name in names])
     in_files, in_table = split_pairs(made_up_pairs("/data", names), 0.3), split_pairs(table, 0.3)
     assert [list(part.names) for part in in_files] == [list(part.names) for part in in_table]
     for part in in_table:

@@ -17,13 +17,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
-from train_clip.data.scan import Scan
-from train_clip.data.source import scan_source
+from train_clip.data.scan import Scan, scan_source
 from train_clip.data.split import split_pairs
-from train_clip.data.table import Columns, scan_table, write_table
+from train_clip.data.table import scan_table, write_table
 from train_clip.errors import UserError
+from train_clip.options import SourceOptions
 
-COLUMNS = Columns()
+COLUMNS = SourceOptions()
 Rows = Sequence[tuple[str, Sequence[str]]]
 PAIRS = {
     "a.jpg": ["a cat"],
@@ -70,7 +70,7 @@ def texts(scan: Scan) -> dict[str, list[str]]:
     return {name: pair.captions() for name, pair in zip(scan.pairs.names, scan.pairs, strict=True)}
 
 
-def scan_text(folder: Path, suffix: str, text: str | bytes, columns: Columns = COLUMNS) -> Scan:
+def scan_text(folder: Path, suffix: str, text: str | bytes, columns: SourceOptions = COLUMNS) -> Scan:
     """Write a table beside ``a.jpg`` and ``b.jpg`` and read it."""
     touch(folder, "a.jpg", "b.jpg")
     table = folder / f"table{suffix}"
@@ -147,7 +147,9 @@ def test_column_names_by_option(tmp_path: Path, suffix: str) -> None:
         text = "id,text,split,split,file name,caption\n7,a cat,x,y,a.jpg,3\n".replace(
             ",", "," if suffix == ".csv" else "\t"
         )
-    assert texts(scan_text(tmp_path, suffix, text, Columns("file name", "text"))) == {"a.jpg": ["a cat"]}
+    assert texts(scan_text(tmp_path, suffix, text, SourceOptions(image_column="file name", caption_column="text"))) == {
+        "a.jpg": ["a cat"]
+    }
 
 
 @pytest.mark.parametrize("suffix", KINDS)
@@ -527,7 +529,9 @@ def test_all_broken_rows_are_collected(tmp_path: Path) -> None:
 
 def test_the_fault_of_columns_by_option_names_them(tmp_path: Path) -> None:
     """The columns that were asked for, and not the usual names."""
-    (fault,) = scan_text(tmp_path, ".csv", "path,text\na.jpg\n", Columns("path", "text")).faults
+    (fault,) = scan_text(
+        tmp_path, ".csv", "path,text\na.jpg\n", SourceOptions(image_column="path", caption_column="text")
+    ).faults
     assert (
         fault
         == f"{tmp_path / 'table.csv'}, line 2: {INCOMPLETE.replace('image', 'path', 1).replace('caption', 'text')}"
@@ -773,14 +777,14 @@ def test_the_source(tmp_path: Path) -> None:
     """Each alone is what its own scan finds; both, or neither, are refused by name."""
     touch(tmp_path, "a.jpg", "a.txt")
     table = write_csv(tmp_path / "t.csv", [("a.jpg", ["a cat"])])
-    assert scan_source(tmp_path, None, COLUMNS) == scan_folder(tmp_path)
-    assert scan_source(None, table, COLUMNS) == scan_table(table, COLUMNS)
+    assert scan_source(tmp_path, COLUMNS) == scan_folder(tmp_path)
+    assert scan_source(None, SourceOptions(pairs=table)) == scan_table(table, COLUMNS)
     with pytest.raises(UserError) as both:
-        scan_source(tmp_path, table, COLUMNS)
+        scan_source(tmp_path, SourceOptions(pairs=table))
     assert str(tmp_path) in str(both.value)
     assert str(table) in str(both.value)
     with pytest.raises(UserError, match=r"^No data was given\. .*--pairs"):
-        scan_source(None, None, COLUMNS)
+        scan_source(None, COLUMNS)
 
 
 def test_two_spellings_of_an_image_are_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from two_processes import bare_trainer, run
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
 from train_clip.gather import world
+from train_clip.options import OptimizerOptions
 from train_clip.training.half_precision import HalfAdamW
 
 B, BATCHES = 8, 3  # of the global batch
@@ -105,7 +106,8 @@ def sharded() -> dict[str, Any]:
 
 def half_adamw(weight: nn.Parameter, half_moments: bool) -> HalfAdamW:
     groups = [{"params": [weight], "weight_decay": 0.2}]
-    return HalfAdamW(groups, 1e-3, (0.9, 0.98), 1e-6, half_moments=half_moments)
+    state = "bfloat16" if half_moments else "float32"
+    return HalfAdamW(groups, OptimizerOptions(learning_rate=1e-3, betas=(0.9, 0.98), eps=1e-6, adam_statistics=state))
 
 
 def test_parts_of_a_sharded_weight_are_rounded_apart(tmp_path):

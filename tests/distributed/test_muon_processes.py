@@ -14,6 +14,7 @@ from two_processes import bare_trainer, run
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
 from train_clip.gather import world
+from train_clip.options import OptimizerOptions
 from train_clip.training.muon import Muon
 
 B, BATCHES = 8, 3  # of the global batch
@@ -54,7 +55,7 @@ def matrix() -> Tensor:
 def two_steps(weight: nn.Parameter, *placed: Any) -> nn.Parameter:
     """Two steps of Muon, the gradients placed as the weight is."""
     rest = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
-    optimizer = Muon([{"params": [weight], "lr": 0.1, "weight_decay": 0.2}], rest, 0.95)
+    optimizer = Muon([{"params": [weight], "lr": 0.1, "weight_decay": 0.2}], rest, OptimizerOptions(momentum=0.95))
     for step in range(2):
         gradient = torch.randn(30, 10, generator=torch.Generator().manual_seed(1 + step))
         weight.grad = distribute_tensor(gradient, *placed) if placed else gradient

@@ -16,11 +16,9 @@ from torch.utils.data.distributed import DistributedSampler
 from two_processes import run
 
 from train_clip.gather import world
-from train_clip.losses import Pairs
-from train_clip.losses.softmax import clip_loss
 from train_clip.models.clip import up_to_end
 from train_clip.training.batch import caption_ids
-from train_clip.training.validation import ValidationSplit, interleave, loss_in_batches
+from train_clip.training.validation import ValidationSplit, interleave
 
 W = 2
 START, END = 90, 91
@@ -138,13 +136,8 @@ def test_split_starts_afresh():
 
 def test_remainder_is_weighted_by_its_size():
     """Five pairs in batches of four: the last is alone, its loss is 0, and it counts one fifth."""
-    images, texts, _ = pairs(5)
-
-    def loss(some: Pairs) -> Tensor:
-        return clip_loss(some, SCALE)
-
-    whole = loss_in_batches(images, texts, loss, 4)
-    assert whole == pytest.approx(loss_in_batches(images[:4], texts[:4], loss, 4) * 4 / 5, abs=1e-12)
+    whole, first = score(5, 4, list(range(5)), range(5)), score(5, 4, list(range(4)), None)
+    assert whole["val/loss"] == pytest.approx(first["val/loss"] * 4 / 5, abs=1e-12)
 
 
 @pytest.mark.parametrize("total", [7, 8, None])

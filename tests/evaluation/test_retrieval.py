@@ -112,14 +112,34 @@ def test_ties_count_against(seed):
     assert_same(found, naive(images, texts, owners, captions))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("count", "width"), [(11, 8), (16, 64), (37, 130), (257, 33)])
-def test_a_collapsed_model_finds_nothing(count, width, dtype):
-    """All images at one point and all captions at another, at sizes that matrix kernels round differently: all 0."""
-    images = embed(1, 0, width).to(dtype).repeat(count, 1)
-    texts = embed(1, 1, width).to(dtype).repeat(count, 1)
+@pytest.mark.parametrize("even", [False, True], ids=["any point", "equal coordinates"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("count", "width"), [(11, 8), (16, 64), (37, 130), (257, 33), (1030, 16), (65, 512), (11, 768), (40, 1024)]
+)
+def test_a_collapsed_model_finds_nothing(count, width, dtype, even):
+    """All images at one point and all captions at another, at sizes that matrix kernels round differently: all 0.
+
+    Equal coordinates are the case in which the terms' rounding errors all point the same way.
+    """
+    points = (torch.full((1, width), width**-0.5) if even else embed(1, seed, width) for seed in range(2))
+    images, texts = (point.to(dtype).repeat(count, 1) for point in points)
     found = retrieval(images, texts, torch.arange(count), torch.arange(count))
     assert found.image_to_text == found.text_to_image == {1: 0.0, 5: 0.0, 10: 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [8, 64, 512, 1024])
+@pytest.mark.parametrize(("units", "found"), [(-2.0, 0), (0.0, 0), (0.5, 0), (2.0, 1)])
+def test_what_is_a_tie(width, units, found, dtype):
+    """The right caption nearer than the other by so many times D · eps: within one it is a tie, beyond it is found."""
+    step = units * width * torch.finfo(dtype).eps
+    images, texts = torch.zeros(2, width, dtype=dtype), torch.zeros(2, width, dtype=dtype)
+    images[0, 0] = images[1, 1] = 1
+    # Similarities of both images to both captions: 0.5 to the other's, 0.5 + step to their own.
+    texts[:, :2] = torch.tensor([[0.5 + step, 0.5], [0.5, 0.5 + step]], dtype=dtype)
+    recall = retrieval(images, texts, torch.arange(2), torch.arange(2), (1,))
+    assert recall.image_to_text[1] == recall.text_to_image[1] == found
 
 
 @pytest.mark.parametrize("spoiled", ["images", "texts", "one image"])

@@ -14,9 +14,9 @@ from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings,
 N, C, D = 40, 8, 6
 
 
-def embed(rows: int, seed: int) -> Tensor:
+def embed(rows: int, seed: int, width: int = D) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(rows, D, dtype=torch.float64, generator=generator), dim=-1)
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64, generator=generator), dim=-1)
 
 
 def naive_ranks(images: Tensor, labels: list[int], classes: Tensor) -> list[int]:
@@ -57,9 +57,12 @@ def test_ties_count_against():
     assert (found.top1, found.top5) == (2 / 5, 3 / 5)
 
 
-def test_a_collapsed_model_scores_nothing():
-    """All classes at one point: 0, not what the first class would score."""
-    found = zero_shot(embed(N, 0), torch.arange(N) % C, embed(1, 1).repeat(C, 1))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [8, 33, 130, 512, 768, 1024])
+def test_a_collapsed_model_scores_nothing(width, dtype):
+    """All classes at one point: 0, not what the first class would score, nor what a kernel's rounding picks."""
+    images, point = (embed(rows, seed, width).to(dtype) for seed, rows in enumerate((N, 1)))
+    found = zero_shot(images, torch.arange(N) % C, point.repeat(C, 1))
     assert found.top1 == found.top5 == found.mean_per_class == 0
 
 

@@ -75,6 +75,35 @@ def test_accuracy_is_told_apart(sides):
     assert accuracy(sides[0][3:6], sides[0], 0).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "width"), [(11, 8), (16, 64), (37, 130), (257, 33), (11, 768), (40, 1024)])
+def test_accuracy_of_a_collapsed_model(count, width, dtype):
+    """All at one point: no row is right, whatever a kernel's rounding picks; where all captions are equal, each is."""
+    generator = torch.Generator().manual_seed(1)
+    images, texts = F.normalize(torch.randn(2, 1, width, generator=generator), dim=-1).to(dtype).repeat(1, count, 1)
+    assert accuracy(images, texts).item() == 0
+    assert accuracy(images, texts, 0, torch.zeros(count, dtype=torch.int64)).item() == 1
+    # Half of the captions are equal: those rows too are tied with the others.
+    assert accuracy(images, texts, 0, torch.arange(count) // 2).item() == 0
+
+
+def test_accuracy_under_autocast():
+    """Similarities that bfloat16 cannot tell apart, in full precision all the same."""
+    rows, columns = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.501, 0.5], [0.5, 0.501]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert accuracy(rows, columns).item() == 1
+        assert accuracy(rows, columns.flip(0)).item() == 0
+
+
+def test_accuracy_counts_not_a_number_as_wrong(sides):
+    """A model that diverged is never right; one row that is NaN is wrong, and its column leaves no other row right."""
+    spoiled = sides[0].clone()
+    spoiled[3] = torch.nan
+    assert accuracy(sides[0] * torch.nan, sides[1]).item() == 0
+    assert accuracy(spoiled, sides[0]).item() == pytest.approx((N - 1) / N)
+    assert accuracy(sides[0], spoiled).item() == 0
+
+
 def test_clip_loss(sides):
     """The mean of both directions, against loops: 1e-12. The directions differ."""
     images, texts = sides

@@ -26,12 +26,13 @@ from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, image
 from train_clip.encoders.huggingface import (
     build_image,
     build_text,
-    describe_image,
-    describe_text,
+    live_image_encoder,
+    live_text_encoder,
     load_image,
     load_text,
 )
 
+PLAIN = Pixels(SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 each_image_model = pytest.mark.parametrize("kind", list(IMAGE_MODELS))
 each_text_model = pytest.mark.parametrize("kind", list(TEXT_MODELS))
 
@@ -142,7 +143,7 @@ def test_live_text_module():
     projected = hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**TEXT, **TEXT_ENDS, projection_dim=8))
     for module in (own, projected):
         module.train()
-        description = kept(describe_text(module))
+        description = kept(live_text_encoder(module, average=True).description)
         assert module.training and description["source"] == "hf" and description["name"]
         again = build_text(description)
         again.module.load_state_dict(module.state_dict(), strict=True)
@@ -153,7 +154,7 @@ def test_live_text_module():
 def test_live_image_module():
     """As the text module."""
     module = hf.ViTModel(hf.ViTConfig(**VISION), add_pooling_layer=False)
-    description = describe_image(module, Pixels(SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    description = live_image_encoder(module, PLAIN).description
     again = build_image(kept(description))
     again.module.load_state_dict(module.state_dict(), strict=True)
     assert (again.width, again.size, again.mean, again.std) == (16, SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -165,6 +166,14 @@ def test_a_module_of_no_class_of_the_library():
     class BertModel(hf.BertModel):
         pass
 
-    for module in (nn.Linear(2, 2), BertModel(hf.BertConfig(**TEXT))):
-        assert describe_text(module) is None
-        assert describe_image(module, Pixels(SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))) is None
+    class ViTModel(hf.ViTModel):
+        pass
+
+    class Rows(nn.Module):
+        def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:
+            return input_ids.float()
+
+    for text in (Rows(), BertModel(hf.BertConfig(**TEXT))):
+        assert live_text_encoder(text, average=True).description == {}
+    for image in (nn.Flatten(), ViTModel(hf.ViTConfig(**VISION))):
+        assert live_image_encoder(image, PLAIN).description == {}

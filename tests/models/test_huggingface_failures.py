@@ -27,7 +27,8 @@ from tests.models.tiny_huggingface import (
     clip,
     saved,
 )
-from train_clip.encoders.huggingface import build_text, describe_text, load_image, load_text
+from train_clip.encoders.encoder import Pixels
+from train_clip.encoders.huggingface import build_text, live_image_encoder, load_image, load_text
 from train_clip.errors import UserError
 
 
@@ -108,7 +109,7 @@ def test_a_folder_without_a_model(tmp_path):
 def test_a_configuration_that_is_broken(content, tmp_path):
     """The message names the folder."""
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=f"^hf:{tmp_path}: cannot be loaded .*Copy or download the folder again"):
+    with pytest.raises(UserError, match=f"^hf:{tmp_path}: the text encoder cannot be loaded .*Copy or download"):
         load_text(str(tmp_path))
 
 
@@ -119,10 +120,10 @@ def test_weights_that_are_broken(keep, tmp_path):
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=f"^hf:{tmp_path}: cannot be loaded .*Copy or download the folder again"):
+    with pytest.raises(UserError, match=f"^hf:{tmp_path}: the text encoder cannot be loaded .*Copy or download"):
         load_text(str(tmp_path))
     file.unlink()
-    with pytest.raises(UserError, match=f"^hf:{tmp_path}: cannot be loaded"):
+    with pytest.raises(UserError, match=f"^hf:{tmp_path}: the text encoder cannot be loaded"):
         load_text(str(tmp_path))
 
 
@@ -145,7 +146,7 @@ def test_a_name_without_network(load, kind, without_network):
     with pytest.raises(UserError) as failure:
         load("nobody/nothing")
     message = str(failure.value)
-    assert message.startswith("hf:nobody/nothing: not in this machine's cache and not reachable (")
+    assert message.startswith(f"hf:nobody/nothing: the {kind} encoder is not in this machine's cache and not reach")
     assert "`hf download nobody/nothing --local-dir FOLDER`" in message
     assert message.endswith(f"--{kind}_encoder hf:FOLDER.")
 
@@ -205,4 +206,4 @@ def test_without_the_library(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'train-clip\[hf\]'"):
         load_image(str(tmp_path))
-    assert describe_text(nn.Linear(2, 2)) is None
+    assert live_image_encoder(nn.Flatten(), Pixels(2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))).description == {}

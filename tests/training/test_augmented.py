@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from tests.conftest import TINY, write_pairs
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader, pixels
 from train_clip import CLIPWrapper
-from train_clip.data.augment import BatchAugmentation, augment, draw_batch
+from train_clip.data.augment import augment, draw_batch
 from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
+from train_clip.options import AugmentationOptions
 from train_clip.training.data_module import TextImageDataModule
 
 HOW = {"color_jitter": 1.0, "grayscale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.5}
@@ -41,7 +42,7 @@ class Seen(L.Callback):
 
 def expected(images: Tensor, seed: int) -> list[Tensor]:
     """Two epochs of batches in order, the batches counted on."""
-    how = BatchAugmentation(**HOW)
+    how = AugmentationOptions(**HOW)
     batches = [*images.split(BATCH), *images.split(BATCH)]
     return [
         augment(batch, how, draw_batch(how, (seed, place), slice(None), BATCH)) for place, batch in enumerate(batches)

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from train_clip.errors import UserError
 from train_clip.training import checkpoints as module
 from train_clip.training.checkpoints import BY_RECALL, AtomicCheckpointIO, Checkpoints, Interval
-from train_clip.training.ema import of_mean
+from train_clip.training.ema import ema_figure
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ class Run:
 
     def validated(self, value: float, mean: float = 0.0) -> None:
         figure = BY_RECALL.figure
-        self.trainer.callback_metrics = {figure: torch.tensor(value), of_mean(figure): torch.tensor(mean)}
+        self.trainer.callback_metrics = {figure: torch.tensor(value), ema_figure(figure): torch.tensor(mean)}
         self.saving.on_validation_end(self.trainer, None)  # type: ignore[arg-type]
 
     def epoch_ends(self) -> None:

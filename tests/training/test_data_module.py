@@ -277,16 +277,10 @@ def test_the_training_crop_is_the_one_asked_for(tmp_path: Path) -> None:
     for ratio in (None, 0.25):
         module = data(tmp_path, 2, resize_ratio=ratio)
         module.setup()
-        images = torch.cat([next(iter(module.train_dataloader())).images for module.augmentation in _seeds(module, 10)])
+        images = torch.cat([next(iter(module.train_dataloader())).images for module.seed in range(10)])
         spans[ratio] = (images[:, 1, 8, 14].float() - images[:, 1, 8, 1].float()) / 13 * SIZE
     assert (spans[None] - 100).abs().max() < 3
     assert spans[0.25].min() < 80
-
-
-def _seeds(module: TextImageDataModule, number: int) -> list[Any]:
-    """The module's augmentation under other seeds."""
-    how = module.augmentation
-    return [type(how)(how.size, how.resize_ratio, seed) for seed in range(number)]
 
 
 @pytest.mark.parametrize("size", [2, 4])

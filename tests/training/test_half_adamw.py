@@ -11,15 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train_clip.models.config import OptimizerConfig
+from tests.conftest import TINY
+from train_clip.models.clip import CLIP
+from train_clip.models.config import config_from_dict
+from train_clip.options import OptimizerOptions
 from train_clip.training import half_precision as half_adamw
 from train_clip.training.half_precision import HalfAdamW
-from train_clip.training.optimizer import build_optimizer
-from train_clip.training.tuning import Tuning
+from train_clip.training.optimizer import build_adamw
 
 RATE, BETAS, EPS, DECAY = 3e-3, (0.9, 0.98), 1e-6, 0.2
 COPIES = 40_000  # of each number, by whose mean an expectation is judged
-BOTH = Tuning(adam_statistics="bfloat16", half_weights="both")
+NUMBERS: dict[str, Any] = {"learning_rate": RATE, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+HALF_MOMENTS = {"adam_statistics": "bfloat16"}
+MODEL = CLIP(config_from_dict(TINY))
 
 
 def optimizer_of(*parameters: nn.Parameter, half_moments: bool = True, **how: Any) -> HalfAdamW:
@@ -27,8 +31,8 @@ def optimizer_of(*parameters: nn.Parameter, half_moments: bool = True, **how: An
     decayed, plain = (parameters[:-1], parameters[-1:]) if len(parameters) > 1 else (parameters, ())
     groups = [{"params": list(decayed), "weight_decay": how.pop("decay", DECAY)}]
     groups += [{"params": list(plain), "weight_decay": 0.0}] if plain else []
-    numbers = {"lr": RATE, "betas": BETAS, "eps": EPS} | how
-    return HalfAdamW(groups, **numbers, half_moments=half_moments)
+    seeding = {name: how.pop(name) for name in ("seed", "held_back") if name in how}
+    return HalfAdamW(groups, OptimizerOptions(**NUMBERS | (HALF_MOMENTS if half_moments else {}) | how), **seeding)
 
 
 class ByHand:
@@ -96,9 +100,7 @@ def test_what_is_expected_is_float64s_step() -> None:
     optimizer = optimizer_of(parameter)
     loop = ByHand(start, DECAY)
     loop.m, loop.v, loop.t = seeded(8, seed=2).bfloat16().double(), seeded(8, seed=3).abs().bfloat16().double(), 4
-    optimizer._state_of(parameter).update(
-        step=4, exp_avg=columns(loop.m.bfloat16()), exp_avg_sq=columns(loop.v.bfloat16())
-    )
+    optimizer.state[parameter].update(step=4, exp_avg=columns(loop.m.bfloat16()), exp_avg_sq=columns(loop.v.bfloat16()))
     gradient = seeded(8, seed=4).bfloat16()
     parameter.grad = columns(gradient)
     optimizer.step()
@@ -134,7 +136,9 @@ def test_the_second_moment_decays_where_nearest_stands_still() -> None:
     parameter = nn.Parameter(torch.zeros(4, 5000).bfloat16())
     optimizer = optimizer_of(parameter, betas=(0.9, 0.999))
     start = torch.tensor([1.0, 1.5, 3e-9, 1.9e-30]).bfloat16()
-    optimizer._state_of(parameter)["exp_avg_sq"].copy_(start[:, None])
+    optimizer.state[parameter].update(
+        step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=start[:, None].expand_as(parameter).clone()
+    )
     nearest = start.clone()
     for _ in range(1000):
         parameter.grad = torch.zeros_like(parameter)
@@ -149,7 +153,7 @@ def test_weights_decay_where_nearest_stands_still() -> None:
     """1,000 steps without a gradient at ηλ = 1e-4: (1 - 1e-4)^1000 of them, to 0.2%; to nearest they stay."""
     start = torch.tensor([1.0, -1.5, 0.02, 1.99]).bfloat16()
     parameter = nn.Parameter(start[:, None].repeat(1, 5000))
-    optimizer, nearest = optimizer_of(parameter, lr=1e-3, decay=0.1), start.clone()
+    optimizer, nearest = optimizer_of(parameter, learning_rate=1e-3, decay=0.1), start.clone()
     for _ in range(1000):
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -230,11 +234,11 @@ def test_replicas_stay_equal_and_seeds_differ() -> None:
 
 def test_six_bytes_a_parameter() -> None:
     """Weights and moments of a matrix, counted by their storages: 6 bytes a number with both, 12 with neither."""
-    config = OptimizerConfig(RATE, BETAS, EPS, DECAY, 0, 1)
-    for dtype, tuning, expected in ((torch.bfloat16, BOTH, 6), (torch.float32, Tuning(), 12)):
+    halves, whole = OptimizerOptions(**NUMBERS, **HALF_MOMENTS, half_weights="both"), OptimizerOptions(**NUMBERS)
+    for dtype, options, expected in ((torch.bfloat16, halves, 6), (torch.float32, whole, 12)):
         parameter = nn.Parameter(seeded(64, 32).to(dtype))
         parameter.grad = seeded(64, 32).to(dtype)
-        optimizer = build_optimizer([{"params": [parameter]}], config, tuning)
+        optimizer = build_adamw([{"params": [parameter]}], MODEL, options, False, 0)
         optimizer.step()
         tensors = [parameter, *(value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))]
         kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.ndim)
@@ -243,20 +247,21 @@ def test_six_bytes_a_parameter() -> None:
 
 def test_float32_runs_keep_the_fused_adamw() -> None:
     """Chosen by what is asked for, not by the weights."""
-    config = OptimizerConfig(RATE, BETAS, EPS, DECAY, 0, 1)
     groups = [{"params": [nn.Parameter(seeded(3, 3))]}]
-    assert type(build_optimizer(groups, config, Tuning(), fused=True)) is torch.optim.AdamW
-    for one in ({"adam_statistics": "bfloat16"}, {"half_weights": "text"}):
-        assert type(build_optimizer(groups, config, Tuning(**one), fused=True)) is HalfAdamW
+    assert type(build_adamw(groups, MODEL, OptimizerOptions(**NUMBERS), True, 0)) is torch.optim.AdamW
+    for one in (HALF_MOMENTS, {"half_weights": "text"}):
+        assert type(build_adamw(groups, MODEL, OptimizerOptions(**NUMBERS, **one), True, 0)) is HalfAdamW
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a compiler")
-def test_compiled_it_is_the_same() -> None:
+def test_compiled_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled update with the same noise: equal but where its float32 differs in the last bit, 1 of 1,000."""
     models = [model_of(0, torch.bfloat16) for _ in range(2)]
-    for model, compiled in zip(models, (False, True), strict=True):
+    steps = half_adamw.adamw_step, torch.compile(half_adamw.adamw_step, dynamic=True)
+    for model, step in zip(models, steps, strict=True):
+        monkeypatch.setattr(half_adamw, "adamw_step", step)
         model[0].weight = nn.Parameter(seeded(300, 200).bfloat16())
-        some_steps(model, optimizer_of(*model.parameters(), compiled=compiled), 0, 3)
+        some_steps(model, optimizer_of(*model.parameters()), 0, 3)
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert (one != two).float().mean() <= 1e-3
         torch.testing.assert_close(one, two)

@@ -24,14 +24,15 @@ from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, cli
 from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
+from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.wrapper import PromptCLIPWrapper
 from train_clip.training.distillation import MOMENTUM
-from train_clip.training.ema import RunningMean
+from train_clip.training.ema import WeightsEMA
 from train_clip.training.encode import Chunks, WeightSubstitutes, encode_in_chunks
 from train_clip.training.half_precision import HalfAdamW, narrow, widen
-from train_clip.training.tuning import Tuning
 
-TEXT, BOTH = Tuning(half_weights="text"), Tuning(half_weights="both", adam_statistics="bfloat16")
+TEXT = OptimizerOptions(half_weights="text")
+BOTH = OptimizerOptions(half_weights="both", adam_statistics="bfloat16")
 PAPERS = {"half_weights": "text", "adam_statistics": "bfloat16"}
 
 
@@ -58,7 +59,7 @@ def types(model: nn.Module) -> dict[str, torch.dtype]:
 def test_matrices_of_the_towers_are_narrowed(which: str) -> None:
     """By name: the image tower is what begins with ``visual``; gains, biases and the temperature stay float32."""
     model = clip()
-    narrow(model, Tuning(half_weights=which))
+    narrow(model, OptimizerOptions(half_weights=which))
     for name, parameter in model.named_parameters():
         tower = "image" if name.startswith("visual.") else "text"
         half = which in (tower, "both") and parameter.ndim >= 2
@@ -93,7 +94,7 @@ def test_widened_they_are_the_same_numbers() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"optimizer": "sgd", "half_weights": "text"}, "beside optimizer 'sgd', which does not round by chance"),
+        ({"optimizer": "sgd", "half_weights": "text"}, "beside optimizer 'sgd', which does not round stochastically"),
         ({"optimizer": "sgd", "adam_statistics": "bfloat16"}, "expected 'float32' and 'none', or 'adamw' or 'muon'"),
         ({"lock_text": True, "half_weights": "both"}, "half_weights is 'both' beside lock_text"),
         ({"lock_image": True, "half_weights": "image"}, "half_weights is 'image' beside lock_image"),
@@ -104,8 +105,8 @@ def test_widened_they_are_the_same_numbers() -> None:
 def test_choices_that_do_not_go_together_are_refused(choices: dict[str, Any], message: str) -> None:
     """Found, expected, and what to do."""
     with pytest.raises(UserError, match=message):
-        Tuning(**choices)
-    Tuning(lock_image=True, half_weights="text")
+        TrainingOptions.of(choices)
+    TrainingOptions.of({"lock_image": True, "half_weights": "text"})
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
@@ -149,22 +150,22 @@ def test_the_sum_over_chunks_is_rounded_once(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuning", "rounding"), [(Tuning(), 1e-5), (TEXT, 2**-8)], ids=["float32 weights", "bfloat16 weights"]
+    ("options", "rounding"), [(OptimizerOptions(), 1e-5), (TEXT, 2**-8)], ids=["float32 weights", "bfloat16 weights"]
 )
-def test_autocasts_cache_of_weights_is_off(tuning: Tuning, rounding: float) -> None:
+def test_autocasts_cache_of_weights_is_off(options: OptimizerOptions, rounding: float) -> None:
     """128 chunks in bf16-mixed: each parameter's sum of their gradients, to float32's rounding, or a half weight's own.
 
     The cache is on around it, as PyTorch has it; left on, parameters are off by 2 to 4%. From float64's gradient ours
     is off by 1%, which is the rest of bfloat16's arithmetic.
     """
     model, tokens = clip(), captions(4).repeat(32, 1)
-    narrow(model, tuning)
+    narrow(model, options)
     plain, exact = copy.deepcopy(model).float(), copy.deepcopy(model).double()
 
     def in_bf16(model: CLIP, wrapped: bool, tokens: Tensor) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
             encode = (
-                WeightSubstitutes(model, halves=tuning.half_weights != "none").around(model.encode_text)
+                WeightSubstitutes(model, halves=options.has_half_weights).around(model.encode_text)
                 if wrapped
                 else model.encode_text
             )
@@ -328,7 +329,7 @@ def test_the_commands_take_such_a_checkpoint(pair_folder: Path, tmp_path: Path, 
 
 def test_a_poisoned_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """NaN in the third of four batches, the flag read late as on a GPU: weights and moments stay as they were."""
-    for module in ("finite", "half_adamw"):
+    for module in ("end_of_step", "half_precision"):
         monkeypatch.setattr(f"train_clip.training.{module}.known_at_once", lambda _: False)
     samples = pairs(16)
     samples[9][0][0, 3, 3] = torch.nan
@@ -357,7 +358,7 @@ def test_a_poisoned_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_the_teacher_is_the_mean_in_float32() -> None:
     """A student in bfloat16 that moves by less than the teacher's rounding would be: the formula, to 1e-6."""
     student = clip()
-    teacher = RunningMean(student, MOMENTUM)
+    teacher = WeightsEMA(student, MOMENTUM)
     expected = {name: parameter.detach().double() for name, parameter in student.named_parameters()}
     narrow(student, TEXT)
     for number in range(5):

@@ -17,7 +17,8 @@ from train_clip.encoders.own import TextTower
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.training.optimizer import blocks_of, layer_rates
+from train_clip.options import TowerOptions
+from train_clip.training.optimizer import blocks_of, peak_rates
 
 IMAGES = {
     "vit": {"size": 16, "patch": 8, "layers": 3, "width": 16, "heads": 2},
@@ -57,7 +58,7 @@ def assert_rates(rates: dict[nn.Parameter, float], tower: list[tuple[str, nn.Par
 def test_clips_own_towers(image):
     """ViT and text tower block by block, the ResNet stage by stage: 0.1 · D^(L + 1 - l). The temperature has no own."""
     model = clip(image)
-    rates = layer_rates(model, D, {}, 0.1)
+    rates = peak_rates(model, TowerOptions(layer_decay=D), 0.1)
     visual = list(model.visual.named_parameters())
     text = [(n, p) for n, p in model.named_parameters() if not n.startswith(("visual", "logit_scale"))]
     if image == "resnet":
@@ -71,11 +72,11 @@ def test_clips_own_towers(image):
 def test_on_top_of_a_towers_own_rate():
     """Each tower's rate at its end, falling from there; what has no own falls from the rest's."""
     model = clip("vit")
-    image, text = model.towers()
-    rates = layer_rates(model, D, dict.fromkeys(image, 3.0), 0.1)
+    _, text = model.towers()
+    rates = peak_rates(model, TowerOptions(image_learning_rate=3.0, layer_decay=D), 0.1)
     assert rates[model.visual.proj] == 3.0 and rates[model.visual.conv1.weight] == 3.0 * D**4
     assert rates[model.text_projection] == 0.1 and rates[model.token_embedding.weight] == 0.1 * D**3
-    assert layer_rates(model, 1.0, dict.fromkeys(text, 2.0), 0.1) == dict.fromkeys(text, 2.0)
+    assert peak_rates(model, TowerOptions(text_learning_rate=2.0), 0.1) == dict.fromkeys(text, 2.0)
 
 
 def test_a_text_tower_by_itself():
@@ -111,7 +112,7 @@ def test_encoders_of_a_library(name):
         *((other[0], tower) if text else (tower, other[1])), project=True, avg_word_embs=True, image_size=8,
         distillation="none", lock_image=text, lock_text=not text,
     )  # fmt: skip
-    rates = layer_rates(module.model, D, {}, 0.1)
+    rates = peak_rates(module.model, TowerOptions(layer_decay=D), 0.1)
     for key, parameter in tower.named_parameters():
         expected = layer(key, block, others, number)
         assert rates[parameter] == pytest.approx(0.1 * D ** (number + 1 - expected)), key

@@ -17,16 +17,18 @@ from train_clip import CustomCLIPWrapper, PromptCLIPWrapper
 from train_clip.checkpoints.write import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
-from train_clip.models.config import OptimizerConfig, config_from_dict
+from train_clip.models.config import config_from_dict
+from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.config import PromptConfig
 from train_clip.training import half_precision as half_adamw
 from train_clip.training import muon
 from train_clip.training.muon import BUFFER, Muon, hidden_matrices, orthogonalise, row_blocks
-from train_clip.training.optimizer import build_optimizer, muon_matrices, parameter_groups
-from train_clip.training.tuning import Tuning
+from train_clip.training.optimizer import build_optimizer, parameter_groups
 
 RATE, DECAY = 1e-2, 0.2
-CONFIG = OptimizerConfig(1e-3, (0.9, 0.98), 1e-6, DECAY, 0, 1)
+NUMBERS: dict[str, Any] = {"learning_rate": 1e-3, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": DECAY}
+MUON = NUMBERS | {"optimizer": "muon", "momentum": 0.95}
+HALF = {"adam_statistics": "bfloat16"}
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 4}}
 SHAPES = [(12, 12), (12, 48), (48, 12), (36, 12), (20, 12), (36, 12)]  # the fourth and the last hold three blocks
 
@@ -37,7 +39,8 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 def ours(matrices: list[nn.Parameter], *others: nn.Parameter, **how: Any) -> Muon:
     rest = torch.optim.AdamW(list(others) or [nn.Parameter(torch.zeros(3))], lr=RATE, weight_decay=0.0)
-    return Muon([{"params": matrices, "lr": RATE, "weight_decay": DECAY}], rest, 0.95, **how)
+    options = OptimizerOptions(**MUON, **(HALF if how.pop("half_momentum", False) else {}))
+    return Muon([{"params": matrices, "lr": RATE, "weight_decay": DECAY}], rest, options, **how)
 
 
 def parameters() -> list[nn.Parameter]:
@@ -123,11 +126,8 @@ def test_what_goes_to_muon_by_name(values: dict[str, Any], beside: set[str]) -> 
 def test_groups_keep_rates_and_decay_apart() -> None:
     """Muon's first, at its own rate, on top of a tower's; each parameter once."""
     model = CLIP(config_from_dict(TINY))
-    tuning = Tuning(optimizer="muon", muon_learning_rate=4e-3)
-    hidden = muon_matrices(model, CONFIG, tuning)
-    assert hidden is not None
-    rates = dict.fromkeys(model.visual.parameters(), 5e-4)
-    groups = parameter_groups(model, CONFIG, rates, hidden)
+    options = TrainingOptions.of(MUON | {"muon_learning_rate": 4e-3, "image_learning_rate": 5e-4})
+    groups = build_optimizer(model, model, options).param_groups
     found = {(group["hidden"], group["weight_decay"], round(group["lr"], 6)): len(group["params"]) for group in groups}
     assert set(found) == {
         (True, DECAY, 4e-3), (True, DECAY, 2e-3),
@@ -135,16 +135,18 @@ def test_groups_keep_rates_and_decay_apart() -> None:
     }  # fmt: skip
     assert [group["hidden"] for group in groups] == sorted((group["hidden"] for group in groups), reverse=True)
     assert sum(found.values()) == len(list(model.parameters()))
-    assert muon_matrices(model, CONFIG, Tuning()) is None
-    usual = muon_matrices(model, CONFIG, Tuning(optimizer="muon"))
-    assert {group["lr"] for group in parameter_groups(model, CONFIG, None, usual)} == {8e-3, 1e-3}
+    without = build_optimizer(model, model, TrainingOptions.of(NUMBERS | {"optimizer": "adamw"}))
+    assert not any("hidden" in group for group in without.param_groups)
+    usual = build_optimizer(model, model, TrainingOptions.of(MUON))
+    assert {group["lr"] for group in usual.param_groups} == {8e-3, 1e-3}
 
 
 def test_it_is_refused_where_it_would_update_nothing(tmp_path: Path) -> None:
     """Both towers locked beside a projection that is trained; prompts. Of locked towers nothing is found."""
     module = CustomCLIPWrapper(image_tower(), bert(), image_size=SIDE, optimizer="muon", lock_image=True)
-    found = muon_matrices(module.model, CONFIG, Tuning(optimizer="muon"))
-    assert found and not set(found) & set(module.model.visual.parameters())
+    groups = build_optimizer(module, module.model, module.options).param_groups
+    found = {parameter for group in groups if group["hidden"] for parameter in group["params"]}
+    assert found and not found & set(module.model.visual.parameters())
     message = "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained"
     with pytest.raises(UserError, match=message):
         CustomCLIPWrapper(
@@ -159,21 +161,16 @@ def test_it_is_refused_where_it_would_update_nothing(tmp_path: Path) -> None:
 
 
 def made(model: CLIP, **how: Any) -> torch.optim.Optimizer:
-    tuning = Tuning(optimizer="muon", **how)
-    groups = parameter_groups(model, CONFIG, None, muon_matrices(model, CONFIG, tuning))
-    return build_optimizer(groups, CONFIG, tuning, fused=True)
+    return build_optimizer(model, model, TrainingOptions.of(MUON | how), fused=True)
 
 
 def test_the_rest_is_adamw_to_the_bit() -> None:
     """Of a whole model: what Muon leaves alone has the bits of a fused AdamW beside it, and one schedule moves both."""
     models = [CLIP(config_from_dict(TINY))]
     models.append(copy.deepcopy(models[0]))
-    optimizer, reference = (
-        made(models[0]),
-        torch.optim.AdamW(
-            parameter_groups(models[1], CONFIG), lr=CONFIG.lr, betas=CONFIG.betas, eps=CONFIG.eps, fused=True
-        ),
-    )
+    groups = parameter_groups(models[1], OptimizerOptions(**NUMBERS), {})
+    optimizer = made(models[0])
+    reference = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True)
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 1 / (1 + step)) for one in (optimizer, reference)]
     for step in range(3):
         for model in models:
@@ -236,7 +233,9 @@ def test_matrices_of_two_groups_are_rounded_each_by_its_own_chance() -> None:
     pair = [nn.Parameter(seeded(24, 24).bfloat16()) for _ in range(2)]
     rest = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])
     optimizer = Muon(
-        [{"params": [matrix], "lr": RATE, "weight_decay": DECAY} for matrix in pair], rest, 0.95, half_momentum=True
+        [{"params": [matrix], "lr": RATE, "weight_decay": DECAY} for matrix in pair],
+        rest,
+        OptimizerOptions(**MUON, **HALF),
     )
     for matrix in pair:
         matrix.grad = seeded(24, 24, seed=1).bfloat16()
@@ -270,12 +269,11 @@ def test_what_is_added_later_is_trained() -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_a_step_that_is_held_back_changes_nothing(monkeypatch: pytest.MonkeyPatch, waits: bool, half: bool) -> None:
     """``found_inf`` above 0 beside NaN in the gradient: matrices, momentum and the rest keep their bits."""
-    for module in (half_adamw, muon):
-        monkeypatch.setattr(module, "known_at_once", lambda _: not waits)
+    monkeypatch.setattr(half_adamw, "known_at_once", lambda _: not waits)
     matrix, bias = nn.Parameter(seeded(6, 6)), nn.Parameter(seeded(4))
     rest = torch.optim.AdamW([bias], lr=RATE, fused=True)
     groups = [{"params": [matrix], "lr": RATE, "weight_decay": DECAY}]
-    optimizer = Muon(groups, rest, 0.95, half_momentum=half, held_back=True)
+    optimizer = Muon(groups, rest, OptimizerOptions(**MUON, **(HALF if half else {})), held_back=True)
     matrix.grad, bias.grad = seeded(6, 6, seed=1), seeded(4, seed=1)
     optimizer.found_inf = torch.zeros(())
     optimizer.step()

@@ -16,16 +16,15 @@ from torch.utils.data import DataLoader
 
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, OptimizerConfig, config_from_dict
+from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.optimizer import (
+    build_adamw,
     build_optimizer,
-    build_schedule,
     cosine_with_warmup,
-    muon_matrices,
     parameter_groups,
     warmup_for,
 )
-from train_clip.training.tuning import Tuning
 
 TEXT = {"context": 6, "vocab": 50, "layers": 1, "width": 8, "heads": 2}
 IMAGES = {
@@ -45,9 +44,14 @@ def adamw(**how: Any) -> OptimizerConfig:
     return OptimizerConfig(**(values | how))
 
 
+NUMBERS: dict[str, Any] = {"learning_rate": 0.1, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+OPTIONS = OptimizerOptions(**NUMBERS)
+
+
 def adamw_of(module: nn.Module, **how: Any) -> torch.optim.Optimizer:
     """The optimizer of training from scratch, of all of a module."""
-    return build_optimizer(parameter_groups(module, adamw(**how)), adamw(**how), Tuning())
+    options = dataclasses.replace(OPTIONS, **how)
+    return build_adamw(parameter_groups(module, options, {}), CLIP(config()), options, False, 0)
 
 
 # Groups
@@ -58,7 +62,7 @@ def test_decay_falls_on_what_is_no_gain_and_no_bias(image: str) -> None:
     """By name, as open_clip chooses: no bias, no norm, no temperature; each trainable parameter in one group."""
     model = CLIP(config(image))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, plain = parameter_groups(model, adamw())
+    decayed, plain = parameter_groups(model, OPTIONS, {})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
     without = ("bias", "bn", "ln", "logit_scale", "class_embedding", "downsample.1")  # the last is a BatchNorm
     expected = {name for name in names.values() if not any(part in name for part in without)}
@@ -73,16 +77,16 @@ def test_frozen_parameters_are_left_out_and_shared_ones_come_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "locked": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
     model["locked"].requires_grad_(False)
-    decayed, plain = parameter_groups(model, adamw())
+    decayed, plain = parameter_groups(model, OPTIONS, {})
     assert decayed["params"] == [model["a"].weight]
     assert [id(bias) for bias in plain["params"]] == [id(model["a"].bias), id(model["b"].bias)]
 
 
 def test_an_empty_group_is_left_out() -> None:
     """Only vectors, or only matrices, to train: one group."""
-    (group,) = parameter_groups(nn.LayerNorm(4), adamw())
+    (group,) = parameter_groups(nn.LayerNorm(4), OPTIONS, {})
     assert group["weight_decay"] == 0.0
-    (group,) = parameter_groups(nn.Linear(4, 4, bias=False), adamw())
+    (group,) = parameter_groups(nn.Linear(4, 4, bias=False), OPTIONS, {})
     assert group["weight_decay"] == 0.2
 
 
@@ -90,7 +94,7 @@ def test_a_step_without_gradient_shrinks_matrices_alone() -> None:
     """Decoupled decay: gradients of zero take a matrix to (1 - lr · λ) of itself, and leave a vector as it is."""
     layer = nn.Linear(3, 3)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = adamw_of(layer, lr=0.1, weight_decay=0.2)
+    optimizer = adamw_of(layer, learning_rate=0.1, weight_decay=0.2)
     layer.weight.grad, layer.bias.grad = torch.zeros(3, 3), torch.zeros(3)
     optimizer.step()
     torch.testing.assert_close(layer.weight, weight * (1 - 0.1 * 0.2))
@@ -99,7 +103,7 @@ def test_a_step_without_gradient_shrinks_matrices_alone() -> None:
 
 def test_the_optimizers_numbers_are_the_configurations() -> None:
     """Rate, betas and eps reach both groups, the decay that of the matrices."""
-    optimizer = adamw_of(nn.Linear(2, 2), lr=3e-4, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.3)
+    optimizer = adamw_of(nn.Linear(2, 2), learning_rate=3e-4, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.3)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-7)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
@@ -171,8 +175,8 @@ def test_the_warm_up_is_a_whole_tenth_of_every_run() -> None:
 )
 def test_the_schedule_peaks_at_the_end_of_the_warm_up(warmup: int, steps: int) -> None:
     """One share for all groups: the first rate is a warm-up's part of the peak, the last of it the peak, then less."""
-    optimizer = adamw_of(nn.Linear(2, 2), lr=0.5)
-    schedule = build_schedule(optimizer, warmup, steps)
+    optimizer = adamw_of(nn.Linear(2, 2), learning_rate=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(warmup, steps))
     (share,) = {id(function): function for function in schedule.lr_lambdas}.values()
     assert all(group["lr"] == pytest.approx(0.5 / max(1, warmup)) for group in optimizer.param_groups)
     assert share(warmup) == 1
@@ -286,9 +290,8 @@ def test_the_rate_goes_on_after_a_resume(tmp_path: Path) -> None:
 def test_an_update_waits_for_no_device(how: dict[str, Any]) -> None:
     """The second update, which has its state already, and may be held back: it synchronises nothing."""
     model = CLIP(config()).cuda()
-    tuning = Tuning(**how)
-    groups = parameter_groups(model, adamw(), None, muon_matrices(model, adamw(), tuning))
-    optimizer = build_optimizer(groups, adamw(), tuning, fused=True)
+    options = TrainingOptions.of(NUMBERS | {"optimizer": "adamw", "momentum": 0.95} | how)
+    optimizer = build_optimizer(model, model, options, fused=True)
     optimizer.found_inf = torch.zeros((), device="cuda")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

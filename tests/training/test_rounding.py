@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from train_clip.training.half_precision import draw, reseed, round_stochastically
+from train_clip.tensors import seed_of
+from train_clip.training.half_precision import draw, round_stochastically
 
 EVERY_NOISE = torch.arange(-(2**15), 2**15).to(torch.int16)
 ULP = 2**-7  # of bfloat16, from 1 to 2
@@ -59,7 +60,7 @@ def test_every_nan_stays_nan(bits: int) -> None:
 def test_the_noise_is_uniform_and_independent() -> None:
     """A million draws in two rows: all 16 bits are fair, every number comes, rows and neighbours do not correlate."""
     generator = torch.Generator()
-    reseed(generator, 1, 2, 3)
+    generator.manual_seed(seed_of(1, 2, 3))
     noise = draw(generator, 2, 2**19)
     assert noise.shape == (2, 2**19)
     count = noise.numel()
@@ -80,7 +81,7 @@ def test_the_noise_follows_from_its_key() -> None:
     generator = torch.Generator()
 
     def drawn(*key: int) -> bytes:
-        reseed(generator, *key)
+        generator.manual_seed(seed_of(*key))
         return draw(generator, 1, 999).numpy().tobytes()
 
     keys = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (0, 1, 0, 1), (0, 0, 1), (2**40, 1, 0)]

@@ -22,7 +22,7 @@ from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.prompts.config import PromptConfig
 from train_clip.training.checkpoints import Checkpoints, Interval
-from train_clip.training.ema import RunningMean
+from train_clip.training.ema import WeightsEMA
 from train_clip.training.tuning import Tuning
 
 B = 4
@@ -56,7 +56,7 @@ class Loop(L.Callback):
                 self.mean[name] = m * self.mean[name] + (1 - m) * parameter.detach().double()
             self.count += 1
 
-    def assert_is(self, mean: RunningMean) -> None:
+    def assert_is(self, mean: WeightsEMA) -> None:
         assert mean.num_updates == self.count
         for name, parameter in mean.model.named_parameters():
             assert parameter.dtype == torch.float32 and not parameter.requires_grad, name

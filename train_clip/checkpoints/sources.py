@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from http.client import HTTPException
 from pathlib import Path
@@ -104,8 +105,6 @@ def _sha256(path: Path) -> str:
 
 
 def _from_hub(name: str) -> Contents:
-    from train_clip.encoders.hub import find_file
-
     try:
         return gather_contents(Path(name), lambda file: find_file(name, file))
     except UserError as error:
@@ -119,3 +118,21 @@ def _from_hub(name: str) -> Contents:
             f"{HUB}{name}: not in this machine's cache and not reachable ({first_line(error)}). Where there is a "
             f"network run `hf download {name} --local-dir FOLDER`, and give the folder."
         ) from error
+
+
+def find_file(name: str, file: str) -> Path | None:
+    """Find one of a model's files: in the folder, in the cache, on the hub. None where the model has none."""
+    if Path(name).is_dir():
+        path = Path(name, file)
+        return path if path.is_file() else None
+    hub = importlib.import_module("huggingface_hub")
+    errors = importlib.import_module("huggingface_hub.errors")
+    cached = hub.try_to_load_from_cache(name, file)
+    if cached is not None:
+        return Path(cached) if isinstance(cached, str) else None  # the cache also remembers that there is none
+    try:
+        return Path(hub.hf_hub_download(name, file))
+    except errors.LocalEntryNotFoundError:
+        raise
+    except errors.EntryNotFoundError:
+        return None

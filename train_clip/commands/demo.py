@@ -1,6 +1,4 @@
-"""From nothing to a trained CLIP, in minutes on a CPU.
-
-Generated pictures with captions that describe them by parts: colour, shape, size and place.
+"""From nothing to a trained CLIP in minutes on a CPU, on generated pictures of known colour, shape, size and place.
 
 Some pairs of colour and shape are kept out of training: what a model scores on them it did not learn by heart.
 """
@@ -10,10 +8,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -36,131 +34,22 @@ from train_clip.errors import UserError
 from train_clip.files import write_text
 
 COLOURS = {
-    "red": (214, 39, 40),
-    "orange": (255, 150, 30),
-    "yellow": (240, 215, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 100, 210),
-    "purple": (135, 70, 180),
-    "pink": (250, 140, 190),
-    "black": (25, 25, 25),
-}
+    "red": (214, 39, 40), "orange": (255, 150, 30), "yellow": (240, 215, 40), "green": (44, 160, 44),
+    "blue": (31, 100, 210), "purple": (135, 70, 180), "pink": (250, 140, 190), "black": (25, 25, 25),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+RECTANGLES = {"square": [(0.85, 0.85)], "cross": [(0.35, 1.0), (1.0, 0.35)]}  # half their sides; the radius is 1
+TIPS = {"triangle": [1.0] * 3, "star": [1.0, 0.42] * 5}  # how far a polygon's corners are from its centre
 SIZES = {"small": 0.11, "large": 0.20}  # radius as a share of the side
 PLACES = {
-    "at the top left": (0.25, 0.25),
-    "at the top": (0.5, 0.25),
-    "at the top right": (0.75, 0.25),
-    "on the left": (0.25, 0.5),
-    "in the middle": (0.5, 0.5),
-    "on the right": (0.75, 0.5),
-    "at the bottom left": (0.25, 0.75),
-    "at the bottom": (0.5, 0.75),
-    "at the bottom right": (0.75, 0.75),
-}
+    "at the top left": (0.25, 0.25), "at the top": (0.5, 0.25), "at the top right": (0.75, 0.25),
+    "on the left": (0.25, 0.5), "in the middle": (0.5, 0.5), "on the right": (0.75, 0.5),
+    "at the bottom left": (0.25, 0.75), "at the bottom": (0.5, 0.75), "at the bottom right": (0.75, 0.75),
+}  # fmt: skip
 TEMPLATES = ("a {size} {thing} {place}", "there is a {size} {thing} {place}", "{place}, one {thing}, {size}")
 SIDE = 48  # pixels
 OVERSAMPLING = 4  # drawn this much larger, then reduced: smooth edges
 JITTER = 0.03  # of the side
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a picture shows."""
-
-    colour: str
-    shape: str
-    size: str
-    place: str
-
-    @property
-    def thing(self) -> str:
-        """Colour and shape, the class of the picture."""
-        return f"{self.colour} {self.shape}"
-
-    def captions(self) -> list[str]:
-        """Three ways to say it."""
-        return [template.format(size=self.size, thing=self.thing, place=self.place) for template in TEMPLATES]
-
-
-def things() -> list[str]:
-    """Every pair of colour and shape."""
-    return [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
-
-
-def is_unseen(scene: Scene) -> bool:
-    """Whether the scene's colour and shape are kept out of training: two colours of each shape, a quarter of all."""
-    colour, shape = list(COLOURS).index(scene.colour), SHAPES.index(scene.shape)
-    return (colour - shape) % len(COLOURS) in (0, 3)
-
-
-def scenes() -> Iterator[Scene]:
-    """Every scene once."""
-    for colour, shape, size, place in product(COLOURS, SHAPES, SIZES, PLACES):
-        yield Scene(colour, shape, size, place)
-
-
-def zero_shot_templates() -> list[str]:
-    """The captions of every size and place, with ``{}`` where colour and shape go."""
-    return [TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES)]
-
-
-def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Path]:
-    """Draw every scene and write image, captions and class side by side.
-
-    Args:
-        folder: ``training`` and ``unseen`` are made below it.
-        copies: pictures of each training scene, which differ in place and background; one of each unseen scene.
-        seed: decides them.
-
-    Returns:
-        The two folders.
-    """
-    rng = np.random.default_rng(seed)
-    training, unseen = folder / "training", folder / "unseen"
-    for scene in scenes():
-        target = unseen if is_unseen(scene) else training
-        target.mkdir(parents=True, exist_ok=True)
-        for copy in range(1, 2 if is_unseen(scene) else copies + 1):
-            stem = "-".join([*scene.thing.split(), scene.size, *scene.place.split()[2:], str(copy)])
-            draw(scene, rng).save(target / f"{stem}.png")
-            (target / f"{stem}.txt").write_text("\n".join(scene.captions()) + "\n", encoding="utf-8")
-            (target / f"{stem}.cls").write_text(scene.thing + "\n", encoding="utf-8")
-    return training, unseen
-
-
-def draw(scene: Scene, rng: Generator) -> Image.Image:
-    """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
-    side = SIDE * OVERSAMPLING
-    picture = Image.new("RGB", (side, side), tuple(int(tint) for tint in rng.integers(200, 256, 3)))
-    x, y = (side * (centre + rng.uniform(-JITTER, JITTER)) for centre in PLACES[scene.place])
-    radius = side * SIZES[scene.size] * rng.uniform(0.9, 1.1)
-    pen = ImageDraw.Draw(picture)
-    colour = COLOURS[scene.colour]
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if scene.shape == "circle":
-        pen.ellipse(box, fill=colour)
-    elif scene.shape == "ring":
-        pen.ellipse(box, outline=colour, width=int(radius * 0.4))
-    elif scene.shape == "cross":
-        arm = radius * 0.35
-        pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=colour)
-        pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
-    else:
-        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _corners(scene.shape)], fill=colour)
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
-
-
-def _corners(shape: str) -> list[tuple[float, float]]:
-    """Corners of a polygon around the origin; radius 1 at the tips, 0.42 between a star's."""
-    if shape == "square":
-        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
-    tips = 3 if shape == "triangle" else 10
-    radii = [1.0] * tips if shape == "triangle" else [1.0, 0.42] * 5
-    angles = [-math.pi / 2 + 2 * math.pi * tip / tips for tip in range(tips)]
-    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
-
-
 COPIES = 4  # pictures of each training scene
 
 
@@ -175,9 +64,13 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     if output.exists():
         raise UserError(f"{output}: exists already and stays as it is. Give another --output, or remove it.")
     training, unseen = write_synthetic(output / "data", COPIES, seed)
-    write_text(output / "data" / "classes.txt", "\n".join(things()) + "\n")
-    write_text(output / "data" / "templates.txt", "\n".join(zero_shot_templates()) + "\n")
-    print(f"Wrote pictures of {len(list(scenes())):,} scenes to {output / 'data'}/, such as {_example(training)}.")
+    classes, templates = output / "data" / "classes.txt", output / "data" / "templates.txt"
+    write_text(classes, "\n".join(things()) + "\n")
+    every = (TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES))
+    write_text(templates, "\n".join(every) + "\n")
+    example = min(training.glob("*.txt"))
+    said = f"{example.with_suffix('.png').name}: “{example.read_text(encoding='utf-8').splitlines()[0]}”"
+    print(f"Wrote pictures of {len(list(scenes())):,} scenes to {output / 'data'}/, such as {said}.")
 
     recipe = yaml.safe_load((resources.files("train_clip") / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
     run = train(
@@ -195,8 +88,8 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         str(run / "checkpoints" / "last.ckpt"),
         EvaluateOptions(
             folder=unseen,
-            classes=output / "data" / "classes.txt",
-            templates=output / "data" / "templates.txt",
+            classes=classes,
+            templates=templates,
             json=output / "scores.json",
             picture=output / "best_captions.png",
         ),
@@ -209,6 +102,71 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     )
 
 
-def _example(folder: Path) -> str:
-    caption = min(folder.glob("*.txt"))
-    return f"{caption.with_suffix('.png').name}: “{caption.read_text(encoding='utf-8').splitlines()[0]}”"
+class Scene(NamedTuple):
+    """What a picture shows."""
+
+    colour: str
+    shape: str
+    size: str
+    place: str
+
+    @property
+    def thing(self) -> str:
+        """Colour and shape, the class of the picture."""
+        return f"{self.colour} {self.shape}"
+
+    def captions(self) -> list[str]:
+        """Three ways to say it."""
+        return [template.format(thing=self.thing, **self._asdict()) for template in TEMPLATES]
+
+
+def things() -> list[str]:
+    """Every pair of colour and shape."""
+    return [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
+
+
+def is_unseen(scene: Scene) -> bool:
+    """Whether the scene's colour and shape are kept out of training: two colours of each shape, a quarter of all."""
+    return (list(COLOURS).index(scene.colour) - SHAPES.index(scene.shape)) % len(COLOURS) in (0, 3)
+
+
+def scenes() -> Iterator[Scene]:
+    """Every scene once."""
+    return starmap(Scene, product(COLOURS, SHAPES, SIZES, PLACES))
+
+
+def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Path]:
+    """Write every scene's image, captions and class below two folders, for training and unseen.
+
+    Each training scene has several copies, which differ in place and background.
+    """
+    rng = np.random.default_rng(seed)
+    training, unseen = folder / "training", folder / "unseen"
+    for scene in scenes():
+        target, number = (unseen, 1) if is_unseen(scene) else (training, copies)
+        target.mkdir(parents=True, exist_ok=True)
+        for copy in range(1, number + 1):
+            stem = "-".join([*scene.thing.split(), scene.size, *scene.place.split()[2:], str(copy)])
+            draw(scene, rng).save(target / f"{stem}.png")
+            for suffix, text in (("txt", "\n".join(scene.captions())), ("cls", scene.thing)):
+                (target / f"{stem}.{suffix}").write_text(f"{text}\n", encoding="utf-8")
+    return training, unseen
+
+
+def draw(scene: Scene, rng: Generator) -> Image.Image:
+    """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
+    side, colour = SIDE * OVERSAMPLING, COLOURS[scene.colour]
+    picture = Image.new("RGB", (side, side), tuple(int(tint) for tint in rng.integers(200, 256, 3)))
+    x, y = (side * (centre + rng.uniform(-JITTER, JITTER)) for centre in PLACES[scene.place])
+    radius = side * SIZES[scene.size] * rng.uniform(0.9, 1.1)
+    pen = ImageDraw.Draw(picture)
+    if scene.shape in ("circle", "ring"):
+        fill, outline = (colour, None) if scene.shape == "circle" else (None, colour)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill, outline, width=int(radius * 0.4))
+    for wide, high in RECTANGLES.get(scene.shape, ()):
+        pen.rectangle((x - wide * radius, y - high * radius, x + wide * radius, y + high * radius), fill=colour)
+    if radii := TIPS.get(scene.shape):
+        angles = (-math.pi / 2 + 2 * math.pi * tip / len(radii) for tip in range(len(radii)))
+        tips = [(length * math.cos(at), length * math.sin(at)) for length, at in zip(radii, angles, strict=True)]
+        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in tips], fill=colour)
+    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -22,10 +22,11 @@ from torch import Tensor
 from train_clip.checkpoints.own import OF_RUN
 from train_clip.checkpoints.tensors import read_checkpoint
 from train_clip.checkpoints.weights import Weights, find_model, find_weights
-from train_clip.commands.evaluate import UNCHANGED, ScoreOptions, Scores, load_for_scoring, score
+from train_clip.commands.evaluate import UNCHANGED, ScoreOptions, Scores, figures, load_for_scoring, score
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
 from train_clip.models.config import config_from_dict
+from train_clip.options import option
 from train_clip.training.checkpoints import AtomicCheckpointIO
 
 OF_LOSS = ("logit_scale", "logit_bias")
@@ -110,21 +111,15 @@ KEPT = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters")
 
 @dataclass(frozen=True)
 class MergeOptions(ScoreOptions):
-    """How much of each, and what to score them on.
+    """How much of each, and what to score them on."""
 
-    Args:
-        weight: share of the second checkpoint, from 0 to 1; several as "[0.25, 0.5, 0.75]"
-        output: the folder for merged-WEIGHT.ckpt
-        other_folder: a second folder to score on, of what the model knew before
-        other_classes: as --classes, for --other_folder
-        other_templates: as --templates, for --other_folder
-    """
-
-    weight: float | list[float] = 0.5
-    output: Path = Path()
-    other_folder: Path | None = None
-    other_classes: Path | None = None
-    other_templates: Path | None = None
+    weight: float | list[float] = option(
+        0.5, 'share of the second checkpoint, from 0 to 1; several as "[0.25, 0.5, 0.75]"'
+    )
+    output: Path = option(Path(), "the folder for merged-WEIGHT.ckpt")
+    other_folder: Path | None = option(None, "a second folder to score on, of what the model knew before")
+    other_classes: Path | None = option(None, "as --classes, for --other_folder")
+    other_templates: Path | None = option(None, "as --templates, for --other_folder")
 
     @property
     def weights(self) -> list[float]:
@@ -137,7 +132,6 @@ class MergeOptions(ScoreOptions):
         Raises:
             UserError: there are some.
         """
-        super().require_sense()
         if not self.weights:
             raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
         for weight in self.weights:
@@ -145,9 +139,9 @@ class MergeOptions(ScoreOptions):
         names = [f"{weight:g}" for weight in self.weights]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"--weight: {twice[0]} comes twice to six figures, by which the files are named.")
-        for option, value in (("classes", self.other_classes), ("templates", self.other_templates)):
+        for name, value in (("classes", self.other_classes), ("templates", self.other_templates)):
             if value is not None and self.other_folder is None:
-                raise UserError(f"--other_{option} {value}: is for --other_folder, which was not given.")
+                raise UserError(f"--other_{name} {value}: is for --other_folder, which was not given.")
 
     def sets(self) -> dict[str, ScoreOptions]:
         """What to score on, by its name; empty where nothing is given."""
@@ -230,26 +224,13 @@ def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None
     console = Console()
     for name in next(iter(by_weight.values())):
         table = Table("weight", box=None, header_style="bold", pad_edge=False)
-        rows = {weight: _figures(scores[name]) for weight, scores in by_weight.items()}
+        rows = {weight: figures(scores[name]) for weight, scores in by_weight.items()}
         for heading in next(iter(rows.values())):
             table.add_column(heading, justify="right")
-        for weight, figures in rows.items():
-            table.add_row(f"{weight:g}", *(f"{figure:.1%}" for figure in figures.values()))
+        for weight, row in rows.items():
+            table.add_row(f"{weight:g}", *(f"{figure:.1%}" for figure in row.values()))
         console.print(f"\n{name}", highlight=False)
         console.print(table)
     if target is not None:
-        found = {
-            f"{weight:g}": {name: dataclasses.asdict(scores) for name, scores in sets.items()}
-            for weight, sets in by_weight.items()
-        }
-        write_text(target, json.dumps(found, indent=2) + "\n")
-
-
-def _figures(scores: Scores) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    if scores.retrieval is not None:
-        figures |= {f"R@{k} i→t": found for k, found in scores.retrieval.image_to_text.items()}
-        figures |= {f"R@{k} t→i": found for k, found in scores.retrieval.text_to_image.items()}
-    if scores.zero_shot is not None:
-        figures["zero-shot top-1"] = scores.zero_shot.top1
-    return figures
+        found = {f"{weight:g}": dict(sets) for weight, sets in by_weight.items()}
+        write_text(target, json.dumps(found, indent=2, default=dataclasses.asdict) + "\n")

@@ -13,9 +13,9 @@ from rich.table import Table
 from train_clip.commands.train import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, ResNetConfig, presets, read_config
-from train_clip.training.muon import row_blocks
-from train_clip.training.optimizer import HIDDEN, muon_matrices, parameter_groups
-from train_clip.training.tuning import Tuning
+from train_clip.options import TrainingOptions
+from train_clip.training.muon import HIDDEN, row_blocks
+from train_clip.training.optimizer import build_optimizer, default_momentum
 
 WIDTH = 200  # characters, what the widest row takes
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
@@ -34,7 +34,7 @@ def models(
         model_name: whose, a preset or a YAML file of your own
     """
     if optimizer is not None:
-        _print(_updates(read_config(model_name), Tuning(optimizer=optimizer)))
+        _print(_updates(read_config(model_name), optimizer))
         return
     if show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
@@ -54,17 +54,20 @@ def _print(table: Table) -> None:
     Console(width=max(WIDTH, Console().width)).print(table)
 
 
-def _updates(config: ModelConfig, tuning: Tuning) -> Table:
+def _updates(config: ModelConfig, optimizer: str) -> Table:
     """A row for each parameter, those of a tower's blocks together."""
     with torch.device("meta"):
         model = CLIP(config)
-    groups = parameter_groups(model, config.optimizer, None, muon_matrices(model, config.optimizer, tuning))
+    numbers = config.optimizer
+    how = {"optimizer": optimizer, "learning_rate": numbers.lr, "weight_decay": numbers.weight_decay}
+    rest = {"betas": numbers.betas, "eps": numbers.eps, "momentum": default_momentum(optimizer)}
+    groups = build_optimizer(model, model, TrainingOptions.of(how | rest)).param_groups
     of_group = {parameter: group for group in groups for parameter in group["params"]}
     rows: dict[tuple[str, ...], int] = {}
     for name, parameter in model.named_parameters():
         group = of_group[parameter]
         of_muon = group.get(HIDDEN, False)
-        by = NAMES["adamw" if tuning.optimizer == "muon" and not of_muon else tuning.optimizer]
+        by = NAMES["adamw" if optimizer == "muon" and not of_muon else optimizer]
         together = row_blocks(parameter) if of_muon else 1
         row = (
             re.sub(r"\.\d+\.", ".*.", name),

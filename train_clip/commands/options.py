@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from train_clip.checkpoints.found import Choices
-from train_clip.data.scan import PairBy
-from train_clip.data.table import Columns
 from train_clip.errors import UserError
+from train_clip.options import PairBy, SourceOptions
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class TableOptions:
     pair_by: PairBy = "stem"
 
     @property
-    def columns(self) -> Columns:
-        """The table's columns."""
-        return Columns(self.image_column, self.caption_column)
+    def source(self) -> SourceOptions:
+        """The same, checked."""
+        return SourceOptions.pick(vars(self))
 
 
 @dataclass(frozen=True)

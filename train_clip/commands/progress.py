@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from train_clip.data.samples import available_cores
 
 LINE_SECONDS = 15.0  # between lines where there is no terminal
+BATCH = 16  # items that travel together from a worker
+
+Found = TypeVar("Found")
+
+
+def in_workers(function: Callable[[Any], Found], items: Any, num_workers: int | None, what: str) -> Iterator[Found]:
+    """Call a function on each item of a sequence in processes, None for one a core, and yield in order."""
+    workers = available_cores() if num_workers is None else num_workers
+    calls = DataLoader(_Calls(function, items), batch_size=BATCH, num_workers=workers, collate_fn=list)
+    for batch in with_progress(calls, f"batches of {BATCH} {what}"):
+        yield from batch
+
+
+class _Calls(Dataset[Any]):
+    def __init__(self, function: Callable[[Any], Any], items: Any) -> None:
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @override
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
 
 
 def with_progress(loader: Any, what: str) -> Iterator[Any]:
-    """Go through something that has a length, and show it.
-
-    Args:
-        loader: sized and iterable.
-        what: its items are.
-    """
+    """Go through something that has a length, and show how many of ``what`` are done."""
     console = Console()
     if console.is_terminal:
         yield from track(loader, description=what, console=console, transient=True)

@@ -57,8 +57,6 @@ WARNINGS_BY_DESIGN = (
     r".*Total length of `list` across ranks is zero.*",
     r".*defined a `validation_step` but have no `val_dataloader`.*",
     r".*requested to overfit but enabled train dataloader shuffling.*",
-    # The metrics of a run that is resumed go on in their file (MetricsLog).
-    r".*Experiment logs directory .* exists and is not empty.*",
     # A teacher and locked towers stay in eval mode.
     r"Found \d+ module\(s\) in eval mode at the start of training.*",
     # This package's own loaders go on by the count of batches.
@@ -106,9 +104,10 @@ def build_trainer(
         UserError: options that do not go together, or that need what is not there.
     """
     made = {name: _instantiate(value) for name, value in options.items()}
-    callbacks: list[L.Callback] = [Throughput(), Curves(folder / "curves.png")]
+    callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
     if made.get("enable_progress_bar") is not False:
         callbacks.append(RunProgress())
+        made["enable_progress_bar"] = False
     if made.get("enable_checkpointing") is not False:
         callbacks.append(saving)
     own = made.get("callbacks") or []
@@ -172,12 +171,12 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None
     if not checkpoints:
         return
     command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
-    table = data.val_table or data.table
+    table = data.val_table or data.options.pairs
     command += ["--folder", str(data.folder)] if table is None else ["--pairs", str(table)]
     if table is not None:
         command += _changed_columns(data)
-    elif data.pair_by != "stem":
-        command += ["--pair_by", data.pair_by]
+    elif data.options.pair_by != "stem":
+        command += ["--pair_by", data.options.pair_by]
     if data.validation_pairs:
         if data.val_table is None:
             command += ["--split", "held_out", "--val_share", str(data.val_share)]
@@ -201,13 +200,8 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
 
 def _changed_columns(data: TextImageDataModule) -> list[str]:
     """The options that name a table's columns, where they are not called what they are called by default."""
-    named = (("--image_column", "image"), ("--caption_column", "caption"))
-    return [
-        word
-        for option, column in named
-        if getattr(data.columns, column) != column
-        for word in (option, getattr(data.columns, column))
-    ]
+    named = {"image": data.options.image_column, "caption": data.options.caption_column}
+    return [word for usual, name in named.items() if name != usual for word in (f"--{usual}_column", name)]
 
 
 def count(module: nn.Module) -> int:

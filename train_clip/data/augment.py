@@ -1,8 +1,4 @@
-"""Captions that a mirrored image no longer fits: those that name sides, a sense of turning, or text in the picture.
-
-Words alone are looked at. Text that no caption tells of, and pictures that mean another thing mirrored, go unseen.
-
-Colours and mirror images of whole batches: drawn on the host, computed on the images' own device.
+"""Colours and flips of whole batches, drawn on the host, computed on the images' own device; what captions say of it.
 
 SimCLR's changes of colour (arXiv 2002.05709, appendix A), with Y the luma of a pixel x, and b, c, s, θ drawn for its
 image:
@@ -26,7 +22,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -39,79 +34,31 @@ from train_clip.errors import BadSample, UserError
 from train_clip.options import AugmentationOptions
 from train_clip.tensors import sent
 
+Floats = NDArray[np.float64]
 LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
 # B − Y and R − Y, scaled as a PAL or NTSC signal carries them (ITU-R BT.470).
 DIFFERENCES = np.stack([0.493 * ([0, 0, 1] - LUMA), 0.877 * ([1, 0, 0] - LUMA)])
 # SimCLR, appendix A: factors within 1 ± 0.8 s, hue within ± 0.2 s of a whole turn, of 0.8 of the images.
 FACTORS, TURN, JITTERED = 0.8, 0.2, 0.8
-STRONGEST = 2.0  # twice the paper's strongest; at 2.5 any hue becomes any other
 # Numbers that are computed in float32 at a time: what caches hold, or what keeps a GPU busy.
 PIECE_ON_CPU, PIECE = 2**20, 2**24
 STREAM = 0x6175676D  # tells these random numbers from those of crops, which have a pair's number in its place
 
 
-@dataclass(frozen=True)
-class BatchAugmentation:
-    """What is done to the images of a training batch, beside their crop.
+class Draws(NamedTuple):
+    """What was drawn for each image; B rows."""
 
-    Args:
-        color_jitter: strength s of SimCLR's jitter, 0 for none.
-        grayscale: share of the images without colour.
-        horizontal_flip: share of the images whose left and right change places.
-        vertical_flip: share of the images whose top and bottom do.
-
-    Raises:
-        UserError: a number that cannot work.
-    """
-
-    color_jitter: float = 0.0
-    grayscale: float = 0.0
-    horizontal_flip: float = 0.0
-    vertical_flip: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.color_jitter <= STRONGEST:
-            raise UserError(
-                f"color_jitter is {self.color_jitter}; expected from 0 (none) to {STRONGEST:.0f}. SimCLR's full "
-                "strength is 1."
-            )
-        for name in ("grayscale", "horizontal_flip", "vertical_flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a share from 0 (none) to 1 (all images).")
-
-    @property
-    def changes_colours(self) -> bool:
-        """Whether any pixel gets another colour where it is."""
-        return self.color_jitter > 0 or self.grayscale > 0
-
-    @property
-    def flips(self) -> bool:
-        """Whether any image is mirrored."""
-        return self.horizontal_flip > 0 or self.vertical_flip > 0
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What was drawn for each image; B rows.
-
-    Args:
-        mixes: (B, 3, 3) float32, M.
-        lifts: (B, 3) float32, b (1 − c) of each channel's weight in Y.
-        mirrored: (B,) bool, whether left and right change places.
-        upended: (B,) bool, whether top and bottom do.
-    """
-
-    mixes: Tensor
-    lifts: Tensor
-    mirrored: Tensor
-    upended: Tensor
+    mixes: Tensor  # (B, 3, 3) float32, M
+    lifts: Tensor  # (B, 3) float32, b (1 − c) of each channel's weight in Y
+    mirrored: Tensor  # (B,) bool, whether left and right change places
+    upended: Tensor  # (B,) bool, whether top and bottom do
 
     def on(self, device: torch.device) -> Draws:
         """The same on a device, without waiting for it."""
-        return Draws(*(sent(tensor, device) for tensor in (self.mixes, self.lifts, self.mirrored, self.upended)))
+        return Draws(*(sent(tensor, device) for tensor in self))
 
 
-def draw_batch(how: BatchAugmentation | AugmentationOptions, place: tuple[int, int], rows: slice, number: int) -> Draws:
+def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, number: int) -> Draws:
     """Draw for some images of a global batch: for each the same, whoever else draws for the others.
 
     Args:
@@ -128,19 +75,14 @@ def draw_batch(how: BatchAugmentation | AugmentationOptions, place: tuple[int, i
     angles = 2 * np.pi * TURN * strength * (2 * hue - 1)
     maps = colour_maps(b, c, np.where(grey < how.grayscale, 0.0, s), angles)
     return Draws(
-        torch.from_numpy(maps.astype(np.float32)),
-        torch.from_numpy(((b * (1 - c))[:, None] * LUMA).astype(np.float32)),
+        torch.from_numpy(maps).float(),
+        torch.from_numpy((b * (1 - c))[:, None] * LUMA).float(),
         torch.from_numpy(mirrored < how.horizontal_flip),
         torch.from_numpy(upended < how.vertical_flip),
     )
 
 
-def colour_maps(
-    brightness: NDArray[np.float64],
-    contrast: NDArray[np.float64],
-    saturation: NDArray[np.float64],
-    angles: NDArray[np.float64],
-) -> NDArray[np.float64]:
+def colour_maps(brightness: Floats, contrast: Floats, saturation: Floats, angles: Floats) -> Floats:
     """M of each image, (B, 3, 3).
 
         M = b c (L + s (cos θ (1 − L) + sin θ K))
@@ -155,11 +97,11 @@ def colour_maps(
     luma = np.ones((3, 1)) * LUMA
     signals = np.stack([LUMA, *DIFFERENCES])
     quarter = np.linalg.inv(signals) @ [[0, 0, 0], [0, 0, -1], [0, 1, 0]] @ signals
-    maps: NDArray[np.float64] = b * c * (luma + s * (np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * quarter))
+    maps: Floats = b * c * (luma + s * (np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * quarter))
     return maps
 
 
-def augment(images: Tensor, how: BatchAugmentation | AugmentationOptions, draws: Draws) -> Tensor:
+def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
     """Change the images as it was drawn. They themselves stay: a loader may bring them again.
 
     Args:
@@ -238,19 +180,12 @@ WORDS = {
 
 
 class Named(NamedTuple):
-    """What was found in captions.
+    """What was found in captions."""
 
-    Args:
-        number: captions with such a word.
-        of: captions that were looked at.
-        word: of the example.
-        example: the first of them; empty where there is none.
-    """
-
-    number: int
-    of: int
-    word: str
-    example: str
+    number: int  # captions with such a word
+    of: int  # captions that were looked at
+    word: str  # of the example
+    example: str  # the first of them; empty where there is none
 
 
 def some_captions(pairs: Sequence[Pair], most: int = LOOKED_AT) -> list[str]:
@@ -265,16 +200,9 @@ def some_captions(pairs: Sequence[Pair], most: int = LOOKED_AT) -> list[str]:
 
 
 def count_named(captions: Sequence[str], flip: str) -> Named:
-    """Count captions with a word that a flip makes wrong.
-
-    Args:
-        captions: single lines.
-        flip: a key of ``WORDS``.
-    """
-    number, word, example = 0, "", ""
+    """Count the captions, single lines, with a word that a flip, a key of ``WORDS``, makes wrong."""
+    named = []
     for caption in captions:
-        found = [each for each in re.findall(r"[^\W\d_]+", caption.lower()) if each in WORDS[flip]]
-        if found:
-            number += 1
-            word, example = (word, example) if example else (found[0], caption)
-    return Named(number, len(captions), word, example)
+        words = [word for word in re.findall(r"[^\W\d_]+", caption.lower()) if word in WORDS[flip]]
+        named += [(word, caption) for word in words[:1]]
+    return Named(len(named), len(captions), *(named or [("", "")])[0])

@@ -1,43 +1,19 @@
-"""A picture → what an image tower takes, as its makers prepare it.
+"""The file of an image, or of its array → the square that a model takes: evaluation's centre, or a crop of training.
 
-S  side of the square in pixels
-
-Pictures → squares of bytes, as evaluation takes them: bit for bit OpenAI's preprocessing with Pillow.
-
-Training draws its crops in windows.py. Pixels stay uint8: they are normalised on the device.
-
-S  side of the square in pixels
-
-Training crops: drawn from a picture's size alone, then cut out of its pixels, which may have been decoded smaller.
-
-Resized by PyTorch's bicubic with antialiasing, in a third of Pillow's time. The two are equal to within 3 of 255 where
-neither has to clip between its passes, which they take in different orders.
+Evaluation prepares pictures by Pillow, bit for bit as OpenAI does. Training draws a window from a picture's size alone
+and cuts it by PyTorch's bicubic with antialiasing, in a third of Pillow's time: equal to within 3 of 255 where neither
+has to clip between its passes. A plain JPEG is decoded no finer than its window needs. Pixels stay uint8: they are
+normalised on the device.
 
 S  side of the square in pixels      H, W  of the pixels
-
-A training crop of an image file: a plain JPEG is decoded no finer than the crop needs, all else as images.py does.
-
-libjpeg-turbo by simplejpeg gives the pixels that it gives by Pillow, at each scale, in three quarters of the time. What
-it does not take without a word is left to Pillow, which has the last one on what is damaged.
-
-H, W  of the pixels
-
-The file of an image, or of its array → the square that a model takes.
-
-An array of bytes is the picture that the image gives once its shorter side is the model's, so that crops of whole
-height are those of the image: in evaluation bit for bit, in training the same window, of an image that was decoded no
-finer than that needs and resized by another hand than Pillow's (windows.py).
-
-S  side of the square in pixels      H, W  of an array
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -48,72 +24,63 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from train_clip.data.arrays import is_npz, read_array, read_header
-from train_clip.data.images import Decoded, decoded, open_rgb, opened, read_image, turn_of, upright_rgb
-from train_clip.errors import BadSample, UserError
-
-BICUBIC = Image.Resampling.BICUBIC
-
-
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side to S, then the S×S in the middle (openai/CLIP, clip.py, _transform).
-
-    Args:
-        picture: RGB.
-        size: S.
-    """
-    picture = resize_shorter(picture, size)
-    # torchvision's CenterCrop rounds halves to even, as round() does.
-    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
-
-
-def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side to S; the longer one cut to whole pixels, as torchvision's Resize does.
-
-    A picture whose shorter side is S is returned as it is, so that doing it twice is doing it once.
-
-    Args:
-        picture: RGB.
-        size: S.
-    """
-    target = shorter_to(picture.size, size)
-    return picture if target == picture.size else picture.resize(target, BICUBIC)
-
-
-def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
-    """Width and height of a picture whose shorter side becomes S.
-
-    Args:
-        picture: its width and height.
-        size: S.
-    """
-    width, height = picture
-    return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
-
-
-def to_tensor(picture: Image.Image) -> Tensor:
-    """Map an RGB picture to (3, H, W) uint8."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
+from train_clip.data.arrays import read_array
+from train_clip.data.images import SIDES_SWAPPED, Decoded, Jpeg, is_npz, open_image, open_rgb, read_image, upright_rgb
+from train_clip.errors import UserError
 
 REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as much and as exact (jdct.h)
+NORMALISED = "already normalised pixels, taken as they are, without a crop"
+
+# Draws a window in a picture of a width and a height.
+Draw = Callable[[tuple[int, int]], "Window"]
+
+
+def read_square(path: str, size: int, draw: Draw | None = None) -> Tensor:
+    """Read what a model takes of an image.
+
+    An array of bytes is the picture that the image gives once its shorter side is S, so that crops of whole height are
+    those of the image. Pixels that are already normalised have been cropped.
+
+    Args:
+        path: an image, or an ``.npz`` file as ``read_array`` takes it.
+        size: S.
+        draw: training's window in a picture of a width and a height, drawn once; None for evaluation's centre crop.
+
+    Returns:
+        (3, S, S): uint8, or float32 that is already normalised.
+
+    Raises:
+        BadSample: the file cannot be used.
+        UserError: an array that was made for another S. It is no bad sample that another could stand in for: all of a
+            cache are made for one size, and resized once more they would not be what the images give.
+    """
+    if is_npz(path):
+        array = read_array(path)
+        require_size(path, array.shape, array.dtype, size)
+        if array.dtype != np.uint8:
+            return torch.from_numpy(array.astype(np.float32))
+        return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(_picture(array), size)
+    if draw is None:
+        return centre_square(path, size)
+    image = open_image(path)
+    if isinstance(image, Image.Image):
+        return cut(_planes(image), draw(image.size))
+    window = draw(image.size[::-1] if image.turn in SIDES_SWAPPED else image.size)
+    pixels = _reduced(image, window.reduction)
+    if pixels is None:
+        return cut(_planes(open_rgb(path)), window)
+    if image.turn is not None:
+        pixels = np.array(Image.fromarray(pixels).transpose(image.turn))
+    return cut(pixels.transpose(2, 0, 1), window, window.reduction)
 
 
 class Window(NamedTuple):
-    """A box of a picture, what it is resized to, and the square that is cut out of that.
+    """A box of a picture, what it is resized to, and the square that is cut out of that."""
 
-    Args:
-        box: left, top, right and bottom in pixels of the upright picture.
-        target: width and height that the box is resized to.
-        place: left and top of the square within them.
-        size: S.
-    """
-
-    box: tuple[int, int, int, int]
-    target: tuple[int, int]
-    place: tuple[int, int]
-    size: int
+    box: tuple[int, int, int, int]  # left, top, right and bottom in pixels of the upright picture
+    target: tuple[int, int]  # width and height that the box is resized to
+    place: tuple[int, int]  # left and top of the square within them
+    size: int  # S
 
     @property
     def reduction(self) -> int:
@@ -121,10 +88,6 @@ class Window(NamedTuple):
         left, top, right, bottom = self.box
         room = min((right - left) / self.target[0], (bottom - top) / self.target[1])
         return next((reduction for reduction in REDUCTIONS if reduction <= room), 1)
-
-
-# Draws a window in a picture of a width and a height.
-Draw = Callable[[tuple[int, int]], Window]
 
 
 def random_crop(picture: tuple[int, int], size: int, rng: Generator) -> Window:
@@ -136,7 +99,7 @@ def random_crop(picture: tuple[int, int], size: int, rng: Generator) -> Window:
         rng: draws the place.
     """
     target = shorter_to(picture, size)
-    left, top = int(rng.integers(target[0] - size + 1)), int(rng.integers(target[1] - size + 1))
+    left, top = (int(rng.integers(side - size + 1)) for side in target)
     return Window((0, 0, *picture), target, (left, top), size)
 
 
@@ -152,9 +115,8 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min
         rng: draws share and place.
         min_share: least share of the largest square's area, in (0, 1].
     """
-    width, height = picture
-    side = max(1, round(min(width, height) * math.sqrt(rng.uniform(min_share, 1.0))))
-    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    side = max(1, round(min(picture) * math.sqrt(rng.uniform(min_share, 1.0))))
+    left, top = (int(rng.integers(whole - side + 1)) for whole in picture)
     return Window((left, top, left + side, top + side), (size, size), (0, 0), size)
 
 
@@ -183,58 +145,16 @@ def reduced(edge: int, reduction: int) -> int:
     return (edge + reduction // 2) // reduction
 
 
-FORMATS = ("JPEG", "MPO")  # an MPO is a JPEG with others behind it
-MODES = ("RGB", "L")  # of which RGB is made by no choice of ours
+def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
+    """Decode to (H, W, 3), fewer by the reduction; None where Pillow is to say what is wrong, or that nothing is.
 
-SIDES_SWAPPED = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-
-
-def crop_of_image(path: str, draw: Draw) -> Tensor:
-    """Draw a window in an image's size and cut it.
-
-    Args:
-        path: as ``read_image`` takes it.
-        draw: is asked once.
-
-    Returns:
-        (3, S, S) uint8.
-
-    Raises:
-        BadSample: as ``read_image``.
+    libjpeg-turbo by simplejpeg gives the pixels that it gives by Pillow, at each scale, in three quarters of the time.
     """
-    return cut(*_read(path, draw))
-
-
-def _read(path: str, draw: Draw) -> tuple[NDArray[Any], Window, int]:
-    """Pixels, the window in the picture, and by how much the pixels are fewer along each side."""
-    with opened(path) as (picture, file):
-        if picture.format not in FORMATS or picture.mode not in MODES:
-            whole = decoded(picture, path).picture
-            return _planes(whole), draw(whole.size), 1
-        turn = turn_of(picture, [])
-        width, height = picture.size
-        window = draw((height, width) if turn in SIDES_SWAPPED else (width, height))
-        pixels = _reduced(picture, file, window.reduction)
-        if pixels is None:
-            return _planes(decoded(picture, path).picture), window, 1
-        if turn is not None:
-            return _planes(Image.fromarray(pixels).transpose(turn)), window, window.reduction
-        return pixels.transpose(2, 0, 1), window, window.reduction
-
-
-def _reduced(picture: Image.Image, file: BinaryIO, reduction: int) -> NDArray[Any] | None:
-    """Decode to (H, W, 3), fewer by the reduction; None where Pillow is to say what is wrong, or that nothing is."""
-    width, height = picture.size
+    width, height = jpeg.size
     expected = (-(-height // reduction), -(-width // reduction), 3)
-    file.seek(0)
     try:
         # Strict, as it is unless told otherwise: libjpeg's warnings raise, of bytes missing among others.
-        pixels = simplejpeg.decode_jpeg(file.read(), min_height=expected[0], min_width=expected[1])
+        pixels = simplejpeg.decode_jpeg(jpeg.content, min_height=expected[0], min_width=expected[1])
     except Exception:
         return None
     if pixels.shape != expected:
@@ -243,157 +163,48 @@ def _reduced(picture: Image.Image, file: BinaryIO, reduction: int) -> NDArray[An
     return pixels[: reduced(height, reduction), : reduced(width, reduction)]
 
 
+def centre_square(image: Image.Image | str | Path, size: int) -> Tensor:
+    """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8.
+
+    Raises:
+        BadSample: it cannot be read as an image.
+    """
+    picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
+    return to_tensor(center_crop(picture, size))
+
+
+def center_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Shorter side of an RGB picture to S, then the S×S in the middle (openai/CLIP, clip.py, _transform)."""
+    picture = resize_shorter(picture, size)
+    # torchvision's CenterCrop rounds halves to even, as round() does.
+    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
+    """Shorter side of an RGB picture to S; a picture of that size is returned as it is."""
+    target = shorter_to(picture.size, size)
+    return picture if target == picture.size else picture.resize(target, Image.Resampling.BICUBIC)
+
+
+def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
+    """Width and height once the shorter becomes S; the longer is cut to whole pixels, as torchvision's Resize does."""
+    width, height = picture
+    return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Map an RGB picture to (3, H, W) uint8."""
+    return torch.from_numpy(_planes(picture)).contiguous()
+
+
 def _planes(picture: Image.Image) -> NDArray[Any]:
     return np.array(picture).transpose(2, 0, 1)
-
-
-NORMALISED = "already normalised pixels, taken as they are, without a crop"
-
-Crop = Callable[[Image.Image], Image.Image]
-
-
-def read_square(path: str, size: int, crop: Crop) -> Tensor:
-    """Read what a model takes of an image.
-
-    Args:
-        path: an image, or an ``.npz`` file as ``read_array`` takes it.
-        size: S.
-        crop: makes an S×S of a picture. Pixels that are already normalised have been cropped.
-
-    Returns:
-        (3, S, S): uint8, or float32 that is already normalised.
-
-    Raises:
-        BadSample: the file cannot be used.
-        UserError: an array that was made for another S. It is no bad sample that another could stand in for: all of a
-            cache are made for one size, and resized once more they would not be what the images give.
-    """
-    if not is_npz(path):
-        return to_tensor(crop(open_rgb(path)))
-    array = _array(path, size)
-    return to_tensor(crop(_picture(array))) if array.dtype == np.uint8 else torch.from_numpy(array.astype(np.float32))
-
-
-def read_window(path: str, size: int, draw: Draw) -> Tensor:
-    """Read a training crop of an image.
-
-    Args:
-        path: as ``read_square``.
-        size: S.
-        draw: a window in the picture. Pixels that are already normalised have been cropped.
-
-    Returns:
-        (3, S, S): uint8, or float32 that is already normalised.
-
-    Raises:
-        BadSample: the file cannot be used.
-        UserError: as ``read_square``.
-    """
-    if not is_npz(path):
-        return crop_of_image(path, draw)
-    array = _array(path, size)
-    _, height, width = array.shape
-    return cut(array, draw((width, height))) if array.dtype == np.uint8 else torch.from_numpy(array.astype(np.float32))
-
-
-@dataclass(frozen=True)
-class PixelKind:
-    """What the files of one list hold; a batch must be of one kind.
-
-    Args:
-        dtype: uint8, or float32 for pixels that are already normalised.
-        example: the file that it was taken from.
-    """
-
-    dtype: torch.dtype
-    example: str
-
-    def require(self, pixels: Tensor, path: str) -> Tensor:
-        """Return the pixels.
-
-        Raises:
-            UserError: they are of the other kind.
-        """
-        if pixels.dtype == self.dtype:
-            return pixels
-        found = {self.dtype: self.example, pixels.dtype: path}
-        raise UserError(
-            f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {NORMALISED}. Expected one "
-            "kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
-        )
-
-
-def kind_of(paths: Iterable[str], size: int) -> PixelKind:
-    """What the first file that can be read holds; a picture where none can.
-
-    Args:
-        paths: of one list.
-        size: S.
-
-    Raises:
-        UserError: an array that was made for another S, as ``read_square``.
-    """
-    for path in paths:
-        if not is_npz(path):
-            return PixelKind(torch.uint8, path)
-        try:
-            shape, dtype, _ = read_header(path)
-        except BadSample:
-            continue
-        _require_size(path, shape, dtype, size)
-        return PixelKind(torch.uint8 if dtype == np.uint8 else torch.float32, path)
-    return PixelKind(torch.uint8, "")
-
-
-def read_picture(path: str) -> Decoded:
-    """Read an image, or its array, as a picture to look at.
-
-    Raises:
-        BadSample: the file cannot be used.
-    """
-    if not is_npz(path):
-        return read_image(path)
-    array = read_array(path)
-    if array.dtype == np.uint8:
-        return Decoded(_picture(array), ())
-    return Decoded(_picture(_stretched(array)), (NORMALISED,))
-
-
-def bytes_to_show(pixels: Tensor) -> Tensor:
-    """Map what ``read_square`` gives to (3, S, S) uint8 to look at."""
-    return pixels if pixels.dtype == torch.uint8 else torch.from_numpy(_stretched(pixels.numpy()))
-
-
-def _array(path: str, size: int) -> NDArray[Any]:
-    array = read_array(path)
-    _require_size(path, array.shape, array.dtype, size)
-    return array
 
 
 def _picture(array: NDArray[Any]) -> Image.Image:
     # Plane by plane: a sixth of the time of turning the array's axes round.
     return Image.merge("RGB", [Image.fromarray(plane) for plane in array])
-
-
-def _stretched(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """Bytes from the least value to the greatest: by which mean and deviation pixels are normalised no file says."""
-    values = array.astype(np.float32)
-    least, most = values.min(), values.max()
-    return ((values - least) * (255 / max(most - least, np.float32(1e-6)))).astype(np.uint8)
-
-
-def _require_size(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
-    _, height, width = shape
-    if dtype == np.uint8 and min(height, width) != size:
-        raise UserError(
-            f"{path}: was made for a model of {min(height, width)} pixels (it is {width} by {height}); expected "
-            f"{size} on its shorter side. Make the cache anew: train-clip data npz FOLDER --image_size {size}"
-        )
-    if dtype != np.uint8 and (height, width) != (size, size):
-        raise UserError(
-            f"{path}: holds {NORMALISED}, {width} by {height} of them; expected {size} by {size}. Train a model of "
-            "that size (--image_size), or move the file away and make a cache of the images: train-clip data npz"
-        )
 
 
 class Preprocess:
@@ -412,17 +223,54 @@ class Preprocess:
         self.size, self.mean, self.std = size, mean.cpu(), std.cpu()
 
     def __call__(self, image: Image.Image | str | Path) -> Tensor:
-        """Prepare one picture.
-
-        Args:
-            image: a picture, or the path of one.
-
-        Returns:
-            (3, S, S) float32.
+        """Prepare a picture, or the file of one: (3, S, S) float32.
 
         Raises:
             BadSample: it cannot be read as an image.
         """
-        picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
-        pixels = to_tensor(center_crop(picture, self.size))
-        return (pixels.float() / 255 - self.mean) / self.std
+        return (centre_square(image, self.size).float() / 255 - self.mean) / self.std
+
+
+def read_picture(path: str) -> Decoded:
+    """Read an image, or its array, as a picture to look at.
+
+    Raises:
+        BadSample: the file cannot be used.
+    """
+    if not is_npz(path):
+        return read_image(path)
+    array = read_array(path)
+    return Decoded(_picture(_to_bytes(array)), () if array.dtype == np.uint8 else (NORMALISED,))
+
+
+def bytes_to_show(pixels: Tensor) -> Tensor:
+    """Map what ``read_square`` gives to (3, S, S) uint8 to look at."""
+    return torch.from_numpy(_to_bytes(pixels.numpy()))
+
+
+def _to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bytes from the least value to the greatest: by which mean and deviation pixels are normalised no file says."""
+    if array.dtype == np.uint8:
+        return array
+    values = array.astype(np.float32)
+    values -= values.min()
+    return (values * (255 / max(values.max(), np.float32(1e-6)))).astype(np.uint8)
+
+
+def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
+    """Refuse an array that was made for another S.
+
+    Raises:
+        UserError: its (3, H, W) do not fit.
+    """
+    _, height, width = shape
+    if dtype == np.uint8 and min(height, width) != size:
+        raise UserError(
+            f"{path}: was made for a model of {min(height, width)} pixels (it is {width} by {height}); expected "
+            f"{size} on its shorter side. Make the cache anew: train-clip data npz FOLDER --image_size {size}"
+        )
+    if dtype != np.uint8 and (height, width) != (size, size):
+        raise UserError(
+            f"{path}: holds {NORMALISED}, {width} by {height} of them; expected {size} by {size}. Train a model of "
+            "that size (--image_size), or move the file away and make a cache of the images: train-clip data npz"
+        )

@@ -1,6 +1,4 @@
-"""A folder of images and captions → pairs: a walk through it that meets whatever lies in folders.
-
-The files of a folder → pairs, by what their names share.
+"""A folder of images and captions → pairs: a walk through whatever lies there, and pairing by what names share.
 
 By stem: ``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder. Where a stem occurs more than once,
 the files with the nearest common ancestor belong together. By number: ``image1.jpg`` and ``text1.txt`` are one.
@@ -11,205 +9,32 @@ in its image's place, and the pair is still known by its image. Any other array 
 
 from __future__ import annotations
 
-import heapq
 import os
 import posixpath
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train_clip.data import arrays as npz
-from train_clip.data.images import image_suffixes
+from train_clip.data.images import ARRAY_SUFFIX, image_suffixes, is_npz
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.scan import CAPTION_SUFFIX, PairBy, Scan, may_read
+from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, Scan, may_read
 from train_clip.errors import UserError
+from train_clip.options import PairBy, SourceOptions
 
 NAMED = 6  # files in the message on a stem
 CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at the top
 
 
-@dataclass
-class Pairing:
-    """What belongs together, all as relative POSIX paths.
-
-    Args:
-        pairs: an image and a caption file each.
-        lone: files that belong to none.
-        caches: the array of each image that has one.
-        faults: names that leave it unclear, a message each.
-    """
-
-    pairs: list[tuple[str, str]] = field(default_factory=list)
-    lone: list[str] = field(default_factory=list)
-    caches: dict[str, str] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-
-def pair_by_stem(folder: Path, paths: Iterable[str]) -> Pairing:
-    """Pair images and captions of one stem.
-
-    Args:
-        folder: for messages.
-        paths: images and captions below it.
-    """
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        by_stem[plain_name(_stem(path))].append(path)
-    found = Pairing()
-    for stem in sorted(by_stem):
-        # What is done with is let go of, or there would be two of everything for a while.
-        files = _without_caches(by_stem.pop(stem), found.caches)
-        try:
-            _pair_stem(files, found.pairs, found.lone)
-        except _AmbiguousError as error:
-            found.faults.append(error.message(folder))
-    return found
-
-
-def pair_by_number(folder: Path, paths: Iterable[str]) -> Pairing:
-    """Pair the image, the caption and the array whose names hold one number; names without a number stand alone.
-
-    Args:
-        folder: for messages.
-        paths: images and captions below it.
-    """
-    by_number: dict[int, list[str]] = defaultdict(list)
-    found = Pairing()
-    for path in paths:
-        numbers = re.findall("[0-9]+", _stem(path))
-        if len(numbers) == 1:
-            by_number[int(numbers[0])].append(path)
-        elif numbers:
-            found.faults.append(
-                f"{folder / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear by which it "
-                "pairs. Expected one (--pair_by number). Rename it, or list the pairs in a table (--pairs)."
-            )
-        else:
-            found.lone.append(path)
-    for number in sorted(by_number):
-        files = sorted(by_number.pop(number))
-        captions = [path for path in files if is_caption(path)]
-        arrays = [path for path in files if _in_cache(path)]
-        images = [path for path in files if path not in captions + arrays]
-        if max(map(len, (images, captions, arrays))) > 1:
-            listed = "\n".join(f"  {path}" for path in files[:NAMED])
-            found.faults.append(
-                f"{folder}: the number {number} is in {len(files)} names, so it is not clear which belong together:\n"
-                f"{listed}\n  Expected one image, one caption and one array in npz/ at most. Rename the others."
-            )
-            continue
-        if images and arrays:
-            found.caches[images[0]] = arrays.pop()
-        if captions and (images or arrays):
-            found.pairs.append(((images or arrays)[0], captions[0]))
-        else:
-            found.lone += captions or images or arrays
-    return found
-
-
-PAIRINGS: Mapping[PairBy, Callable[[Path, Iterable[str]], Pairing]] = {"stem": pair_by_stem, "number": pair_by_number}
-
-
-def cache_name(image: str) -> str:
-    """Where the cache of an image lies, both as POSIX paths below one folder."""
-    return f"{CACHE}{image.removeprefix(IMAGES).rpartition('.')[0]}{npz.SUFFIX}"
-
-
-def is_caption(path: str) -> bool:
-    """Whether a file holds captions, by its name."""
-    return path[-len(CAPTION_SUFFIX) :].lower() == CAPTION_SUFFIX
-
-
-def _stem(path: str) -> str:
-    return posixpath.basename(path).rpartition(".")[0]
-
-
-def _in_cache(path: str) -> bool:
-    return path.startswith(CACHE) and npz.is_npz(path)
-
-
-def _without_caches(files: list[str], caches: dict[str, str]) -> list[str]:
-    """The files of a stem but for the caches of its images, which are noted."""
-    arrays = [path for path in files if _in_cache(path)]
-    if not arrays:
-        return files
-    owners: dict[str, list[str]] = defaultdict(list)
-    for path in files:
-        if not is_caption(path) and not npz.is_npz(path):
-            owners[plain_name(cache_name(path))].append(path)
-    for array in arrays:
-        if len(images := owners[plain_name(array)]) == 1:
-            caches[images[0]] = array
-            files = [path for path in files if path != array]
-    return files
-
-
-class _AmbiguousError(Exception):
-    """Two images or two captions of one stem at one place."""
-
-    def __init__(self, place: str, images: list[str], captions: list[str]) -> None:
-        super().__init__(place, images, captions)
-        self.place, self.images, self.captions = place, images, captions
-
-    def message(self, folder: Path) -> str:
-        """Name the place and the files."""
-        shown = sorted(self.images + self.captions)[:NAMED]
-        listed = "\n".join(f"  {path}" for path in shown)
-        more = len(self.images) + len(self.captions) - len(shown)
-        return (
-            f"{folder / self.place}: one stem has {_number(len(self.images), 'image')} and "
-            f"{_number(len(self.captions), 'caption')}, so it is not clear which belong together:\n{listed}\n"
-            f"{f'  and {more} more.' + chr(10) if more else ''}  Expected one of each. Rename or remove the others."
-        )
-
-
-def _pair_stem(files: list[str], pairs: list[tuple[str, str]], lone: list[str]) -> None:
-    """Pair the files of one stem, deepest folder first; what finds no partner moves up."""
-    if len(files) == 2 and is_caption(files[0]) != is_caption(files[1]):
-        # Nearly every stem of nearly every folder: wherever the two lie, there is a folder above both.
-        image, caption = sorted(files, key=is_caption)
-        pairs.append((image, caption))
-        return
-    waiting: dict[str, list[str]] = defaultdict(list)
-    for path in files:
-        waiting[posixpath.dirname(path)].append(path)
-    deepest_first = [(-_depth(place), place) for place in waiting]
-    heapq.heapify(deepest_first)
-    while deepest_first:
-        _, place = heapq.heappop(deepest_first)
-        here = waiting.pop(place)
-        images, captions = [p for p in here if not is_caption(p)], [p for p in here if is_caption(p)]
-        if images and captions:
-            if len(here) > 2:
-                raise _AmbiguousError(place, images, captions)
-            pairs.append((images[0], captions[0]))
-        elif not place:
-            lone += here
-        else:
-            above = posixpath.dirname(place)
-            if above not in waiting:
-                heapq.heappush(deepest_first, (-_depth(above), above))
-            waiting[above] += here
-
-
-def _depth(place: str) -> int:
-    return place.count("/") + 1 if place else 0
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def scan_folder(folder: Path, pair_by: PairBy = "stem") -> Scan:
+def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
     """Pair the images and captions below a folder.
 
     Args:
         folder: searched with its subfolders. Names that begin with a dot and ``__MACOSX`` are passed over, and links to
             folders are not followed.
-        pair_by: what of their names a pair's files share: the stem, or the number.
+        options: what of their names a pair's files share: the stem, or the number.
 
     Returns:
         What was found. Its faults are names of which it is not clear which belong together, folders and files without
@@ -226,88 +51,89 @@ def scan_folder(folder: Path, pair_by: PairBy = "stem") -> Scan:
         table = " A table of pairs is given by --pairs." if folder.is_file() else ""
         raise UserError(f"{folder}: there is no such folder. Expected a folder of images and captions (.txt).{table}")
     found = _Found(folder)
-    paired = PAIRINGS[pair_by](folder, found.images_and_captions())
-    pairs = sorted(paired.pairs, key=lambda pair: plain_name(pair[0]))
-    caches = (paired.caches.get(image, "") for image, _ in pairs) if paired.caches else ()
+    PAIRINGS[options.pair_by](found, _images_and_captions(found))
+    found.pairs.sort(key=lambda pair: plain_name(pair[0]))
+    images = [image for image, _ in found.pairs]
     return Scan(
         folder,
         found.num_files,
         PairList(
             os.path.join(folder, ""),  # noqa: PTH118, with its separator at the end
-            (image for image, _ in pairs),
-            (caption for _, caption in pairs),
-            caches=caches,
+            images,
+            (caption for _, caption in found.pairs),
+            caches=(found.caches.get(image, "") for image in images) if found.caches else (),
         ),
-        sorted(path for path in paired.lone if not is_caption(path)),
-        sorted(path for path in paired.lone if is_caption(path)),
-        sorted(found.faults + paired.faults),
+        sorted(path for path in found.lone if not is_caption(path)),
+        sorted(path for path in found.lone if is_caption(path)),
+        sorted(found.faults),
         found.others,
         sorted(found.folder_links),
-        pair_by,
+        options.pair_by,
     )
+
+
+def cache_name(image: str) -> str:
+    """Where the cache of an image lies, both as POSIX paths below one folder."""
+    return f"{CACHE}{image.removeprefix(IMAGES).rpartition('.')[0]}{ARRAY_SUFFIX}"
+
+
+def is_caption(path: str) -> bool:
+    """Whether a file holds captions, by its name."""
+    return path[-len(CAPTION_SUFFIX) :].lower() == CAPTION_SUFFIX
 
 
 @dataclass
 class _Found:
-    """What a walk through a folder meets beside images and captions."""
+    """What lies below a folder, as relative POSIX paths."""
 
     folder: Path
     num_files: int = 0
+    pairs: list[tuple[str, str]] = field(default_factory=list)  # an image and a caption file each
+    lone: list[str] = field(default_factory=list)  # that belong to none
+    caches: dict[str, str] = field(default_factory=dict)  # the array of each image that has one
     faults: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     folder_links: list[str] = field(default_factory=list)
 
-    def images_and_captions(self) -> Iterator[str]:
-        """Regular files of their suffixes below the folder, as relative POSIX paths."""
-        wanted = image_suffixes() | {npz.SUFFIX, CAPTION_SUFFIX}
-        folders = [""]
-        while folders:
-            parent = folders.pop()
-            for entry in self._entries(parent):
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                path = f"{parent}/{entry.name}" if parent else entry.name
-                suffix = _suffix(entry.name)
-                if suffix not in wanted and entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                elif entry.is_symlink() and _is_folder(entry):
-                    self.folder_links.append(path)
-                elif suffix in wanted:
-                    if fault := _fault(entry):
-                        self.faults.append(f"{self.folder / path}: {fault}")
-                    else:
-                        self.num_files += 1
-                        yield path
-                elif _is_file(entry):
-                    self.num_files += 1
-                    self.others[suffix or "no suffix"] += 1
 
-    def _entries(self, parent: str) -> list[os.DirEntry[str]]:
+def _images_and_captions(found: _Found) -> Iterator[str]:
+    """Regular files of their suffixes; what else there is, is noted."""
+    wanted = image_suffixes() | {ARRAY_SUFFIX, CAPTION_SUFFIX}
+    folders = [""]
+    while folders:
+        parent = folders.pop()
         try:
-            return list(os.scandir(self.folder / parent))
+            entries = list(os.scandir(found.folder / parent))
         except PermissionError:
-            self.faults.append(
-                f"{self.folder / parent}: no permission to list this folder. Give it (chmod +rx), or move the folder "
+            found.faults.append(
+                f"{found.folder / parent}: no permission to list this folder. Give it (chmod +rx), or move the folder "
                 "away."
             )
-            return []
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            path = f"{parent}/{entry.name}" if parent else entry.name
+            stem, dot, suffix = entry.name.rpartition(".")
+            suffix = dot + suffix.lower() if stem else ""
+            if suffix not in wanted and entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and _is(entry.is_dir):
+                found.folder_links.append(path)
+            elif suffix in wanted:
+                if fault := _fault(entry):
+                    found.faults.append(f"{found.folder / path}: {fault}")
+                else:
+                    found.num_files += 1
+                    yield path
+            elif _is(entry.is_file):
+                found.num_files += 1
+                found.others[suffix or "no suffix"] += 1
 
 
-def _suffix(name: str) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return dot + suffix.lower() if stem else ""
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is(kind: Callable[[], bool]) -> bool:
     try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
+        return kind()
     except OSError:
         return False
 
@@ -319,7 +145,9 @@ def _fault(entry: os.DirEntry[str]) -> str | None:
             if may_read(entry.path):
                 return None
             return "no permission to read this file. Give it (chmod +r), or move the file away."
-        kind = _kind(entry.stat().st_mode)
+        mode = entry.stat().st_mode
+        kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+        kind = next((kind for test, kind in kinds.items() if test(mode)), "a device")
     except FileNotFoundError:
         kind = "a link to a file that is not there"
     except PermissionError:
@@ -329,8 +157,116 @@ def _fault(entry: os.DirEntry[str]) -> str | None:
     return f"is {kind}; expected a regular file under this name. Rename or remove it."
 
 
-def _kind(mode: int) -> str:
-    for test, kind in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket")):
-        if test(mode):
-            return kind
-    return "a device"
+def _pair_by_stem(found: _Found, paths: Iterable[str]) -> None:
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        by_stem[plain_name(_stem(path))].append(path)
+    for stem in sorted(by_stem):
+        # What is done with is let go of, or there would be two of everything for a while.
+        _pair_one_stem(found, _without_caches(found, by_stem.pop(stem)))
+
+
+def _pair_by_number(found: _Found, paths: Iterable[str]) -> None:
+    """Pair the image, the caption and the array whose names hold one number; names without a number stand alone."""
+    by_number: dict[int, list[str]] = defaultdict(list)
+    for path in paths:
+        numbers = re.findall("[0-9]+", _stem(path))
+        if len(numbers) == 1:
+            by_number[int(numbers[0])].append(path)
+        elif numbers:
+            found.faults.append(
+                f"{found.folder / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear by "
+                "which it pairs. Expected one (--pair_by number). Rename it, or list the pairs in a table (--pairs)."
+            )
+        else:
+            found.lone.append(path)
+    for number in sorted(by_number):
+        files = sorted(by_number.pop(number))
+        kinds: dict[str, list[str]] = {"image": [], "caption": [], "array": []}
+        for path in files:
+            kinds["caption" if is_caption(path) else "array" if _in_cache(path) else "image"].append(path)
+        if max(map(len, kinds.values())) > 1:
+            found.faults.append(
+                f"{found.folder}: the number {number} is in {len(files)} names, so it is not clear which belong "
+                f"together:\n{_listed(files)}  Expected one image, one caption and one array in npz/ at most. Rename "
+                "the others."
+            )
+            continue
+        images, captions, arrays = kinds.values()
+        found.caches.update(zip(images, arrays, strict=False))
+        pixels = images or arrays
+        if pixels and captions:
+            found.pairs += zip(pixels, captions, strict=True)
+        else:
+            found.lone += pixels or captions
+
+
+PAIRINGS: dict[PairBy, Callable[[_Found, Iterable[str]], None]] = {"stem": _pair_by_stem, "number": _pair_by_number}
+
+
+def _stem(path: str) -> str:
+    return posixpath.basename(path).rpartition(".")[0]
+
+
+def _in_cache(path: str) -> bool:
+    return path.startswith(CACHE) and is_npz(path)
+
+
+def _listed(files: list[str]) -> str:
+    more = f"  and {len(files) - NAMED} more.\n" if len(files) > NAMED else ""
+    return "".join(f"  {path}\n" for path in files[:NAMED]) + more
+
+
+def _without_caches(found: _Found, files: list[str]) -> list[str]:
+    """The files of a stem but for the caches of its images, which are noted."""
+    arrays = [path for path in files if _in_cache(path)]
+    if not arrays:
+        return files
+    owners: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        if not is_caption(path) and not is_npz(path):
+            owners[plain_name(cache_name(path))].append(path)
+    for array in arrays:
+        if len(images := owners[plain_name(array)]) == 1:
+            found.caches[images[0]] = array
+            files = [path for path in files if path != array]
+    return files
+
+
+def _pair_one_stem(found: _Found, files: list[str]) -> None:
+    """Pair the files of one stem, deepest folder first; what finds no partner moves up."""
+    if len(files) == 2 and is_caption(files[0]) != is_caption(files[1]):
+        # Nearly every stem of nearly every folder: wherever the two lie, there is a folder above both.
+        image, caption = sorted(files, key=is_caption)
+        found.pairs.append((image, caption))
+        return
+    waiting: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        waiting[posixpath.dirname(path)].append(path)
+    while waiting:
+        deepest = max(map(_depth, waiting))
+        for place in sorted(place for place in waiting if _depth(place) == deepest):
+            here = waiting.pop(place)
+            images = [path for path in here if not is_caption(path)]
+            captions = [path for path in here if is_caption(path)]
+            if images and captions:
+                if len(here) > 2:
+                    counts = f"{_number(images, 'image')} and {_number(captions, 'caption')}"
+                    found.faults.append(
+                        f"{found.folder / place}: one stem has {counts}, so it is not clear which belong together:\n"
+                        f"{_listed(sorted(here))}  Expected one of each. Rename or remove the others."
+                    )
+                    return
+                found.pairs.append((images[0], captions[0]))
+            elif place:
+                waiting[posixpath.dirname(place)] += here
+            else:
+                found.lone += here
+
+
+def _number(files: list[str], noun: str) -> str:
+    return f"{len(files)} {noun}" + ("" if len(files) == 1 else "s")
+
+
+def _depth(place: str) -> int:
+    return place.count("/") + 1 if place else 0

@@ -1,8 +1,6 @@
 """A file → an upright RGB picture, or the reason why not.
 
 Pillow drops transparency and turns 16-bit grey white; both are mended here. Training and evaluation open files alike.
-
-What goes wrong when a file is read → the reason, in the same words for every kind of file.
 """
 
 from __future__ import annotations
@@ -15,41 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from train_clip.errors import BadSample
-
-
-@contextmanager
-def reading(path: str, what: str) -> Iterator[None]:
-    """Turn whatever is raised within the block into ``BadSample``.
-
-    Args:
-        path: the file that is read there.
-        what: it holds, for the reason.
-
-    Raises:
-        BadSample: anything was raised.
-    """
-    try:
-        yield
-    except BadSample:
-        raise
-    except FileNotFoundError:
-        raise BadSample(path, "file is gone") from None
-    except PermissionError:
-        raise BadSample(path, "no permission to read the file") from None
-    except MemoryError:
-        raise BadSample(path, "too large for memory") from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise BadSample(path, f"{what} cannot be read ({type(error).__name__})") from error
-        # Decoders raise whatever their format's parser does (OSError, SyntaxError, struct.error, …).
-        raise BadSample(path, f"damaged {what} ({type(error).__name__})") from error
-
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS, from which on it warns of a decompression bomb
@@ -58,28 +27,23 @@ MIN_SIDE = 2  # pixels; a picture of one row or column holds nothing to learn
 MAX_ASPECT = 100  # longer side over shorter side
 # Of a JPEG, as in libtiff (LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER); 10 are usual, and each costs a pass over the picture.
 MAX_SCANS = 100
-
 MAX_COMMENTS = 1000  # of a PPM in plain text, whose reader takes seconds for a megabyte of them
 
 # What picture collections are made of, by Pillow's names. Its other readers are for formats that nobody collects, hand
 # the file to another program (EPS), take nearly anything for a picture, or, as OpenJPEG for JPEG 2000, take as much
 # memory as a header asks for, also within the cap on pixels (test_hostile.py, precincts).
-FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP",
-)  # fmt: skip
-
+FORMATS = tuple("AVIF BMP DIB GIF ICO JPEG MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split())
+ARRAY_SUFFIX = ".npz"  # of an image that is an array (arrays.py)
+JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with others behind it
 JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
 TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
-
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
-
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # How it is said that a mode became RGB. Grey pictures hold nothing that could be lost.
 TO_RGB = {"CMYK": "inks (CMYK, YCCK) to RGB", "P": "palette to RGB"}
-HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 # What turns a picture upright, by its EXIF orientation (Exif 2.32, section 4.6.4).
-ORIENTATION_TAG = ExifTags.Base.Orientation
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,27 +53,26 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-# Pillow's warnings repeat what is checked here (size), or say nothing that helps (EXIF, palettes).
-warnings.filterwarnings("ignore", module=r"PIL\.")
+SIDES_SWAPPED = [turn for orientation, turn in UPRIGHT.items() if orientation > 4]
+# Pillow's warnings repeat what is checked here (size), or say nothing that helps (EXIF, palettes). This stands among
+# the filters while a file is read. Not by catch_warnings, which is not for threads, and after which all that was
+# warned of once is warned of again.
+PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class Decoded(NamedTuple):
-    """A picture, and what had to be mended to get it.
+    """A picture, and what had to be mended to get it."""
 
-    Args:
-        picture: RGB, upright.
-        mended: in words that are the same for every file that was mended alike.
-    """
-
-    picture: Image.Image
-    mended: tuple[str, ...]
+    picture: Image.Image  # RGB, upright
+    mended: tuple[str, ...]  # in words that are the same for every file that was mended alike
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The suffixes of the formats that are read, in lower case, with their dot."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats())
+class Jpeg(NamedTuple):
+    """A plain JPEG whose pixels are not decoded yet."""
+
+    content: bytes
+    size: tuple[int, int]  # width and height as they are stored
+    turn: Image.Transpose | None  # what turns it upright
 
 
 def open_rgb(path: str) -> Image.Image:
@@ -129,70 +92,156 @@ def read_image(path: str) -> Decoded:
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
-    with opened(path) as (picture, _):
-        return decoded(picture, path)
+    with reading(path, "image"), Path(path).open("rb") as file:
+        return _decoded(path, _open(path, file))
+
+
+def open_image(path: str) -> Jpeg | Image.Image:
+    """Open an image file as ``read_image`` does, but leave it to the caller to decode a plain JPEG."""
+    with reading(path, "image"), Path(path).open("rb") as file:
+        picture = _open(path, file)
+        if picture.format in JPEGS and picture.mode in ("RGB", "L"):
+            return Jpeg(_whole(picture), picture.size, _turn(picture, []))
+        return _decoded(path, picture).picture
+
+
+def upright_rgb(picture: Image.Image, name: str, mended: list[str] | None = None) -> Image.Image:
+    """Turn an opened picture upright and make it RGB, on white where it is transparent.
+
+    Args:
+        picture: of any mode.
+        name: for the error.
+        mended: what is mended is added to it, in words.
+
+    Raises:
+        BadSample: pixels of unknown range.
+    """
+    mended = [] if mended is None else mended
+    turn = _turn(picture, mended)
+    return _to_rgb(name, picture if turn is None else picture.transpose(turn), mended)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of the formats that are read, in lower case, with their dot."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*_formats(), "MPO"))
+
+
+def is_npz(path: str) -> bool:
+    """Whether a file has an array in place of an image, by its name."""
+    return path[-len(ARRAY_SUFFIX) :].lower() == ARRAY_SUFFIX
+
+
+def require_sides(path: str, width: int, height: int) -> None:
+    """Refuse what is too thin for a picture.
+
+    Raises:
+        BadSample: a side or the aspect is beyond the bounds.
+    """
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
 
 
 @contextmanager
-def opened(path: str) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """Open an image file that may be decoded, by what its header says; nothing of it is decoded.
+def reading(path: str, what: str) -> Iterator[None]:
+    """Turn whatever is raised within the block into ``BadSample``, and keep Pillow from warning.
 
     Args:
-        path: as ``read_image``.
-
-    Yields:
-        The picture to be loaded, and its file, or what that holds.
+        path: the file that is read there.
+        what: it holds, for the reason.
 
     Raises:
-        BadSample: as ``read_image``, also for whatever is raised within the block.
+        BadSample: anything was raised.
     """
-    with reading(path, "image"):
-        try:
-            with Path(path).open("rb") as file:
-                if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                    raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
-                # A JPEG is read whole in any case, to count its scans.
-                content: BinaryIO = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
-                yield _open(path, content), content
-        except UnidentifiedImageError:
-            raise BadSample(path, _no_image(path)) from None
-        except Image.DecompressionBombError:
-            raise BadSample(path, f"over {MAX_PIXELS:,} pixels") from None
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    filters.insert(0, PILLOWS_WARNINGS)
+    try:
+        yield
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample(path, _reason(path, what, error)) from error
+    finally:
+        filters.remove(PILLOWS_WARNINGS)
 
 
-def decoded(picture: Image.Image, path: str) -> Decoded:
-    """Load what ``opened`` gave, upright and RGB.
+def _reason(path: str, what: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "file is gone"
+    if isinstance(error, PermissionError):
+        return "no permission to read the file"
+    if isinstance(error, MemoryError):
+        return "too large for memory"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"over {MAX_PIXELS:,} pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return _no_image(path)
+    name = type(error).__name__
+    # Decoders raise whatever their format's parser does (OSError, SyntaxError, struct.error, …).
+    system = isinstance(error, OSError) and error.errno is not None
+    return f"{what} cannot be read ({name})" if system else f"damaged {what} ({name})"
 
-    Args:
-        picture: nothing of it is loaded.
-        path: of its file.
 
-    Raises:
-        BadSample: pixels of unknown range; within ``opened`` all the rest.
-    """
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this build of Pillow reads. MPO is read by its JPEG reader, under its own name."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
+    """Open what may be decoded, by what its header says; nothing of it is decoded."""
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
+    # A JPEG is read whole in any case, to count its scans.
+    content = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
+    picture = Image.open(content, formats=_formats())
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
+    require_sides(path, width, height)
+    if picture.format in JPEGS and len(SCAN.findall(_whole(picture))) > MAX_SCANS:
+        raise BadSample(path, f"JPEG of over {MAX_SCANS} scans")
+    if picture.tile and picture.tile[0][0] == "ppm_plain" and _whole(picture).count(b"#") > MAX_COMMENTS:
+        raise BadSample(path, f"PPM of over {MAX_COMMENTS:,} comments")
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)
+        if width * height > MAX_PIXELS:
+            raise BadSample(path, f"TIFF of tiles over {MAX_PIXELS:,} pixels")
+    return picture
+
+
+def _whole(picture: ImageFile.ImageFile) -> bytes:
+    assert picture.fp is not None
+    picture.fp.seek(0)
+    return picture.fp.read()
+
+
+def _decoded(path: str, picture: Image.Image) -> Decoded:
     picture.load()
     mended: list[str] = []
-    if _foreign_suffix(path, picture.format or ""):
+    # MPO is JPEG with more pictures behind.
+    alike = {"MPO": "JPEG", "DIB": "BMP"}
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122, a third of the time
+    named, kind = Image.registered_extensions().get(suffix, ""), picture.format or ""
+    if suffix and alike.get(named, named) != alike.get(kind, kind):
         mended.append("suffix of another format")
-    if _has_frames(picture):
+    try:
+        frames = getattr(picture, "is_animated", False)
+    except Exception:
+        # What is broken behind the first frame is no fault of the first frame.
+        frames = True
+    if frames:
         mended.append("first of several frames")
-    turn = turn_of(picture, mended)
-    rgb = _to_rgb(path, picture if turn is None else picture.transpose(turn), mended)
-    return Decoded(rgb, tuple(mended))
+    return Decoded(upright_rgb(picture, path, mended), tuple(mended))
 
 
-def turn_of(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
-    """What turns a picture upright, by its EXIF.
-
-    Args:
-        picture: opened.
-        mended: to which it is added, in words.
-    """
+def _turn(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
     try:
         if "exif" in picture.info:
             # Opening a JPEG has tried it and kept the error to itself; getexif() is empty from then on.
             Image.Exif().load(picture.info["exif"])
-        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION_TAG, 1))
+        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         # Broken EXIF says nothing about the pixels.
         mended.append("illegible EXIF passed over")
@@ -200,79 +249,6 @@ def turn_of(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
     if turn is not None:
         mended.append("turned upright by EXIF")
     return turn
-
-
-def upright_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """Turn an opened picture upright and make it RGB, on white where it is transparent.
-
-    Args:
-        picture: of any mode.
-        name: for the error.
-
-    Raises:
-        BadSample: pixels of unknown range.
-    """
-    turn = turn_of(picture, [])
-    return _to_rgb(name, picture if turn is None else picture.transpose(turn), [])
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of the formats that this build of Pillow reads. MPO is read by its JPEG reader, under its own name."""
-    Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN or kind == "MPO")
-
-
-def _open(path: str, file: BinaryIO) -> Image.Image:
-    picture = Image.open(file, formats=[kind for kind in _formats() if kind in Image.OPEN])
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
-    if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
-    if too_much := _costs_too_much(picture, file):
-        raise BadSample(path, too_much)
-    return picture
-
-
-def _costs_too_much(picture: Image.Image, file: BinaryIO) -> str | None:
-    """Why a picture of few pixels would take very long or very much; only what can is looked into."""
-    if picture.format in ("JPEG", "MPO") and len(SCAN.findall(_content(file))) > MAX_SCANS:
-        return f"JPEG of over {MAX_SCANS} scans"
-    if _reader(picture) == "ppm_plain" and _content(file).count(b"#") > MAX_COMMENTS:
-        return f"PPM of over {MAX_COMMENTS:,} comments"
-    if picture.format == "TIFF":
-        width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)  # type: ignore[attr-defined]
-        if width * height > MAX_PIXELS:
-            return f"TIFF of tiles over {MAX_PIXELS:,} pixels"
-    return None
-
-
-def _reader(picture: Image.Image) -> str:
-    """Pillow's name for what decodes the picture."""
-    tiles = getattr(picture, "tile", [])
-    return tiles[0][0] if tiles else ""
-
-
-def _content(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
-def _foreign_suffix(path: str, kind: str) -> bool:
-    """Whether a file's suffix is that of another format than its content's. MPO is JPEG with more pictures behind."""
-    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122, a third of the time
-    named = Image.registered_extensions().get(suffix)
-    alike = {"MPO": "JPEG", "DIB": "BMP"}
-    return bool(suffix) and alike.get(named or "", named) != alike.get(kind, kind)
-
-
-def _has_frames(picture: Image.Image) -> bool:
-    try:
-        return bool(getattr(picture, "is_animated", False))
-    except Exception:
-        # What is broken behind the first frame is no fault of the first frame.
-        return True
 
 
 def _to_rgb(path: str, picture: Image.Image, mended: list[str]) -> Image.Image:

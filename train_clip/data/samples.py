@@ -1,21 +1,16 @@
-"""Images alone, for scoring: the centre crop of each, in order, without substitutes.
+"""Pairs → samples → batches. What is drawn depends on (seed, epoch, index) alone, never on worker or machine.
 
-S  side of the square in pixels
+N  pairs      G  pairs of a global batch      W  processes      S  side of the square in pixels
 
-How many cores this process may use.
-
-Pairs → samples. What is drawn depends on (seed, epoch, index) alone, never on the worker or on what came before.
-
-S  side of the square in pixels
-
-Samples → a batch.
+An epoch is a permutation of the pairs cut into N // G global batches of G; process r reads the r-th of W equal slices
+of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -24,148 +19,220 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
-from train_clip.data.crops import center_crop, kind_of, random_crop, random_resized_crop, read_square, read_window
-from train_clip.data.pairs import Pair
+from train_clip.data.arrays import read_header
+from train_clip.data.crops import NORMALISED, random_crop, random_resized_crop, read_square, require_size
+from train_clip.data.images import is_npz
+from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
 from train_clip.types import Batch, Skip
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    # Where there is no affinity (macOS, Windows) all cores are free.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
 
 
+class GlobalBatchSampler(DistributedSampler[Any]):
+    """This process's (epoch, index) keys of as many global batches as an epoch has, from the next one on.
+
+    A ``DistributedSampler`` so that Lightning leaves it in place. The position is the count of consumed global batches
+    at the moment of ``iter()``; ``set_epoch``, which Lightning calls too late for a loader that has begun to prefetch,
+    is not heard. Iteration runs on into the next epoch where it began within one: the Trainer stops it by its own
+    count, also where that ends epochs early (``limit_train_batches``), and no batch is left out.
+
+    Args:
+        dataset: sized N.
+        global_batch: G, a multiple of the number of processes.
+        consumed: how many global batches have been trained on since the run began.
+        shuffle: permute each epoch; otherwise in order.
+        seed: decides the permutations.
+        process: (rank, W).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        global_batch: int,
+        consumed: Callable[[], int],
+        shuffle: bool,
+        seed: int,
+        process: tuple[int, int] = (0, 1),
+    ) -> None:
+        rank, world_size = process
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=True)
+        self.global_batch = global_batch
+        self.consumed = consumed
+        self.num_pairs = len(dataset)  # type: ignore[arg-type]
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """N // G."""
+        return self.num_pairs // self.global_batch
+
+    def __len__(self) -> int:
+        """Keys of a whole epoch on this process."""
+        return self.batches_per_epoch * (self.global_batch // self.num_replicas)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self._keys(self.consumed())
+
+    def _keys(self, first: int) -> Iterator[tuple[int, int]]:
+        share = self.global_batch // self.num_replicas
+        current, order = -1, np.empty(0)
+        for position in range(first, first + self.batches_per_epoch):
+            epoch, batch = divmod(position, self.batches_per_epoch)
+            if epoch != current:
+                current, order = epoch, self._order(epoch)
+            start = batch * self.global_batch + self.rank * share
+            yield from ((epoch, int(index)) for index in order[start : start + share])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_pairs)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+
+
 class Sample(NamedTuple):
-    """One pair as the model meets it.
+    """One pair as the model meets it."""
 
-    Args:
-        pixels: (3, S, S) uint8, or float32 that is already normalised.
-        caption: one line.
-        skips: what could not be read on the way to this sample.
-        missing: whether it only holds a place.
-    """
-
-    pixels: Tensor
-    caption: str
-    skips: tuple[Skip, ...] = ()
-    missing: bool = False
+    pixels: Tensor  # (3, S, S) uint8, or float32 that is already normalised
+    caption: str  # one line
+    skips: tuple[Skip, ...] = ()  # what could not be read on the way to this sample
+    missing: bool = False  # whether it only holds a place
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How a training sample is drawn.
+class _Pairs(Dataset[Sample]):
+    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
+        self.pairs, self.size = pairs, size
+        self.kind = PixelKind.of((pair.pixels for pair in pairs), size)
 
-    Args:
-        size: S.
-        resize_ratio: least share of the area that the crop keeps; None for the paper's crop.
-        seed: with epoch and index it decides crop and caption.
-    """
-
-    size: int
-    resize_ratio: float | None
-    seed: int
+    def __len__(self) -> int:
+        return len(self.pairs)
 
 
-class TrainingPairs(Dataset[Sample]):
+class TrainingPairs(_Pairs):
     """A random crop and a random caption line of each pair.
 
     Args:
         pairs: at least one.
-        augmentation: see there.
+        size: S.
+        resize_ratio: least share of the area that the crop keeps; None for the paper's crop.
+        seed: with epoch and index it decides crop and caption.
 
     Raises:
         UserError: here or when a sample is drawn, arrays that do not fit: see ``read_square`` and ``PixelKind``.
     """
 
-    def __init__(self, pairs: Sequence[Pair], augmentation: Augmentation) -> None:
-        self.pairs = pairs
-        self.augmentation = augmentation
-        self.kind = kind_of((pair.pixels for pair in pairs), augmentation.size)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+    def __init__(self, pairs: Sequence[Pair], size: int, resize_ratio: float | None = None, seed: int = 0) -> None:
+        super().__init__(pairs, size)
+        self.resize_ratio, self.seed = resize_ratio, seed
 
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
         """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs.
 
-        A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time.
+        A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time. In the
+        place of a pair that is bad another one is drawn, so that every batch keeps its shape on every rank.
         """
         epoch, index = (0, key) if isinstance(key, int) else key
-        return _draw_or_substitute(self, index, epoch)
+        rng = np.random.default_rng((self.seed, epoch, index))
+        skips: list[Skip] = []
+        for _ in range(MAX_SUBSTITUTES):
+            try:
+                pixels, caption, path = draw(self.pairs, index, self.size, self.resize_ratio, rng)
+                return Sample(self.kind.require(pixels, path), caption, tuple(skips))
+            except BadSample as bad:
+                skips.append(Skip(bad.path, bad.reason))
+                index = int(rng.integers(len(self.pairs)))
+        raise UserError(
+            f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} substitutes drawn at random were bad as "
+            f"well, the last being {skips[-1].path}: {skips[-1].reason}. Expected data of which nearly all can be "
+            "read; `train-clip data check` lists what cannot."
+        )
 
 
-def draw(pair: Pair, how: Augmentation, rng: Generator) -> tuple[Tensor, str]:
-    """Draw a crop, (3, S, S), and a caption line of a pair.
+def draw(
+    pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: Generator
+) -> tuple[Tensor, str, str]:
+    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read.
 
     Raises:
         BadSample: a file of the pair cannot be used.
         UserError: an array that was made for another S.
     """
-    captions = pair.captions()
-    caption = captions[int(rng.integers(len(captions)))]
-    if how.resize_ratio is None:
-        window = partial(random_crop, size=how.size, rng=rng)
+    pair = pairs[index]
+    captions, path = pair.captions(), pair.pixels
+    caption = captions[rng.integers(len(captions))]
+    if resize_ratio is None:
+        window = partial(random_crop, size=size, rng=rng)
     else:
-        window = partial(random_resized_crop, size=how.size, rng=rng, min_share=how.resize_ratio)
-    return read_window(pair.pixels, how.size, window), caption
+        window = partial(random_resized_crop, size=size, rng=rng, min_share=resize_ratio)
+    return read_square(path, size, window), caption, path
 
 
-class ValidationPairs(Dataset[Sample]):
-    """The centre crop and the first caption line of each pair.
-
-    Args:
-        pairs: at least one.
-        size: S.
-
-    Raises:
-        UserError: as ``TrainingPairs``.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], size: int) -> None:
-        self.pairs = pairs
-        self.size = size
-        self.kind = kind_of((pair.pixels for pair in pairs), size)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+class ValidationPairs(_Pairs):
+    """The centre crop and the first caption line of each of the pairs; arguments and errors as of ``TrainingPairs``."""
 
     def __getitem__(self, index: int) -> Sample:
         """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""
         pair = self.pairs[index]
         try:
-            pixels = read_square(pair.pixels, self.size, partial(center_crop, size=self.size))
-            return Sample(self.kind.require(pixels, pair.pixels), pair.captions()[0])
+            return Sample(self.kind.require(read_square(pair.pixels, self.size), pair.pixels), pair.captions()[0])
         except BadSample as bad:
             black = torch.zeros(3, self.size, self.size, dtype=self.kind.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
 
 
-def _draw_or_substitute(data: TrainingPairs, index: int, epoch: int) -> Sample:
-    """Draw of a pair; where it is bad of another one, so that every batch keeps its shape on every rank."""
-    rng = np.random.default_rng((data.augmentation.seed, epoch, index))
-    skips: list[Skip] = []
-    for _ in range(MAX_SUBSTITUTES):
-        pair = data.pairs[index]
-        try:
-            pixels, caption = draw(pair, data.augmentation, rng)
-            return Sample(data.kind.require(pixels, pair.pixels), caption, tuple(skips))
-        except BadSample as bad:
-            skips.append(Skip(bad.path, bad.reason))
-            index = int(rng.integers(len(data.pairs)))
-    raise UserError(
-        f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} substitutes drawn at random were bad as well, "
-        f"the last being {skips[-1].path}: {skips[-1].reason}. Expected "
-        "data of which nearly all can be read; `train-clip data check` lists what cannot."
-    )
+def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """Load images alone, in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
+    numbered = PairList("", paths, (f"{IN_TABLE}{index}" for index in range(len(paths))))
+    images = ValidationPairs(numbered, size)
+    return DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images)
+
+
+def _collate_images(samples: list[Sample]) -> tuple[list[int], Tensor, list[Skip]]:
+    good = [sample for sample in samples if not sample.missing]
+    pixels = torch.stack([sample.pixels for sample in good]) if good else torch.empty(0)
+    return [int(sample.caption) for sample in good], pixels, [skip for sample in samples for skip in sample.skips]
+
+
+class PixelKind(NamedTuple):
+    """What the files of one list hold; a batch must be of one kind."""
+
+    dtype: torch.dtype  # uint8, or float32 for pixels that are already normalised
+    example: str  # the file that it was taken from
+
+    @classmethod
+    def of(cls, paths: Iterable[str], size: int) -> PixelKind:
+        """What the first file that can be read holds; a picture where none can.
+
+        Raises:
+            UserError: an array that was made for another S, as ``read_square``.
+        """
+        for path in paths:
+            if not is_npz(path):
+                return cls(torch.uint8, path)
+            with contextlib.suppress(BadSample):
+                shape, dtype, _ = read_header(path)
+                require_size(path, shape, dtype, size)
+                return cls(torch.uint8 if dtype == np.uint8 else torch.float32, path)
+        return cls(torch.uint8, "")
+
+    def require(self, pixels: Tensor, path: str) -> Tensor:
+        """Return the pixels.
+
+        Raises:
+            UserError: they are of the other kind.
+        """
+        if pixels.dtype == self.dtype:
+            return pixels
+        found = {self.dtype: self.example, pixels.dtype: path}
+        raise UserError(
+            f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {NORMALISED}. Expected one "
+            "kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
+        )
 
 
 class BatchTokenizer(Protocol):
-    """CLIP's ``Tokenizer``, or a ``PretrainedTokenizer``."""
+    """CLIP's ``Tokenizer``, or another with its ``batch``."""
 
     def batch(self, texts: list[str]) -> tuple[Any, int]:
         """Tokens of captions, as the text encoder takes them, and how many captions were cut."""
@@ -173,11 +240,7 @@ class BatchTokenizer(Protocol):
 
 
 class Collate:
-    """Stack the pixels, tokenize the captions.
-
-    Args:
-        tokenizer: the text encoder's.
-    """
+    """Stack the pixels, tokenize the captions by the text encoder's tokenizer."""
 
     def __init__(self, tokenizer: BatchTokenizer) -> None:
         self.tokenizer = tokenizer
@@ -190,41 +253,7 @@ class Collate:
         return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
 
 
-class ImageList(Dataset["tuple[int, Tensor | Skip]"]):
-    """The pixels of each file, or why it cannot be read.
-
-    Args:
-        paths: images, or ``.npz`` files of them.
-        size: S.
-
-    Raises:
-        UserError: here or when one is read, arrays that do not fit: see ``read_square`` and ``PixelKind``.
-    """
-
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths = paths
-        self.size = size
-        self.kind = kind_of(paths, size)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | Skip]:
-        """The index with (3, S, S) pixels, or with what is wrong with the file."""
-        path = self.paths[index]
-        try:
-            return index, self.kind.require(read_square(path, self.size, partial(center_crop, size=self.size)), path)
-        except BadSample as bad:
-            return index, Skip(bad.path, bad.reason)
-
-
-def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """Load images in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
-    return DataLoader(ImageList(paths, size), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
-
-
-def _collate(samples: list[tuple[int, Tensor | Skip]]) -> tuple[list[int], Tensor, list[Skip]]:
-    good = [(index, pixels) for index, pixels in samples if isinstance(pixels, Tensor)]
-    skips = [skip for _, skip in samples if isinstance(skip, Skip)]
-    pixels = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
-    return [index for index, _ in good], pixels, skips
+def available_cores() -> int:
+    """Cores that this process may use."""
+    # Where there is no affinity (macOS, Windows) all cores are free.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

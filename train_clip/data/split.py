@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from train_clip.data.pairs import PairList, plain_name
 from train_clip.errors import UserError
@@ -23,9 +24,6 @@ def split_pairs(pairs: PairList, share: float) -> tuple[PairList, PairList]:
     Returns:
         Those to train on, and round(share · len(pairs)) to validate on; none where that is a single one, among which
         retrieval is always right.
-
-    Raises:
-        UserError: the share is no such number.
     """
     require_share("val_share", share)
     held_out = held_out_indices(pairs, share)
@@ -42,21 +40,19 @@ def held_out_indices(pairs: PairList, share: float) -> list[int]:
     return sorted(sorted(range(len(pairs)), key=hashes.__getitem__)[:number])
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How pairs are divided.
+def require_share(name: str, share: float) -> None:
+    """Refuse what is no share, with a ``UserError``."""
+    if not 0 <= share < 1:
+        raise UserError(f"{name} is {share}; expected a share from 0 (none) to below 1.")
 
-    Args:
-        validation: share of the pairs, in [0, 1).
-        test: likewise; together below 1.
-        seed: decides which.
-        most_per_class: pairs of a class that are kept at most.
-    """
 
-    validation: float
-    test: float
-    seed: int
-    most_per_class: int | None = None
+class Shares(NamedTuple):
+    """How pairs are divided."""
+
+    validation: float  # share of the pairs, in [0, 1)
+    test: float  # likewise; together below 1
+    seed: int  # decides which
+    most_per_class: int | None = None  # pairs of a class that are kept at most
 
 
 def divide(contents: Sequence[bytes], classes: Sequence[str], shares: Shares) -> dict[str, list[int]]:
@@ -77,44 +73,18 @@ def divide(contents: Sequence[bytes], classes: Sequence[str], shares: Shares) ->
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, content in enumerate(contents):
         groups[content].append(index)
-    order = sorted(groups, key=lambda content: _hash(f"{shares.seed}:".encode() + content))
-    if shares.most_per_class is not None:
-        groups = _cap(groups, order, classes, shares.most_per_class)
-    total = sum(map(len, groups.values()))
-    room = {"test": round(shares.test * total), "val": round(shares.validation * total)}
+    taken = [groups[content] for content in sorted(groups, key=lambda one: _hash(f"{shares.seed}:".encode() + one))]
+    if (most := shares.most_per_class) is not None:
+        seen: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        taken = [[index for index in group if next(seen[classes[index]]) < most] for group in taken]
+    total = sum(map(len, taken))
+    room = {"test": round(shares.test * total), "val": round(shares.validation * total), "train": total}
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for content in order:
-        group = groups[content]
-        part = next((part for part, left in room.items() if 0 < len(group) <= left), "train")
-        if part in room:
-            room[part] -= len(group)
+    for group in filter(None, taken):
+        part = next(part for part, left in room.items() if len(group) <= left)
+        room[part] -= len(group)
         parts[part] += group
     return {part: sorted(indices) for part, indices in parts.items()}
-
-
-def require_share(name: str, share: float) -> None:
-    """Refuse what is no share.
-
-    Raises:
-        UserError: it is not in [0, 1).
-    """
-    if not 0 <= share < 1:
-        raise UserError(f"{name} is {share}; expected a share from 0 (none) to below 1.")
-
-
-def _cap(
-    groups: dict[bytes, list[int]], order: Sequence[bytes], classes: Sequence[str], most: int
-) -> dict[bytes, list[int]]:
-    """Keep the first pairs of each class in the order."""
-    kept: Counter[str] = Counter()
-    capped: dict[bytes, list[int]] = {}
-    for content in order:
-        capped[content] = []
-        for index in groups[content]:
-            if kept[classes[index]] < most:
-                kept[classes[index]] += 1
-                capped[content].append(index)
-    return capped
 
 
 def _hash(content: bytes) -> bytes:

@@ -1,132 +1,196 @@
-"""The facts of an audit on disk, so that a scan of a million files takes no memory and need not be done twice.
-
-One SQLite file a source. A pair's facts are taken again when the size or the time of one of its files has changed.
-
-A pair → what is to be known of it before it is trained on: every file opened, decoded and hashed once.
-"""
+"""The facts of pairs: every file opened, decoded and hashed once, and what was found kept in the user's cache."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
+from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
+from train_clip.commands.progress import in_workers
 from train_clip.data.crops import read_picture
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample
-from train_clip.types import Skip
+from train_clip.files import replacing
 
-BATCH = 16  # pairs that travel together from a worker
+KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
+FORMAT = 2  # to be raised when what is kept, or what is found bad, changes
+# Faults that may be gone the next time though the files have not changed.
+PASSING = ("cannot be read", "file is gone", "no permission", "too large for memory")
 
-
-class CaptionFacts(NamedTuple):
-    """One caption.
-
-    Args:
-        text: a digest of its words.
-        tokens: a digest of its tokens: the same for captions that a model cannot tell apart.
-        length: tokens, without start and end, uncut.
-    """
-
-    text: bytes
-    tokens: bytes
-    length: int
+PAIR = np.dtype([
+    ("key", "u8"),  # a digest of its names and the stamps of its files; 0 where it is to be looked at again
+    ("sides", "i4", 2),  # width and height of the upright image in pixels; 0 where it cannot be read
+    ("content", "S32"),  # a digest of the image's file; empty where the image cannot be read
+    ("look", "i8"),  # the 64 bits of its perceptual hash; 0 without the image or the library
+    ("note", "i4"),  # which of the notes says what is bad and mended
+])  # fmt: skip
 
 
 class PairFacts(NamedTuple):
-    """One pair.
+    """One pair, as a worker finds it."""
 
-    Args:
-        place: in the list of pairs.
-        bad: its files that cannot be used.
-        mended: what is mended whenever it is read.
-        width: pixels of the upright image; 0 where it cannot be read.
-        height: likewise.
-        content: a digest of the image's file; empty where the image cannot be read.
-        look: the 64 bits of its perceptual hash, as a signed number; None without the library.
-        captions: all of them; none where they cannot be read.
+    sides: tuple[int, int]  # as in PAIR
+    content: str
+    look: int
+    note: tuple[str, ...]  # what is bad of its captions and of its image, empty for nothing, and what is mended
+    captions: Sequence[tuple[int, int, int]]  # digests of words and of tokens, and how many tokens, uncut
+
+
+class Facts:
+    """What is known of all pairs, in flat arrays by their places: a hundred bytes or so each."""
+
+    def __init__(self, num_pairs: int) -> None:
+        self.pairs = np.zeros(num_pairs, PAIR)
+        self.notes: dict[tuple[str, ...], int] = {("", ""): 0}
+        self._captions = array("Q")
+
+    @property
+    def captions(self) -> NDArray[np.uint64]:
+        """(M, 4): the place of each caption's pair, its words, its tokens and its length."""
+        return np.array(self._captions).reshape(-1, 4)
+
+    def add(self, place: int, key: int, one: PairFacts) -> None:
+        """Take what was found of a pair; a fault that may pass is not kept for the next time."""
+        passes = any(part in fault for fault in one.note[:2] for part in PASSING)
+        note = self.notes.setdefault(one.note, len(self.notes))
+        self.pairs[place] = (0 if passes else key, one.sides, one.content, one.look, note)
+        for caption in one.captions:
+            self._captions.extend((place, *caption))
+
+    def recall(self, file: Path, keys: NDArray[np.uint64]) -> None:
+        """Take from a file the facts of pairs whose keys are the same."""
+        with np.load(file) as kept:
+            if kept["about"] != _about():
+                return
+            pairs, notes, captions = kept["pairs"], kept["notes"].tolist(), kept["captions"]
+        _, new, old = np.intersect1d(keys, pairs["key"], return_indices=True)
+        self.pairs[new] = pairs[old]
+        self.notes = {tuple(note.split("\n")): code for code, note in enumerate(notes)}
+        places = np.full(len(pairs), len(keys))
+        places[old] = new
+        captions[:, 0] = places[captions[:, 0]]
+        self._captions = array("Q", captions[captions[:, 0] < len(keys)].tobytes())
+
+    def keep(self, file: Path | None) -> Path | None:
+        """Write what is known of the present pairs to a file; None where that cannot be."""
+        notes = ["\n".join(note) for note in self.notes]
+        try:
+            if file is not None:
+                with replacing(file) as beside, beside.open("wb") as out:
+                    np.savez(out, about=_about(), notes=notes, pairs=self.pairs, captions=self.captions)
+            return file
+        except OSError as error:
+            print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
+            return None
+
+
+def _about() -> str:
+    return f"{FORMAT} {PIL.__version__} {perceptual_hash() is not None}"
+
+
+def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, cache: bool) -> Facts:
+    """Look at all pairs but those whose files have not changed since they were last looked at.
+
+    What is found is kept under the names of the ``sources``: the folder or table, and a table of pairs to validate on.
+    Two processes at once repeat each other's work, no more.
     """
+    facts = Facts(len(pairs))
+    # Taken before the files are opened: what changes from here on is looked at again the next time.
+    keys = np.fromiter(map(_key, pairs.names, pairs), np.uint64, len(pairs))
+    # Lists for training and validation can name one image twice: each is a pair of its own.
+    keys[np.unique(keys, return_index=True)[1]] ^= 1
+    file = _cache_file(sources) if cache else None
+    if file is not None and file.exists():
+        try:
+            facts.recall(file, keys)
+        except Exception:
+            # Whatever a damaged file makes NumPy raise: it is written anew.
+            facts = Facts(len(pairs))
+    places = np.flatnonzero(facts.pairs["key"] == 0)
+    if len(places) < len(pairs):
+        print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last look.")
+    due = KEPT_EVERY
+    try:
+        audit = Audit(pairs, perceptual_hash())
+        for number, (place, one) in enumerate(in_workers(audit, places.tolist(), num_workers, "pairs"), 1):
+            facts.add(place, keys[place], one)
+            if number >= due:
+                due = number + max(KEPT_EVERY, number // 8)
+                file = facts.keep(file)
+    finally:
+        facts.keep(file)
+    return facts
 
-    place: int
-    bad: tuple[Skip, ...]
-    mended: tuple[str, ...]
-    width: int
-    height: int
-    content: bytes
-    look: int | None
-    captions: tuple[CaptionFacts, ...]
+
+def _cache_file(sources: Sequence[Path]) -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        print("What is found cannot be kept in the cache folder (this user has no home); going on without.")
+        return None
+    paths = [source.resolve() for source in sources]
+    key = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
+    return folder / "train-clip" / "scans" / f"{paths[0].name[:40]}-{key}.npz"
 
 
-def audit_loader(pairs: PairList, places: Sequence[int], num_workers: int) -> DataLoader[Any]:
-    """Look at some of the pairs; yields lists of ``PairFacts`` in the order of the places."""
-    audit = Audit(pairs, places, perceptual_hash())
-    return DataLoader(audit, batch_size=BATCH, num_workers=num_workers, collate_fn=list)
+def _key(name: str, pair: Pair) -> int:
+    stamps = (_stamp(path) for path in (pair.pixels, pair.caption) if path)
+    return words_digest("\0".join([name, *pair.texts, *stamps]))
 
 
-class Audit(Dataset[PairFacts]):
-    """The facts of pairs.
+def _stamp(path: str) -> str:
+    try:
+        found = os.stat(path)  # noqa: PTH116, a quarter of the time
+    except (OSError, ValueError):
+        return "gone"
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
-    Args:
-        pairs: all there are.
-        places: which of them to look at.
-        look: a picture's perceptual hash; None to do without.
-    """
 
-    def __init__(
-        self, pairs: PairList, places: Sequence[int], look: Callable[[Image.Image], int] | None = None
-    ) -> None:
-        self.pairs = pairs
-        self.places = places
-        self.look = look
-        self.tokenizer = Tokenizer()
+class Audit:
+    """Look at the pair at a place; ``look`` is a picture's perceptual hash."""
 
-    def __len__(self) -> int:
-        return len(self.places)
+    def __init__(self, pairs: PairList, look: Callable[[Image.Image], int] | None) -> None:
+        self.pairs, self.look, self.tokenizer = pairs, look, Tokenizer()
 
-    def __getitem__(self, index: int) -> PairFacts:
-        """Look at the pair at place ``places[index]``."""
-        place = self.places[index]
-        pair = self.pairs[place]
-        bad: list[Skip] = []
-        captions, mended = self._captions(pair, bad)
+    def __call__(self, place: int) -> tuple[int, PairFacts]:
+        """Give the place and its facts."""
+        pair, captions, bad, image_bad = self.pairs[place], [], "", ""
+        sides, content, look = (0, 0), "", 0
+        mended: tuple[str, ...] = ()
+        try:
+            texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
+            tokens = self.tokenizer.encode(texts)
+            digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
+            captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
+        except BadSample as error:
+            bad = error.reason
         try:
             picture, image_mended = read_picture(pair.pixels)
             with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
-                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            sides, mended, look = picture.size, mended + image_mended, self.look(picture) if self.look else 0
         except (BadSample, OSError) as error:
-            reason = error.reason if isinstance(error, BadSample) else "file is gone"
-            return PairFacts(place, (*bad, Skip(pair.pixels, reason)), mended, 0, 0, b"", None, captions)
-        look = None if self.look is None else self.look(picture)
-        mended = mended + image_mended
-        return PairFacts(place, tuple(bad), mended, picture.width, picture.height, content, look, captions)
-
-    def _captions(self, pair: Pair, bad: list[Skip]) -> tuple[tuple[CaptionFacts, ...], tuple[str, ...]]:
-        try:
-            texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
-        except BadSample as error:
-            bad.append(Skip(error.path, error.reason))
-            return (), ()
-        facts = []
-        for text, ids in zip(texts, self.tokenizer.encode(texts), strict=True):
-            tokens = np.array(ids, dtype="<u2").tobytes()
-            facts.append(CaptionFacts(caption_digest(text), _short(tokens), len(ids)))
-        return tuple(facts), mended
+            image_bad = error.reason if isinstance(error, BadSample) else "file is gone"
+        return place, PairFacts(sides, content, look, (bad, image_bad, *mended), captions)
 
 
-def caption_digest(text: str) -> bytes:
+def words_digest(text: str) -> int:
     """What stands for a caption's words."""
-    return _short(text.encode("utf-8", "surrogatepass"))
+    return _digest(text.encode("utf-8", "surrogatepass"))
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def perceptual_hash() -> Callable[[Image.Image], int] | None:
@@ -138,174 +202,3 @@ def _phash(picture: Image.Image) -> int:
     import imagehash
 
     return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])
-
-
-def _short(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=8).digest()
-
-
-FORMAT = 1  # to be raised when what is stored, or what is found bad, changes
-
-# What may be otherwise the next time though the files have not changed.
-PASSING = ("cannot be read", "file is gone", "no permission", "too large for memory")
-
-TABLES = """
-CREATE TABLE about (format TEXT);
-CREATE TABLE pairs (id INTEGER PRIMARY KEY, name BLOB, stamp TEXT, place INTEGER,
-                    width INTEGER, height INTEGER, content BLOB, look INTEGER);
-CREATE TABLE bad (pair INTEGER, path BLOB, reason TEXT);
-CREATE TABLE mended (pair INTEGER, what TEXT);
-CREATE TABLE captions (pair INTEGER, text BLOB, tokens BLOB, length INTEGER);
-CREATE INDEX named ON pairs (name);
-CREATE INDEX bad_of ON bad (pair);
-CREATE INDEX mended_of ON mended (pair);
-CREATE INDEX captions_of ON captions (pair);
-"""
-
-
-def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again.
-
-    Raises:
-        OSError: this user has no home.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "train-clip"
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether an error says that a store's file is no longer whole."""
-    code = getattr(error, "sqlite_errorcode", None)
-    # The last byte, without what SQLite adds on where it was found.
-    return code is not None and code & 0xFF in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
-
-
-class AuditStore:
-    """What is known of a source's pairs. One process has it at a time.
-
-    ``place`` is a pair's place in the present list; facts of pairs that are no longer there are dropped.
-
-    Args:
-        sources: folder or table, and a table of pairs to validate on where there is one.
-        folder: where stores are kept; None for one in memory.
-    """
-
-    def __init__(self, sources: Sequence[Path], folder: Path | None) -> None:
-        self.file: Path | None = None
-        if folder is not None:
-            paths = [source.resolve() for source in sources]
-            key = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
-            self.file = folder / "scans" / f"{paths[0].name[:40]}-{key}.sqlite"
-        self.database = self._open()
-
-    def _open(self) -> sqlite3.Connection:
-        """Open the store for this process alone, and begin anew where it is damaged or of another format.
-
-        Raises:
-            OSError, sqlite3.Error: another process has it, or it cannot be written.
-        """
-        if self.file is None:
-            return self._ready(sqlite3.connect(":memory:"))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return self._ready(sqlite3.connect(self.file, timeout=0.0))
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):
-                raise
-            self.file.unlink(missing_ok=True)
-            return self._ready(sqlite3.connect(self.file, timeout=0.0))
-
-    def _ready(self, database: sqlite3.Connection) -> sqlite3.Connection:
-        """Take the store, for as long as it is open, and see to it that its tables are there."""
-        about = json.dumps([FORMAT, PIL.__version__, perceptual_hash() is not None])
-        database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        database.execute("BEGIN EXCLUSIVE")
-        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        if "about" not in tables or database.execute("SELECT format FROM about").fetchall() != [(about,)]:
-            for table in tables:
-                database.execute(f"DROP TABLE {table}")
-            for statement in TABLES.split(";"):
-                database.execute(statement)
-        database.execute("DELETE FROM about")
-        database.execute("INSERT INTO about VALUES (?)", (about,))
-        database.commit()
-        return database
-
-    def close(self) -> None:
-        """Let go of the file; each change is kept as it is made."""
-        self.database.close()
-
-    def unknown(self, pairs: PairList) -> list[int]:
-        """Settle each pair's place, drop those that are gone or have changed, and say which are to be looked at."""
-        places: list[int] = []
-        with self.database as database:
-            database.execute("UPDATE pairs SET place = NULL")
-            for place, name in enumerate(pairs.names):
-                # Lists for training and validation can name one image twice: each takes a row of its own.
-                found = database.execute(
-                    "UPDATE pairs SET place = ? WHERE id = "
-                    "(SELECT id FROM pairs WHERE name = ? AND stamp = ? AND place IS NULL LIMIT 1)",
-                    (place, _key(name), _stamp(pairs[place])),
-                )
-                if not found.rowcount:
-                    places.append(place)
-            for table in ("bad", "mended", "captions"):
-                database.execute(f"DELETE FROM {table} WHERE pair IN (SELECT id FROM pairs WHERE place IS NULL)")
-            database.execute("DELETE FROM pairs WHERE place IS NULL")
-        return places
-
-    def add(self, pairs: PairList, facts: Iterable[PairFacts]) -> None:
-        """Keep the facts of pairs that were unknown."""
-        with self.database as database:
-            for one in facts:
-                passing = any(part in reason for _, reason in one.bad for part in PASSING)
-                row = (
-                    _key(pairs.names[one.place]),
-                    "" if passing else _stamp(pairs[one.place]),
-                    one.place,
-                    one.width,
-                    one.height,
-                    one.content,
-                    one.look,
-                )
-                pair = database.execute(
-                    "INSERT INTO pairs (name, stamp, place, width, height, content, look) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    row,
-                ).lastrowid
-                database.executemany(
-                    "INSERT INTO bad VALUES (?, ?, ?)", ((pair, _key(path), reason) for path, reason in one.bad)
-                )
-                database.executemany("INSERT INTO mended VALUES (?, ?)", ((pair, what) for what in one.mended))
-                database.executemany(
-                    "INSERT INTO captions VALUES (?, ?, ?, ?)", ((pair, *caption) for caption in one.captions)
-                )
-
-    def rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Ask the database."""
-        return iter(self.database.execute(query, values))
-
-    def one(self, query: str, *values: Any) -> tuple[Any, ...]:
-        """Ask for a single row."""
-        row: tuple[Any, ...] = self.database.execute(query, values).fetchone()
-        return row
-
-
-def _key(name: str) -> bytes:
-    """A name as bytes: SQLite takes no text that is not UTF-8."""
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _stamp(pair: Pair) -> str:
-    """What changes when a pair's files change; captions out of a table stand for themselves."""
-    texts = hashlib.sha256("\n".join(pair.texts).encode("utf-8", "surrogatepass")).hexdigest() if pair.texts else ""
-    return " ".join([texts, *(_file_stamp(path) for path in (pair.pixels, pair.caption) if path)])
-
-
-def _file_stamp(path: str) -> str:
-    try:
-        found = os.stat(path)  # noqa: PTH116, a quarter of the time
-    except (OSError, ValueError):
-        return "gone"
-    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"

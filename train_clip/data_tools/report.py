@@ -1,76 +1,224 @@
-"""What an audit found, in figures.
-
-Which 64-bit hashes are nearly equal, without comparing all with all.
-
-Two numbers that differ in at most K bits agree entirely in one of K + 1 pieces that both are cut into. So only those
-that share a piece are compared (multi-index hashing: Norouzi, Punjani, Fleet, CVPR 2012).
-
-U  different hashes
-
-What is there more than once, and what of it would be in training and in validation.
-
-U  different perceptual hashes
-
-What of the arrays that are read in place of images would stop a run.
-"""
+"""What was found, in figures: what is bad, mended, cut, repeated, or would be in training and validation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train_clip.data.arrays import is_npz
 from train_clip.data.crops import NORMALISED
-from train_clip.data.pairs import PairList, shown
+from train_clip.data.images import is_npz
+from train_clip.data.pairs import Pair, PairList, shown
 from train_clip.data.scan import Scan
 from train_clip.data.split import held_out_indices
-from train_clip.data_tools.facts import AuditStore, caption_digest, perceptual_hash
+from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
 from train_clip.errors import BadSample
+from train_clip.options import PairOptions, at_least, option
 
+EXAMPLES = 5
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 NEAR_BITS = 4  # of 64; what recompression and resizing change in a pHash
-BLOCK = 2**20  # comparisons at a time
+
+Report = dict[str, Any]  # plain data, as --json writes it
+Places = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
-def near_pairs(
-    hashes: NDArray[np.uint64], most: int = NEAR_BITS
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Find the pairs of hashes that differ in at most ``most`` bits.
+@dataclass(frozen=True)
+class CheckOptions(PairOptions):
+    """What the pairs are held against, and where the report goes."""
 
-    Args:
-        hashes: (U,) uint64, all different.
-        most: bits.
+    image_size: int = option(224, "side of the model's square in pixels", at_least(1))
+    context_length: int = option(77, "tokens of a caption at most, start and end included", at_least(2))
+    num_workers: int | None = option(None, "processes that read; default: one a core", at_least(0))
+    cache: bool = option(True, "keep what is found in the user's cache folder, and look again only at changed files")
+    json: Path | None = option(None, "a file to write the report to")
 
-    Yields:
-        Places (n,) and (n,) of two such hashes each. A pair can come more than once.
+
+def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int | None = None) -> Report:
+    """Put the figures together; the last ``val_pairs`` of the pairs, if given, are validated on in place of a share."""
+    pairs = scan.pairs
+    held_out = np.arange(len(pairs)) >= len(pairs) - (val_pairs or 0)
+    if val_pairs is None:
+        held_out[held_out_indices(pairs, options.val_share)] = True
+    bad, mended = _notes(pairs, facts)
+    report = {
+        "source": str(scan.source),  # folder or table
+        "entries": scan.num_entries,  # files, or rows
+        "pairs": len(pairs),
+        "cached": pairs.num_cached,  # pairs that are read from npz/, in place of the image
+        "lone_images": _listed(scan.lone_images),
+        "lone_captions": _listed(scan.lone_captions),
+        "others": dict(scan.others),  # files that are neither image nor caption, by suffix
+        "folder_links": _listed(scan.folder_links),
+        "faults": scan.faults,
+        "bad_pairs": len({place for _, _, place in bad}),
+        "bad": {why: [shown(path) for _, path, _ in some] for why, some in groupby(sorted(bad), itemgetter(0))},
+        "mended": {what: {"number": len(at), "examples": _first(pairs, at)} for what, at in sorted(mended.items())},
+        "sizes": _sizes(facts.pairs["sides"], options.image_size),
+        "captions": _captions(pairs, facts, options.context_length - 2),
+        **find_repeats(pairs, facts, held_out),
+    }
+    division = len(pairs) - (val_pairs or 0)
+    problems = _problems(report, options.max_bad, val_pairs)
+    arrays = _array_problems(pairs, facts, mended.get(NORMALISED, []), options.image_size, division)
+    return report | {"problems": [*problems, *arrays]}
+
+
+def _notes(pairs: PairList, facts: Facts) -> tuple[list[tuple[str, bytes, int]], dict[str, list[int]]]:
+    """Reason, path and place of each bad file, and the places of what is mended."""
+    bad: list[tuple[str, bytes, int]] = []
+    mended: dict[str, list[int]] = defaultdict(list)
+    for (of_captions, of_image, *whats), code in facts.notes.items():
+        places = np.flatnonzero(facts.pairs["note"] == code).tolist() if code else []
+        for what in whats if places else []:
+            mended[what] += places
+        for place in places if of_captions or of_image else []:
+            pair = pairs[place]
+            files = ((of_captions, pair.caption or pair.image), (of_image, pair.pixels))
+            bad += [(reason, _bytes(path), place) for reason, path in files if reason]
+    return bad, mended
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _listed(names: Sequence[str]) -> Report:
+    return {"number": len(names), "examples": [shown(name) for name in names[:EXAMPLES]]}
+
+
+def _first(pairs: PairList, places: Iterable[int]) -> list[str]:
+    return [shown(name) for name in heapq.nsmallest(EXAMPLES, (_bytes(pairs.names[at]) for at in places))]
+
+
+def _sizes(sides: NDArray[np.int32], image_size: int) -> Report | None:
+    """Upright images, at the quantiles."""
+    sides = sides[sides[:, 0] > 0]
+    if not len(sides):
+        return None
+    columns = np.c_[sides, sides.max(1) / sides.min(1)]
+    width, height, aspect = np.quantile(columns, QUANTILES, axis=0, method="nearest").T.tolist()
+    return {
+        "width": [int(value) for value in width],
+        "height": [int(value) for value in height],
+        "aspect": [round(value, 3) for value in aspect],  # longer side over shorter side
+        "enlarged": int((sides.min(1) < image_size).sum()),  # images whose shorter side is below the model's
+    }
+
+
+def _captions(pairs: PairList, facts: Facts, room: int) -> Report | None:
+    """All lines of all pairs."""
+    places, words, tokens, lengths = facts.captions.T
+    if not len(places):
+        return None
+    over = lengths[lengths > room] - room
+    different, first, counts = np.unique(words, return_index=True, return_counts=True)
+    by_words, by_tokens = (int(n[n > 1].sum()) for n in (counts, np.unique(tokens, return_counts=True)[1]))
+    return {
+        "lines": len(lengths),
+        "most_lines": int(np.unique(places, return_counts=True)[1].max()),  # of one pair
+        "median_tokens": float(np.median(lengths)),  # of a line, without start and end
+        "cut": len(over),  # lines over the context
+        "tokens_cut": int(over.sum()),
+        "longest": int(lengths.max()),  # tokens of the longest line
+        "longest_in": _first(pairs, places[lengths == lengths.max()])[0],  # its image
+        "repeated": by_words,  # lines whose words stand in another line too
+        "repeated_nearly": by_tokens - by_words,  # that differ from another only in what the tokenizer drops
+        "most_repeated": [[int(counts[at]), _text(pairs[places[first[at]]], different[at])] for at in _largest(counts)],
+    }
+
+
+def _largest(counts: Places) -> list[int]:
+    """Where the largest counts above 1 are, the first of equal ones first."""
+    return [at for at in np.argsort(-counts, kind="stable")[:EXAMPLES].tolist() if counts[at] > 1]
+
+
+def _text(pair: Pair, digest: int) -> str:
+    with contextlib.suppress(BadSample):
+        return next((text for text in pair.captions() if words_digest(text) == digest), "")
+    return ""
+
+
+def find_repeats(pairs: PairList, facts: Facts, held_out: Flags) -> dict[str, Report]:
+    """Find equal and similar images, and what the held-out pairs, flagged in (N,), share with the others."""
+    legible = np.flatnonzero(facts.pairs["sides"][:, 0])
+    held = held_out[legible]
+    _, content_of, counts = np.unique(facts.pairs["content"][legible], return_inverse=True, return_counts=True)
+    leaking = legible[held & np.isin(content_of, content_of[~held])]
+    places, _, tokens, _ = facts.captions.T
+    captions = places[held_out[places] & np.isin(tokens, tokens[~held_out[places]])]
+    near, near_leaks, twos = _near(facts.pairs["look"][legible], content_of, held)
+    repeats = {
+        "equal": int(counts[counts > 1].sum()),  # images whose file is byte for byte that of another pair
+        "equal_groups": [_first(pairs, legible[content_of == content]) for content in _largest(counts)],
+        "near": near,  # images that look like a different one; None without the library
+        "near_examples": [[shown(pairs.names[at]) for at in legible[two].tolist()] for two in twos],
+    }
+    leaks = {
+        "held_out": int(held_out.sum()),
+        "images": len(leaking),  # held-out pairs whose image is byte for byte that of a training pair
+        "images_nearly": near_leaks,  # whose image looks like that of a training pair; None without the library
+        "captions": len(np.unique(captions)),  # of which a caption is, to the model, one of a training pair
+        "examples": _first(pairs, leaking),
+    }
+    return {"repeats": repeats, "leaks": leaks}
+
+
+def _near(looks: Places, content_of: Places, held: Flags) -> tuple[int | None, int | None, list[list[int]]]:
+    """How many images look like a different one, how many held-out ones like one of training, and some of them."""
+    if perceptual_hash() is None:
+        return None, None, []
+    looks, first, look_of = np.unique(looks, return_index=True, return_inverse=True)
+    trained = np.isin(np.arange(len(looks)), look_of[~held])
+    # Images of one look and different contents are similar by themselves.
+    similar = np.bincount(np.unique(np.c_[look_of, content_of], axis=0)[:, 0], minlength=len(looks)) > 1
+    leaking = similar & trained
+    examples = []
+    for look in np.flatnonzero(similar)[:EXAMPLES]:
+        other = (look_of == look) & (content_of != content_of[first[look]])
+        examples.append([first[look], other.argmax()])
+    for one, other in near_pairs(looks.view(np.uint64)):
+        similar[one] = similar[other] = True
+        # Several places of one hash may be among them, so that |= on an index would keep the last alone.
+        leaking[one[trained[other]]] = True
+        leaking[other[trained[one]]] = True
+        if len(examples) < EXAMPLES:
+            # The same two come once for each piece that they share.
+            examples += [two for two in np.c_[first[one], first[other]].tolist() if two not in examples]
+    return int(similar[look_of].sum()), int(leaking[look_of[held]].sum()), examples[:EXAMPLES]
+
+
+def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tuple[Places, Places]]:
+    """Find the hashes that differ in at most ``most`` bits, without comparing all with all.
+
+    Two numbers that differ in at most K bits agree in one of K + 1 pieces that both are cut into. So only those that
+    share a piece are compared (multi-index hashing: Norouzi, Punjani, Fleet, CVPR 2012). The ``hashes``, (U,), are all
+    different; their places come as (n,) and (n,), a pair perhaps more than once.
     """
     edges = np.linspace(0, 64, most + 2).astype(np.uint64)
     for low, high in pairwise(edges):
-        piece = (hashes >> low) & np.uint64(2 ** int(high - low) - 1)
-        order = np.argsort(piece, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(piece[order]) != 0])
-        ends = np.r_[starts[1:], len(order)]
-        shared = ends - starts > 1
-        for start, end in zip(starts[shared], ends[shared], strict=True):
-            yield from _compare(hashes, order[start:end], most)
-
-
-def _compare(
-    hashes: NDArray[np.uint64], places: NDArray[np.int64], most: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """All with all, in blocks of rows."""
-    here = hashes[places]
-    rows = max(1, BLOCK // len(places))
-    for start in range(0, len(places), rows):
-        different = _count_bits(here[start : start + rows, None] ^ here[None, start:])
-        one, other = np.nonzero(different <= most)
-        later = other > one
-        if later.any():
-            yield places[start + one[later]], places[start + other[later]]
+        pieces = (hashes >> low) & np.uint64(2 ** int(high - low) - 1)
+        order = np.argsort(pieces, kind="stable")
+        # Each with the next in order, then with the one after it, as long as they share the piece.
+        first, step = np.arange(len(order)), 0
+        while len(first):
+            step += 1
+            first = first[first + step < len(order)]
+            one, other = order[first], order[first + step]
+            shared = pieces[one] == pieces[other]
+            first, one, other = first[shared], one[shared], other[shared]
+            near = _count_bits(hashes[one] ^ hashes[other]) <= most
+            yield one[near], other[near]
 
 
 # Bits that are set in each 16-bit number.
@@ -81,392 +229,38 @@ def _count_bits(numbers: NDArray[np.uint64]) -> NDArray[np.uint8]:
     return _BITS[np.ascontiguousarray(numbers).view(np.uint16).reshape(*numbers.shape, 4)].sum(-1, dtype=np.uint8)
 
 
-EXAMPLES = 5
+def _problems(report: Report, max_bad: float, val_pairs: int | None) -> Iterator[str]:
+    """Why training would not begin, or would stop."""
+    number, bad = report["pairs"], report["bad_pairs"]
+    if report["faults"]:
+        yield f"{len(report['faults']):,} faults, listed above."
+    if not number:
+        yield "There is no pair."
+    elif val_pairs == 0:
+        yield "There is no pair to validate on (--val_pairs)."
+    elif number - report["leaks"]["held_out"] < 2:
+        yield "There are fewer than 2 pairs to train on."
+    if bad > max_bad * number:
+        yield f"{bad:,} of {number:,} pairs ({bad / number:.1%}) cannot be used, more than --max_bad {max_bad:g}."
 
 
-@dataclass(frozen=True)
-class Repeats:
-    """Images that are there more than once.
-
-    Args:
-        equal: images whose file is byte for byte that of another pair.
-        equal_groups: names of the pairs of each of the largest groups of equal images.
-        near: images that look like a different one, by their perceptual hash; None where the library is missing.
-        near_examples: two such names each.
-    """
-
-    equal: int
-    equal_groups: list[list[str]]
-    near: int | None
-    near_examples: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Leaks:
-    """What of the held-out pairs is in the training pairs too.
-
-    Args:
-        held_out: pairs that training would hold out.
-        images: those whose image is byte for byte that of a training pair.
-        images_nearly: those whose image looks like that of a training pair; None where the library is missing.
-        captions: those of which a caption is, to the model, one of a training pair.
-        examples: names of those counted in ``images``.
-    """
-
-    held_out: int
-    images: int
-    images_nearly: int | None
-    captions: int
-    examples: list[str]
-
-
-def find_repeats(store: AuditStore, held_out: Sequence[int]) -> tuple[Repeats, Leaks]:
-    """Find equal and similar images, and what the held-out pairs share with the others.
-
-    Args:
-        store: the facts of all pairs.
-        held_out: places of the pairs that training would hold out.
-    """
-    with store.database as database:
-        database.execute("CREATE TEMP TABLE held_out (held INTEGER PRIMARY KEY)")
-        database.executemany("INSERT INTO held_out VALUES (?)", ((place,) for place in held_out))
-    near, near_leaks, near_examples = (None, None, []) if perceptual_hash() is None else _near(store)
-    of_content = "SELECT COUNT(*) AS n, content FROM pairs WHERE content != x'' GROUP BY content HAVING n > 1"
-    largest = store.rows(f"{of_content} ORDER BY n DESC, content LIMIT ?", EXAMPLES)
-    equal = Repeats(
-        equal=store.one(f"SELECT COALESCE(SUM(n), 0) FROM ({of_content})")[0],
-        equal_groups=[
-            list(_names(store, "SELECT name FROM pairs WHERE content = ? ORDER BY name LIMIT ?", content, EXAMPLES))
-            for _, content in list(largest)
-        ],
-        near=near,
-        near_examples=near_examples,
-    )
-    return equal, _leaks(store, len(held_out), near_leaks)
-
-
-def _leaks(store: AuditStore, held_out: int, nearly: int | None) -> Leaks:
-    images = list(
-        _names(
-            store,
-            f"SELECT name FROM pairs JOIN held_out ON place = held WHERE content != x'' AND content IN "
-            f"(SELECT content FROM {TRAINING}) ORDER BY name",
-        )
-    )
-    trained = f"SELECT tokens FROM {TRAINING} JOIN captions ON pair = id"
-    captions = store.one(
-        "SELECT COUNT(DISTINCT id) FROM pairs JOIN held_out ON place = held JOIN captions ON pair = id "
-        f"WHERE tokens IN ({trained})"
-    )[0]
-    return Leaks(held_out, len(images), nearly, captions, images[:EXAMPLES])
-
-
-def _near(store: AuditStore) -> tuple[int, int, list[list[str]]]:
-    """How many images look like a different one, how many held-out ones like one of training, and some of them."""
-    columns = "look, COUNT(DISTINCT content), COUNT(*), COUNT(held), MIN(place)"
-    rows = store.rows(
-        f"SELECT {columns} FROM pairs LEFT JOIN held_out ON place = held WHERE look IS NOT NULL GROUP BY look"
-    )
-    table = np.fromiter((value for row in rows for value in row), dtype=np.int64).reshape(-1, 5)
-    looks, contents, images, held, place = table[:, 0].astype(np.uint64), *table[:, 1:].T
-    # Images of one look and different contents are similar by themselves.
-    similar = contents > 1
-    leaking = similar & (images > held)
-    within = "SELECT name, MIN(place) FROM pairs WHERE look = ? GROUP BY content ORDER BY MIN(place) LIMIT 2"
-    examples = [[shown(name) for name, _ in store.rows(within, int(look))] for look in table[similar, 0][:EXAMPLES]]
-    for one, other in near_pairs(looks):
-        similar[one] = similar[other] = True
-        # Several places of one hash may be among them, so that |= on an index would keep the last alone.
-        leaking[one[images[other] > held[other]]] = True
-        leaking[other[images[one] > held[one]]] = True
-        for two in zip(place[one], place[other], strict=True):
-            if len(examples) == EXAMPLES:
-                break
-            named = [next(_names(store, "SELECT name FROM pairs WHERE place = ?", int(at))) for at in two]
-            # The same two come once for each piece that they share.
-            if named not in examples:
-                examples.append(named)
-    return int(images[similar].sum()), int(held[leaking].sum()), examples
-
-
-# Pairs that are not held out.
-TRAINING = "(SELECT * FROM pairs LEFT JOIN held_out ON place = held WHERE held IS NULL)"
-
-
-def _names(store: AuditStore, query: str, *values: object) -> Iterator[str]:
-    return (shown(name) for (name,) in store.rows(query, *values))
-
-
-def array_problems(pairs: PairList, store: AuditStore, image_size: int, val_pairs: int | None) -> list[str]:
-    """Find arrays of another size than the model's, and lists that hold both kinds of pixels.
-
-    Args:
-        pairs: all of them.
-        store: the facts of all of them.
-        image_size: side of the model's square.
-        val_pairs: how many of the pairs, the last of the list, are a list of their own.
-
-    Returns:
-        A message for each kind of problem.
-    """
+def _array_problems(pairs: PairList, facts: Facts, floats: list[int], size: int, division: int) -> Iterator[str]:
+    """Arrays of another size than the model's, and lists of both kinds of pixels."""
     if not pairs.num_cached and not any(map(is_npz, pairs.names)):
-        return []
-    problems = []
-    sizes = store.rows(
-        "SELECT place, MIN(width, height) FROM pairs WHERE width > 0 AND MIN(width, height) != ? ORDER BY place",
-        image_size,
-    )
-    wrong = [(pairs[place].pixels, side) for place, side in sizes if is_npz(pairs[place].pixels)]
-    if wrong:
-        problems.append(
-            f"{len(wrong):,} arrays are not of the model's {image_size} pixels, for instance {shown(wrong[0][0])} "
-            f"({wrong[0][1]}); `train-clip data npz --image_size {image_size}` makes them anew."
+        return
+    shorter = facts.pairs["sides"].min(axis=1)
+    other = np.flatnonzero((shorter > 0) & (shorter != size)).tolist()
+    if wrong := [place for place in other if is_npz(pairs[place].pixels)]:
+        yield (
+            f"{len(wrong):,} arrays are not of the model's {size} pixels, for instance "
+            f"{shown(pairs[wrong[0]].pixels)} ({shorter[wrong[0]]}); `train-clip data npz --image_size {size}` makes "
+            "them anew."
         )
-    division = len(pairs) - (val_pairs or 0)
-    for start, end in ((0, division), (division, len(pairs))):
-        legible, normalised = (
-            store.one(
-                f"SELECT COUNT(*) FROM pairs WHERE width > 0 AND place >= ? AND place < ? {condition}", start, end
-            )[0]
-            for condition in ("", f"AND id IN (SELECT pair FROM mended WHERE what = '{NORMALISED}')")
-        )
-        if 0 < normalised < legible:
-            problems.append(
-                f"{normalised:,} of {legible:,} images are arrays of already normalised pixels, the others pictures; "
+    normalised = np.isin(np.arange(len(pairs)), floats)
+    for part in (slice(division), slice(division, None)):
+        number, legible = normalised[part].sum(), (shorter[part] > 0).sum()
+        if 0 < number < legible:
+            yield (
+                f"{number:,} of {legible:,} images are arrays of already normalised pixels, the others pictures; "
                 "expected one kind."
             )
-    return problems
-
-
-QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
-
-
-@dataclass(frozen=True)
-class Expectations:
-    """What training would be told.
-
-    Args:
-        image_size: side of the model's square, in pixels.
-        context_length: tokens of a caption at most, start and end included.
-        val_share: share of the pairs held out for validation.
-        val_pairs: how many pairs, the last of the list, are validated on in place of a share; None for the share.
-        max_bad: share of the pairs that may be unreadable.
-    """
-
-    image_size: int = 224
-    context_length: int = 77
-    val_share: float = 0.05
-    max_bad: float = 0.01
-    val_pairs: int | None = None
-
-
-@dataclass(frozen=True)
-class Listed:
-    """How many there are, and the first few of them."""
-
-    number: int
-    examples: list[str]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Upright images, at the quantiles 0, 0.05, 0.5, 0.95 and 1.
-
-    Args:
-        width: pixels.
-        height: pixels.
-        aspect: longer side over shorter side.
-        enlarged: images whose shorter side is below the model's.
-    """
-
-    width: list[int]
-    height: list[int]
-    aspect: list[float]
-    enlarged: int
-
-
-@dataclass(frozen=True)
-class Captions:
-    """All lines of all pairs.
-
-    Args:
-        lines: how many.
-        most_lines: of one pair.
-        median_tokens: of a line, without start and end.
-        cut: lines over the context.
-        tokens_cut: tokens that this takes off, over all of them.
-        longest: tokens of the longest line.
-        longest_in: the image of that line.
-        repeated: lines whose words stand in another line too.
-        repeated_nearly: lines that differ from another in letters that the tokenizer does not keep, and only in them.
-        most_repeated: how often each of the most frequent lines stands there, and what it says.
-    """
-
-    lines: int
-    most_lines: int
-    median_tokens: float
-    cut: int
-    tokens_cut: int
-    longest: int
-    longest_in: str
-    repeated: int
-    repeated_nearly: int
-    most_repeated: list[tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """All of it.
-
-    Args:
-        source: folder or table.
-        entries: files, or rows.
-        pairs: images with captions.
-        cached: how many of them are read from npz/, in place of the image.
-        lone_images: images without captions.
-        lone_captions: captions without images.
-        others: files that are neither, by suffix.
-        folder_links: links to folders, which are not followed.
-        faults: what no run can begin with.
-        bad_pairs: pairs with a file that cannot be used.
-        bad: those files, by reason.
-        mended: how many pairs have what is mended at each reading.
-        sizes: of the images; None where none can be read.
-        captions: None where none can be read.
-        repeats: images that are there more than once.
-        leaks: between training and validation.
-        problems: why training would not begin, or would stop.
-    """
-
-    source: str
-    entries: int
-    pairs: int
-    cached: int
-    lone_images: Listed
-    lone_captions: Listed
-    others: dict[str, int]
-    folder_links: Listed
-    faults: list[str]
-    bad_pairs: int
-    bad: dict[str, list[str]]
-    mended: dict[str, Listed]
-    sizes: Sizes | None
-    captions: Captions | None
-    repeats: Repeats
-    leaks: Leaks
-    problems: list[str]
-
-
-def build_report(scan: Scan, store: AuditStore, expected: Expectations) -> Report:
-    """Put the figures together.
-
-    Args:
-        scan: the pairs.
-        store: the facts of all of them.
-        expected: what they are held against.
-    """
-    bad: dict[str, list[str]] = {}
-    for path, reason in store.rows("SELECT path, reason FROM bad ORDER BY reason, path"):
-        bad.setdefault(reason, []).append(shown(path))
-    bad_pairs = store.one("SELECT COUNT(DISTINCT pair) FROM bad")[0]
-    held_out: Sequence[int] = held_out_indices(scan.pairs, expected.val_share)
-    if expected.val_pairs is not None:
-        held_out = range(len(scan.pairs) - expected.val_pairs, len(scan.pairs))
-    repeats, leaks = find_repeats(store, held_out)
-    return Report(
-        source=str(scan.source),
-        entries=scan.num_entries,
-        pairs=len(scan.pairs),
-        cached=scan.pairs.num_cached,
-        lone_images=_listed(scan.lone_images),
-        lone_captions=_listed(scan.lone_captions),
-        others=dict(scan.others),
-        folder_links=_listed(scan.folder_links),
-        faults=scan.faults,
-        bad_pairs=bad_pairs,
-        bad=bad,
-        mended=_mended(store),
-        sizes=_sizes(store, expected.image_size),
-        captions=_captions(store, scan.pairs, expected.context_length - 2),
-        repeats=repeats,
-        leaks=leaks,
-        problems=_problems(scan, bad_pairs, len(held_out), expected)
-        + array_problems(scan.pairs, store, expected.image_size, expected.val_pairs),
-    )
-
-
-def _listed(names: Sequence[str]) -> Listed:
-    return Listed(len(names), [shown(name) for name in names[:EXAMPLES]])
-
-
-def _mended(store: AuditStore) -> dict[str, Listed]:
-    counts = store.rows("SELECT what, COUNT(*) FROM mended GROUP BY what ORDER BY what")
-    of = "SELECT name FROM pairs JOIN mended ON pair = id WHERE what = ? ORDER BY name LIMIT ?"
-    return {what: Listed(count, [shown(name) for (name,) in store.rows(of, what, EXAMPLES)]) for what, count in counts}
-
-
-def _sizes(store: AuditStore, image_size: int) -> Sizes | None:
-    sides = np.fromiter(
-        (side for row in store.rows("SELECT width, height FROM pairs WHERE width > 0") for side in row), dtype=np.int32
-    ).reshape(-1, 2)
-    if not len(sides):
-        return None
-    aspect = sides.max(1) / sides.min(1)
-    width, height = (
-        np.quantile(column, QUANTILES, method="nearest").astype(int).tolist() for column in (sides[:, 0], sides[:, 1])
-    )
-    rounded = [round(value, 3) for value in np.quantile(aspect, QUANTILES, method="nearest").tolist()]
-    return Sizes(width, height, rounded, int((sides.min(1) < image_size).sum()))
-
-
-def _captions(store: AuditStore, pairs: PairList, room: int) -> Captions | None:
-    lengths = np.fromiter((length for (length,) in store.rows("SELECT length FROM captions")), dtype=np.int32)
-    if not len(lengths):
-        return None
-    over = lengths[lengths > room] - room
-    longest_in = store.one("SELECT name FROM pairs JOIN captions ON pair = id ORDER BY length DESC, name LIMIT 1")[0]
-    # Lines of which there is another with the same words, and then with the same tokens.
-    repeated = "SELECT COALESCE(SUM(n), 0) FROM (SELECT COUNT(*) AS n FROM captions GROUP BY {}) WHERE n > 1"
-    by_words, by_tokens = (store.one(repeated.format(column))[0] for column in ("text", "tokens"))
-    frequent = store.rows(
-        "SELECT COUNT(*) AS n, text, MIN(place) FROM captions JOIN pairs ON pair = id GROUP BY text HAVING n > 1 "
-        "ORDER BY n DESC, text LIMIT ?",
-        EXAMPLES,
-    )
-    return Captions(
-        lines=len(lengths),
-        most_lines=store.one("SELECT MAX(n) FROM (SELECT COUNT(*) AS n FROM captions GROUP BY pair)")[0],
-        median_tokens=float(np.median(lengths)),
-        cut=len(over),
-        tokens_cut=int(over.sum()),
-        longest=int(lengths.max()),
-        longest_in=shown(longest_in),
-        repeated=by_words,
-        repeated_nearly=by_tokens - by_words,
-        most_repeated=[(count, _text(pairs, place, text)) for count, text, place in frequent],
-    )
-
-
-def _problems(scan: Scan, bad_pairs: int, held_out: int, expected: Expectations) -> list[str]:
-    problems = []
-    if scan.faults:
-        problems.append(f"{len(scan.faults):,} faults, listed above.")
-    if not scan.pairs:
-        problems.append("There is no pair.")
-    elif expected.val_pairs == 0:
-        problems.append("There is no pair to validate on (--val_pairs).")
-    elif len(scan.pairs) - held_out < 2:
-        problems.append("There are fewer than 2 pairs to train on.")
-    if bad_pairs > expected.max_bad * len(scan.pairs):
-        problems.append(
-            f"{bad_pairs:,} of {len(scan.pairs):,} pairs ({bad_pairs / len(scan.pairs):.1%}) cannot be used, more than "
-            f"--max_bad {expected.max_bad:g}."
-        )
-    return problems
-
-
-def _text(pairs: PairList, place: int, digest: bytes) -> str:
-    """The caption of a digest, out of its pair."""
-    with contextlib.suppress(BadSample):
-        return next((text for text in pairs[place].captions() if caption_digest(text) == digest), "")
-    return ""

@@ -1,14 +1,10 @@
-"""Write a contact sheet: pairs as the model will see them.
-
-Pairs as a model will see them, on a page to look at: crops beside captions, tokens, and what is cut of them.
-"""
+"""Write a contact sheet: pairs as the model will see them, crops beside captions, tokens, and what is cut of them."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train_clip.commands.options import AugmentationOptions, TableOptions, require_least
-from train_clip.data.augment import BatchAugmentation, augment, draw_batch
+from train_clip.data.augment import augment, draw_batch
 from train_clip.data.crops import bytes_to_show
 from train_clip.data.pairs import PairList, shown
-from train_clip.data.samples import Augmentation, draw
-from train_clip.data.source import scan_source
+from train_clip.data.samples import draw
+from train_clip.data.scan import scan_source
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.errors import BadSample, UserError
+from train_clip.errors import BadSample
 from train_clip.files import write_text
+from train_clip.options import UP_TO_ONE, AugmentationOptions, SourceOptions, at_least, option
 
 STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em; color: #222; }
@@ -41,44 +37,65 @@ small { color: #666; }
 
 
 @dataclass(frozen=True)
-class SheetEntry:
-    """One pair on the sheet.
+class ShowOptions(AugmentationOptions, SourceOptions):
+    """What is shown, and as which model sees it."""
+
+    output: Path = option(Path("contact_sheet.html"), "the page to write, HTML")
+    number: int = option(24, "pairs, chosen at random", at_least(1))
+    crops: int = option(4, "crops of each image, drawn as training draws them", at_least(1))
+    image_size: int = option(224, "side of the model's square in pixels", at_least(1))
+    resize_ratio: float | None = option(
+        None, "as `train --resize_ratio`; likewise --color_jitter and the others of images", UP_TO_ONE
+    )
+    context_length: int = option(77, "tokens of a caption at most, start and end included", at_least(2))
+    seed: int = option(0, "as `train --seed`; it also chooses the pairs", at_least(0))
+
+
+def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
+    """Write a contact sheet: crops as training draws them beside caption lines and tokens, what is cut marked.
 
     Args:
-        name: of the image.
-        crops: (3, S, S) uint8 each.
-        captions: all lines.
-        trouble: why the pair cannot be used; empty where it can.
+        folder: images and captions that share a stem; --pairs gives a table in its place
+        options: what is shown
     """
-
-    name: str
-    crops: Sequence[Tensor]
-    captions: Sequence[str]
-    trouble: str = ""
-
-
-def contact_sheet(title: str, entries: Sequence[SheetEntry], tokenizer: Tokenizer) -> str:
-    """Lay the pairs out as one HTML page that needs no other file.
-
-    Args:
-        title: what is shown.
-        entries: in order.
-        tokenizer: what cuts the captions.
-    """
-    sections = "\n".join(_section(entry, tokenizer) for entry in entries)
-    return (
+    scan = scan_source(folder, options).require_pairs()
+    number = min(options.number, len(scan.pairs))
+    chosen = sorted(np.random.default_rng(options.seed).permutation(len(scan.pairs))[:number].tolist())
+    tokenizer = Tokenizer(options.context_length)
+    title = f"{number} of {len(scan.pairs):,} pairs of {shown(str(scan.source))}"
+    sections = "\n".join(_section(scan.pairs, place, options, tokenizer) for place in chosen)
+    write_text(
+        options.output,
         f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n"
         f"<p>Each caption line with its tokens, as the model reads them; of {tokenizer.context_length} tokens two are "
-        f'start and end. <span class="token cut">So</span> is marked what is cut.</p>\n{sections}\n</html>\n'
+        f'start and end. <span class="token cut">So</span> is marked what is cut.</p>\n{sections}\n</html>\n',
     )
+    print(f"{title}: {options.output}. Open it in a browser.")
+    return options.output
 
 
-def _section(entry: SheetEntry, tokenizer: Tokenizer) -> str:
-    pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in entry.crops)
-    trouble = f'<p class="bad">{html.escape(entry.trouble)}</p>' if entry.trouble else ""
-    captions = "\n".join(_caption(caption, tokenizer) for caption in entry.captions)
-    return f"<section><h2>{html.escape(entry.name)}</h2>\n{pictures}{trouble}\n{captions}</section>"
+def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Tokenizer) -> str:
+    """One pair, with crops drawn as training draws them, or why it cannot be used."""
+    pictures, lines = "", []
+    try:
+        lines = pairs[place].captions()
+        rng = np.random.default_rng((options.seed, place))
+        size, ratio = options.image_size, options.resize_ratio
+        drawn = torch.stack([draw(pairs, place, size, ratio, rng)[0] for _ in range(options.crops)])
+        draws = draw_batch(options, (options.seed, place), slice(None), options.crops)
+        crops = map(bytes_to_show, augment(drawn, options, draws))
+        pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in crops)
+    except BadSample as bad:
+        pictures = f'<p class="bad">{html.escape(f"{shown(bad.path)}: {bad.reason}")}</p>'
+    captions = "\n".join(_caption(line, tokenizer) for line in lines)
+    return f"<section><h2>{html.escape(shown(pairs.names[place]))}</h2>\n{pictures}\n{captions}</section>"
+
+
+def _data_uri(pixels: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _caption(caption: str, tokenizer: Tokenizer) -> str:
@@ -91,81 +108,3 @@ def _caption(caption: str, tokenizer: Tokenizer) -> str:
     )
     lost = f", {len(ids) - room} cut" if len(ids) > room else ""
     return f"<p>{html.escape(caption)} <small>({len(ids)} tokens{lost})</small><br>{tokens}</p>"
-
-
-def _data_uri(pixels: Tensor) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-
-
-@dataclass(frozen=True)
-class ShowOptions(AugmentationOptions, TableOptions):
-    """What is shown, and as which model sees it.
-
-    Args:
-        output: the page to write, HTML
-        number: pairs, chosen at random
-        crops: of each image, drawn as training draws them
-        image_size: side of the model's square in pixels
-        resize_ratio: as `train --resize_ratio`; likewise --color_jitter and the others of images
-        context_length: tokens of a caption at most, start and end included
-        seed: as `train --seed`; it also chooses the pairs
-    """
-
-    output: Path = Path("contact_sheet.html")
-    number: int = 24
-    crops: int = 4
-    image_size: int = 224
-    resize_ratio: float | None = None
-    context_length: int = 77
-    seed: int = 0
-
-
-def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
-    """Write a contact sheet: crops as training draws them beside caption lines and tokens, what is cut marked.
-
-    Args:
-        folder: images and captions that share a stem; --pairs gives a table in its place
-        options: what is shown.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: nothing to show, or numbers that cannot be.
-    """
-    require_least(
-        number=(options.number, 1),
-        crops=(options.crops, 1),
-        image_size=(options.image_size, 1),
-        context_length=(options.context_length, 2),
-        seed=(options.seed, 0),
-    )
-    if options.resize_ratio is not None and not 0 < options.resize_ratio <= 1:
-        raise UserError(f"--resize_ratio {options.resize_ratio}: expected above 0, up to 1.")
-    scan = scan_source(folder, options.pairs, options.columns, options.pair_by).require_pairs()
-    number = min(options.number, len(scan.pairs))
-    chosen = sorted(np.random.default_rng(options.seed).permutation(len(scan.pairs))[:number].tolist())
-    entries = [entry(scan.pairs, place, options) for place in chosen]
-    title = f"{number} of {len(scan.pairs):,} pairs of {shown(str(scan.source))}"
-    write_text(options.output, contact_sheet(title, entries, Tokenizer(options.context_length)))
-    print(f"{title}: {options.output}. Open it in a browser.")
-    return options.output
-
-
-def entry(pairs: PairList, place: int, options: ShowOptions) -> SheetEntry:
-    """One pair, with crops drawn as training draws them."""
-    how = Augmentation(options.image_size, options.resize_ratio, options.seed)
-    changes = BatchAugmentation(options.color_jitter, options.grayscale, options.horizontal_flip, options.vertical_flip)
-    name = shown(pairs.names[place])
-    captions: list[str] = []
-    try:
-        captions = pairs[place].captions()
-        rng = np.random.default_rng((options.seed, place))
-        drawn = torch.stack([draw(pairs[place], how, rng)[0] for _ in range(options.crops)])
-        draws = draw_batch(changes, (options.seed, place), slice(None), options.crops)
-        crops = [bytes_to_show(crop) for crop in augment(drawn, changes, draws)]
-    except BadSample as bad:
-        return SheetEntry(name, [], captions, f"{shown(bad.path)}: {bad.reason}")
-    return SheetEntry(name, crops, captions)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders import huggingface, timm_models, torchvision_models
+from train_clip.encoders import huggingface, libraries
 from train_clip.encoders import own as own_encoders
 from train_clip.encoders.custom import CustomCLIP
 from train_clip.encoders.encoder import ImageEncoder, TextEncoder
@@ -47,7 +47,7 @@ SOURCES = {
         huggingface.load_text,
         huggingface.build_text,
     ),
-    "timm": Source("timm:resnet50", timm_models.load_image, timm_models.build_image),
+    "timm": Source("timm:resnet50", libraries.load_timm, libraries.build_timm),
     own_encoders.SOURCE: Source(
         "train-clip:RUN/checkpoints/last.ckpt",
         own_encoders.load_image,
@@ -56,7 +56,7 @@ SOURCES = {
         own_encoders.load_text,
         own_encoders.build_text,
     ),
-    "torchvision": Source("torchvision:resnet50", torchvision_models.load_image, torchvision_models.build_image),
+    "torchvision": Source("torchvision:resnet50", libraries.load_torchvision, libraries.build_torchvision),
 }
 
 

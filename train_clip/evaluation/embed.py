@@ -5,52 +5,61 @@ N  images or captions      S  side of the image in pixels      D  embedding widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from train_clip.data.crops import center_crop, to_tensor
-from train_clip.data.images import open_rgb, upright_rgb
+from train_clip.data.crops import centre_square
 from train_clip.models.clip import DualEncoder, Texts, unit_norm
+from train_clip.types import Skip
 
 EMBED_AT_ONCE = 64  # images or captions
 
 Picture = str | Path | Image.Image
 
 
+@dataclass(frozen=True)
+class Collection:
+    """Images and captions that could be read, embedded: what an evaluator scores."""
+
+    paths: list[str]  # N images
+    images: Tensor  # (N, D) float32, unit norm
+    captions: list[str]  # M
+    texts: Tensor  # (M, D) float32, unit norm
+    owners: list[int]  # the image of each caption, as a place in ``paths``
+    classes: list[str]  # C names; none where nothing is to be classified
+    templates: list[str]  # captions with {} where the name goes
+    labels: list[int]  # the class of each image
+    embed_texts: Callable[[list[str]], Tensor]  # further texts to (n, D) float32, unit norm
+    skips: list[Skip]  # what could not be read
+
+
 @torch.no_grad()
 def embed_images(
     model: DualEncoder, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE
 ) -> Tensor:
-    """Embed images.
+    """Embed images to (N, D) float32, unit norm, on the model's device.
 
-    Args:
-        model: on its device.
-        images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-            uint8 or already normalised.
-        batch_size: images at a time.
-
-    Returns:
-        (N, D) float32, unit norm, on the model's device.
+    ``images`` are paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
+    uint8 or already normalised.
 
     Raises:
         BadSample: a file that cannot be read as an image.
     """
-    if isinstance(images, str | Path | Image.Image):
-        images = [images]
+    images = [images] if isinstance(images, str | Path | Image.Image) else images
     device = model.logit_scale.device
-    parts = [torch.empty(0, model.embed_dim, device=device)]
-    with _eval_mode(model):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            if not isinstance(batch, Tensor):
-                batch = torch.stack([_pixels(image, model.image_size) for image in batch])
-            parts.append(unit_norm(model.encode_image(batch.to(device))))
-    return torch.cat(parts)
+
+    def encode(batch: Sequence[Picture] | Tensor) -> Tensor:
+        if not isinstance(batch, Tensor):
+            batch = torch.stack([centre_square(one, model.image_size) for one in batch])
+        return model.encode_image(batch.to(device))
+
+    return _embed(model, images, encode, batch_size)
 
 
 @torch.no_grad()
@@ -60,37 +69,21 @@ def embed_texts(
     tokenize: Callable[[list[str]], Texts],
     batch_size: int = EMBED_AT_ONCE,
 ) -> Tensor:
-    """Embed captions.
+    """Embed one caption or several to (N, D) float32, unit norm, on the model's device.
 
-    Args:
-        model: on its device.
-        texts: one caption or several.
-        tokenize: strings to tokens on the model's device; what is over the context length is cut.
-        batch_size: captions at a time.
-
-    Returns:
-        (N, D) float32, unit norm, on the model's device.
+    ``tokenize`` maps strings to tokens on that device, and cuts what is over the context length.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    return _embed(model, texts, lambda batch: model.encode_text(tokenize(batch)), batch_size)
+
+
+def _embed(model: DualEncoder, items: Any, encode: Callable[[Any], Tensor], batch_size: int) -> Tensor:
     parts = [torch.empty(0, model.embed_dim, device=model.logit_scale.device)]
-    with _eval_mode(model):
-        for start in range(0, len(texts), batch_size):
-            parts.append(unit_norm(model.encode_text(tokenize(texts[start : start + batch_size]))))
-    return torch.cat(parts)
-
-
-def _pixels(image: Picture, size: int) -> Tensor:
-    picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
-    return to_tensor(center_crop(picture, size))
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode within the block, each submodule's own mode after it."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        yield
+        parts += [unit_norm(encode(items[at : at + batch_size])) for at in range(0, len(items), batch_size)]
     finally:
-        for part in training:
-            part.training = True
+        for module in training:
+            module.training = True
+    return torch.cat(parts)

@@ -5,11 +5,14 @@ N  images      M  captions      D  embedding width      U  different captions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from train_clip.evaluation.embed import Collection
+from train_clip.losses.softmax import ranks
 
 KS = (1, 5, 10)  # CLIP paper, table 13
 ROWS_AT_ONCE = 1024  # bounds memory to this many rows of similarities
@@ -24,12 +27,35 @@ class Retrieval:
     chance_image_to_text: dict[int, float]
     chance_text_to_image: dict[int, float]
 
+    def rows(self) -> list[list[str]]:
+        """A heading and a row for each k, to be printed."""
+        columns = self.image_to_text, self.chance_image_to_text, self.text_to_image, self.chance_text_to_image
+        heading = ["retrieval", "image → text", "chance", "text → image", "chance"]
+        return [heading, *([f"R@{k}", *(f"{column[k]:.1%}" for column in columns)] for k in self.image_to_text)]
+
+    def figures(self) -> dict[str, float]:
+        """What is set side by side with other models."""
+        both = {"i→t": self.image_to_text, "t→i": self.text_to_image}
+        return {f"R@{k} {way}": share for way, recall in both.items() for k, share in recall.items()}
+
+
+def score_captions(collection: Collection) -> Retrieval | None:
+    """Score the collection's images against its captions, where it has any."""
+    if not collection.captions:
+        return None
+    device = collection.images.device
+    places = {caption: place for place, caption in enumerate(collection.captions)}
+    ids = torch.tensor([places[caption] for caption in collection.captions], device=device)
+    # An image whose captions could not be read has nothing to be found by.
+    described, owners = torch.unique(torch.tensor(collection.owners, device=device), return_inverse=True)
+    return retrieval(collection.images[described], collection.texts, owners, ids)
+
 
 def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor, ks: Sequence[int] = KS) -> Retrieval:
     """Score every image against every caption.
 
     An image counts as found when any caption that says the same as one of its own is among the first k, a caption when
-    any image that has it is. Ties and NaN count against: a model that maps all to one point finds nothing.
+    any image that has it is. Ties and NaN count against (``ranks``): a model that maps all to one point finds nothing.
 
     Args:
         images: (N, D) float, unit norm.
@@ -38,61 +64,41 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
         caption_ids: (M,) int64, equal for equal captions.
         ks: the ranks at which recall is taken.
     """
-    _, caption_ids = torch.unique(caption_ids, return_inverse=True)
-    image_ranks, image_matches, text_ranks, text_matches = [], [], [], []
-    for rows in torch.arange(len(images), device=images.device).split(ROWS_AT_ONCE):
-        right = _has_caption(rows, owners, caption_ids)[:, caption_ids]
-        image_ranks.append(_ranks(images[rows] @ texts.T, right))
-        image_matches.append(right.sum(dim=1))
-    for rows in torch.arange(len(texts), device=texts.device).split(ROWS_AT_ONCE):
-        right = _has_image(caption_ids[rows], owners, caption_ids, len(images))
-        text_ranks.append(_ranks(texts[rows] @ images.T, right))
-        text_matches.append(right.sum(dim=1))
-    return Retrieval(
-        _recall(torch.cat(image_ranks), ks),
-        _recall(torch.cat(text_ranks), ks),
-        _chance(torch.cat(image_matches), len(texts), ks),
-        _chance(torch.cat(text_matches), len(images), ks),
-    )
+    different, ids = torch.unique(caption_ids, return_inverse=True)
+    places = torch.arange(len(images), device=images.device)
+    image_to_text = _search(images, texts, ks, lambda at: _related(places[at], owners, ids, len(different))[:, ids])
+    text_to_image = _search(texts, images, ks, lambda at: _related(ids[at], ids, owners, len(images)))
+    return Retrieval(image_to_text[0], text_to_image[0], image_to_text[1], text_to_image[1])
 
 
-def _has_caption(rows: Tensor, owners: Tensor, caption_ids: Tensor) -> Tensor:
-    """(rows, U) bool: which images have which caption. ``rows`` are consecutive."""
-    table = torch.zeros(len(rows), int(caption_ids.max()) + 1, dtype=torch.bool, device=rows.device)
-    mine = (owners >= rows[0]) & (owners <= rows[-1])
-    table[owners[mine] - rows[0], caption_ids[mine]] = True
-    return table
+def _search(
+    queries: Tensor, candidates: Tensor, ks: Sequence[int], right: Callable[[slice], Tensor]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Recall and chance at each k; ``right`` tells for some of the queries which candidates are right."""
+    found, matches = [], []
+    for start in range(0, len(queries), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        table = right(rows)
+        found.append(ranks(queries[rows], candidates, table).cpu())
+        matches.append(table.sum(dim=1).cpu())
+    # On the CPU: some devices (MPS) have no float64.
+    recall = {k: (torch.cat(found) < k).double().mean().item() for k in ks}
+    return recall, _chance(torch.cat(matches), len(candidates), ks)
 
 
-def _has_image(wanted: Tensor, owners: Tensor, caption_ids: Tensor, num_images: int) -> Tensor:
-    """(rows, N) bool: which images have a caption equal to each of the wanted ones."""
+def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:
+    """(n, size) bool: to which right ones each wanted left one is related, by the pairs of left and right."""
     different, inverse = torch.unique(wanted, return_inverse=True)
-    place = torch.full((int(caption_ids.max()) + 1,), -1, device=wanted.device)
-    place[different] = torch.arange(len(different), device=wanted.device)
-    mine = place[caption_ids] >= 0
-    table = torch.zeros(len(different), num_images, dtype=torch.bool, device=wanted.device)
-    table[place[caption_ids[mine]], owners[mine]] = True
+    place = torch.searchsorted(different, left).clamp(max=len(different) - 1)
+    mine = different[place] == left
+    table = torch.zeros(len(different), size, dtype=torch.bool, device=wanted.device)
+    table[place[mine], right[mine]] = True
     return table[inverse]
-
-
-def _ranks(similarity: Tensor, right: Tensor) -> Tensor:
-    """(rows,) int64: how many wrong candidates stand before the best right one, ties and NaN included."""
-    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return (~(similarity < best) & ~right).sum(dim=1)
-
-
-def _recall(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    return {k: (ranks < k).cpu().double().mean().item() for k in ks}
 
 
 def _chance(matches: Tensor, candidates: int, ks: Sequence[int]) -> dict[int, float]:
     """Mean over queries of 1 - C(candidates - matches, k) / C(candidates, k)."""
-    chances = {}
-    for k in ks:
-        # On the CPU: some devices (MPS) have no float64.
-        wrong = (candidates - matches).cpu().double()
-        missed = torch.ones_like(wrong)
-        for drawn in range(min(k, candidates)):
-            missed *= ((wrong - drawn) / (candidates - drawn)).clamp(min=0)
-        chances[k] = (1 - missed).mean().item()
-    return chances
+    drawn = torch.arange(min(max(ks), candidates), dtype=torch.float64)
+    wrong = candidates - matches.double()[:, None]
+    missed = ((wrong - drawn) / (candidates - drawn)).clamp(min=0).cumprod(dim=1)
+    return {k: (1 - missed[:, min(k, candidates) - 1]).mean().item() for k in ks}

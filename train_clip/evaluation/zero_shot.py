@@ -1,8 +1,6 @@
 """Zero-shot classification (CLIP paper, section 3.1): a class is the mean of its captions' embeddings.
 
 N  images      C  classes      T  templates      D  embedding width
-
-The class of an image: what ``STEM.cls`` beside it says, or else the folder that it lies in.
 """
 
 from __future__ import annotations
@@ -16,25 +14,89 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train_clip.errors import UserError
+from train_clip.evaluation.embed import Collection
+from train_clip.losses.softmax import ranks
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Shares in [0, 1]."""
+
+    top1: float  # images whose most similar class is theirs
+    top5: float  # images whose class is among the five most similar
+    mean_per_class: float  # top-1 of each class, averaged over the classes that have images
+    chance: float  # top-1 of a guess, 1 / C
+    num_images: int
+    num_classes: int
+
+    def rows(self) -> str:
+        """A line to be printed."""
+        return (
+            f"zero-shot over {self.num_classes} classes: top-1 {self.top1:.1%} (chance {self.chance:.1%}), top-5 "
+            f"{self.top5:.1%}, mean per class {self.mean_per_class:.1%}"
+        )
+
+    def figures(self) -> dict[str, float]:
+        """What is set side by side with other models."""
+        return {"zero-shot top-1": self.top1}
+
+
+def score_classes(collection: Collection) -> ZeroShot | None:
+    """Score the collection's images against its classes, where it has any."""
+    if not collection.classes:
+        return None
+    classes = class_embeddings(collection.classes, collection.templates, collection.embed_texts)
+    return zero_shot(collection.images, torch.tensor(collection.labels, device=collection.images.device), classes)
+
+
+def class_embeddings(
+    classes: Sequence[str], templates: Sequence[str], embed_texts: Callable[[list[str]], Tensor]
+) -> Tensor:
+    """Embed the classes, (C, D) float of unit norm: encode and normalise each template, average, normalise again.
+
+    ``templates`` have ``{}`` where the name goes; ``embed_texts`` maps n strings to (n, D) of unit norm.
+    """
+    captions = [template.replace("{}", name) for name in classes for template in templates]
+    embeddings = embed_texts(captions).unflatten(0, (len(classes), len(templates)))
+    return F.normalize(embeddings.mean(dim=1), dim=-1)
+
+
+def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
+    """Score images against classes. Ties and NaN count against (``ranks``).
+
+    Args:
+        images: (N, D) float, unit norm.
+        labels: (N,) int64 in [0, C).
+        classes: (C, D) float, unit norm.
+    """
+    right = labels[:, None] == torch.arange(len(classes), device=labels.device)
+    # On the CPU: some devices (MPS) have no float64.
+    places, labels = ranks(images, classes, right).cpu(), labels.cpu()
+    hits = (places < 1).double()
+    counts = torch.bincount(labels, minlength=len(classes)).double()
+    per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]
+    return ZeroShot(
+        top1=hits.mean().item(),
+        top5=(places < 5).double().mean().item(),
+        mean_per_class=per_class.mean().item(),
+        chance=1 / len(classes),
+        num_images=len(images),
+        num_classes=len(classes),
+    )
 
 
 def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Look up the class of each image.
+    """Look up the place of each image's class: what ``STEM.cls`` beside it says, or else the folder that it lies in.
 
-    Args:
-        paths: image files. A ``.cls`` file holds a class's name, or its place in the list counted from 0.
-        classes: names. Case, and underscores for blanks, make no difference.
-
-    Returns:
-        A place in ``classes`` for each path.
-
-    Raises:
-        UserError: two classes of one name, or an image whose class is not in the list.
+    A ``.cls`` file holds a class's name, or its place counted from 0. Case, and underscores for blanks, make no
+    difference.
     """
-    places = {_plain(name): place for place, name in enumerate(classes)}
-    if len(places) < len(classes):
-        repeated = next(name for place, name in enumerate(classes) if places[_plain(name)] != place)
-        raise UserError(f"The class {repeated!r} stands in the list more than once. Expected each class once.")
+    places: dict[str, int] = {}
+    for place, name in enumerate(classes):
+        if places.setdefault(_plain(name), place) != place:
+            raise UserError(f"The class {name!r} stands in the list more than once. Expected each class once.")
     return [_label(Path(path), places) for path in paths]
 
 
@@ -66,71 +128,3 @@ def _label(path: Path, places: dict[str, int]) -> int:
 
 def _plain(name: str) -> str:
     return name.replace("_", " ").strip().casefold()
-
-
-DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
-
-
-@dataclass(frozen=True)
-class ZeroShot:
-    """Shares in [0, 1].
-
-    Args:
-        top1: images whose most similar class is theirs.
-        top5: images whose class is among the five most similar.
-        mean_per_class: top-1 of each class, averaged over the classes that have images.
-        chance: top-1 of a guess, 1 / C.
-        num_images: N.
-        num_classes: C.
-    """
-
-    top1: float
-    top5: float
-    mean_per_class: float
-    chance: float
-    num_images: int
-    num_classes: int
-
-
-def class_embeddings(
-    classes: Sequence[str], templates: Sequence[str], embed_texts: Callable[[list[str]], Tensor]
-) -> Tensor:
-    """Each template is encoded and normalised, then averaged over the templates, then normalised again.
-
-    Args:
-        classes: C names.
-        templates: T sentences with ``{}`` where the name goes.
-        embed_texts: maps strings to (n, D) unit-norm embeddings.
-
-    Returns:
-        (C, D) float, unit norm.
-    """
-    captions = [template.replace("{}", name) for name in classes for template in templates]
-    embeddings = embed_texts(captions).unflatten(0, (len(classes), len(templates)))
-    return F.normalize(embeddings.mean(dim=1), dim=-1)
-
-
-def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
-    """Score images against classes. Ties and NaN count against.
-
-    Args:
-        images: (N, D) float, unit norm.
-        labels: (N,) int64 in [0, C).
-        classes: (C, D) float, unit norm.
-    """
-    similarity = images @ classes.T
-    own = similarity.gather(1, labels[:, None])
-    # The class itself is the one entry that is never less similar than itself.
-    # On the CPU: some devices (MPS) have no float64.
-    ranks, labels = ((~(similarity < own)).sum(dim=1) - 1).cpu(), labels.cpu()
-    hits = (ranks < 1).double()
-    counts = torch.bincount(labels, minlength=len(classes)).double()
-    per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]
-    return ZeroShot(
-        top1=hits.mean().item(),
-        top5=(ranks < 5).double().mean().item(),
-        mean_per_class=per_class.mean().item(),
-        chance=1 / len(classes),
-        num_images=len(images),
-        num_classes=len(classes),
-    )

@@ -72,12 +72,38 @@ def loss_floor(groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
-    """Share of rows, as of ``info_nce``, whose most similar column is their own pair or equal to it: () float32."""
-    own = offset + torch.arange(len(rows), device=rows.device)
+    """Share of rows, as of ``info_nce``, whose most similar column is their own pair or equal to it: () float32.
+
+    Ties and NaN count against.
+    """
+    groups = torch.arange(len(columns), device=rows.device) if groups is None else groups
     at_once = max(1, TILE // max(1, len(columns)))
-    found = torch.cat([(some @ columns.T).argmax(dim=1) for some in rows.split(at_once)])
-    right = found == own if groups is None else groups[found] == groups[own]
-    return right.float().mean()
+    shares = zip(rows.split(at_once), groups[offset : offset + len(rows), None].split(at_once), strict=True)
+    return torch.cat([ranks(some, columns, own == groups) < 1 for some, own in shares]).float().mean()
+
+
+@torch.no_grad()
+def ranks(rows: Tensor, columns: Tensor, right: Tensor) -> Tensor:
+    """How many wrong columns stand before each row's best right one. Ties and NaN count against.
+
+    Similarities closer than D · eps are a tie. A computed product of two unit vectors is off by up to D · eps / 2, in
+    whatever order its D terms are added (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1);
+    and in which order a kernel adds them depends on the processor and on the place in the matrix.
+
+    Args:
+        rows: (B, D) float, unit norm.
+        columns: (N, D) float, unit norm.
+        right: (B, N) bool.
+
+    Returns:
+        (B,) int64 in [0, N].
+    """
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        similarity = rows.to(dtype) @ columns.to(dtype).T
+    best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    tie = rows.shape[1] * torch.finfo(dtype).eps
+    return (~(similarity < best - tie) & ~right).sum(dim=1)
 
 
 SOFTMAX = Loss(clip_loss, loss_floor)

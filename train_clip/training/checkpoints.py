@@ -1,57 +1,44 @@
-"""When the state of a run is saved, and what is kept of it.
+"""Checkpoints that are whole or absent, when they are written, and what is kept of them.
 
 ``last.ckpt`` is the newest state; ``step-00000500.ckpt``, the state after 500 optimizer steps, and ``best.ckpt`` are
 further names of such files (hard links, copies where the file system has none). An older file is deleted only once the
-new one is safe under all its names. With ``--ema`` the running mean of the weights has files of its own
-(``mean_file.py``).
-
-Checkpoints that are whole or absent when written.
-
-The running mean of a run's weights in a file of its own: a model's, which whatever reads checkpoints reads.
-
-``last.ckpt`` is that of the newest state, ``best.ckpt`` the one that has scored best.
+new one is safe under all its names. With ``--ema`` the weights' EMA has a ``last.ckpt`` and a ``best.ckpt`` of its own.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
+import lightning
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from typing_extensions import override
 
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN
 from train_clip.checkpoints.tensors import read_checkpoint, root_cause
 from train_clip.errors import UserError
 from train_clip.files import link, replacing, sweep
 from train_clip.gather import host_group, largest
-from train_clip.training.ema import of_mean
-from train_clip.training.lightning_internals import gradient_pending, last_batch, log_step
+from train_clip.training.ema import ema_figure
+from train_clip.training.lightning_internals import log_step, steps_and_ends
+
+LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written beside the target, synced and renamed; checked before they are loaded."""
+    """Lightning's checkpoints of plain data, written beside the target, synced and renamed; checked when loaded."""
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint to a local path.
-
-        Args:
-            checkpoint: plain data and tensors.
-            path: the file's final place.
-            storage_options: not used.
-
-        Raises:
-            UserError: the path is an address, or cannot be written; a file that was there is as it was.
-        """
         if "://" in str(path):
             raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
         try:
@@ -73,102 +60,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "the permission to write there, and resume from the newest."
             ) from error
 
-    def load_checkpoint(
-        self,
-        path: Any,
-        map_location: Any = "cpu",
-        weights_only: bool | None = True,
-    ) -> dict[str, Any]:
-        """Read a checkpoint of plain data, every byte of it checked.
-
-        Args:
-            path: a local file.
-            map_location: as for ``torch.load``.
-            weights_only: not used: code in a file is never run.
-
-        Raises:
-            UserError: there is no such file, or it is damaged or holds more than plain data.
-        """
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        # Of plain data alone, every byte of it checked; code in a file is never run.
         return read_checkpoint(Path(path), map_location)
 
 
-LAST, BEST = "last.ckpt", "best.ckpt"
-
-
-def write_mean(trainer: L.Trainer, folder: Path, is_best: bool) -> None:
-    """Write the mean, whole or not at all; nothing where the run has none. Called on all processes.
-
-    Args:
-        trainer: of a ``ContrastiveModule``.
-        folder: of the two files.
-        is_best: whether it is ``best.ckpt`` too.
-
-    Raises:
-        UserError: it cannot be written, or follows a step that was not finite; what was there is as it was.
-    """
-    module: Any = trainer.lightning_module
-    if getattr(module, "ema", None) is None:
-        return
-    kept = {name: value for name, value in module.state_dict().items() if name.partition(".")[0] not in OF_RUN}
-    checkpoint = {
-        "epoch": trainer.current_epoch,
-        "global_step": trainer.global_step,
-        LIGHTNING: L.__version__,
-        "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
-        module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
-        RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},
-    }
-    module.on_save_checkpoint(checkpoint)
-    if not trainer.is_global_zero:
-        return
-    AtomicCheckpointIO().save_checkpoint(checkpoint, folder / LAST)
-    if is_best:
-        try:
-            link(folder / LAST, folder / BEST)
-        except OSError as error:
-            raise UserError(f"{folder / BEST}: {error.strerror}. {folder / LAST} is whole.") from error
-
-
 class Best(NamedTuple):
-    """What the best state is best at.
+    """What the best state is best at."""
 
-    Args:
-        figure: of a validation.
-        lowest: whether the lowest is best.
-    """
-
-    figure: str = "val/mean_recall"
-    lowest: bool = False
+    figure: str = "val/mean_recall"  # of a validation
+    lowest: bool = False  # whether the lowest is best
 
 
-@dataclass(frozen=True)
-class Interval:
-    """How often to save: one of both.
+# On small sets the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
+# (docs/training.md shows such a run).
+BY_RECALL = Best()
 
-    Args:
-        steps: optimizer steps.
-        seconds: of wall-clock time.
-    """
 
-    steps: int = 0
-    seconds: float = 0.0
+class Interval(NamedTuple):
+    """How often to save: one of both."""
+
+    steps: int = 0  # optimizer steps
+    seconds: float = 0.0  # of wall-clock time
 
     @staticmethod
     def parse(text: str) -> Interval:
-        """Read ``500`` (optimizer steps) or ``10m`` (minutes).
-
-        Raises:
-            UserError: neither.
-        """
+        """Read ``500`` (optimizer steps) or ``10m`` (minutes); anything else is a ``UserError``."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?|steps?|)", text.strip())
         number, unit = (float(found[1]), found[2]) if found else (0.0, "")
         minutes = unit.startswith("m")
         if number <= 0 or not (minutes or number.is_integer()):
             raise UserError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
         return Interval(seconds=60 * number) if minutes else Interval(steps=int(number))
-
-
-BY_RECALL = Best()
 
 
 class Checkpoints(Checkpoint):
@@ -178,10 +102,8 @@ class Checkpoints(Checkpoint):
         folder: of the checkpoints.
         every: how often within an epoch; None for only at its end.
         keep: how many of the newest states to keep, beside the best one.
-        best_by: by default the best retrieves best on the held-out pairs, and has not the lowest loss: on small sets
-            the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
-            (docs/training.md shows such a run). The best running mean of the weights is best at its own.
-        mean_folder: of the running mean; ``ema`` below the folder where None.
+        best_by: what the best state, and the best EMA at its own, is best at.
+        mean_folder: of the EMA's files; ``ema`` below the folder where None.
     """
 
     def __init__(
@@ -194,31 +116,32 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"
-        self.every = every or Interval()
-        self.keep = keep
-        self.best_by = best_by
+        self.every, self.keep, self.best_by = every or Interval(), keep, best_by
         self.best: float | None = None
         self.best_mean: float | None = None
-        self._best_is_due = self._best_mean_is_due = False
-        self._between_steps = True  # no gradient is pending
-        self._epoch_is_whole = False
+        self._due: set[str] = set()  # which of the two are to be saved
+        self._between_steps, self._epoch_is_whole = True, False
         self._saved_at = 0.0
         self._hosts: Any = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove what a crash while saving has left."""
-        if trainer.is_global_zero:
-            sweep(self.folder)
-            sweep(self.mean_folder)
+    @property
+    def mean_is_better(self) -> bool:
+        """Whether the best EMA has scored better than the best trained weights."""
+        return self.best is not None and self.best_mean is not None and self._is_better(self.best_mean, self.best)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        # What a crash while saving has left.
+        for folder in (self.folder, self.mean_folder) if trainer.is_global_zero else ():
+            sweep(folder)
+
+    @override
+    def on_train_start(self, *_: Any) -> None:
         self._hosts, self._saved_at = host_group(), time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where the interval is over, or the run ends within an epoch; the end of an epoch saves by itself."""
-        self._between_steps = not gradient_pending(trainer, batch_idx)
-        self._epoch_is_whole = last_batch(trainer, batch_idx)
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._between_steps, self._epoch_is_whole = steps_and_ends(trainer, batch_idx)
         if not self._between_steps or self._epoch_is_whole:
             return
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
@@ -229,10 +152,10 @@ class Checkpoints(Checkpoint):
             log_step(trainer)
             self.save(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note a state or a mean that is better than any before; within an epoch it is saved here, else at its end."""
-        value = trainer.callback_metrics.get(self.best_by.figure)
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or value is None:
+    @override
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        figures, name = trainer.callback_metrics, self.best_by.figure
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or name not in figures:
             return
         if not self._between_steps:
             rank_zero_warn(
@@ -240,25 +163,22 @@ class Checkpoints(Checkpoint):
                 "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
-        if self._is_better(value, self.best):
-            self.best, self._best_is_due = float(value), True
-        mean = trainer.callback_metrics.get(of_mean(self.best_by.figure))
-        if mean is not None and self._is_better(mean, self.best_mean):
-            self.best_mean, self._best_mean_is_due = float(mean), True
-        due = self._best_is_due or self._best_mean_is_due or trainer.should_stop
-        if due and not self._epoch_is_whole:
+        for which, figure in (("best", name), ("best_mean", ema_figure(name))):
+            if figure in figures and self._is_better(value := figures[figure].item(), getattr(self, which)):
+                setattr(self, which, value)
+                self._due.add(which)
+        # Within an epoch it is saved here, else at its end.
+        if (self._due or trainer.should_stop) and not self._epoch_is_whole:
             self.save(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save; not where the run ends within an epoch, which Lightning counts as a whole one from here on."""
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        # Not where the run ends within an epoch, which Lightning counts as a whole one from here on.
         if self._epoch_is_whole:
             self.save(trainer)
 
-    def save(self, trainer: L.Trainer) -> Path | None:
-        """Save the state of the run, on all processes; the logs are written out with it.
-
-        Returns:
-            Where; None in a trial run (``fast_dev_run``), which leaves nothing.
+    def save(self, trainer: Trainer) -> Path | None:
+        """Save the state of the run, on all processes; None in a trial run (``fast_dev_run``), which leaves nothing.
 
         Raises:
             UserError: it cannot be written, on all processes; what was there is as it was.
@@ -267,11 +187,11 @@ class Checkpoints(Checkpoint):
             return None
         # A crash before the other names are given leaves an older last.ckpt, from which this state comes again. Were it
         # last.ckpt already, the run that goes on would know of its best state and not have it.
-        target = self.folder / (BEST if self._best_is_due else LAST)
+        target = self.folder / (BEST if "best" in self._due else LAST)
         failure: UserError | None = None
         try:
-            # First, for the same reason: the state knows how good the best mean is.
-            write_mean(trainer, self.mean_folder, self._best_mean_is_due)
+            # First, for the same reason: the state knows how good the best EMA is.
+            self._write_ema(trainer)
             trainer.save_checkpoint(target, weights_only=False)
         except UserError as error:
             failure = error
@@ -279,45 +199,60 @@ class Checkpoints(Checkpoint):
             trainer.strategy.barrier()
         if trainer.is_global_zero and failure is None:
             try:
-                self._name(target, trainer.global_step)
+                self._give_names(target, trainer.global_step)
             except OSError as error:
                 failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is whole.")
         if largest([int(failure is not None)], self._hosts)[0]:
             raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
-        self._best_is_due = self._best_mean_is_due = False
+        self._due.clear()
         self._saved_at = time.monotonic()
         return self.folder / LAST
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return {"best": self.best, "best_mean": self.best_mean}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.best, self.best_mean = state_dict["best"], state_dict.get("best_mean")
 
-    @property
-    def mean_is_better(self) -> bool:
-        """Whether the best running mean has scored better than the best trained weights."""
-        if self.best is None or self.best_mean is None:
-            return False
-        return self._improves(self.best_mean, self.best)
+    def _is_better(self, value: float, best: float | None) -> bool:
+        better = best is None or (value < best if self.best_by.lowest else value > best)
+        return math.isfinite(value) and better
 
-    def _is_better(self, value: Tensor, best: float | None) -> bool:
-        return bool(value.isfinite()) and (best is None or self._improves(float(value), best))
+    def _write_ema(self, trainer: Trainer) -> None:
+        """Write a model whose weights are the EMA's; nothing where the run has none. Called on all processes."""
+        module: Any = trainer.lightning_module
+        if getattr(module, "ema", None) is None:
+            return
+        kept = {name: value for name, value in module.state_dict().items() if name.partition(".")[0] not in OF_RUN}
+        checkpoint = {
+            "epoch": trainer.current_epoch,
+            "global_step": trainer.global_step,
+            LIGHTNING: lightning.__version__,
+            "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
+            module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
+            RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},
+        }
+        module.on_save_checkpoint(checkpoint)
+        if not trainer.is_global_zero:
+            return
+        last, best = self.mean_folder / LAST, self.mean_folder / BEST
+        AtomicCheckpointIO().save_checkpoint(checkpoint, last)
+        if "best_mean" in self._due:
+            try:
+                link(last, best)
+            except OSError as error:
+                raise UserError(f"{best}: {error.strerror}. {last} is whole.") from error
 
-    def _improves(self, value: float, best: float) -> bool:
-        return value < best if self.best_by.lowest else value > best
-
-    def _name(self, target: Path, step: int) -> None:
-        """Give a new file its other names, and delete what is older than the newest few."""
+    def _give_names(self, target: Path, step: int) -> None:
+        # The other names of a new file; then what is older than the newest few is deleted.
         for name in (LAST, f"step-{step:08}.ckpt"):
             if name != target.name:
                 link(target, self.folder / name)
-        found = ((re.fullmatch(r"step-(\d{8,})\.ckpt", file.name), file) for file in self.folder.iterdir())
-        numbered = {int(match[1]): file for match, file in found if match}
+        names = (re.fullmatch(r"step-(\d{8,})\.ckpt", file.name) for file in self.folder.iterdir())
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
-        for number in sorted(number for number in numbered if number <= step)[: -self.keep]:
-            numbered[number].unlink(missing_ok=True)
+        for number in sorted(int(name[1]) for name in names if name and int(name[1]) <= step)[: -self.keep]:
+            (self.folder / f"step-{number:08}.ckpt").unlink(missing_ok=True)

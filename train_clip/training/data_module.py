@@ -12,22 +12,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.sampler import GlobalBatchSampler
 from train_clip.data.samples import (
-    Augmentation,
     BatchTokenizer,
     Collate,
+    GlobalBatchSampler,
     TrainingPairs,
     ValidationPairs,
     available_cores,
 )
-from train_clip.data.scan import PairBy, Scan
-from train_clip.data.source import scan_source
+from train_clip.data.scan import Scan, scan_source
 from train_clip.data.split import require_share, split_pairs
-from train_clip.data.table import Columns, scan_table
+from train_clip.data.table import scan_table
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
+from train_clip.options import PairBy, SourceOptions
 from train_clip.training.lightning_internals import resuming
 from train_clip.training.signals import end_loaders_at_exit, outlive_the_first_signal
 
@@ -108,14 +107,17 @@ class TextImageDataModule(L.LightningDataModule):
             if not right:
                 raise UserError(message)
         self.folder = None if folder is None else Path(folder)
-        self.table = None if pairs is None else Path(pairs)
         self.val_table = None if val_pairs is None else Path(val_pairs)
-        self.columns = Columns(image_column, caption_column)
-        self.pair_by: PairBy = pair_by
+        self.options = SourceOptions(
+            pairs=None if pairs is None else Path(pairs),
+            image_column=image_column,
+            caption_column=caption_column,
+            pair_by=pair_by,
+        )
         self.max_bad = max_bad
         self.wanted_batch_size = self.batch_size = batch_size
         self.num_workers = num_workers
-        self.augmentation = Augmentation(image_size, resize_ratio, seed)
+        self.image_size, self.resize_ratio, self.seed = image_size, resize_ratio, seed
         self.shuffle = shuffle
         self.val_share = 0.0 if val_pairs is not None else val_share
         self.collate = Collate(_tokenizer(custom_tokenizer, context_length))
@@ -126,10 +128,10 @@ class TextImageDataModule(L.LightningDataModule):
         """Find the pairs, the first time, and settle the batch size for the number of processes, each time."""
         scan = None
         if not self.training_pairs:
-            scan = scan_source(self.folder, self.table, self.columns, self.pair_by).require_pairs()
+            scan = scan_source(self.folder, self.options).require_pairs()
             self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.val_share)
             if self.val_table is not None:
-                self.validation_pairs = scan_table(self.val_table, self.columns).require_pairs().pairs
+                self.validation_pairs = scan_table(self.val_table, self.options).require_pairs().pairs
             self._names = pair_names(self.training_pairs)
         processes = self._process()[1]
         self.batch_size = fit_batch_size(self.wanted_batch_size, len(self.training_pairs), processes, self.source)
@@ -139,22 +141,20 @@ class TextImageDataModule(L.LightningDataModule):
     @property
     def source(self) -> Path:
         """The folder or the table."""
-        return self.folder or self.table or Path()
+        return self.folder or self.options.pairs or Path()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Global batches of fixed size, this process's share."""
-        dataset = TrainingPairs(self.training_pairs, self.augmentation)
+        dataset = TrainingPairs(self.training_pairs, self.image_size, self.resize_ratio, self.seed)
         process = self._process()
-        sampler = GlobalBatchSampler(
-            dataset, self.batch_size, self._consumed_batches, self.shuffle, self.augmentation.seed, process
-        )
+        sampler = GlobalBatchSampler(dataset, self.batch_size, self._consumed_batches, self.shuffle, self.seed, process)
         return self._loader(dataset, sampler=sampler, batch_size=self.batch_size // process[1], drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The held-out pairs in order; Lightning shares them among the processes. Nothing where none are held out."""
         if not self.validation_pairs:
             return []
-        dataset = ValidationPairs(self.validation_pairs, self.augmentation.size)
+        dataset = ValidationPairs(self.validation_pairs, self.image_size)
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,10 +162,10 @@ class TextImageDataModule(L.LightningDataModule):
         return {
             "batch_size": self.batch_size,
             "pairs": len(self.training_pairs),
-            "seed": self.augmentation.seed,
+            "seed": self.seed,
             "shuffle": self.shuffle,
             "val_share": self.val_share,
-            "resize_ratio": self.augmentation.resize_ratio,
+            "resize_ratio": self.resize_ratio,
             "names": self._names,
         }
 

@@ -1,55 +1,142 @@
-"""The progress display: one bar over the whole run on a terminal, a line now and then in a file.
-
-How fast the run goes.
-
-The run's curves as a picture, drawn from ``metrics.csv``.
-
-The run's figures as ``metrics.csv``, one file for a run however often it was interrupted.
-"""
+"""What a run shows: its progress, its speed, its figures as ``metrics.csv``, and their curves as a picture."""
 
 from __future__ import annotations
 
 import csv
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import override
 
 from train_clip.errors import UserError
-from train_clip.files import replacing
-from train_clip.training.ema import of_mean
+from train_clip.files import replacing, sweep
+from train_clip.training.ema import ema_figure
+
+METRICS = Path("logs", "metrics.csv")  # within a run's folder
+
+REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
+LINE_SECONDS = 15.0  # between lines where there is no terminal
+
+# What is shown, in this order: logged names, and their labels and formats.
+FIGURES = {
+    "train/loss": "loss {:.3f}",
+    "train/distillation_loss": "distillation {:.3f}",
+    "train/accuracy_image_to_text": "i→t {:.1%}",
+    "train/accuracy_text_to_image": "t→i {:.1%}",
+    "train/logit_scale": "scale {:.1f}",
+    "train/learning_rate": "lr {:.1e}",
+    "train/pairs_per_second": "pairs/s {:,.0f}",
+}
+VALIDATION_FIGURES = {
+    "val/loss": "loss {:.3f}",
+    "val/R@1_image_to_text": "R@1 i→t {:.1%}",
+    "val/R@5_image_to_text": "R@5 i→t {:.1%}",
+    "val/R@1_text_to_image": "R@1 t→i {:.1%}",
+    "val/R@5_text_to_image": "R@5 t→i {:.1%}",
+}
+# One panel each: its title, and the logged names with their labels.
+PANELS = {
+    "loss": {
+        "train/loss": "training batch",
+        "train/distillation_loss": "of it, distillation",
+        "val/loss": "held out, contrastive",
+        "val_ema/loss": "likewise, EMA",
+    },
+    "accuracy within the batch": {
+        "train/accuracy_image_to_text": "image → text",
+        "train/accuracy_text_to_image": "text → image",
+    },
+    "retrieval, held out": {
+        "val/R@1_image_to_text": "R@1 image → text",
+        "val/R@1_text_to_image": "R@1 text → image",
+        "val/R@5_image_to_text": "R@5 image → text",
+        "val/R@5_text_to_image": "R@5 text → image",
+        "val_ema/R@1_image_to_text": "R@1 image → text, EMA",
+        "val_ema/R@1_text_to_image": "R@1 text → image, EMA",
+    },
+    "learning rate": {"train/learning_rate": ""},
+}
 
 
-class Throughput(L.Callback):
+class RunProgress(Callback):
+    """Figures, pairs/s and the time left: a bar over the whole run on a terminal, a line now and then in a file."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        # The time left stands before the figures, which a narrow terminal cuts at their end.
+        columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
+        in_file = not self.console.is_terminal
+        self.progress = Progress(*columns, console=self.console, refresh_per_second=4, disable=in_file)
+        self.last_shown = 0.0
+
+    @override
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
+        total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        self.progress.add_task("", total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        if trainer.is_global_zero:
+            self.progress.start()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        (task,), now, in_file = self.progress.tasks, time.perf_counter(), self.progress.disable
+        self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
+            self.last_shown, task.description = now, _figures(trainer, FIGURES)
+            if in_file:
+                done, left = (column.render(task) for column in (MofNCompleteColumn(), TimeRemainingColumn()))
+                self._say(f"batch {str(done).strip()}  {task.description}  {left} left")
+
+    @override
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
+            of_ema = {ema_figure(name): form for name, form in VALIDATION_FIGURES.items()}
+            for what, names in {"held out": VALIDATION_FIGURES, "EMA": of_ema}.items():
+                if figures := _figures(trainer, names):
+                    self._say(f"{where}, {what}:  {figures}")
+
+    @override
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.progress.stop()
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        # The message is to stand alone.
+        self.progress.stop()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _figures(trainer: Trainer, figures: dict[str, str]) -> str:
+    known = trainer.callback_metrics
+    return "  ".join(form.format(known[name].item()) for name, form in figures.items() if name in known)
+
+
+class Throughput(Callback):
     """Logs ``train/pairs_per_second``: pairs of the global batch over wall-clock time, since the last reading.
 
     Time spent in validation is left out.
     """
 
-    def __init__(self) -> None:
-        self.pairs = 0
-        self.started = 0.0
+    pairs, started = 0, 0.0
 
+    @override
     def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock where it stands still."""
         self.started = self.started or time.perf_counter()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        *_: Any,
-    ) -> None:
-        """Count, and log on the steps that reach a logger."""
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.pairs += len(batch[0]) * trainer.world_size
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
@@ -57,280 +144,118 @@ class Throughput(L.Callback):
             pl_module.log("train/pairs_per_second", self.pairs / elapsed, batch_size=len(batch[0]))
             self.pairs, self.started = 0, time.perf_counter()
 
+    @override
     def on_validation_start(self, *_: Any) -> None:
-        """Stop the clock."""
         self.pairs, self.started = 0, 0.0
 
 
-# One panel each: its title, and the logged names with their labels.
-PANELS = (
-    (
-        "loss",
-        (
-            ("train/loss", "training batch"),
-            ("train/distillation_loss", "of it, distillation"),
-            ("val/loss", "held out, contrastive"),
-            ("val_ema/loss", "likewise, running mean"),
-        ),
-    ),
-    (
-        "accuracy within the batch",
-        (("train/accuracy_image_to_text", "image → text"), ("train/accuracy_text_to_image", "text → image")),
-    ),
-    (
-        "retrieval, held out",
-        (
-            ("val/R@1_image_to_text", "R@1 image → text"),
-            ("val/R@1_text_to_image", "R@1 text → image"),
-            ("val/R@5_image_to_text", "R@5 image → text"),
-            ("val/R@5_text_to_image", "R@5 text → image"),
-            ("val_ema/R@1_image_to_text", "R@1 image → text, running mean"),
-            ("val_ema/R@1_text_to_image", "R@1 text → image, running mean"),
-        ),
-    ),
-    ("learning rate", (("train/learning_rate", ""),)),
-)
-
-
-class Curves(L.Callback):
-    """Draws ``curves.png`` at the end of the run and after each validation.
+class MetricsLog(Logger):
+    """``logs/metrics.csv``: a row for each logged step, written at once; a resumed run goes on in it.
 
     Args:
-        target: the picture.
-    """
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw what there is."""
-        if not trainer.sanity_checking:
-            self._draw(trainer)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the whole run."""
-        self._draw(trainer)
-
-    def _draw(self, trainer: L.Trainer) -> None:
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, CSVLogger):
-                logger.save()
-                metrics = Path(logger.log_dir) / "metrics.csv"
-                if metrics.is_file():
-                    draw_curves(metrics, self.target)
-
-
-def draw_curves(metrics: Path, target: Path) -> None:
-    """Plot a CSV log.
-
-    Args:
-        metrics: a ``CSVLogger``'s file: a column ``step``, and one for each logged name.
-        target: the PNG to write.
-    """
-    # Matplotlib takes half a second to import: only where a picture is drawn. The object-oriented interface needs no
-    # display and leaves a notebook's figures alone.
-    from matplotlib.figure import Figure
-
-    series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-    with metrics.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name != "step":
-                    series[name][0].append(int(row["step"]))
-                    series[name][1].append(float(value))
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes: Any = figure.subplots(2, 2)
-    for panel, (title, lines) in zip(axes.flat, PANELS, strict=True):
-        panel.set_title(title)
-        panel.set_xlabel("optimizer step")
-        panel.grid(alpha=0.3)
-        for name, label in lines:
-            if name in series:
-                held_out = name.startswith("val")
-                panel.plot(*series[name], label=label, marker="." if held_out else None, linewidth=1.2)
-        if any(label for _, label in lines) and panel.lines:
-            panel.legend()
-    with replacing(target) as beside:
-        figure.savefig(beside, dpi=110, format="png")
-
-
-class MetricsLog(CSVLogger):
-    """Lightning's ``CSVLogger``, which would delete an earlier file; this one goes on in it.
-
-    Args:
-        folder: of the run; the file is ``logs/metrics.csv`` in it.
+        folder: of the run.
         first_step: optimizer steps that the run has done. Rows from there on are dropped: they are of steps that were
             lost, and come again.
     """
 
+    name, version = "", ""
+
     def __init__(self, folder: Path, first_step: int) -> None:
-        super().__init__(folder, name="", version="logs", flush_logs_every_n_steps=1)
+        super().__init__()
+        self.file = Path(folder, METRICS)
         self._first_step = first_step
-        self._newest: tuple[int | None, frozenset[str]] = (None, frozenset())
+        self._columns: list[str] = []
+        self._newest: dict[str, Any] = {}
 
     @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The writer; the first time it takes over the earlier rows."""
-        if self._experiment is not None:
-            return self._experiment
-        file, aside = (Path(self.log_dir) / name for name in ("metrics.csv", "metrics-before.csv"))
-        # Lightning deletes metrics.csv: it is put aside until its rows are safe again, also from a crash in between.
-        if file.is_file() and not aside.is_file():
-            file.replace(aside)
-        writer = super().experiment
-        writer.metrics = _rows(aside, self._first_step)
-        writer.save()
-        aside.unlink(missing_ok=True)
-        return writer
+    @override
+    def save_dir(self) -> str:
+        return str(self.file.parent)
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Write a row; one that was written just now, ahead of its time (``log_step``), is not written again."""
-        newest = (step, frozenset(metrics))
-        if newest != self._newest:
-            super().log_metrics(metrics, step)
-        self._newest = newest
+    @override
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        # They are in config.yaml.
+        pass
 
-    def save(self) -> None:
-        """Write out what there is.
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write a row, unless it was written just now, ahead of its time (``log_step``).
 
         Raises:
             UserError: the file cannot be written.
         """
+        row = metrics | {"step": step}
+        if row["step"] == self._newest.get("step") and row.keys() == self._newest.keys():
+            return
         try:
-            super().save()
+            if row.keys() - set(self._columns):
+                sweep(self.file.parent)
+                earlier = read_metrics(self.file)
+                if not self._columns:
+                    earlier = [one for one in earlier if int(one["step"]) < self._first_step]
+                self._columns = sorted({*row, *(name for one in earlier for name in one)})
+                with replacing(self.file) as beside:
+                    self._write(beside, [dict(zip(self._columns, self._columns, strict=True)), *earlier, row])
+            else:
+                self._write(self.file, [row])
         except OSError as error:
             raise UserError(
-                f"{self.log_dir}/metrics.csv: cannot be written ({error.strerror}). Free space, or the permission to "
-                "write there, and resume the run."
+                f"{self.file}: cannot be written ({error.strerror}). Free space, or the permission to write there, and "
+                "resume the run."
             ) from error
+        self._newest = row
+
+    def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
+        with file.open("a", encoding="utf-8", newline="") as log:
+            csv.DictWriter(log, self._columns).writerows(rows)
 
 
-def _rows(file: Path, before: int) -> list[dict[str, Any]]:
-    """The rows of an earlier file up to a step, without their empty cells."""
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics log without their empty cells; none where there is no file.
+
+    A last row that a crash has cut short is left out.
+    """
     if not file.is_file():
         return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(lines)]
-    # A crash may have cut the last row short.
-    return [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < before]
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    rows = ({name: value for name, value in row.items() if name and value} for row in csv.DictReader(whole))
+    return [row for row in rows if row.get("step", "").isdigit()]
 
 
-REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
-LINE_SECONDS = 15.0  # between lines where there is no terminal
+class Curves(Callback):
+    """Draws a run's ``curves.png`` after each validation and at its end."""
 
-# What is shown, in this order: label, logged name, format.
-FIGURES = (
-    ("loss", "train/loss", ".3f"),
-    ("distillation", "train/distillation_loss", ".3f"),
-    ("i→t", "train/accuracy_image_to_text", ".1%"),
-    ("t→i", "train/accuracy_text_to_image", ".1%"),
-    ("scale", "train/logit_scale", ".1f"),
-    ("lr", "train/learning_rate", ".1e"),
-    ("pairs/s", "train/pairs_per_second", ",.0f"),
-)
-VALIDATION_FIGURES = (
-    ("loss", "val/loss", ".3f"),
-    ("R@1 i→t", "val/R@1_image_to_text", ".1%"),
-    ("R@5 i→t", "val/R@5_image_to_text", ".1%"),
-    ("R@1 t→i", "val/R@1_text_to_image", ".1%"),
-    ("R@5 t→i", "val/R@5_text_to_image", ".1%"),
-)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.on_fit_end(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
+            draw_curves(rows, self.folder / "curves.png")
 
 
-class RunProgress(ProgressBar):
-    """Loss, accuracy within the batch both ways, temperature, learning rate, pairs/s and time left."""
+def draw_curves(rows: list[dict[str, str]], target: Path) -> None:
+    """Plot the rows of a metrics log as a PNG."""
+    # Matplotlib takes half a second to import: only where a picture is drawn. The object-oriented interface needs no
+    # display and leaves a notebook's figures alone.
+    from matplotlib.figure import Figure
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.console = Console()
-        self.progress: Progress | None = None
-        self.task = TaskID(0)
-        self.enabled = True
-        self.started = self.last_shown = 0.0
-        self.done_before = 0
-
-    def disable(self) -> None:
-        """Show nothing: Lightning calls this on every process but the first."""
-        self.enabled = False
-
-    def enable(self) -> None:
-        """Show again."""
-        self.enabled = True
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the display."""
-        super().on_train_start(trainer, pl_module)
-        self.started = time.perf_counter()
-        self.done_before = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if self.enabled and self.console.is_terminal:
-            # The time left stands before the figures, which a narrow terminal cuts at their end.
-            columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self.progress = Progress(*columns, console=self.console, refresh_per_second=4)
-            self.progress.start()
-            self.task = self.progress.add_task("", total=_total_batches(trainer), completed=self.done_before)
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *rest: Any) -> None:
-        """Advance; read the figures when they are due."""
-        super().on_train_batch_end(trainer, pl_module, *rest)
-        if not self.enabled:
-            return
-        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        now = time.perf_counter()
-        if self.progress is not None:
-            self.progress.update(self.task, completed=done)
-            if now - self.last_shown > REFRESH_SECONDS:
-                self.last_shown = now
-                self.progress.update(self.task, description=_figures(trainer, FIGURES))
-        elif now - self.last_shown > LINE_SECONDS:
-            self.last_shown = now
-            total = _total_batches(trainer)
-            left = (now - self.started) / max(1, done - self.done_before) * (total - done)
-            self._say(f"batch {done:,}/{total:,}  {_figures(trainer, FIGURES)}  {_clock(left)} left")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the figures of the held-out pairs."""
-        super().on_validation_end(trainer, pl_module)
-        if self.enabled and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
-            where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
-            self._say(f"{where}, held out:  {_figures(trainer, VALIDATION_FIGURES)}")
-            if of_mean("val/loss") in trainer.callback_metrics:
-                figures = tuple((label, of_mean(name), form) for label, name, form in VALIDATION_FIGURES)
-                self._say(f"{where}, running mean:  {_figures(trainer, figures)}")
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Close the display, also after an error."""
-        super().teardown(trainer, pl_module, stage)
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-    def on_exception(self, *_: Any) -> None:
-        """Close the display, so that the message stands alone."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-
-def _total_batches(trainer: L.Trainer) -> int:
-    """Global batches of the whole run."""
-    batches = (
-        trainer.num_training_batches * (trainer.max_epochs or 1) if (trainer.max_epochs or 1) > 0 else float("inf")
-    )
-    if trainer.max_steps > 0:
-        batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
-    return int(batches) if batches < float("inf") else trainer.max_steps
-
-
-def _figures(trainer: L.Trainer, figures: tuple[tuple[str, str, str], ...]) -> str:
-    known = trainer.callback_metrics
-    return "  ".join(f"{label} {known[name].item():{form}}" for label, name, form in figures if name in known)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes: Any = figure.subplots(2, 2)
+    for panel, (title, lines) in zip(axes.flat, PANELS.items(), strict=True):
+        panel.set(title=title, xlabel="optimizer step")
+        panel.grid(alpha=0.3)
+        for name, label in lines.items():
+            if points := [(int(row["step"]), float(row[name])) for row in rows if name in row]:
+                marker = "." if name.startswith("val") else None
+                panel.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
+        if any(lines.values()) and panel.lines:
+            panel.legend()
+    with replacing(target) as beside:
+        figure.savefig(beside, dpi=110, format="png")

@@ -1,6 +1,4 @@
-"""Self-distillation: a teacher that is the running mean of its student, and the term that it adds to the loss.
-
-OTTER, arXiv 2112.09445; numbers from its code (github.com/facebookresearch/OTTER).
+"""Self-distillation from a teacher that is an EMA of its student (OTTER, arXiv 2112.09445, and its code's numbers).
 
 B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
@@ -9,53 +7,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.gather import gather_with_gradient
 from train_clip.losses import Pairs
-from train_clip.losses.distillation import Targets, divergence, softmax_targets, transport_targets
+from train_clip.losses.distillation import Targets, divergence
 from train_clip.models.clip import DualEncoder
-from train_clip.training.ema import RunningMean
+from train_clip.options import DISTILLATION
+from train_clip.training.ema import WeightsEMA
 
 MOMENTUM = 0.999
 INITIAL_LOG_SCALE = 3.9
 MAX_SCALE = 100.0
-TARGETS: dict[str, Callable[[Tensor, Tensor], Targets]] = {
-    "transport": transport_targets,
-    "softmax": softmax_targets,
-}
-
 MOST_PAIRS = 16_384  # of a global batch
 MATRICES = 12  # of N² float32 that one process holds at its peak (tests/training/test_teacher.py counts them)
 
 
 class Distillation(nn.Module):
-    """The teacher, the temperature of its own that the student has towards it, and the term.
+    """The teacher, the student's temperature towards it, and the term that it adds to the loss.
 
-        L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))
-
-    Args:
-        student: the model that is trained.
-        kind: a key of ``TARGETS``.
+    L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))        Q: one of ``options.DISTILLATION``
     """
 
     def __init__(self, student: DualEncoder, kind: str) -> None:
         super().__init__()
-        self.teacher = RunningMean(student, MOMENTUM)
+        self.teacher = WeightsEMA(student, MOMENTUM)
         self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
-        self._targets = TARGETS[kind]
+        self._targets: Callable[[Tensor, Tensor], Targets] = resolve_name(DISTILLATION[kind])
 
+    @override
     def forward(self, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
-        """The term of this process's rows: () float32 or wider.
-
-        Args:
-            pairs: of the student.
-            images: (B, D) float, unit norm: the teacher's, of this process.
-            texts: (B, D) float, unit norm: likewise.
-        """
+        # The student's pairs and the teacher's embeddings, (B, D) and of unit norm, of this process → () float32.
         targets = self._targets(gather_with_gradient(images), gather_with_gradient(texts))
         own = slice(pairs.offset, pairs.offset + len(images))
         scale = self.log_scale.exp()
@@ -71,14 +58,7 @@ class Distillation(nn.Module):
 
 
 def require_room(num_pairs: int) -> None:
-    """Refuse a batch whose similarity matrices are too large to be held whole, as targets need them.
-
-    Args:
-        num_pairs: N.
-
-    Raises:
-        UserError: it has more than ``MOST_PAIRS``.
-    """
+    """Refuse a global batch of more than ``MOST_PAIRS``: targets need its matrices of similarities whole."""
     if num_pairs > MOST_PAIRS:
         gib = MATRICES * 4 * num_pairs**2 / 2**30
         raise UserError(

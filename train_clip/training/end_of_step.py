@@ -1,13 +1,12 @@
 """What happens around a step, in this order.
 
-update, clamp, running means (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks,
-which Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
+update, clamp, EMA (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks, which
+Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
 
-Keeps a step whose loss or gradient is not finite from changing anything, and a run from going on after it.
-
-The update is held back on the device, by the ``found_inf`` that PyTorch's fused optimizers take, and the flag is read
-where that costs nothing: at once on a CPU; on a GPU when figures are logged, and before anything is saved. Under
-16-mixed the gradient scaler skips such steps by itself, as it must while it looks for a scale: there they are counted.
+A step whose loss or gradient is not finite changes nothing, and no run goes on after it. The update is held back on the
+device, by the ``found_inf`` that PyTorch's fused optimizers take, and the flag is read where that costs nothing: at
+once on a CPU; on a GPU when figures are logged, and before anything is saved. Under 16-mixed the gradient scaler skips
+such steps by itself, as it must while it looks for a scale: there they are counted.
 """
 
 from __future__ import annotations
@@ -16,29 +15,161 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.gather import host_group, largest, on_any
+from train_clip.training import lightning_internals as internals
 from train_clip.training.checkpoints import Checkpoints
-from train_clip.training.lightning_internals import (
-    begin_next_epoch,
-    gradient_pending,
-    gradient_scaler,
-    last_batch,
-    log_step,
-)
 from train_clip.training.signals import Stopped, StopSignals
 
 MOST_SKIPPED = 20  # steps in a row; each halves the scaler's scale, which starts at 65,536
+READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
+
+UNEVEN_SHARES = (
+    "The processes bring from {least:,} to {most:,} pairs to one batch; expected the same of each. Drop the "
+    "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data set, no sampler of yours)."
+)
+UNEVEN_EPOCHS = UNEVEN_SHARES.replace("pairs to one batch", "batches to one epoch")
+OTHER_CHECKPOINTS = (
+    "The processes go on from different checkpoints, after {least:,} to {most:,} batches. Name the checkpoint: "
+    "--resume RUN/checkpoints/last.ckpt."
+)
+
+
+class EndOfStep(Callback):
+    """Counts the global batches that have been trained on, watches over the steps, and ends a run on a signal.
+
+    The count, which is the position in the data, is part of a run, not of a model: a checkpoint restores it only where
+    the run is resumed from it (``fit(ckpt_path=…)``), and every other ``fit`` starts at 0.
+    """
+
+    def __init__(self) -> None:
+        self.consumed_batches = 0
+        self.num_steps = 0  # optimizer steps of the whole run
+        self.finite = FiniteSteps()
+        self.signals = StopSignals()
+        self._scaler: Any = None
+        self._epoch_is_whole = False
+        self._hosts: Any = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        # Lightning restores a resumed run's count after this.
+        if stage == "fit":
+            self.consumed_batches = self.num_steps = 0
+            self.finite, self.signals = FiniteSteps(), StopSignals()
+
+    @override
+    def on_sanity_check_start(self, *_: Any) -> None:
+        # From Lightning, which gives them back at the end.
+        self.signals.install()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.signals.install()
+        internals.begin_next_epoch(trainer)
+        self._hosts, self._scaler = host_group(), internals.gradient_scaler(trainer)
+        self.finite.keep_statistics(pl_module)
+        if trainer.num_training_batches < float("inf"):
+            self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
+        self.require_equal_shares(self.consumed_batches, OTHER_CHECKPOINTS)
+        length = trainer.estimated_stepping_batches
+        before, self.num_steps = self.num_steps, 0 if length == float("inf") else int(length)
+        if before and before != self.num_steps:
+            self._follow_length(trainer, before)
+
+    def require_equal_shares(self, number: int, message: str = UNEVEN_SHARES) -> None:
+        """Stop, on all processes, where they hold unequal shares of a batch: embeddings are gathered by equal ones."""
+        most, negative_least = largest([number, -number], self._hosts)
+        if most != -negative_least:
+            raise UserError(message.format(least=-negative_least, most=most))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.finite.before_update(optimizer, self._scaler, self.consumed_batches + 1)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.consumed_batches += 1
+        steps, self._epoch_is_whole = internals.steps_and_ends(trainer, batch_idx)
+        if not steps:
+            return
+        if self._scaler is not None:
+            self.finite.keep_statistics(pl_module)
+        if trainer.global_step % (trainer.log_every_n_steps or READ_EVERY) == 0:  # type: ignore[attr-defined]
+            self.finite.read()
+        # An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits.
+        if not self._epoch_is_whole:
+            self._stop_if_asked(trainer, within_epoch=True)
+
+    @override
+    def on_validation_start(self, *_: Any) -> None:
+        # No model is scored whose step went wrong.
+        self.finite.read()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        # A run that ends within an epoch is over.
+        if self._epoch_is_whole:
+            self._stop_if_asked(trainer, within_epoch=False)
+
+    @override
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step < self.num_steps:
+            rank_zero_info(
+                f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the "
+                "learning rate reached its end: one of the Trainer's other limits ended it (--max_time, early "
+                "stopping, a loader that ran out)."
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        # Lightning gives the model back at the end of training, but not after an error.
+        pl_module.teardown("fit")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed_batches": self.consumed_batches, "num_steps": self.num_steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.consumed_batches, self.num_steps = state_dict["consumed_batches"], state_dict.get("num_steps", 0)
+
+    def _follow_length(self, trainer: Trainer, before: int) -> None:
+        if self.num_steps <= trainer.global_step:
+            raise UserError(
+                f"The run has done {trainer.global_step:,} optimizer steps of {before:,}, and is to take "
+                f"{self.num_steps:,}: nothing is left, the learning rate is 0. Give more --epochs or --max_steps, or "
+                "the earlier --accumulate_grad_batches."
+            )
+        for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if isinstance(schedule, LambdaLR):
+                for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                    group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
+        rank_zero_info(
+            f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
+            f"{trainer.global_step:,} on the learning rate follows the new length."
+        )
+
+    def _stop_if_asked(self, trainer: Trainer, within_epoch: bool) -> None:
+        number = largest([self.signals.received], self._hosts)[0]
+        if number:
+            saved = save_now(trainer, within_epoch)
+            rank_zero_info(
+                f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
+                + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
+            )
+            internals.release_children(trainer)
+            raise Stopped(128 + number)
 
 
 class FiniteSteps:
@@ -52,14 +183,7 @@ class FiniteSteps:
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def note_loss(self, loss: Tensor) -> Tensor:
-        """Take note of a batch's loss, and see to it that one that is not finite gives gradients that are not.
-
-        Args:
-            loss: () float.
-
-        Returns:
-            The same value with the same gradient, bit for bit, where it is finite.
-        """
+        """Take note of a batch's loss, () float, and see to it that one that is not finite has no finite gradient."""
         value = loss.detach().float()
         self._losses.append(value)
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
@@ -70,15 +194,11 @@ class FiniteSteps:
         self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def before_update(self, optimizer: torch.optim.Optimizer, scaler: Any, batch: int) -> None:
-        """Look at a step's gradient, between the backward pass and the update.
-
-        Args:
-            optimizer: about to step.
-            scaler: of the gradient, unscaled by now; None without one.
-            batch: number of the step's last batch, from 1, for the message.
+        """Look at a step's gradient, unscaled by now, between the backward pass and the update.
 
         Raises:
-            UserError: the step is not finite, where that is known at once, or too many were skipped.
+            UserError: the step is not finite, where that is known at once, or too many were skipped; with the number of
+                its last batch, from 1.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = get_total_norm(gradients)
@@ -97,11 +217,7 @@ class FiniteSteps:
             optimizer.found_inf = (self._report[0] > 0).float()  # type: ignore[attr-defined]
 
     def read(self) -> None:
-        """Read the flag, which waits for the device.
-
-        Raises:
-            UserError: a step was not finite.
-        """
+        """Read the flag, which waits for the device; a ``UserError`` where a step was not finite."""
         batch, loss = self._report.tolist()
         if batch:
             raise UserError(
@@ -112,7 +228,7 @@ class FiniteSteps:
             )
 
     def _count(self, bad: bool, scaler: Any, batch: int) -> None:
-        """Count a step that the scaler skips, and undo what its forward pass did to running statistics."""
+        # The scaler skips a bad step; what its forward pass did to running statistics is undone.
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if not bad:
             return
@@ -133,180 +249,13 @@ def known_at_once(flag: Tensor) -> bool:
     return flag.is_cpu
 
 
-READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
-
-UNEVEN_SHARES = (
-    "The processes bring from {least:,} to {most:,} pairs to one batch; expected the same of each. Drop the "
-    "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data set, no sampler of yours)."
-)
-UNEVEN_EPOCHS = UNEVEN_SHARES.replace("pairs to one batch", "batches to one epoch")
-OTHER_CHECKPOINTS = (
-    "The processes go on from different checkpoints, after {least:,} to {most:,} batches. Name the checkpoint: "
-    "--resume RUN/checkpoints/last.ckpt."
-)
-
-
-class EndOfStep(L.Callback):
-    """Counts the global batches that have been trained on, watches over the steps, and ends a run on a signal.
-
-    The count, which is the position in the data, is part of a run, not of a model: a checkpoint restores it only where
-    the run is resumed from it (``fit(ckpt_path=…)``), and every other ``fit`` starts at 0.
-    """
-
-    def __init__(self) -> None:
-        self.consumed_batches = 0
-        self.num_steps = 0  # optimizer steps of the whole run
-        self.finite = FiniteSteps()
-        self.signals = StopSignals()
-        self._epoch_is_whole = False
-        self._hosts: Any = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start at 0; Lightning restores a resumed run's count after this."""
-        if stage == "fit":
-            self.consumed_batches = self.num_steps = 0
-            self.finite, self.signals = FiniteSteps(), StopSignals()
-
-    def on_sanity_check_start(self, *_: Any) -> None:
-        """Take over the signals from Lightning, which gives them back at the end."""
-        self.signals.install()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals; see to it that all processes train on the same; follow the length of the run."""
-        self.signals.install()
-        begin_next_epoch(trainer)
-        self._hosts = host_group()
-        self.finite.keep_statistics(pl_module)
-        if trainer.num_training_batches < float("inf"):
-            self._require_equal(int(trainer.num_training_batches), UNEVEN_EPOCHS)
-        self._require_equal(self.consumed_batches, OTHER_CHECKPOINTS)
-        length = trainer.estimated_stepping_batches
-        before, self.num_steps = self.num_steps, 0 if length == float("inf") else int(length)
-        if before and before != self.num_steps:
-            if self.num_steps <= trainer.global_step:
-                raise UserError(
-                    f"The run has done {trainer.global_step:,} optimizer steps of {before:,}, and is to take "
-                    f"{self.num_steps:,}: nothing is left, the learning rate is 0. Give more --epochs or "
-                    "--max_steps, or the earlier --accumulate_grad_batches."
-                )
-            for config in trainer.lr_scheduler_configs:
-                set_rates(config.scheduler)
-            rank_zero_info(
-                f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
-                f"{trainer.global_step:,} on the learning rate follows the new length."
-            )
-
-    def require_equal_shares(self, length: int) -> None:
-        """Stop, on all processes, where they hold unequal shares of a batch: the gathered embeddings need equal ones.
-
-        Args:
-            length: pairs of this process.
-
-        Raises:
-            UserError: they differ.
-        """
-        self._require_equal(length, UNEVEN_SHARES)
-
-    def on_before_optimizer_step(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        optimizer: Any,
-    ) -> None:
-        """Let nothing that is not finite through."""
-        self.finite.before_update(optimizer, gradient_scaler(trainer), self.consumed_batches + 1)
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Advance; with no gradient pending read the flags, and stop where a signal asks for it.
-
-        An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits for them.
-        """
-        self.consumed_batches += 1
-        self._epoch_is_whole = last_batch(trainer, batch_idx)
-        if gradient_pending(trainer, batch_idx):
-            return
-        if gradient_scaler(trainer) is not None:
-            self.finite.keep_statistics(pl_module)
-        every = trainer.log_every_n_steps or READ_EVERY  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
-            self.finite.read()
-        if not self._epoch_is_whole:
-            self._stop_if_asked(trainer, within_epoch=True)
-
-    def on_validation_start(self, *_: Any) -> None:
-        """Score no model whose step went wrong."""
-        self.finite.read()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop here if it was asked for in the last batch or validation; a run that ends within an epoch is over."""
-        if self._epoch_is_whole:
-            self._stop_if_asked(trainer, within_epoch=False)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say it where the run is over before the learning rate is."""
-        if trainer.global_step < self.num_steps:
-            rank_zero_info(
-                f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the "
-                "learning rate reached its end: one of the Trainer's other limits ended it (--max_time, early "
-                "stopping, a loader that ran out)."
-            )
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the model back as at the end of training, which Lightning does not after an error."""
-        pl_module.teardown("fit")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"consumed_batches": self.consumed_batches, "num_steps": self.num_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.consumed_batches = state_dict["consumed_batches"]
-        self.num_steps = state_dict.get("num_steps", 0)
-
-    def _require_equal(self, number: int, message: str) -> None:
-        """Stop with a message, on all processes, where a number is not the same on each."""
-        most, negative_least = largest([number, -number], self._hosts)
-        if most != -negative_least:
-            raise UserError(message.format(least=-negative_least, most=most))
-
-    def _stop_if_asked(self, trainer: L.Trainer, within_epoch: bool) -> None:
-        number = largest([self.signals.received], self._hosts)[0]
-        if not number:
-            return
-        saved = save_now(trainer, within_epoch)
-        rank_zero_info(
-            f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
-            + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
-        )
-        release_children(trainer)
-        raise Stopped(number)
-
-
-def set_rates(schedule: Any) -> None:
-    """Give an optimizer the rates of its schedule's place, where what was restored are those of another schedule."""
-    if isinstance(schedule, LambdaLR):
-        groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        for group, peak, share in groups:
-            group["lr"] = peak * share(schedule.last_epoch)
-
-
-def save_now(trainer: L.Trainer, within_epoch: bool) -> Path | None:
+def save_now(trainer: Trainer, within_epoch: bool) -> Path | None:
     """Save the state of the run beside its other checkpoints, on all processes; None where it has none.
 
-    Args:
-        trainer: no gradient of its may be pending.
-        within_epoch: whether the figures of the last step are still to be logged.
+    No gradient may be pending. Within an epoch the figures of the last step are still to be logged.
     """
     if within_epoch:
-        log_step(trainer)
+        internals.log_step(trainer)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, Checkpoints):
             return callback.save(trainer)
@@ -320,9 +269,3 @@ def save_now(trainer: L.Trainer, within_epoch: bool) -> Path | None:
             trainer.save_checkpoint(path, weights_only=False)
             return path
     return None
-
-
-def release_children(trainer: L.Trainer) -> None:
-    """Keep Lightning from killing this process because those that it started end first, with a code that is not 0."""
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy.launcher.procs.clear()

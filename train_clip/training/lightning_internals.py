@@ -1,24 +1,30 @@
-"""What a Trainer is at, as the callbacks of this package ask it."""
+"""All that reaches into private parts of Lightning, and what the callbacks ask of a Trainer alike."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 
-def resuming(trainer: L.Trainer | None) -> bool:
+def trainer_of(module: LightningModule) -> Any:
+    """The Trainer that a module is attached to, or None, where ``module.trainer`` raises."""
+    return module._trainer
+
+
+def resuming(trainer: Trainer | None) -> bool:
     """Whether a checkpoint that is loaded is one to train on from; validation and ``load_from_checkpoint`` load too."""
     return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
 
-def gradient_scaler(trainer: L.Trainer) -> Any:
+def gradient_scaler(trainer: Trainer) -> Any:
     """The scaler of 16-mixed precision, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def begin_next_epoch(trainer: L.Trainer) -> None:
+def begin_next_epoch(trainer: Trainer) -> None:
     """Where a run is resumed at the end of an epoch, begin with the next one, from ``on_train_start``.
 
     With ``max_steps`` set, Lightning (2.6.6, ``FitLoop.restarting``) takes every epoch for one to be gone on with,
@@ -33,16 +39,19 @@ def begin_next_epoch(trainer: L.Trainer) -> None:
         loop.epoch_loop.reset_restart_stage()
 
 
-def last_batch(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a batch is its epoch's last."""
-    return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+def steps_and_ends(trainer: Trainer, batch_idx: int) -> tuple[bool, bool]:
+    """Whether a batch completes an optimizer step (no gradient is pending), and whether it is its epoch's last."""
+    last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+    # An epoch's last batch always steps.
+    return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0, last
 
 
-def log_step(trainer: L.Trainer) -> None:
+def log_step(trainer: Trainer) -> None:
     """Write a step's figures from ``on_train_batch_end``: Lightning does it after that hook, too late if that ends."""
     trainer._logger_connector.update_train_step_metrics()
 
 
-def gradient_pending(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a batch's gradient waits for others (``accumulate_grad_batches``); an epoch's last batch always steps."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches != 0 and not last_batch(trainer, batch_idx)
+def release_children(trainer: Trainer) -> None:
+    """Keep Lightning from killing this process because those that it started end first, with a code that is not 0."""
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.procs.clear()

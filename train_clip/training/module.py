@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.checkpoints.weights import fill
+from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
 from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
@@ -32,23 +32,15 @@ from train_clip.models.clip import DualEncoder
 from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
 from train_clip.models.switches import compile_tower, patches_to_keep, recompute_blocks, skip_blocks
 from train_clip.options import AugmentationOptions, TrainingOptions
-from train_clip.training.bridge import (
-    WeightsEMA,
-    build_optimizer,
-    ema_figure,
-    require_precision,
-    require_same_arguments,
-    trainer_of,
-    tuning_of,
-    usual_rate,
-)
+from train_clip.training.bridge import require_precision, require_same_arguments, tuning_of
 from train_clip.training.distillation import Distillation, require_room
+from train_clip.training.ema import WeightsEMA, ema_figure
 from train_clip.training.embedding import EmbeddingModule
 from train_clip.training.encode import Towers, share
 from train_clip.training.end_of_step import EndOfStep
 from train_clip.training.half_precision import narrow, widen
-from train_clip.training.lightning_internals import gradient_scaler, resuming
-from train_clip.training.optimizer import cosine_with_warmup, warmup_for
+from train_clip.training.lightning_internals import gradient_scaler, resuming, trainer_of
+from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, usual_rate, warmup_for
 from train_clip.training.skips import SkipReport
 from train_clip.training.tuning import Tuning
 from train_clip.training.validation import ValidationSplit

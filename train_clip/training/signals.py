@@ -17,22 +17,13 @@ GRACE = 10.0  # seconds in which the others may end by themselves
 
 
 class Stopped(SystemExit):
-    """Ends the process as shells report a signal: 143 for SIGTERM, 130 for SIGINT.
-
-    Args:
-        number: the signal's.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
+    """Ends the process with the code that shells report a signal by: 128 and its number, 143 for SIGTERM."""
 
 
 class StopSignals:
     """Notes the first signal, for whoever reads ``received`` at the end of the batch; a second one acts at once."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    received = 0
 
     def install(self) -> None:
         """Take both signals over, in the main thread; elsewhere Python allows no handlers."""
@@ -50,8 +41,8 @@ class StopSignals:
 def end_with_starter() -> None:
     """Of the processes that Lightning starts, end each some seconds after the first one, should that be killed.
 
-    No signal tells them of it, and a process that waits for others, as at the start of a run, would wait for ever. The
-    first process leaves its number in the environment for those that it starts; torchrun looks after its own.
+    No signal tells them of it, and they might wait for ever. The first process leaves its number in the environment;
+    torchrun looks after its own.
     """
     starter = int(os.environ.get(STARTER, os.getpid()))
     if "LOCAL_RANK" not in os.environ or starter == os.getpid():
@@ -68,14 +59,10 @@ def _end_after(starter: int) -> None:
 
 
 def outlive_the_first_signal(_: int) -> None:
-    """For loader processes, which a signal to the whole group reaches too: the batch in hand still needs them.
-
-    A second one ends them, without an error that the process that waits for them would raise.
-    """
+    """For loader processes, which a signal to the group reaches too: the batch needs them. The second one ends them."""
     received: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        """Leave at the second."""
         if received:
             os._exit(0)
         received.append(number)
@@ -86,13 +73,10 @@ def outlive_the_first_signal(_: int) -> None:
 
 @cache
 def end_loaders_at_exit() -> None:
-    """Let a process end while loader processes of its are at work, as where a script leaves a loop half-way.
-
-    Python sends each of them one SIGTERM then, and waits until it has ended.
-    """
+    """Let a process end while its loader processes are at work: Python sends each one SIGTERM, and waits for it."""
 
     def insist() -> None:
-        """Send them more, before: two that come at once count as one."""
+        # More of them, before: two that come at once count as one.
         for child in multiprocessing.active_children():
             while child.daemon and child.is_alive():
                 child.terminate()

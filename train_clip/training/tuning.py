@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train_clip.data.augment import BatchAugmentation
 from train_clip.errors import UserError
+from train_clip.options import AugmentationOptions
 
 CHOICES = {
     "optimizer": ("adamw", "sgd", "muon"),
@@ -51,7 +51,7 @@ class Tuning:
         adam_statistics: what AdamW's two moments are kept in; ``bfloat16`` is rounded by chance (``half_adamw.py``).
         half_weights: towers whose weights are kept in bfloat16 and rounded by chance at each update; ``text`` is the
             paper's (CLIP, section 2.5). Gains and biases stay float32.
-        color_jitter: of the training images; see ``BatchAugmentation`` for this and the next three.
+        color_jitter: of the training images; see ``AugmentationOptions`` for this and the next three.
         grayscale: likewise.
         horizontal_flip: likewise.
         vertical_flip: likewise.
@@ -145,9 +145,9 @@ class Tuning:
         _ = self.augmentation
 
     @property
-    def augmentation(self) -> BatchAugmentation:
+    def augmentation(self) -> AugmentationOptions:
         """What is done to the images of a training batch."""
-        return BatchAugmentation(self.color_jitter, self.grayscale, self.horizontal_flip, self.vertical_flip)
+        return AugmentationOptions.pick(vars(self))
 
     @property
     def keeps_halves(self) -> bool:

@@ -18,12 +18,7 @@ from train_clip.losses.softmax import SOFTMAX
 
 
 class ValidationSplit:
-    """Collects embeddings batch by batch; ``score`` gathers them and starts afresh.
-
-    Args:
-        embed_dim: D.
-        loss: the one that is trained.
-    """
+    """Collects embeddings of width D batch by batch; ``score`` gathers them and starts afresh."""
 
     def __init__(self, embed_dim: int, loss: Loss = SOFTMAX) -> None:
         self._embed_dim = embed_dim
@@ -31,13 +26,9 @@ class ValidationSplit:
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: Sequence[int] = ()) -> None:
-        """Add one process's batch.
+        """Add one process's batch of unit norm, (n, D) float, and (n,) int64, equal for equal captions.
 
-        Args:
-            images: (n, D) float, unit norm.
-            texts: (n, D) float, unit norm.
-            captions: (n,) int64, equal for equal captions.
-            missing: rows that only hold a place, for pairs that could not be read; they are not scored.
+        Rows that are ``missing`` only hold a place, for pairs that could not be read; they are not scored.
         """
         present = torch.ones(len(images), dtype=torch.bool, device=images.device)
         present[list(missing)] = False
@@ -48,8 +39,7 @@ class ValidationSplit:
 
         Args:
             scale: () float, exp of the learned temperature.
-            dataset: what the loader read; where it has a length, repetitions that a sampler added to even out the
-                processes are dropped.
+            dataset: what the loader read; where it has a length, a sampler's repetitions are dropped.
             bias: () float, where the loss has one.
 
         Returns:
@@ -69,42 +59,30 @@ class ValidationSplit:
         images, texts, captions = images[present], texts[present], captions[present]
         if not len(images):
             return {}
-        found = retrieval(images, texts, torch.arange(len(texts), device=texts.device), captions)
-        loss = loss_in_batches(images, texts, lambda pairs: self._loss.of(pairs, scale.float(), bias, False), batch)
-        floor = sum(self._loss.floor(part).item() * len(part) for part in captions.split(batch)) / len(captions)
-        figures = {"val/loss": loss, "val/loss_above_floor": loss - floor}
-        for k in found.image_to_text:
-            figures[f"val/R@{k}_image_to_text"] = found.image_to_text[k]
-            figures[f"val/R@{k}_text_to_image"] = found.text_to_image[k]
-        recalls = [*found.image_to_text.values(), *found.text_to_image.values()]
-        return figures | {"val/mean_recall": sum(recalls) / len(recalls)}
+        rows = torch.arange(len(images), device=images.device)
+        found = retrieval(images, texts, rows, captions)
 
+        def mean(figure: Callable[[Tensor], Tensor]) -> float:
+            return sum(figure(part).item() * len(part) for part in rows.split(batch)) / len(rows)
 
-def loss_in_batches(images: Tensor, texts: Tensor, loss: Callable[[Pairs], Tensor], batch: int) -> float:
-    """Mean over all pairs of their loss among the pairs of their batch.
+        def loss(part: Tensor) -> Tensor:
+            pairs = Pairs(images[part], texts[part], images[part], texts[part])
+            return self._loss.of(pairs, scale.float(), bias, False)
 
-    Args:
-        images: (N, D) float, unit norm.
-        texts: (N, D) float, unit norm.
-        loss: of a batch.
-        batch: pairs of a global batch; the last may hold fewer.
-    """
-    total = 0.0
-    for own_images, own_texts in zip(images.split(batch), texts.split(batch), strict=True):
-        pairs = Pairs(own_images, own_texts, own_images, own_texts)
-        total += loss(pairs).item() * len(own_images)
-    return total / len(images)
+        figures = {"val/loss": mean(loss)}
+        figures["val/loss_above_floor"] = figures["val/loss"] - mean(lambda part: self._loss.floor(captions[part]))
+        recalls = {
+            f"val/R@{k}_{way}": recall
+            for way in ("image_to_text", "text_to_image")
+            for k, recall in getattr(found, way).items()
+        }
+        return figures | recalls | {"val/mean_recall": sum(recalls.values()) / len(recalls)}
 
 
 def interleave(parts: list[Tensor], total: int | None) -> Tensor:
-    """Undo a ``DistributedSampler``: process r of W holds rows r, r + W, r + 2W, … of the split.
+    """Undo a ``DistributedSampler``: process r of W holds rows r, r + W, r + 2W, … of the split's ``total``.
 
-    Args:
-        parts: one tensor a process.
-        total: rows of the split; what follows them is a sampler's padding. None where it is unknown.
-
-    Returns:
-        (N, …) in the split's order. Parts of unequal length come from no such sampler and are joined as they are.
+    Parts of unequal length come from no such sampler and are joined as they are.
     """
     if len({len(part) for part in parts}) > 1:
         return torch.cat(parts)

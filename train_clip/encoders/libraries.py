@@ -1,0 +1,138 @@
+"""Image encoders of timm and torchvision without their classifiers: by name, and from a description."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from train_clip.encoders.encoder import ImageEncoder, Pixels, measured, rebuilt
+from train_clip.errors import UserError, first_line
+
+# Where torchvision's classifiers end; the last nn.Linear below is the one that names the classes.
+HEADS = ("fc", "classifier", "head", "heads")
+
+
+def load_timm(name: str) -> ImageEncoder:
+    """Load a pretrained image encoder, such as resnet50, vit_small_patch14_dinov2.lvd142m or local-dir:FOLDER."""
+    timm = find_library("timm")
+    architecture = name.partition(".")[0]
+    if ":" not in name and not timm.is_model(architecture):  # a prefix is a place of weights, for timm to find
+        hint = _similar(architecture, timm.list_models()) or "timm.list_models() gives its names."
+        raise UserError(f"timm:{name}: timm {timm.__version__} has no such model. {hint}")
+    try:
+        module = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:
+        raise UserError(
+            f"timm:{name}: its weights are damaged, or not in this machine's cache and not reachable "
+            f"({first_line(error)}). Download them where there is a network (`hf download timm/NAME.TAG --local-dir "
+            "FOLDER`) and give the folder: --image_encoder timm:local-dir:FOLDER."
+        ) from error
+    trained_on = timm.data.resolve_model_data_config(module)
+    channels, height, width = trained_on["input_size"]
+    if channels != 3 or height != width:
+        raise UserError(
+            f"timm:{name}: takes images of {channels} × {height} × {width}; expected 3 channels and a square. "
+            "Take another encoder."
+        )
+    pixels = Pixels.of(height, trained_on["mean"], trained_on["std"])
+    # What create_model needs: a tag of the name or a folder may be gone by then. timm tells a model's arguments in no
+    # public place.
+    config, arguments = _plain(module.pretrained_cfg), _plain(getattr(module, "_model_args", {}))
+    described = {"architecture": config["architecture"], "config": config, "arguments": arguments | {"num_classes": 0}}
+    return measured(module, pixels, {"source": "timm", "name": name, **described})
+
+
+def build_timm(description: dict[str, Any]) -> ImageEncoder:
+    """Build an image encoder from its description, with random weights."""
+    timm = find_library("timm")
+    architecture, config, arguments = (description[key] for key in ("architecture", "config", "arguments"))
+    try:
+        module = timm.create_model(architecture, pretrained=False, pretrained_cfg={**config}, **arguments)
+    except RuntimeError as error:
+        raise UserError(
+            f"timm:{description['name']}: cannot be built ({first_line(error)}). Install the version of timm that it "
+            "was trained with."
+        ) from error
+    return rebuilt(module, description)
+
+
+def load_torchvision(name: str) -> ImageEncoder:
+    """Load a pretrained classifier, such as resnet50, vit_b_16 or convnext_tiny, up to what its last layer takes."""
+    models = _classifiers(name)
+    weights = models.get_model_weights(name).DEFAULT
+    try:
+        module = models.get_model(name, weights=weights)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision:{name}: its weights are damaged, or not in this machine's cache and not reachable "
+            f"({first_line(error)}). Copy {weights.url} into {torch.hub.get_dir()}/checkpoints."
+        ) from error
+    trained_on = weights.transforms()
+    pixels = Pixels.of(trained_on.crop_size[0], trained_on.mean, trained_on.std)
+    return measured(_without_head(module, name), pixels, {"source": "torchvision", "name": name})
+
+
+def build_torchvision(description: dict[str, Any]) -> ImageEncoder:
+    """Build an image encoder from its description, with random weights."""
+    name = description["name"]
+    return rebuilt(_without_head(_classifiers(name).get_model(name, weights=None), name), description)
+
+
+def _classifiers(name: str) -> Any:
+    """Give torchvision's models, which have this image classifier."""
+    models = find_library("torchvision.models")
+    known = models.list_models(module=models)
+    if name not in known:
+        hint = _similar(name, known) or f"Known: {', '.join(known)}."
+        raise UserError(f"torchvision:{name}: torchvision has no such image classifier. {hint}")
+    return models
+
+
+def _without_head(module: nn.Module, name: str) -> nn.Module:
+    """Put nothing in the place of the layer that names the classes."""
+    if hasattr(module, "aux_logits"):
+        raise UserError(
+            f"torchvision:{name}: classifies half-way too, which is not supported. Take another, such as resnet50."
+        )
+    head = next((head for head in HEADS if isinstance(getattr(module, head, None), nn.Module)), None)
+    linear = [at for at, part in module.named_modules() if isinstance(part, nn.Linear) and at.split(".")[0] == head]
+    if not linear:
+        raise UserError(
+            f"torchvision:{name}: found no nn.Linear at the end, under {', '.join(HEADS)}. Expected a classifier whose "
+            "last layer can be taken off. Take another, such as resnet50."
+        )
+    module.set_submodule(linear[-1], nn.Identity())
+    return module
+
+
+def find_library(module: str, install: str = "") -> Any:
+    """Import a library when it is first needed, or say how to install it."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{package}: encoders of this source need the package {package} ({first_line(error)}). "
+            f"Install it: pip install {install or package}."
+        ) from None
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"Similar: {', '.join(close)}." if close else ""
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what JSON can hold, and give it as JSON gives it back."""
+    kept = {}
+    for key, value in values.items():
+        with contextlib.suppress(TypeError):
+            kept[key] = json.loads(json.dumps(value))
+    return kept
