@@ -94,7 +94,7 @@ def _score(checkpoint: Path, table: Path, among: tuple[Any, ...], output: Path) 
 
 def _row(name: str, rate: float, run: Run) -> str:
     from train_clip import load
-    from train_clip.checkpoints.tensors import read_checkpoint
+    from train_clip.checkpoints.own import read_checkpoint
 
     whole = sum(parameter.numel() for parameter in load(run.checkpoint).model.parameters())
     state = read_checkpoint(run.checkpoint)["optimizer_states"][0]["state"]

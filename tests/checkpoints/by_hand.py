@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.conftest import TINY
-from train_clip.checkpoints.formats import identify
-from train_clip.checkpoints.read import read_contents
-from train_clip.checkpoints.tensors import read_tensors
+from train_clip.checkpoints.found import identify
+from train_clip.checkpoints.read import read_tensors
+from train_clip.checkpoints.sources import read_contents
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict

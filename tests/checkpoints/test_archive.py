@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.checkpoints.by_hand import many, number, read_all, refusal, state, tensor, write
-from train_clip.checkpoints.read import ITEM_SIZES, TensorRecord, read_outline
-from train_clip.checkpoints.tensors import read_tensors
+from train_clip.checkpoints.read import KINDS, TensorRecord, read_archive, read_tensors
 
 
 def as_here(tensor: Tensor) -> Tensor:
@@ -59,14 +58,14 @@ def tensors_of(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", ITEM_SIZES)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_type_and_layout(tmp_path: Path, name: str) -> None:
     """Views of one storage and tensors of their own, in each type that has a name here, against torch.load."""
     torch.save(tensors_of(getattr(torch, name)), tmp_path / "a.pt")
     assert_as_torch_loads(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("name", ITEM_SIZES)
+@pytest.mark.parametrize("name", KINDS)
 def test_tensors_of_no_elements(tmp_path: Path, name: str) -> None:
     """Type and shape of what holds nothing, against torch.load."""
     dtype = getattr(torch, name)
@@ -139,7 +138,7 @@ def test_a_checkpoint_with_its_optimizer(tmp_path: Path) -> None:
         3: [1, [2, [3]]],
     }
     torch.save(held, tmp_path / "a.ckpt")
-    assert_same_tree(read_outline(tmp_path / "a.ckpt").data, torch.load(tmp_path / "a.ckpt", weights_only=True))
+    assert_same_tree(read_archive(tmp_path / "a.ckpt")[0], torch.load(tmp_path / "a.ckpt", weights_only=True))
     loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     for name, value in read_all(tmp_path / "a.ckpt").items():
         assert_same(value, loaded[name])
@@ -172,7 +171,7 @@ TENSORS = st.builds(
         )
     ),
     SIZES.map(lambda sizes: [size + 1 for size in sizes]),
-    st.sampled_from(sorted(ITEM_SIZES)),
+    st.sampled_from(sorted(KINDS)),
     st.integers(1, 3),
     st.booleans(),
 )  # fmt: skip
@@ -202,13 +201,13 @@ def test_any_plain_data(held: dict[str, Any], tmp_path_factory: pytest.TempPathF
     """Nested lists, tuples, dicts, numbers, words and tensors: the same tree as torch.load's."""
     path = tmp_path_factory.getbasetemp() / "tree.pt"
     torch.save(held, path)
-    assert_same_tree(read_outline(path).data, torch.load(path, weights_only=True))
+    assert_same_tree(read_archive(path)[0], torch.load(path, weights_only=True))
 
 
 def test_data_beside_the_weights_that_is_not_plain(tmp_path: Path) -> None:
     """Other things that checkpoints hold beside their weights do not keep the weights from being read.
 
-    What ``torch.load(weights_only=True)`` takes, and the classes that ``archive.HARMLESS`` names.
+    What ``torch.load(weights_only=True)`` takes, and the classes that ``read.HARMLESS`` names.
     """
     beside = {
         "a set": {1, 2},

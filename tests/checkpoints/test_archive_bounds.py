@@ -48,7 +48,7 @@ from tests.checkpoints.by_hand import (
     tiny_clip,
     write,
 )
-from train_clip.checkpoints.huggingface_folder import write_huggingface
+from train_clip.checkpoints.huggingface import write_huggingface
 
 SECONDS = 20  # of the processor: four million instructions take a third of it
 MIB = 1024  # beyond the start; no file here has more than 21 of it
@@ -203,7 +203,7 @@ def deep_model(path: Path) -> None:
     """A folder of Hugging Face's, whose configuration asks for ten million layers."""
     model = tiny_clip()
     path.mkdir()
-    write_huggingface(model.config, model.state_dict(), path)
+    write_huggingface(model, path)
     config = json.loads((path / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 10_000_000
     (path / "config.json").write_text(json.dumps(config))

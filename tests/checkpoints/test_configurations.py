@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoints.by_hand import look, tiny_clip
 from train_clip import load
-from train_clip.checkpoints.write import write_model
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 
 

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from tests.checkpoints.by_hand import look, read_all, refusal, tiny_clip
 from train_clip import load
-from train_clip.checkpoints.huggingface_folder import write_huggingface
-from train_clip.checkpoints.read import DTYPES, EXPECTED, MAX_JSON, read_contents
+from train_clip.checkpoints.huggingface import write_huggingface
+from train_clip.checkpoints.read import DTYPES, EXPECTED, MAX_JSON
+from train_clip.checkpoints.sources import read_contents
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs pipes, links and alarms")
 
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     model = tiny_clip()
     path = tmp_path / "model"
     path.mkdir()
-    write_huggingface(model.config, model.state_dict(), path)
+    write_huggingface(model, path)
     return path
 
 
@@ -166,7 +167,7 @@ def test_json_that_is_a_pipe(folder: Path) -> None:
 
 def test_a_stray_configuration_beside_a_file_that_needs_none(tmp_path: Path) -> None:
     """A run's own config.json, a list, beside a .safetensors file that says everything itself: it loads."""
-    from train_clip.checkpoints.write import write_model
+    from train_clip.commands.convert import write_model
 
     write_model(tiny_clip(), tmp_path / "a.safetensors", "safetensors")
     (tmp_path / "config.json").write_text("[1, 2]")

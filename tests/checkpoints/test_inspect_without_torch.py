@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.checkpoints.by_hand import tiny_clip
-from train_clip.checkpoints.write import write_model
 from train_clip.cli import main
+from train_clip.commands.convert import write_model
 from train_clip.commands.inspect import inspect
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP

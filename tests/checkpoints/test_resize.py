@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tests.checkpoints.by_hand import tiny_clip
 from tests.conftest import TINY
 from train_clip import load
-from train_clip.checkpoints.weights import resize_image_positions, resize_text_positions
-from train_clip.checkpoints.write import write_model
+from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 
@@ -147,9 +147,9 @@ def test_nothing_is_resized_unless_asked(tmp_path: Path) -> None:
         ({"image_size": 4}, "4 is not a multiple of the patch 8"),
         ({"image_size": 0}, "size is 0"),
         ({"image_size": -8}, "size is -8"),
-        ({"context_length": 1}, "context 1"),
-        ({"context_length": 0}, "context is 0"),
-        ({"context_length": -3}, "context is -3"),
+        ({"context_length": 1}, "context_length is 1"),
+        ({"context_length": 0}, "context_length is 0"),
+        ({"context_length": -3}, "context_length is -3"),
     ],
 )
 def test_sizes_that_cannot_be(tmp_path: Path, choices: dict[str, int], found: str) -> None:

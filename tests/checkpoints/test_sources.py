@@ -17,7 +17,7 @@ import torch
 from tests.checkpoints.by_hand import tiny_clip
 from train_clip import load
 from train_clip.checkpoints import sources
-from train_clip.checkpoints.huggingface_folder import write_huggingface
+from train_clip.checkpoints.huggingface import write_huggingface
 from train_clip.checkpoints.sources import OPENAI, URL, fetch_openai, find_contents, openai_name
 from train_clip.errors import UserError
 
@@ -203,7 +203,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "model"
     folder.mkdir()
     model = tiny_clip()
-    write_huggingface(model.config, model.state_dict(), folder)
+    write_huggingface(model, folder)
     answers: dict[str, Any] = {"folder": folder, "error": None}
 
     def download(name: str, file: str, **_: Any) -> str:

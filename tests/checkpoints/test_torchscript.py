@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoints.by_hand import tiny_clip
-from train_clip.checkpoints.read import read_contents
-from train_clip.checkpoints.tensors import read_tensors
+from train_clip.checkpoints.read import read_tensors
+from train_clip.checkpoints.sources import read_contents
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 

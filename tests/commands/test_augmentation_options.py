@@ -9,7 +9,7 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 OPTIONS = {"color_jitter": 0.5, "grayscale": 0.2, "horizontal_flip": 0.4, "vertical_flip": 0.3}
 WORDS = [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]

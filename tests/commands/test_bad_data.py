@@ -16,7 +16,7 @@ from tests.commands.test_train import metrics, model_file, run_on_two_processes,
 from tests.conftest import TINY, write_pairs
 from tests.data.everything import Everything, write_everything
 from train_clip import CLIPWrapper, TextImageDataModule, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.config import config_from_dict
 

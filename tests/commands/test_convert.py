@@ -15,8 +15,8 @@ import train_clip
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import cli
-from train_clip.checkpoints.tensors import read_checkpoint
-from train_clip.checkpoints.write import write_model
+from train_clip.checkpoints.own import read_checkpoint
+from train_clip.commands.convert import write_model
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --max_steps 1".split()

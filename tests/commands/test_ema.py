@@ -19,7 +19,7 @@ import train_clip
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, CustomCLIPWrapper, TextImageDataModule, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.commands.run import say_mean
 from train_clip.prompts.prompt_tune import BY_LOSS
 from train_clip.training.checkpoints import BY_RECALL, Checkpoints

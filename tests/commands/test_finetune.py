@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, CustomCLIPWrapper, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 ENCODERS = ["--image_encoder", "hf:resnet", "--text_encoder", "hf:bert"]
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --epochs 2 --log_every_n_steps 1".split()

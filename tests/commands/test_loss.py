@@ -14,8 +14,8 @@ import train_clip
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, cli
-from train_clip.checkpoints.read import OPEN_CLIP_CONFIG
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
+from train_clip.checkpoints.sources import OPEN_CLIP_CONFIG
 
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --log_every_n_steps 1".split()
 SIGMOID = ["--loss", "sigmoid"]

@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.commands.merge import interpolate
 from train_clip.errors import UserError
 

@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
 DATA = "--folder data --batch_size 4 --accelerator cpu".split()

@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from two_processes import bare_trainer, run
 
 from tests.conftest import TINY
 from train_clip import CLIPWrapper
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.gather import world
 from train_clip.training.checkpoints import Checkpoints, Interval
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tests.conftest import TINY, write_pairs
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 HERE = Path(__file__).parent
 PLAIN = ("-m", "train_clip.cli")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command import callback, consumed, differences, last, leftovers, require_same_state, run, write_inputs
 
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.errors import UserError
 
 PAIRS, BATCHES = 40, 10  # batches of 4 to one epoch

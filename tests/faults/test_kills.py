@@ -23,7 +23,7 @@ from command import (
     write_inputs,
 )
 
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 PAIRS, BATCHES = 48, 10  # 5 of the pairs are held out; batches of 4 to one epoch
 INTERVAL = 4  # optimizer steps between saves

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command import Command, Result, callback, consumed, last, leftovers, require_same_state, run, write_inputs
 
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 
 PAIRS, EPOCHS, BATCHES = 40, 2, 10  # batches of 4 to one epoch
 STOP = 3  # the batch in which the signal comes, from 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from train_clip import load
-from train_clip.checkpoints.write import write_model
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict

@@ -42,7 +42,7 @@ from tests.training.tiny_encoders import (
     tokenizer,
     vit,
 )
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval

@@ -21,7 +21,7 @@ import train_clip
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, cli
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import OptimizerOptions, TrainingOptions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, WIDTH, bert, image_tower
 from train_clip import CustomCLIPWrapper, PromptCLIPWrapper
-from train_clip.checkpoints.write import write_model
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict

@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader
 import train_clip
 from tests.conftest import TINY
 from train_clip import CLIPWrapper, PromptCLIPWrapper, cli
-from train_clip.checkpoints.found import Choices
-from train_clip.checkpoints.own import LIGHTNING
-from train_clip.checkpoints.tensors import read_checkpoint
-from train_clip.checkpoints.weights import digest_of, find_weights
-from train_clip.checkpoints.write import write_model
+from train_clip.checkpoints.found import digest_of, find_weights
+from train_clip.checkpoints.own import LIGHTNING, read_checkpoint
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
+from train_clip.options import WeightOptions
 from train_clip.prompts.config import PromptConfig
 
 DEEP = PromptConfig(3, (0, 1), 0.0, class_token=True)
@@ -177,7 +176,7 @@ def test_a_backbone_of_another_activation_is_refused(backbone, tmp_path):
 
 def test_the_digest_is_of_the_file_and_not_of_what_was_interpolated(backbone, tmp_path):
     """Interpolation rounds by the processor: the digest is the backbone's own, at any size that was asked for."""
-    weights = find_weights(backbone, Choices(image_size=32, context_length=24))
+    weights = find_weights(backbone, WeightOptions(image_size=32, context_length=24))
     larger = PromptCLIPWrapper(weights, DEEP, learning_rate=0.5)
     assert larger.hparams["digest"] == prompts(backbone).hparams["digest"]
     again = PromptCLIPWrapper(**{name: larger.hparams[name] for name in PromptCLIPWrapper.names_of_model})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
-from train_clip.checkpoints.tensors import read_checkpoint
+from train_clip.checkpoints.own import read_checkpoint
 from train_clip.errors import UserError
 from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper
-from train_clip.checkpoints.tensors import read_checkpoint
-from train_clip.checkpoints.write import write_model
+from train_clip.checkpoints.own import read_checkpoint
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.prompts.config import PromptConfig

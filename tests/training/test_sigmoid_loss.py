@@ -17,7 +17,7 @@ import train_clip
 from tests.conftest import TINY
 from tests.training.tiny_encoders import SIDE, bert, image_tower
 from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, Tokenizer
-from train_clip.checkpoints.write import write_model
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.losses import Pairs
 from train_clip.losses.softmax import clip_loss

@@ -1,71 +1,315 @@
-"""What a file turned out to be: which model, which of its tensors, and what the file says of its making."""
+"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import math
+import pkgutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from train_clip.checkpoints.read import TensorRecord
-from train_clip.models.config import ModelConfig
-from train_clip.prompts.config import PromptConfig
+from typing_extensions import override
+
+from train_clip.checkpoints.read import Contents, TensorRecord, read_tensors
+from train_clip.checkpoints.sources import find_contents
+from train_clip.errors import UserError
+from train_clip.models.config import ModelConfig, ViTConfig, read_config
+from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from train_clip.models.clip import CLIP, DualEncoder
 
 Tensors = Mapping[str, "Tensor"]
 
+# Every format that is read: a function of ``Contents`` that gives a ``Found``, or None for a file of another. The first
+# that knows a file says what it is: files that say it themselves before those that are told by their tensors.
+FORMATS = (
+    "train_clip.prompts.file:find_prompts",
+    "train_clip.encoders.sources:find_encoders",
+    "train_clip.checkpoints.own:find_checkpoint",
+    "train_clip.checkpoints.own:find_safetensors",
+    "train_clip.prompts.file:find_fork",
+    "train_clip.checkpoints.own:find_train_clip",
+    "train_clip.checkpoints.huggingface:find_huggingface",
+    "train_clip.checkpoints.open_clip:find_open_clip",
+    "train_clip.checkpoints.openai:find_openai",
+)
+WRAPPINGS = ("module.", "_orig_mod.") * 4  # before each name, of models that were wrapped or compiled when saved
+ACTIVATIONS = ("quick_gelu", "gelu")
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
+TENSORS_OF_LAYER = 12  # of a transformer's block; a ResNet's has more
+NAMED = 3  # tensors in a message
+NO_CHOICE = WeightOptions()
 
-def as_they_are(tensors: Tensors) -> Tensors:
-    """The names of a format that are ours already, once its prefixes are off."""
-    return tensors
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Found:
-    """A model in a file.
+    """A model in a file."""
 
-    Args:
-        format: as ``train-clip inspect`` prints it.
-        config: of a CLIP; None for two encoders of ``finetune``, which ``arguments`` tell of.
-        records: its tensors, prefixes taken off.
-        rename: maps them, read, to the names and shapes that the model has here.
-        prompts: of a CLIP with visual prompts.
-        unsaid: what of the configuration the file does not say: "activation", "heads".
-        arguments: what the module that was trained was made with.
-        about: what else the file says, for who reads it.
-    """
+    format: str  # as `train-clip inspect` prints it
+    source: str  # what messages name
+    records: Mapping[str, TensorRecord]  # its tensors, prefixes taken off
+    rename: Callable[[Tensors], Tensors] = dict  # maps them, read, to the names and shapes that the model has here
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # what the module that was trained was made with
+    about: Mapping[str, Any] = field(default_factory=dict)  # what else the file says, for who reads it
 
-    format: str
-    config: ModelConfig | None
-    records: Mapping[str, TensorRecord]
-    rename: Callable[[Tensors], Tensors] = as_they_are
-    prompts: PromptConfig | None = None
-    unsaid: tuple[str, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
+        """Settle with the user's choices what the file leaves open; refuse one that is missing, or has no place."""
+        raise NotImplementedError
+
+    def read_as_kept(self) -> Tensors:
+        """Read the tensors by the names that they have here, float32, of the sizes that they have in the file."""
+        try:
+            return self.rename(read_tensors(self.records))
+        except UserError as error:
+            # Whatever names a tensor alone.
+            raise error if self.source in str(error) else UserError(f"{self.source}: {error}") from error
+
+    def read(self) -> dict[str, Tensor]:
+        """Read the tensors, of the sizes that were asked for."""
+        return dict(self.read_as_kept())
+
+    def empty(self) -> tuple[DualEncoder, Any]:
+        """Build the model, its weights still to be filled in, and its tokenizer."""
+        raise NotImplementedError
+
+    def build(self) -> tuple[DualEncoder, Any]:
+        """Build the model, filled strictly, in eval mode, and its tokenizer."""
+        model, tokenizer = self.empty()
+        fill(model, self.read(), self.source)
+        return model.eval(), tokenizer
+
+    def describe(self) -> dict[str, str]:
+        """The model in words, by headings."""
+        kinds = sorted({record.dtype for record in self.records.values()})
+        numbers = sum(math.prod(record.shape) for name, record in self.records.items() if not name.endswith(BUFFERS))
+        return {"weights": f"{numbers:,} parameters in {len(self.records):,} tensors, {', '.join(kinds)}"}
+
+    def require_clip(self, instead: str = "; expected a CLIP.") -> FoundCLIP:
+        """Give this, a plain CLIP; ``instead`` ends the refusal of two encoders."""
+        raise NotImplementedError
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise a message that begins with the source."""
+        raise UserError(f"{self.source}: {why}.")
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What a file may leave open, or is to be changed.
+@dataclass(frozen=True, kw_only=True)
+class FoundCLIP(Found):
+    """A CLIP in a file."""
 
-    Args:
-        model_name: a preset or a YAML file that has the sizes, where weights do not tell how many heads they have.
-        activation: ``quick_gelu`` or ``gelu``, where a file does not say.
-        image_size: side of the images in pixels, if not the model's; its positional embeddings are interpolated.
-        context_length: tokens of a caption at most, likewise.
-        backbone: of a file of visual prompts, where its backbone lies, if not where it lay.
-    """
+    config: ModelConfig
+    unsaid: tuple[str, ...] = ()  # what of the configuration the file does not say: "activation", "heads"
+    choices: WeightOptions = NO_CHOICE
 
-    model_name: str | None = None
-    activation: str | None = None
-    image_size: int | None = None
-    context_length: int | None = None
-    backbone: str | Path | None = None
+    @override
+    def require_clip(self, instead: str = "") -> FoundCLIP:
+        return self
+
+    @override
+    def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
+        if backbone is not None:
+            self.refuse(f"{self.format}, a whole model. Leave the backbone out")
+        self._require_layers()
+        config = self._activated(self._named(choices), choices)
+        return dataclasses.replace(self, config=self._sized(config, choices), choices=choices)
+
+    def matched(self, model: ModelConfig) -> Self:
+        """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
+        self._require_layers()
+        size = None if self.config.image.size == model.image.size else model.image.size
+        context = None if self.config.text.context == model.text.context else model.text.context
+        choices = WeightOptions(image_size=size, context_length=context)
+        said = self._sized(self.config, choices)
+        if "heads" in self.unsaid and isinstance(said.image, ViTConfig) and isinstance(model.image, ViTConfig):
+            image = dataclasses.replace(said.image, heads=model.image.heads)
+            said = dataclasses.replace(said, image=image, text=dataclasses.replace(said.text, heads=model.text.heads))
+        if "activation" in self.unsaid:
+            said = dataclasses.replace(said, activation=model.activation, mean=model.mean, std=model.std)
+        for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
+            if (found := getattr(said, name)) != (expected := getattr(model, name)):
+                self.refuse(f"another model: its {name} is {found!r}, expected {expected!r}")
+        config = dataclasses.replace(model, logit_bias=self.config.logit_bias)
+        return dataclasses.replace(self, config=config, choices=choices)
+
+    @override
+    def read(self) -> dict[str, Tensor]:
+        return self.resized(self.read_as_kept())
+
+    def resized(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Interpolate positions of tensors as they are kept, where that was asked for."""
+        from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions
+
+        if self.choices.image_size is not None:
+            tensors = resize_image_positions(tensors, self.choices.image_size // self.config.image.pixels_per_place)
+        if self.choices.context_length is not None:
+            tensors = resize_text_positions(tensors, self.choices.context_length)
+        return dict(tensors)
+
+    @override
+    def empty(self) -> tuple[CLIP, Any]:
+        import torch
+
+        from train_clip.data.tokenizer import Tokenizer
+        from train_clip.models.clip import CLIP, PixelNorm
+
+        if self.config.text.vocab < Tokenizer.vocab_size:
+            warnings.warn(
+                f"{self.source}: its vocabulary of {self.config.text.vocab:,} tokens is not CLIP's. The tokenizer that "
+                "comes with it here is, and does not belong to it.",
+                stacklevel=5,
+            )
+        # Without memory for weights that are replaced at once, and the seconds that it takes to draw them.
+        with torch.device("meta"):
+            model = CLIP(self.config)
+        model.pixel_norm = PixelNorm(self.config.mean, self.config.std)
+        return model, Tokenizer(self.config.text.context)
+
+    @override
+    def describe(self) -> dict[str, str]:
+        config, text = self.config, self.config.text
+        activation = "not said by the file" if "activation" in self.unsaid else config.activation
+        return {
+            "model": config.name,
+            "image tower": f"{config.image}, {config.image.size}×{config.image.size} pixels",
+            "text tower": f"{text.layers} layers of {text.width}, {text.heads} heads, {text.context} tokens of "
+            f"{text.vocab:,}",
+            "embedding": f"{config.embed_dim} numbers",
+            "activation": activation + "; how many heads is not said by the file" * ("heads" in self.unsaid),
+            **({"logits": "with a bias, of the sigmoid loss"} if config.logit_bias else {}),
+            **super().describe(),
+        }
+
+    def _named(self, choices: WeightOptions) -> ModelConfig:
+        # The model that the user names, where the file leaves its sizes open; the file's own, which that has to equal.
+        config = self.config
+        if choices.model_name is None:
+            if "heads" in self.unsaid:
+                self.refuse(
+                    "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
+                    "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
+                    "`train-clip models --show ViT-B/32` prints one to start from"
+                )
+            return config
+        named = read_config(choices.model_name)
+        if "heads" in self.unsaid:
+            return dataclasses.replace(named, activation=config.activation, logit_bias=config.logit_bias)
+        # A run's copy of its model has the sizes that were asked for then.
+        if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
+            self.refuse(
+                f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name out"
+            )
+        unsaid = "activation" in self.unsaid
+        return dataclasses.replace(config, mean=named.mean, std=named.std) if unsaid else config
+
+    def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
+        if "activation" not in self.unsaid:
+            if config.activation not in ACTIVATIONS:
+                self.refuse(f"its activation is {config.activation}; known: {', '.join(ACTIVATIONS)}")
+            if choices.activation not in (None, config.activation):
+                self.refuse(
+                    f"its activation is {config.activation}, found {choices.activation} asked for. Leave --activation "
+                    "out"
+                )
+            return config
+        if choices.activation is None:
+            self.refuse(
+                "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
+                "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
+                "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)"
+            )
+        return dataclasses.replace(config, activation=choices.activation)
+
+    def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
+        try:
+            if choices.image_size is not None:
+                config = config.with_image_size(choices.image_size)
+            return config if choices.context_length is None else config.with_context(choices.context_length)
+        except UserError as error:
+            self.refuse(str(error))
+
+    def _require_layers(self) -> None:
+        # Before a model is built of it: more layers than there are tensors for.
+        layers = self.config.text.layers + self.config.image.layers
+        if (layers - 1) * TENSORS_OF_LAYER > len(self.records):
+            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
 
 
-def without_prefix(records: Mapping[str, TensorRecord], prefix: str) -> dict[str, TensorRecord]:
-    """The tensors below a prefix, without it."""
-    return {name.removeprefix(prefix): record for name, record in records.items() if name.startswith(prefix)}
+def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
+    """Find a model, and settle with the user's choices what its file leaves open; arguments and errors as ``load``."""
+    return identify(find_contents(source)).settled(choices, backbone)
+
+
+def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
+    """Find weights that are known to be of a model: what their file leaves open, the model says; others are refused."""
+    return identify(find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
+
+
+def any_chosen(choices: WeightOptions) -> bool:
+    """Whether the user has chosen anything."""
+    return any(getattr(choices, one.name) is not None for one in dataclasses.fields(WeightOptions))
+
+
+def identify(contents: Contents) -> Found:
+    """Say which model lies in a file."""
+    tensors = contents.tensors
+    for prefix in WRAPPINGS:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
+    contents = dataclasses.replace(contents, tensors=tensors)
+    for name in FORMATS:
+        if (found := pkgutil.resolve_name(name)(contents)) is not None:
+            return found
+    raise UserError(
+        f"{contents.path}: {len(tensors):,} tensors ({', '.join(list(tensors)[:5])}, …) that are no CLIP's. Expected "
+        "one by OpenAI, open_clip, Hugging Face or this package. To begin with encoders of other kinds: train-clip "
+        "finetune --image_encoder … --text_encoder …"
+    )
+
+
+def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]], source: str, message: str) -> None:
+    """Refuse settings that are none of the usual values, the first of which stands for one that is missing."""
+    for name, known in usual.items():
+        if (value := values.get(name, known[0])) not in known:
+            raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
+
+
+def fill(model: nn.Module, tensors: Tensors, source: str) -> None:
+    """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
+    own = model.state_dict()
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    found = [f"lacks {_some(missing)}"] if missing else []
+    found += [f"has {_some(foreign)} besides"] if foreign else []
+    shared = [(name, tensors[name], tensor) for name, tensor in own.items() if name in tensors]
+    shapes = [(name, tuple(one.shape), tuple(other.shape)) for name, one, other in shared if one.shape != other.shape]
+    found += [f"has {name} of shape {one}, not {other}" for name, one, other in shapes[:NAMED]]
+    kinds = [(name, a.dtype, b.dtype) for name, a, b in shared if a.is_floating_point() != b.is_floating_point()]
+    found += [f"has {name} of {one}, not {other}" for name, one, other in kinds[:NAMED]]
+    if found:
+        raise UserError(
+            f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
+            "sizes are another's, name it (--model_name)."
+        )
+    model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def digest_of(tensors: Tensors) -> str:
+    """SHA-256 over names, shapes and float32 values: the same in whatever format or precision of file they lie."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        digest.update(memoryview(values.contiguous().numpy()).cast("B") if values.numel() else b"")
+    return digest.hexdigest()

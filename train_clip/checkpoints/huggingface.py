@@ -1,27 +1,32 @@
-"""Hugging Face's CLIPModel: a folder of ``config.json``, weights, and what its processor reads.
+"""Hugging Face's CLIPModel: a folder of ``config.json``, weights, and what its processor and tokenizer read.
 
 Names and settings: github.com/huggingface/transformers, models/clip. Its blocks keep queries, keys and values in
 matrices of their own, and its projections transposed.
-
-W  width of a tower      D  embedding width
 """
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.found import Found, Tensors
+from train_clip.checkpoints.found import FoundCLIP, Tensors, require_usual
 from train_clip.checkpoints.openai import named_as_preset
-from train_clip.checkpoints.read import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, Contents
+from train_clip.checkpoints.read import Contents
+from train_clip.checkpoints.sources import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, HF_WEIGHTS
 from train_clip.errors import UserError, first_line
-from train_clip.models.config import ModelConfig, config_from_dict
+from train_clip.files import write_text
+from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict
+
+if TYPE_CHECKING:
+    from train_clip.models.clip import CLIP
 
 TOWERS = {"vision_model.": "visual.", "text_model.": ""}
-# Theirs → ours, within a tower and within a block.
-OF_TOWER = {
+# Theirs → ours, anywhere in a tensor's name.
+WORDS = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.patch_embedding": "conv1",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -29,42 +34,50 @@ OF_TOWER = {
     "pre_layrnorm": "ln_pre",
     "post_layernorm": "ln_post",
     "final_layer_norm": "ln_final",
-}
-OF_BLOCK = {
-    "self_attn.out_proj": "attn.out_proj",
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.": "attn.",
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
 PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
-BLOCK = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
-OWN_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 POSITIONS = "position_ids"  # a count, which older versions kept as a tensor
 
 EPS = 1e-5  # of its layer norms, and ours
-# The defaults of its CLIPVisionConfig and CLIPTextConfig, where config.json leaves them out.
+# Settings of its towers → ours, and the defaults of its CLIPVisionConfig and CLIPTextConfig.
+OF_BLOCKS = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+SETTINGS = {
+    "vision_config": OF_BLOCKS | {"image_size": "size", "patch_size": "patch"},
+    "text_config": OF_BLOCKS | {"max_position_embeddings": "context", "vocab_size": "vocab"},
+}
 OF_BOTH: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": EPS}
-VISION = OF_BOTH | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
-TEXT = OF_BOTH | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77}
+DEFAULTS = {
+    "vision_config": OF_BOTH
+    | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    | {"image_size": 224, "patch_size": 32, "num_channels": 3},
+    "text_config": OF_BOTH
+    | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    | {"vocab_size": 49408, "max_position_embeddings": 77},
+}
 # Configurations from before transformers knew another end token have 2, and are read at the largest id.
 LARGEST = 2
 END = 49_407  # CLIP's end token; its tokenizer's module has it too, and imports PyTorch
 BICUBIC = 3  # as Pillow counts
+JOIN = "train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
+STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
-def find_huggingface(contents: Contents) -> Found | None:
-    """Weights of a CLIPModel, with ``config.json`` beside them."""
+def find_huggingface(contents: Contents) -> FoundCLIP | None:
+    """Find weights of a CLIPModel, with ``config.json`` beside them."""
     if not any(name.startswith("vision_model.") for name in contents.tensors):
         return None
+    source = str(contents.path)
     if HF_CONFIG not in contents.configs:
         raise UserError(
-            f"{contents.path}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what "
-            "the model is. Give the folder that save_pretrained or `hf download` wrote."
+            f"{source}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what the model "
+            "is. Give the folder that save_pretrained or `hf download` wrote."
         )
-    source = str(contents.path)
     try:
         of_processor = contents.settings(HF_PROCESSOR).get("image_processor", {})
         pixels = contents.settings(HF_PIXELS) or of_processor
@@ -72,25 +85,49 @@ def find_huggingface(contents: Contents) -> Found | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its {HF_CONFIG} is not as Hugging Face writes it ({first_line(error)}).") from error
     records = {name: record for name, record in contents.tensors.items() if not name.endswith(POSITIONS)}
-    return Found("Hugging Face CLIPModel", config, records, rename)
+    return FoundCLIP(format="Hugging Face CLIPModel", source=source, records=records, config=config, rename=rename)
 
 
 def rename(tensors: Tensors) -> Tensors:
-    """Their names and shapes → ours."""
+    """Their names and shapes → ours; a name that is unknown stays, for strict loading to name it."""
     import torch
 
     renamed: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name in PROJECTIONS:
             renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-        elif "self_attn.q_proj." in name:
+            continue
+        tower = next((tower for tower in TOWERS if name.startswith(tower)), None)
+        ours = name if tower is None else TOWERS[tower] + _reworded(name.removeprefix(tower), WORDS)
+        if "attn.q_proj." in ours:
             parts = [tensors.get(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
             if any(part is None or part.shape != tensor.shape for part in parts):
                 raise UserError(f"{name}: its k_proj or v_proj is missing, or of another shape. Get the folder again.")
-            renamed[_own_name(name.replace("q_proj.", "in_proj_"))] = torch.cat(parts)  # type: ignore[arg-type]
-        elif "self_attn.k_proj." not in name and "self_attn.v_proj." not in name:
-            renamed[_own_name(name)] = tensor
+            renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)  # type: ignore[arg-type]
+        elif "attn.k_proj." not in ours and "attn.v_proj." not in ours:
+            renamed[ours] = tensor
     return renamed
+
+
+def rename_back(state: Tensors) -> Tensors:
+    """Our names and shapes → theirs."""
+    renamed: dict[str, Any] = {}
+    projections, words = ({ours: theirs for theirs, ours in names.items()} for names in (PROJECTIONS, WORDS))
+    for name, tensor in state.items():
+        tower = "vision_model." if name.startswith("visual.") else "text_model."
+        theirs = tower + _reworded(name.removeprefix("visual."), words)
+        if name in projections:
+            renamed[projections[name]] = tensor.T
+        elif "in_proj_" in theirs:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[theirs.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            renamed[name if name == "logit_scale" else theirs] = tensor
+    return renamed
+
+
+def _reworded(name: str, words: Mapping[str, str]) -> str:
+    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], name)
 
 
 def end_token(vocab: int) -> int:
@@ -98,121 +135,95 @@ def end_token(vocab: int) -> int:
     return min(vocab - 1, END)
 
 
-def rename_back(state: Tensors) -> Tensors:
-    """Our names and shapes → theirs."""
-    renamed: dict[str, Any] = {}
-    projections = {ours: theirs for theirs, ours in PROJECTIONS.items()}
-    of_tower, of_block = ({ours: theirs for theirs, ours in names.items()} for names in (OF_TOWER, OF_BLOCK))
-    for name, tensor in state.items():
-        if name in projections:
-            renamed[projections[name]] = tensor.T
-            continue
-        tower = "vision_model." if name.startswith("visual.") else "text_model."
-        rest = name.removeprefix("visual.")
-        found = OWN_BLOCK.fullmatch(rest)
-        if found and "in_proj_" in found[2]:
-            kind = found[2].removeprefix("attn.in_proj_")
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{tower}encoder.layers.{found[1]}.self_attn.{letter}_proj.{kind}"] = part
-        elif found:
-            renamed[f"{tower}encoder.layers.{found[1]}.{_replace_start(found[2], of_block)}"] = tensor
-        elif rest == "logit_scale":
-            renamed[rest] = tensor
-        else:
-            renamed[tower + _replace_start(rest, of_tower)] = tensor
-    return renamed
-
-
-def _own_name(name: str) -> str:
-    """A name of theirs, of one whole tensor, as ours; what is unknown stays, for strict loading to name it."""
-    for theirs, ours in TOWERS.items():
-        if not name.startswith(theirs):
-            continue
-        rest = name.removeprefix(theirs)
-        if found := BLOCK.fullmatch(rest):
-            in_block = _replace_start(found[2], OF_BLOCK).replace("self_attn", "attn")
-            return f"{ours}transformer.resblocks.{found[1]}.{in_block}"
-        return ours + _replace_start(rest, OF_TOWER)
-    return name
-
-
-def _replace_start(name: str, starts: Mapping[str, str]) -> str:
-    """Replace the words with which a name begins."""
-    for old, new in starts.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return name
-
-
 def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> ModelConfig:
     if values.get("model_type") != "clip":
         raise UserError(
             f"{source}: {HF_CONFIG} has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
-            "models can be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
+            f"models can be joined: {JOIN}"
         )
-    vision, text = (_tower(values, name, usual) for name, usual in (("vision_config", VISION), ("text_config", TEXT)))
-    for part in (vision, text):
-        _require(part["intermediate_size"] == 4 * part["hidden_size"], part, "intermediate_size", source)
-        _require(part["layer_norm_eps"] == EPS, part, "layer_norm_eps", source)
-        _require(part["hidden_act"] == vision["hidden_act"], part, "hidden_act", source)
-    _require(vision["num_channels"] == 3, vision, "num_channels", source)
-    _require(
-        text.get("eos_token_id", LARGEST) in (LARGEST, end_token(text["vocab_size"])), text, "eos_token_id", source
-    )
-    _require_pixels(pixels, vision["image_size"], source)
-    config = config_from_dict(
-        {
-            "name": Path(source).name,
-            "embed_dim": values.get("projection_dim", 512),
-            "activation": vision["hidden_act"],
-            **{name: found for name in ("mean", "std") if (found := pixels.get(f"image_{name}"))},
-            "image": {
-                "size": vision["image_size"],
-                "patch": vision["patch_size"],
-                "layers": vision["num_hidden_layers"],
-                "width": vision["hidden_size"],
-                "heads": vision["num_attention_heads"],
-            },
-            "text": {
-                "context": text["max_position_embeddings"],
-                "vocab": text["vocab_size"],
-                "layers": text["num_hidden_layers"],
-                "width": text["hidden_size"],
-                "heads": text["num_attention_heads"],
-            },
-        },
-        source,
-    )
-    return named_as_preset(config)
-
-
-def _require(right: bool, part: Mapping[str, Any], name: str, source: str) -> None:
-    if not right:
-        raise UserError(
-            f"{source}: {HF_CONFIG} has {name} = {part.get(name)!r}, which CLIP's own towers do not have. Its towers "
-            "can be joined: train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
-        )
-
-
-def _tower(values: Mapping[str, Any], name: str, usual: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's settings. Older versions wrote a copy under another name, which wins there, defaults and all."""
-    copied = values.get(f"{name}_dict")
-    return {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
-
-
-def _require_pixels(pixels: Mapping[str, Any], size: int, source: str) -> None:
-    """Refuse preprocessing of another kind than CLIP's."""
-    square = {"height": size, "width": size}
-    usual: dict[str, tuple[Any, ...]] = {
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
-        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size}), "crop_size": (size, square)},
+    towers = {}
+    for name, usual in DEFAULTS.items():
+        # Older versions wrote a copy under another name, which wins there, defaults and all.
+        copied = values.get(f"{name}_dict")
+        towers[name] = {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
+    vision, text = towers.values()
+    for tower in (vision, text):
+        usual = {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
+        usual |= {"hidden_act": (vision["hidden_act"],)}
+        usual |= {"eos_token_id": (LARGEST, end_token(text["vocab_size"]))} if tower is text else {}
+        own = "which CLIP's own towers do not have. Its towers can be joined:"
+        require_usual(tower, usual, source, f"{HF_CONFIG} has {{name}} = {{value!r}}, {own} {JOIN}")
+    size = vision["image_size"]
+    usual = {
+        **dict.fromkeys(STEPS, (True,)),
+        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size})},
+        "crop_size": (size, {"height": size, "width": size}),
     }
-    for name, values in usual.items():
-        if (found := pixels.get(name, values[0])) not in values:
-            raise UserError(
-                f"{source}: its preprocessing has {name} = {found!r}; images are prepared as CLIP's are, {name} "
-                f"{values[-1]!r}. To go on with that, change the file."
-            )
-    factor = pixels.get("rescale_factor", 1 / 255)
-    if abs(factor * 255 - 1) > 1e-6:
+    prepared = "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on"
+    require_usual(pixels, usual, source, f"{prepared} with that, change the file.")
+    if abs((factor := pixels.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-6:
         raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")
+    image, texts = ({ours: towers[name][theirs] for theirs, ours in names.items()} for name, names in SETTINGS.items())
+    colours = {name: found for name in ("mean", "std") if (found := pixels.get(f"image_{name}"))}
+    model = {"name": Path(source).name, "embed_dim": values.get("projection_dim", 512), "image": image, "text": texts}
+    return named_as_preset(config_from_dict(model | colours | {"activation": vision["hidden_act"]}, source))
+
+
+def write_huggingface(model: CLIP, folder: Path) -> None:
+    """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
+    from safetensors.torch import save_file
+
+    from train_clip.data.tokenizer import merges
+
+    config, state = model.config, model.state_dict()
+    if not isinstance(config.image, ViTConfig):
+        raise UserError(
+            f"{config.name}: its image tower is a ResNet, and Hugging Face's CLIPModel has vision transformers only. "
+            "Write it --to open_clip or --to safetensors."
+        )
+    if config.logit_bias:
+        warnings.warn(
+            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {state.pop('logit_bias').item():.4f} is left "
+            "out. Rankings and softmaxes stay as they are; before a sigmoid of its logits add it.",
+            stacklevel=2,
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in rename_back(state).items()}
+    save_file(tensors, folder / HF_WEIGHTS, metadata={"format": "pt"})
+    for name, values in _settings(config).items():
+        write_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges())]
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+
+
+def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The files beside the weights, by name."""
+    from train_clip.data.tokenizer import Tokenizer, vocabulary
+
+    size, last = config.image.size, end_token(config.text.vocab)
+    of_all = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": EPS}
+    besides: dict[str, dict[str, Any]] = {
+        "vision_config": {"model_type": "clip_vision_model", "num_channels": 3},
+        "text_config": {"model_type": "clip_text_model"}
+        | {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": 1},
+    }
+    towers = {}
+    for (name, names), tower in zip(SETTINGS.items(), (config.image, config.text), strict=True):
+        sizes = {theirs: getattr(tower, ours) for theirs, ours in names.items()}
+        towers[name] = besides[name] | sizes | {"intermediate_size": 4 * tower.width} | of_all
+    start, end = (vocabulary()[token] for token in (Tokenizer.start_token, Tokenizer.end_token))
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    return {
+        HF_CONFIG: {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim, **towers},
+        HF_PIXELS: {
+            **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "resample": BICUBIC},
+            **dict.fromkeys((*STEPS, "do_convert_rgb"), True),
+            **{"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}},
+            **{"image_mean": list(config.mean), "image_std": list(config.std), "rescale_factor": 1 / 255},
+        },
+        "tokenizer_config.json": {
+            **{"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context},
+            **special,
+        },
+        "special_tokens_map.json": special,
+        "vocab.json": {token: place for place, token in enumerate(vocabulary())},
+    }

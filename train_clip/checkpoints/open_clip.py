@@ -6,66 +6,71 @@ Which settings there are, and their defaults: github.com/mlfoundations/open_clip
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.found import Found
-from train_clip.checkpoints.openai import config_from_shapes, named_as_preset, scalar_temperature, unsaid_of
-from train_clip.checkpoints.read import OPEN_CLIP_CONFIG, Contents, TensorRecord
+from train_clip.checkpoints.found import FoundCLIP, require_usual
+from train_clip.checkpoints.openai import HEAD, found_by_shapes, named_as_preset, scalar_temperature
+from train_clip.checkpoints.read import Contents
+from train_clip.checkpoints.sources import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from train_clip.errors import UserError, first_line
+from train_clip.files import write_text
 from train_clip.models.config import START_OF_SIGMOID, ModelConfig, ResNetConfig, config_from_dict
+
+if TYPE_CHECKING:
+    from train_clip.models.clip import CLIP
 
 TRAINING = ("epoch", "name", "state_dict")  # of a checkpoint that its training wrote
 TEXT = "text."
-HEAD_WIDTH = 64
-
-# What a configuration may say besides sizes without another model coming of it: this value, or any (None). Anything
-# else that is set is refused.
-WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
-    "vision_cfg": {
-        **{"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"},
-        **dict.fromkeys(("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens")),
-    },
-    "text_cfg": {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", **dict.fromkeys(("pad_id", "eos_id"))},
-    "model_cfg": dict.fromkeys(("custom_text", "init_logit_scale", "nonscalar_logit_scale")),
+# The text tower's settings: our name, their default.
+OF_TEXT = {
+    **{"context_length": ("context", 77), "vocab_size": ("vocab", 49408)},
+    **{"width": ("width", 512), "heads": ("heads", 8), "layers": ("layers", 12)},
 }
-SIZES = {
-    "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size"},
-    "text_cfg": {"context_length", "vocab_size", "layers", "width", "heads"},
-    "model_cfg": {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_bias"},
+
+# What a configuration may say: this value, or any (None), which is read, or changes nothing. All else that is set is
+# refused.
+KNOWN: dict[str, dict[str, Any]] = {
+    "model_cfg": dict.fromkeys(
+        "embed_dim quick_gelu vision_cfg text_cfg init_logit_bias custom_text init_logit_scale "
+        "nonscalar_logit_scale".split()
+    ),
+    "vision_cfg": {"mlp_ratio": 4.0, "pool_type": "tok", "pos_embed_type": "learnable"}
+    | dict.fromkeys(
+        "image_size layers width head_width patch_size patch_dropout attn_pooler_queries attn_pooler_heads "
+        "output_tokens".split()
+    ),
+    "text_cfg": {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear"}
+    | dict.fromkeys((*OF_TEXT, "pad_id", "eos_id")),
 }
-RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "")}
+RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("", "shortest")}  # a value may be left out
+CHANGE = "To go on with that, change the file."
 
 
-def find_with_config(contents: Contents) -> Found | None:
-    """Weights with ``open_clip_config.json`` beside them."""
-    records = _plain_text_tower(contents.tensors)
-    if OPEN_CLIP_CONFIG not in contents.configs or not any(name.startswith("visual.") for name in records):
+def find_open_clip(contents: Contents) -> FoundCLIP | None:
+    """Find weights beside its configuration, a checkpoint of its training, or weights of its CustomTextCLIP."""
+    records, source = contents.tensors, str(contents.path)
+    if is_custom := f"{TEXT}token_embedding.weight" in records:
+        records = {name.removeprefix(TEXT): record for name, record in records.items()}
+    if not any(name.startswith("visual.") for name in records):
         return None
-    config = _read_config(contents.settings(OPEN_CLIP_CONFIG), str(contents.path))
-    return Found("open_clip", config, records, scalar_temperature)
+    if OPEN_CLIP_CONFIG in contents.configs:
+        config = _read_config(contents.settings(OPEN_CLIP_CONFIG), source)
+        return FoundCLIP(format="open_clip", source=source, records=records, config=config, rename=scalar_temperature)
+    if set(TRAINING) <= set(contents.data):
+        about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
+        return found_by_shapes("open_clip training checkpoint", contents, records, about=about)
+    return found_by_shapes("open_clip state dict", contents, records) if is_custom else None
 
 
-def find_training(contents: Contents) -> Found | None:
-    """A checkpoint of open_clip's training, which does not say what its model is."""
-    records = _plain_text_tower(contents.tensors)
-    if not set(TRAINING) <= set(contents.data) or not any(name.startswith("visual.") for name in records):
-        return None
-    config = config_from_shapes(records, contents.path)
-    about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
-    return Found(
-        "open_clip training checkpoint", config, records, scalar_temperature, unsaid=unsaid_of(config), about=about
-    )
+def write_open_clip(model: CLIP, folder: Path) -> None:
+    """Write what ``open_clip.create_model("local-dir:FOLDER")`` takes."""
+    from safetensors.torch import save_file
 
-
-def find_custom_text(contents: Contents) -> Found | None:
-    """Weights of its CustomTextCLIP and nothing else."""
-    records = _plain_text_tower(contents.tensors)
-    if records is contents.tensors:
-        return None
-    config = config_from_shapes(records, contents.path)
-    return Found("open_clip state dict", config, records, scalar_temperature, unsaid=unsaid_of(config))
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / OPEN_CLIP_WEIGHTS)
+    write_text(folder / OPEN_CLIP_CONFIG, json.dumps(write_config(model.config), indent=2) + "\n")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -81,94 +86,51 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
             "vision_cfg": vision,
-            "text_cfg": {
-                "context_length": text.context,
-                "vocab_size": text.vocab,
-                "width": text.width,
-                "heads": text.heads,
-                "layers": text.layers,
-            },
+            "text_cfg": {theirs: getattr(text, ours) for theirs, (ours, _) in OF_TEXT.items()},
             **({f"init_{name}": value for name, value in START_OF_SIGMOID.items()} if config.logit_bias else {}),
         },
-        "preprocess_cfg": {
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": {"mean": list(config.mean), "std": list(config.std)}
+        | {name: known[-1] for name, known in RESIZING.items()},
     }
-
-
-def _plain_text_tower(records: Mapping[str, TensorRecord]) -> Mapping[str, TensorRecord]:
-    """Take ``text.`` off the names of a plain text tower; the records as they are where there is none."""
-    if f"{TEXT}token_embedding.weight" not in records:
-        return records
-    return {name.removeprefix(TEXT): record for name, record in records.items()}
 
 
 def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
     model, pixels = values.get("model_cfg", values), values.get("preprocess_cfg", {})
     try:
-        vision, text = model["vision_cfg"], model["text_cfg"]
-        for part, found in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
-            _require_plain(part, found, source)
-        _require_resizing(pixels, source)
+        for part, found in (("model_cfg", model), ("vision_cfg", model["vision_cfg"]), ("text_cfg", model["text_cfg"])):
+            for name, value in found.items():
+                if value and KNOWN[part].get(name, ...) not in (None, value):
+                    what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
+                    raise UserError(
+                        f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders "
+                        "can be joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie there."
+                    )
+        resized = "preprocess_cfg.{name} = {value!r}; images are resized as CLIP's are, {name}"
+        require_usual(pixels, RESIZING, source, f"{OPEN_CLIP_CONFIG} has {resized} {{known!r}}. {CHANGE}")
         colours = {name: pixels[name] for name in ("mean", "std") if pixels.get(name)}
-        config = config_from_dict(_sizes(model, vision, text, source) | colours, source)
+        return named_as_preset(config_from_dict(_sizes(model, source) | colours, source))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         reason = first_line(error)
         raise UserError(f"{source}: {OPEN_CLIP_CONFIG} is not as open_clip writes it ({reason}).") from error
-    return named_as_preset(config)
 
 
-def _sizes(model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _sizes(model: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A preset's form, with open_clip's defaults for what is left out."""
-    size, width, layers = vision.get("image_size", 224), vision.get("width", 768), vision.get("layers", 12)
-    image: dict[str, Any] = {"size": size, "width": width}
-    if isinstance(layers, list):
-        if (head_width := vision.get("head_width", HEAD_WIDTH)) != HEAD_WIDTH:
-            raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has vision_cfg.head_width = {head_width} for a ResNet; CLIP's pool with "
-                f"heads of {HEAD_WIDTH} channels."
-            )
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    width, head_width, layers = vision.get("width", 768), vision.get("head_width", HEAD), vision.get("layers", 12)
+    image: dict[str, Any] = {"size": vision.get("image_size", 224), "width": width}
+    if not isinstance(layers, list):
+        image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": width // head_width}
+    elif head_width == HEAD:
         image |= {"blocks": layers}
     else:
-        heads = width // vision.get("head_width", HEAD_WIDTH)
-        image |= {"patch": vision.get("patch_size", 16), "layers": layers, "heads": heads}
+        raise UserError(
+            f"{source}: {OPEN_CLIP_CONFIG} has vision_cfg.head_width = {head_width} for a ResNet; CLIP's pool with "
+            f"heads of {HEAD} channels."
+        )
     return {
-        "name": Path(source).stem,
-        "embed_dim": model["embed_dim"],
-        "image": image,
-        "text": {
-            "context": text.get("context_length", 77),
-            "vocab": text.get("vocab_size", 49408),
-            "layers": text.get("layers", 12),
-            "width": text.get("width", 512),
-            "heads": text.get("heads", 8),
-        },
+        **{"name": Path(source).stem, "embed_dim": model["embed_dim"], "image": image},
+        "text": {ours: text.get(theirs, usual) for theirs, (ours, usual) in OF_TEXT.items()},
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "logit_bias": model.get("init_logit_bias") is not None,
     }
-
-
-def _require_plain(part: str, found: Mapping[str, Any], source: str) -> None:
-    """Refuse settings by which the model would be another than CLIP's."""
-    for name, value in found.items():
-        if name in SIZES[part] or not value:
-            continue
-        usual = WITHOUT_EFFECT[part].get(name, ...)
-        if usual is not None and value != usual:
-            what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
-            raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has {what}, which CLIP's own towers do not have. Its encoders can be "
-                "joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie there."
-            )
-
-
-def _require_resizing(pixels: Mapping[str, Any], source: str) -> None:
-    for name, known in RESIZING.items():
-        if (value := pixels.get(name, known[0])) not in known:
-            raise UserError(
-                f"{source}: {OPEN_CLIP_CONFIG} has preprocess_cfg.{name} = {value!r}; images are resized as CLIP's "
-                f"are, {name} {known[0]!r}. To go on with that, change the file."
-            )

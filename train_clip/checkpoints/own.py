@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
+import zipfile
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from train_clip.checkpoints.found import Found, without_prefix
-from train_clip.checkpoints.openai import config_from_shapes
-from train_clip.checkpoints.read import Contents
+from train_clip.checkpoints.found import FoundCLIP
+from train_clip.checkpoints.openai import found_by_shapes
+from train_clip.checkpoints.read import Contents, TensorRecord
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
+
+if TYPE_CHECKING:
+    from train_clip.models.clip import CLIP
 
 METADATA = "train_clip"  # under it a .safetensors file holds the model's configuration
 LIGHTNING = "pytorch-lightning_version"
@@ -23,43 +30,39 @@ NO_STATE = (
 # Arguments whose tensors are a part of a run and not of the model, as they are in a file that holds a model alone.
 OF_RUN = {"ema": 0.0, "distillation": "none"}
 OF_CUSTOM_WRAPPER = "sink_temp"  # a parameter of train-CLIP's CustomCLIPWrapper
+MARKED_AS_FOLDER = 0x10  # the MS-DOS attribute, in a zip archive's directory
 
 
-def find_checkpoint(contents: Contents) -> Found | None:
-    """A checkpoint of ``train`` or ``finetune``."""
+def find_checkpoint(contents: Contents) -> FoundCLIP | None:
+    """Find a checkpoint of ``train``."""
     arguments = contents.data.get("hyper_parameters")
-    if not isinstance(arguments, Mapping):
+    config = arguments.get("config") if isinstance(arguments, Mapping) else None
+    # Ours has two towers; train-CLIP's is flat, or a path, or whatever its user made of it.
+    if not isinstance(config, Mapping) or not {"image", "text"} <= set(config):
         return None
-    if not {"image_encoder", "text_encoder"} <= set(arguments) and not _is_config(arguments.get("config")):
-        return None
-    config = None
-    if "text_encoder" not in arguments:
-        config = config_from_dict(arguments["config"], str(contents.path))
-    return Found(
-        "train-clip checkpoint",
-        config,
-        without_prefix(contents.tensors, MODEL),
-        arguments=arguments,
-        about=progress(contents.data),
-    )
+    config = config_from_dict(config, str(contents.path))
+    return FoundCLIP(format="train-clip checkpoint", config=config, **of_lightning(contents))
 
 
-def find_safetensors(contents: Contents) -> Found | None:
-    """A file of ``train-clip convert --to safetensors``."""
+def find_safetensors(contents: Contents) -> FoundCLIP | None:
+    """Find a file of ``train-clip convert --to safetensors``."""
     if METADATA not in contents.metadata:
         return None
+    source = str(contents.path)
     try:
         values = json.loads(contents.metadata[METADATA])
         if not isinstance(values, dict):
             raise ValueError("no keys and values")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{contents.path}: its metadata tell of no model ({error}). Write the file again.") from error
-    return Found("train-clip safetensors", config_from_dict(values, str(contents.path)), contents.tensors)
+        raise UserError(f"{source}: its metadata tell of no model ({error}). Write the file again.") from error
+    config = config_from_dict(values, source)
+    return FoundCLIP(format="train-clip safetensors", source=source, records=contents.tensors, config=config)
 
 
-def find_train_clip(contents: Contents) -> Found | None:
-    """A checkpoint of train-CLIP's CLIPWrapper, whose model is OpenAI's, QuickGELU included (its models/model.py)."""
-    if LIGHTNING not in contents.data or not any(name.startswith(MODEL) for name in contents.tensors):
+def find_train_clip(contents: Contents) -> FoundCLIP | None:
+    """Find a checkpoint of train-CLIP's CLIPWrapper: OpenAI's model, QuickGELU included (its models/model.py)."""
+    records = below_model(contents)
+    if LIGHTNING not in contents.data or not records:
         return None
     if OF_CUSTOM_WRAPPER in contents.tensors:
         raise UserError(
@@ -67,21 +70,75 @@ def find_train_clip(contents: Contents) -> Found | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    records = without_prefix(contents.tensors, MODEL)
-    config = config_from_shapes(records, contents.path)
-    return Found("train-CLIP checkpoint (CLIPWrapper)", config, records, about=progress(contents.data))
+    about = of_lightning(contents)["about"]
+    found = found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, about)
+    return dataclasses.replace(found, unsaid=())
 
 
-def _is_config(config: Any) -> bool:
-    """Whether it is ours, of two towers; train-CLIP's is flat, or a path, or whatever its user made of it."""
-    return isinstance(config, Mapping) and {"image", "text"} <= set(config)
+def below_model(contents: Contents) -> dict[str, TensorRecord]:
+    """The tensors of a module's model, by the names that they have there."""
+    return {name.removeprefix(MODEL): value for name, value in contents.tensors.items() if name.startswith(MODEL)}
 
 
-def progress(data: Mapping[str, Any]) -> dict[str, Any]:
-    """How far a run of Lightning's had come."""
+def of_lightning(contents: Contents) -> dict[str, Any]:
+    """What a checkpoint of Lightning's says of any model: tensors, the module's arguments, how far the run had come."""
+    data, about = contents.data, {}
+    if isinstance(mean := data.get(RUNNING_MEAN), Mapping):
+        about["running mean of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
-    mean = data.get(RUNNING_MEAN)
-    of_mean = {}
-    if isinstance(mean, Mapping):
-        of_mean["running mean of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
-    return of_mean | {shown: data[name] for name, shown in names.items() if name in data}
+    about |= {shown: data[name] for name, shown in names.items() if name in data}
+    arguments = data.get("hyper_parameters")
+    return {
+        "source": str(contents.path),
+        "records": below_model(contents),
+        "arguments": arguments if isinstance(arguments, Mapping) else {},
+        "about": about,
+    }
+
+
+def write_safetensors(model: CLIP, file: Path) -> None:
+    """Write one file of tensors under OpenAI's names, the configuration in its metadata."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, file, metadata={"format": "pt", METADATA: json.dumps(model.config.to_dict())})
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint: plain data only, each record held against the checksum that it was written with."""
+    import torch
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path}: {what}; expected a checkpoint, such as RUN/checkpoints/last.ckpt.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
+            if damaged := archive.testzip() or next(iter(folders), None):
+                raise UserError(
+                    f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint."
+                )
+        loaded = torch.load(path, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds more than plain data; nothing of it was run. Expected a checkpoint of `train-clip train`."
+        ) from error
+    except Exception as error:
+        # A foreign, empty or truncated file raises anything from BadZipFile to KeyError.
+        raise UserError(
+            f"{path}: no checkpoint, or not all of one ({root_cause(error)}). Use another checkpoint."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a checkpoint of `train-clip train`.")
+    return loaded
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that lies deepest, which for a full disk is the system's."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {text}".splitlines()[0][:200]

@@ -1,16 +1,29 @@
-"""What a user names → the files on this disk: a path, a name of OpenAI's, a name on the Hugging Face hub."""
+"""What a user names → what lies there: a path, a name of OpenAI's, a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import os
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-from train_clip.checkpoints.read import Contents, gather_contents, read_contents
+from train_clip.checkpoints.read import EXPECTED, LONGEST_SHOWN, Contents, read_file, read_json
 from train_clip.errors import UserError, first_line
 from train_clip.files import replacing
+
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+HF_CONFIG, HF_WEIGHTS, HF_PIXELS = "config.json", "model.safetensors", "preprocessor_config.json"
+HF_PROCESSOR = "processor_config.json"  # which transformers 5 writes in place of the one before
+CONFIGS = (OPEN_CLIP_CONFIG, HF_CONFIG, HF_PIXELS, HF_PROCESSOR)
+# In the order in which they are looked for; an index lists the files of a model in several.
+WEIGHTS = (
+    OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin", HF_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
+LONGEST_NAME = 255  # bytes of a file's name
 
 HUB = "hf-hub:"
 URL = "https://openaipublic.azureedge.net/clip/models"
@@ -28,21 +41,11 @@ OPENAI = {
 }
 # OpenAI's own word for it.
 SPELLINGS = {"ViT-L/14@336px": "ViT-L/14-336px"}
-CHUNK = 2**20  # bytes read at a time
 
 
 def find_contents(source: str | Path) -> Contents:
-    """Look into what a user names.
-
-    Args:
-        source: a file, a folder, a name of OpenAI's (``ViT-B/32``), or ``hf-hub:NAME``.
-
-    Raises:
-        UserError: it is nowhere, cannot be fetched, or holds no weights.
-    """
+    """Look into what a user names: a file, a folder, a name of OpenAI's (``ViT-B/32``), or ``hf-hub:NAME``."""
     name = str(source)
-    if name == HUB:
-        raise UserError(f"{HUB} without a name; expected {HUB}ORGANISATION/MODEL.")
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
     if (known := openai_name(name)) is not None and not Path(name).exists():
@@ -50,30 +53,73 @@ def find_contents(source: str | Path) -> Contents:
     return read_contents(Path(source).expanduser())
 
 
+def read_contents(path: Path) -> Contents:
+    """Look into a file, or into a folder as Hugging Face and open_clip write them."""
+    try:
+        if path.is_dir():
+            return _gather(path, lambda name: path / name if (path / name).is_file() else None)
+    except OSError as error:  # a name that is longer than names can be
+        raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
+    if not path.is_file():
+        raise UserError(f"{path}: {'is no regular file' if path.exists() else 'there is no such file'}.{EXPECTED}")
+    configs = {name: path.with_name(name) for name in CONFIGS if path.with_name(name).is_file()}
+    return dataclasses.replace(read_file(path), configs=configs)
+
+
+def _gather(path: Path, find: Callable[[str], Path | None]) -> Contents:
+    """Look into a folder whose files are found by their names, here or on a hub; ``path`` is what messages name."""
+    configs = {name: found for name in CONFIGS if (found := find(name)) is not None}
+    for name in WEIGHTS:
+        if (found := find(name)) is None:
+            continue
+        files = {part: find(part) for part in _parts(found)} if name.endswith(".index.json") else {name: found}
+        if missing := [part for part, file in files.items() if file is None]:
+            raise UserError(f"{path}: {name} lists {missing[0]}, which is not there. Get the folder again.")
+        parts = [read_file(file) for file in files.values() if file is not None]
+        tensors = {key: record for contents in parts for key, record in contents.tensors.items()}
+        return dataclasses.replace(parts[0], path=path, tensors=tensors, configs=configs)
+    raise UserError(f"{path}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index lists; a path in place of a name would leave the folder."""
+    listed = read_json(index).get("weight_map", {})
+    parts = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+    odd = [part for part in parts if Path(part).name != part or len(part.encode()) > LONGEST_NAME]
+    if odd := odd or ([] if parts else ["no file"]):
+        raise UserError(f"{index}: lists {odd[0][:LONGEST_SHOWN]}; expected names of files beside it.")
+    return parts
+
+
 def openai_name(name: str) -> str | None:
     """OpenAI's model of a name, in either of its spellings (``ViT-B-32``); None where there is none."""
-    by_name = {key.replace("/", "-"): key for key in OPENAI} | {key.replace("/", "-"): key for key in SPELLINGS}
-    found = by_name.get(name.replace("/", "-"))
-    return SPELLINGS.get(found, found) if found is not None else None
+    by_name = {key.replace("/", "-"): SPELLINGS.get(key, key) for key in (*OPENAI, *SPELLINGS)}
+    return by_name.get(name.replace("/", "-"))
 
 
 def fetch_openai(name: str) -> Path:
-    """OpenAI's file of a model, out of the cache (``~/.cache/clip``, as OpenAI's own package has it) or downloaded.
-
-    Args:
-        name: a key of ``OPENAI``.
-
-    Raises:
-        UserError: it cannot be downloaded, or is not the file that OpenAI published.
-    """
+    """Find OpenAI's file of a model in the cache (``~/.cache/clip``, as their package has it), or download it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
     target, published = folder / f"{name.replace('/', '-')}.pt", OPENAI[name]
     address = f"{URL}/{published}/{target.name}"
     if target.exists() and not target.is_file():
         raise UserError(f"{target}: is no regular file; expected OpenAI's {name}. Move it away.")
     if not target.exists():
-        _download(address, target, name)
-    if (found := _sha256(target)) != published:
+        from torch.hub import download_url_to_file
+
+        try:
+            with replacing(target) as beside:
+                print(f"OpenAI's {name}: {address} → {target}")
+                download_url_to_file(address, str(beside))
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", None) or first_line(error)
+            raise UserError(
+                f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({reason}). Where there is a "
+                f"network fetch {address} and put it at {target}; or give a file of your own."
+            ) from error
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != published:
         raise UserError(
             f"{target}: its SHA-256 is {found}, that of OpenAI's {name} is {published}. Remove the file to have it "
             f"downloaded again, or put {address} there."
@@ -81,32 +127,11 @@ def fetch_openai(name: str) -> Path:
     return target
 
 
-def _download(address: str, target: Path, name: str) -> None:
-    from torch.hub import download_url_to_file
-
-    try:
-        with replacing(target) as beside:
-            print(f"OpenAI's {name}: {address} → {target}")
-            download_url_to_file(address, str(beside))
-    except (OSError, HTTPException) as error:
-        raise UserError(
-            f"OpenAI's {name} is not in {target.parent}, and cannot be downloaded from here "
-            f"({getattr(error, 'reason', None) or first_line(error)}). Where there is a network fetch {address} and "
-            f"put it at {target}; or give a file of your own."
-        ) from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _from_hub(name: str) -> Contents:
+    if not name:
+        raise UserError(f"{HUB} without a name; expected {HUB}ORGANISATION/MODEL.")
     try:
-        return gather_contents(Path(name), lambda file: find_file(name, file))
+        return _gather(Path(name), lambda file: find_file(name, file))
     except UserError as error:
         raise UserError(f"{HUB}{error}") from error
     except ImportError as error:
@@ -121,14 +146,12 @@ def _from_hub(name: str) -> Contents:
 
 
 def find_file(name: str, file: str) -> Path | None:
-    """Find one of a model's files: in the folder, in the cache, on the hub. None where the model has none."""
+    """Find one of a model's files: in the folder, in the hub's cache, on the hub. None where the model has none."""
     if Path(name).is_dir():
         path = Path(name, file)
         return path if path.is_file() else None
-    hub = importlib.import_module("huggingface_hub")
-    errors = importlib.import_module("huggingface_hub.errors")
-    cached = hub.try_to_load_from_cache(name, file)
-    if cached is not None:
+    hub, errors = (importlib.import_module(f"huggingface_hub{part}") for part in ("", ".errors"))
+    if (cached := hub.try_to_load_from_cache(name, file)) is not None:
         return Path(cached) if isinstance(cached, str) else None  # the cache also remembers that there is none
     try:
         return Path(hub.hf_hub_download(name, file))

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import pkgutil
+import shutil
 from pathlib import Path
 from typing import Literal
 
-from train_clip.checkpoints.load import open_weights
-from train_clip.checkpoints.weights import find_weights, require_no_prompts
-from train_clip.checkpoints.write import require_writable, write_model
-from train_clip.commands.options import WeightOptions
+from train_clip.checkpoints.found import find_weights
+from train_clip.errors import UserError
+from train_clip.files import BESIDE, replacing, sync_folder
+from train_clip.models.clip import CLIP, DualEncoder
+from train_clip.options import WeightOptions
 
+ENCODERS = (
+    "joined by this package, which no format of others holds: each says which CLIP it is by its sizes alone. Keep the "
+    ".ckpt, which `evaluate`, `finetune --pretrained` and train_clip.load read; or save its encoders by themselves, in "
+    "Python: model.visual, model.transformer."
+)
+
+
+# What writes each format, of a model and of a place that gets its name once all is on disk: a folder, or a file.
+FOLDERS = {
+    "open_clip": "train_clip.checkpoints.open_clip:write_open_clip",
+    "huggingface": "train_clip.checkpoints.huggingface:write_huggingface",
+}
+FILES = {"safetensors": "train_clip.checkpoints.own:write_safetensors"}
 HOW_TO_OPEN = {
     "open_clip": 'open_clip.create_model_and_transforms("local-dir:{target}")',
     "huggingface": 'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
@@ -37,14 +54,40 @@ def convert(
 
     Returns:
         The target.
-
-    Raises:
-        UserError: as ``load``, or a format that cannot hold the model.
     """
-    require_writable(target)
+    _require_writable(target)
     # Before gigabytes are read.
-    found = find_weights(source, weights.choices)
-    require_no_prompts(found.found, source)
-    write_model(open_weights(found).model, target, to)
+    found = find_weights(source, weights).require_clip(f" {ENCODERS}")
+    write_model(found.build()[0], target, to)
     print(f'Wrote {target}: {HOW_TO_OPEN[to].format(target=target)}, or train_clip.load("{target}").')
     return target
+
+
+def write_model(model: DualEncoder, target: Path, kind: str) -> None:
+    """Write a model that ``load`` gives, whole or not at all, to a new folder, or for ``safetensors`` to a new file."""
+    if not isinstance(model, CLIP):
+        raise UserError(f"{model.name}: two encoders {ENCODERS}")
+    if not isinstance(model.visual, pkgutil.resolve_name(model.config.image.tower)):
+        raise UserError(
+            f"{model.name}: a CLIP with visual prompts, which no format of others holds. Keep the .ckpt, which "
+            "`evaluate` and train_clip.load read."
+        )
+    _require_writable(target)
+    write = pkgutil.resolve_name((FOLDERS | FILES)[kind])
+    if kind in FILES:
+        with replacing(target) as beside:
+            write(model, beside)
+        return
+    beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        write(model, beside)
+        sync_folder(beside)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _require_writable(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target}: exists already and stays as it is. Give another name, or remove it.")

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.found import Choices
+from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
 from train_clip.checkpoints.load import Pretrained, open_weights
-from train_clip.checkpoints.weights import Weights, find_weights
 from train_clip.commands.progress import with_progress
 from train_clip.data.pairs import read_captions
 from train_clip.data.samples import image_loader
@@ -40,8 +39,6 @@ EVALUATORS = {
     "retrieval": "train_clip.evaluation.retrieval:score_captions",
     "zero_shot": "train_clip.evaluation.zero_shot:score_classes",
 }
-UNCHANGED = Choices()
-NO_CHOICE = WeightOptions()
 NAMED = 5  # files named on the screen; --json names all
 
 # ``num_images``, ``num_captions``, each evaluator's result, and ``skips``: files that could not be read.
@@ -91,8 +88,8 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         options: what to score
         weights: what they leave open
     """
-    choices = Choices(**dataclasses.asdict(weights), backbone=options.backbone)
-    scores, collection = score(load_for_scoring(checkpoint, options.device, choices), options)
+    model = load_for_scoring(checkpoint, options.device, weights, options.backbone)
+    scores, collection = score(model, options)
     report(scores)
     if options.json is not None:
         write_text(options.json, json.dumps(scores, indent=2, default=dataclasses.asdict) + "\n")
@@ -102,7 +99,9 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     return scores
 
 
-def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices = UNCHANGED) -> Pretrained:
+def load_for_scoring(
+    source: str | Path | Found, device: str, choices: WeightOptions = NO_CHOICE, backbone: str | None = None
+) -> Pretrained:
     """Load whatever ``load`` takes, or what was found there, onto a device: ``auto``, or what PyTorch calls it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +109,7 @@ def load_for_scoring(source: str | Path | Weights, device: str, choices: Choices
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}). Try cpu.") from None
-    loaded = open_weights(source if isinstance(source, Weights) else find_weights(source, choices))
+    loaded = open_weights(source if isinstance(source, Found) else find_weights(source, choices, backbone))
     loaded.model.to(device)
     return loaded
 

@@ -1,6 +1,4 @@
-"""Merge a fine-tuned model with the one that it began as.
-
-Weights between two models: what fine-tuning has gained, with less of what it has lost.
+"""Merge a fine-tuned model with the one that it began as: what fine-tuning has gained, with less of what it has lost.
 
 Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, Wortsman et al., arXiv 2109.01903).
 """
@@ -19,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.own import OF_RUN
-from train_clip.checkpoints.tensors import read_checkpoint
-from train_clip.checkpoints.weights import Weights, find_model, find_weights
-from train_clip.commands.evaluate import UNCHANGED, ScoreOptions, Scores, figures, load_for_scoring, score
+from train_clip.checkpoints.found import Found, find_model, find_weights
+from train_clip.checkpoints.own import MODEL, OF_RUN, read_checkpoint
+from train_clip.commands.evaluate import ScoreOptions, Scores, figures, load_for_scoring, score
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
 from train_clip.models.config import config_from_dict
@@ -30,81 +27,6 @@ from train_clip.options import option
 from train_clip.training.checkpoints import AtomicCheckpointIO
 
 OF_LOSS = ("logit_scale", "logit_bias")
-
-
-def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """The line between two state dicts.
-
-        θ = (1 - w) θ_start + w θ_tuned
-
-    Running statistics of BatchNorm lie on the line too; whole numbers, such as their counts of batches, are the tuned
-    model's.
-
-    Args:
-        start: any tensors.
-        tuned: of the same names and shapes.
-        weight: w, in [0, 1].
-
-    Returns:
-        Tensors of the tuned model's dtypes. At 0 and at 1 they are the one's and the other's, bit for bit.
-
-    Raises:
-        UserError: names or shapes that differ, or a weight beyond the ends.
-    """
-    require_weight(weight)
-    require_one_model(start, tuned)
-    return {
-        name: _between(start[name], end, weight) if end.is_floating_point() else end.clone()
-        for name, end in tuned.items()
-    }
-
-
-def of_one_loss(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The start with the tuned model's temperature and bias, where one was trained with the sigmoid loss alone.
-
-    A temperature means another thing in each loss. Which caption fits best depends on neither of the two.
-
-    Args:
-        start: as for ``interpolate``.
-        tuned: likewise.
-    """
-    if ("logit_bias" in start) == ("logit_bias" in tuned):
-        return dict(start)
-    towers = {name: tensor for name, tensor in start.items() if name not in OF_LOSS}
-    return towers | {name: tuned[name] for name in OF_LOSS if name in tuned}
-
-
-def require_weight(weight: float) -> None:
-    """Refuse a weight beyond the ends.
-
-    Raises:
-        UserError: it is none from 0 to 1.
-    """
-    if not 0 <= weight <= 1:
-        raise UserError(f"--weight {weight:g}: expected from 0, the first checkpoint, to 1, the second.")
-
-
-def require_one_model(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-    """Refuse state dicts that have no line between them.
-
-    Raises:
-        UserError: names or shapes that differ.
-    """
-    if lone := sorted(start.keys() ^ tuned.keys()):
-        raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
-    for name, end in tuned.items():
-        if start[name].shape != end.shape:
-            raise UserError(
-                f"{name} has the shapes {tuple(start[name].shape)} and {tuple(end.shape)}; expected one model."
-            )
-
-
-def _between(begin: Tensor, end: Tensor, weight: float) -> Tensor:
-    wide = torch.promote_types(end.dtype, torch.float32)
-    # lerp is exact at both ends.
-    return begin.to(wide).lerp(end.to(wide), weight).to(end.dtype)
-
-
 # What a merged checkpoint takes over from the tuned one besides its weights.
 KEPT = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters")
 
@@ -125,23 +47,6 @@ class MergeOptions(ScoreOptions):
     def weights(self) -> list[float]:
         """One or several."""
         return self.weight if isinstance(self.weight, list) else [self.weight]
-
-    def require_sense(self) -> None:
-        """Refuse weights and sets that cannot work.
-
-        Raises:
-            UserError: there are some.
-        """
-        if not self.weights:
-            raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
-        for weight in self.weights:
-            require_weight(weight)
-        names = [f"{weight:g}" for weight in self.weights]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"--weight: {twice[0]} comes twice to six figures, by which the files are named.")
-        for name, value in (("classes", self.other_classes), ("templates", self.other_templates)):
-            if value is not None and self.other_folder is None:
-                raise UserError(f"--other_{name} {value}: is for --other_folder, which was not given.")
 
     def sets(self) -> dict[str, ScoreOptions]:
         """What to score on, by its name; empty where nothing is given."""
@@ -164,20 +69,17 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         options: how much of each, and what to score on.
 
     Returns:
-        The files.
-
-    Raises:
-        UserError: two models that are not one, a file that is there already, or something that cannot be scored; then
-            nothing was written.
+        The files; none was written where two models are not one, a file is there already, or one cannot be scored.
     """
-    options.require_sense()
+    _require_sense(options)
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in options.weights]
-    for target in targets:
-        if target.exists():
-            raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
+    if there := [target for target in targets if target.exists()]:
+        raise UserError(f"{there[0]}: exists already and stays as it is. Give another --output, or remove it.")
     end = read_checkpoint(tuned)
-    second = _model_of(end, tuned)
-    begin = _start(start, end["hyper_parameters"])
+    second, arguments = _model_of(end, tuned), end["hyper_parameters"]
+    # The start is of the tuned model's configuration, whatever its file leaves open.
+    of_clip = "config" in arguments
+    begin = find_model(start, config_from_dict(arguments["config"], start)) if of_clip else find_weights(start)
     first = of_one_loss(begin.read(), second)
     require_one_model(first, second)
     sets = options.sets()
@@ -185,10 +87,9 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     scores = {weight: _scores(one, sets, options.device) for weight, one in ((0.0, begin), (1.0, tuned)) if sets}
     if options.json is not None:
         require_place(options.json)
+    about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **OF_RUN}}
     for weight, target in zip(options.weights, targets, strict=True):
-        merged = {f"model.{name}": value for name, value in interpolate(first, second, weight).items()}
-        about = {name: end[name] for name in KEPT if name in end}
-        about["hyper_parameters"] = {**about["hyper_parameters"], **OF_RUN}
+        merged = {MODEL + name: value for name, value in interpolate(first, second, weight).items()}
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
         if sets and weight not in scores:
@@ -198,23 +99,72 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     return targets
 
 
-def _start(start: str, arguments: Mapping[str, Any]) -> Weights:
-    """What fine-tuning began with, which is of the tuned model's configuration, whatever its file leaves open."""
-    if "config" not in arguments:
-        return find_weights(start, UNCHANGED)
-    return find_model(start, config_from_dict(dict(arguments["config"]), start))
+def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """The line between two state dicts of the same names and shapes.
+
+        θ = (1 - w) θ_start + w θ_tuned
+
+    Running statistics of BatchNorm lie on the line too; whole numbers, such as their counts of batches, are the tuned
+    model's, and so are the dtypes. At w = 0 and 1 the tensors are the one's and the other's, bit for bit.
+    """
+    _require_weight(weight)
+    require_one_model(start, tuned)
+    merged = {}
+    for name, end in tuned.items():
+        wide = torch.promote_types(end.dtype, torch.float32)
+        between = start[name].to(wide).lerp(end.to(wide), weight)  # which is exact at both ends
+        merged[name] = between.to(end.dtype) if end.is_floating_point() else end.clone()
+    return merged
+
+
+def of_one_loss(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The start with the tuned model's temperature and bias, where one was trained with the sigmoid loss alone.
+
+    A temperature means another thing in each loss. Which caption fits best depends on neither of the two.
+    """
+    if ("logit_bias" in start) == ("logit_bias" in tuned):
+        return dict(start)
+    towers = {name: tensor for name, tensor in start.items() if name not in OF_LOSS}
+    return towers | {name: tuned[name] for name in OF_LOSS if name in tuned}
+
+
+def require_one_model(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    """Refuse state dicts whose names or shapes differ."""
+    if lone := sorted(start.keys() ^ tuned.keys()):
+        raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
+    for name, end in tuned.items():
+        if start[name].shape != end.shape:
+            shapes = f"{tuple(start[name].shape)} and {tuple(end.shape)}"
+            raise UserError(f"{name} has the shapes {shapes}; expected one model.")
+
+
+def _require_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:
+        raise UserError(f"--weight {weight:g}: expected from 0, the first checkpoint, to 1, the second.")
+
+
+def _require_sense(options: MergeOptions) -> None:
+    if not options.weights:
+        raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
+    for weight in options.weights:
+        _require_weight(weight)
+    names = [f"{weight:g}" for weight in options.weights]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--weight: {twice[0]} comes twice to six figures, by which the files are named.")
+    for name in ("other_classes", "other_templates"):
+        if (value := getattr(options, name)) is not None and options.other_folder is None:
+            raise UserError(f"--{name} {value}: is for --other_folder, which was not given.")
 
 
 def _model_of(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's model."""
     weights = state.get("state_dict", {})
-    found = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    found = {name.removeprefix(MODEL): value for name, value in weights.items() if name.startswith(MODEL)}
     if not found or "hyper_parameters" not in state or "backbone" in state["hyper_parameters"]:
         raise UserError(f"{path}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
     return found
 
 
-def _scores(one: Weights | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
+def _scores(one: Found | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
     model = load_for_scoring(one, device)
     return {name: score(model, options)[0] for name, options in sets.items()}
 

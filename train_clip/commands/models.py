@@ -12,12 +12,13 @@ from rich.table import Table
 
 from train_clip.commands.train import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
-from train_clip.models.config import ModelConfig, ResNetConfig, presets, read_config
+from train_clip.models.config import ModelConfig, presets, read_config
 from train_clip.options import TrainingOptions
 from train_clip.training.muon import HIDDEN, row_blocks
 from train_clip.training.optimizer import build_optimizer, default_momentum
 
 WIDTH = 200  # characters, what the widest row takes
+NUMBERS = ("parameters", "image", "text", "pixels", "embed")
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
 
 
@@ -39,13 +40,12 @@ def models(
     if show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
         return
-    table = Table("model", box=None, header_style="bold", pad_edge=False)
-    for heading in ("parameters", "image", "text", "pixels", "embed"):
-        table.add_column(heading, justify="right")
-    for heading in ("image tower", "text tower", "lr", "betas", "eps", "decay", "warm-up", "epochs"):
-        table.add_column(heading)
-    for config in presets():
-        table.add_row(*_row(config))
+    rows = [_row(config) for config in presets()]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in rows[0]:
+        table.add_column(heading, justify="right" if heading in NUMBERS else "left")
+    for row in rows:
+        table.add_row(*row.values())
     _print(table)
 
 
@@ -82,32 +82,18 @@ def _updates(config: ModelConfig, optimizer: str) -> Table:
     return table
 
 
-def _row(config: ModelConfig) -> list[str]:
+def _row(config: ModelConfig) -> dict[str, str]:
     with torch.device("meta"):
         model = CLIP(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     in_image = sum(parameter.numel() for parameter in model.visual.parameters())
     text, numbers = config.text, config.optimizer
-    return [
-        config.name,
-        f"{total:,}",
-        f"{in_image:,}",
-        f"{total - in_image - 1:,}",
-        str(config.image.size),
-        str(config.embed_dim),
-        _image_sizes(config),
-        f"{text.layers}×{text.width}, {text.heads} heads",
-        f"{numbers.lr:g}",
-        f"{numbers.betas[0]:g}, {numbers.betas[1]:g}",
-        f"{numbers.eps:g}",
-        f"{numbers.weight_decay:g}",
-        f"{numbers.warmup_steps:,}",
-        str(numbers.epochs),
-    ]
-
-
-def _image_sizes(config: ModelConfig) -> str:
-    image = config.image
-    if isinstance(image, ResNetConfig):
-        return f"blocks {'-'.join(map(str, image.blocks))}, width {image.width}"
-    return f"{image.layers}×{image.width}, {image.heads} heads, patch {image.patch}"
+    return {
+        **{"model": config.name, "parameters": f"{total:,}"},
+        **{"image": f"{in_image:,}", "text": f"{total - in_image - 1:,}"},
+        **{"pixels": str(config.image.size), "embed": str(config.embed_dim)},
+        "image tower": str(config.image).partition(" of ")[2].replace(" layers of ", "×"),
+        "text tower": f"{text.layers}×{text.width}, {text.heads} heads",
+        **{"lr": f"{numbers.lr:g}", "betas": f"{numbers.betas[0]:g}, {numbers.betas[1]:g}", "eps": f"{numbers.eps:g}"},
+        **{"decay": f"{numbers.weight_decay:g}", "warm-up": f"{numbers.warmup_steps:,}", "epochs": str(numbers.epochs)},
+    }

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from train_clip.checkpoints.found import Choices
 from train_clip.errors import UserError
 from train_clip.options import PairBy, SourceOptions
+from train_clip.options import WeightOptions as Choices
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class WeightOptions:
     @property
     def choices(self) -> Choices:
         """What the user has chosen."""
-        return Choices(self.model_name, self.activation, self.image_size, self.context_length)
+        return Choices(self.model_name, self.image_size, self.context_length, self.activation)
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,7 @@ def _written(file: Path) -> int:
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
-    from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
-    from train_clip.checkpoints.tensors import read_checkpoint
+    from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN, read_checkpoint
 
     state = read_checkpoint(file)
     if RUNNING_MEAN in state:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from train_clip.checkpoints.found import Found, find_weights
 from train_clip.checkpoints.sources import openai_name
-from train_clip.checkpoints.weights import Weights, find_weights, require_no_prompts
 from train_clip.commands.options import (
     AugmentationOptions,
     DataOptions,
@@ -38,7 +38,7 @@ OPENAI = "openai"
 DEFAULT_MODEL = "ViT-B/32"
 
 
-def pretrained_weights(model: ModelOptions) -> Weights | None:
+def pretrained_weights(model: ModelOptions) -> Found | None:
     """The weights that the options name; None where they name none.
 
     Raises:
@@ -172,13 +172,9 @@ def choose_config(model: ModelOptions) -> ModelConfig:
     return config if model.context_length is None else config.with_context(model.context_length)
 
 
-def _require_clip(weights: Weights) -> ModelConfig:
-    require_no_prompts(weights.found, weights.source)
-    if weights.config is None:
-        raise UserError(
-            f"--pretrained {weights.source}: two encoders, which `train-clip finetune --pretrained` trains on."
-        )
-    return _require_vocabulary(weights.config)
+def _require_clip(weights: Found) -> ModelConfig:
+    clip = weights.require_clip(", which `train-clip finetune --pretrained` trains on.")
+    return _require_vocabulary(clip.config)
 
 
 def _require_vocabulary(config: ModelConfig) -> ModelConfig:

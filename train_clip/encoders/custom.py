@@ -1,8 +1,4 @@
-"""Which parameters the loss reaches, found by one backward pass.
-
-B  images of the trial
-
-Any two encoders as one model (data-efficient fine-tuning, arXiv 2104.08945 and 2112.09445).
+"""Any two encoders as one model (data-efficient fine-tuning, arXiv 2104.08945 and 2112.09445).
 
 B  pairs      L  tokens      S  side of the image in pixels      D  width of the text encoder, where both meet
 """
@@ -13,10 +9,10 @@ import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
 from train_clip.encoders.own import TextTower
@@ -29,16 +25,8 @@ INITIAL_LOG_SCALE = 3.9  # OTTER's code; clamped to [0, ln 100] there too
 class CustomCLIP(DualEncoder):
     """An image encoder and a text encoder, joined by a linear projection of the images where their widths differ.
 
-    The encoders are called ``visual`` and ``transformer``, as in train-CLIP's files.
-
-    Args:
-        image: maps normalised images to (B, W).
-        text: maps tokens to what ``text_features`` reads.
-        average: whether a caption is the mean over its tokens, or what the text encoder itself makes of them.
-        project: whether to add the projection; without it encoders of different widths are refused.
-
-    Raises:
-        UserError: the widths differ.
+    The encoders are called ``visual`` and ``transformer``, as in train-CLIP's files. A caption is the ``average`` over
+    its tokens, or what the text encoder itself makes of them. Without ``project`` different widths are refused.
     """
 
     least_log_scale = 0.0
@@ -50,103 +38,69 @@ class CustomCLIP(DualEncoder):
                 f"Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, {text.width})), "
                 "or pass project=True, which adds such a layer."
             )
-        name = "+".join(_called(encoder.module, encoder.description) for encoder in (image, text))
-        super().__init__(name, text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
+        told = [(type(one.module).__name__, one.description) for one in (image, text)]
+        names = [description.get("label") or Path(description.get("name", kind)).name for kind, description in told]
+        super().__init__("+".join(names), text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
         self.average = average
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module
         self.transformer = text.module
-        self._takes = _arguments(text.module)
+        parameters = inspect.signature(text.module.forward).parameters.values()
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        self._takes = None if takes_any else frozenset(parameter.name for parameter in parameters)
         same = image.width == text.width
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
 
+    @override
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            images: (B, 3, S, S) uint8 in [0, 255], or float that is already normalised.
-
-        Returns:
-            (B, D) float, not normalised.
-        """
         return self.image_projection(image_features(self.visual(self.pixel_norm(images))))
 
+    @override
     def encode_text(self, texts: Texts) -> Tensor:
-        """Embed captions.
-
-        Args:
-            texts: what the tokenizer of the text encoder gives, ``input_ids`` (B, L) int64 and ``attention_mask``
-                among it; or the ids alone, which are then all looked at.
-
-        Returns:
-            (B, D) float, not normalised.
-        """
+        # What the tokenizer gives, input_ids and attention_mask among it; or the ids alone, which are then all read.
         if isinstance(texts, Mapping):
             # Some tokenizers give more than their encoder takes, such as token_type_ids.
             taken = {name: tensor for name, tensor in texts.items() if self._takes is None or name in self._takes}
             return text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
         return text_features(self.transformer(texts), None, self.average)
 
+    @override
     def caption_mask(self, texts: Texts) -> Tensor:
-        """What the attention mask says; without one up to CLIP's end token, or all tokens: (B, L) bool."""
         if isinstance(texts, Tensor) and isinstance(self.transformer, TextTower):
             return up_to_end(texts)
         mask = texts.get("attention_mask") if isinstance(texts, Mapping) else None
         return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
 
+    @override
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Each encoder's; the projection is in neither."""
         return list(self.visual.parameters()), list(self.transformer.parameters())
 
 
-def _arguments(module: nn.Module) -> frozenset[str] | None:
-    """The names that a module's ``forward`` takes; None for any."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in parameters)
-
-
-def _called(module: nn.Module, description: Mapping[str, Any]) -> str:
-    """What an encoder is called in messages and in the names of folders."""
-    return description.get("label") or Path(description.get("name", type(module).__name__)).name
-
-
-B = 2
-
-
 def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
-    """Freeze what no gradient comes to, such as a text model's pooler or a mask token.
+    """Freeze what no gradient comes to, such as a text model's pooler or a mask token, and give the names.
 
     DDP waits for the gradient of every parameter that asks for one, and fails on its second step where one never comes.
 
     Args:
         model: in any mode, on any device; it is left as it was found, but for what is frozen.
         texts: tokens of some captions, as training will bring them, on the model's device.
-
-    Returns:
-        The names of what was frozen.
     """
-    device = model.logit_scale.device
     training = [module for module in model.modules() if module.training]
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(B, 3, model.image_size, model.image_size, generator=generator).to(device)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
     if not trainable:
         return []
     # Layers that are dropped at random in training are all there in eval mode.
     model.eval()
     try:
         with torch.enable_grad():
-            embeddings = model.encode_image(images).float().sum() + model.encode_text(texts).float().sum()
-            loss = embeddings + torch.stack(model.temperature()).sum()
-            gradients = torch.autograd.grad(loss, [parameter for _, parameter in trainable], allow_unused=True)
+            embeddings = model.encode_image(images.to(model.logit_scale.device)), model.encode_text(texts)
+            loss = sum(one.float().sum() for one in embeddings) + torch.stack(model.temperature()).sum()
+            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
     finally:
         for module in training:
             module.training = True
-    unreached = [
-        (name, parameter) for (name, parameter), gradient in zip(trainable, gradients, strict=True) if gradient is None
-    ]
-    for _, parameter in unreached:
-        parameter.requires_grad_(False)
-    return [name for name, _ in unreached]
+    unreached = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+    for name in unreached:
+        trainable[name].requires_grad_(False)
+    return unreached

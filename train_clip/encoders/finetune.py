@@ -23,8 +23,7 @@ from train_clip.commands.run import Job, begin, train_job
 from train_clip.commands.run_folder import Resumption
 from train_clip.commands.train import pretrained_weights, require_same_start
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders.own import SOURCE
-from train_clip.encoders.sources import load_image_encoder, load_text_encoder
+from train_clip.encoders.sources import OWN, load_image_encoder, load_text_encoder
 from train_clip.encoders.tokenizer import load_tokenizer
 from train_clip.encoders.wrapper import EPOCHS, CustomCLIPWrapper
 from train_clip.errors import UserError
@@ -182,7 +181,7 @@ def _tokenizer(source: str, context: int | None) -> Any:
     prefix, _, name = source.partition(":")
     assert context is not None  # every source knows it
     try:
-        return Tokenizer(context) if prefix == SOURCE else load_tokenizer(name, context)
+        return Tokenizer(context) if prefix == OWN else load_tokenizer(name, context)
     except ValueError as error:
         raise UserError(f"--{error}") from error
 

@@ -1,170 +1,159 @@
-"""The arguments of a ``CustomCLIPWrapper`` → its two encoders joined, and the tokenizer, without a network.
+"""Pretrained encoders by their source, and two of them out of a checkpoint.
 
-Pretrained encoders by their source: a prefix that names a library, then the library's own name for the model.
+A source is a prefix that names a library, then the library's own name for the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
-from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders import huggingface, libraries
-from train_clip.encoders import own as own_encoders
-from train_clip.encoders.custom import CustomCLIP
-from train_clip.encoders.encoder import ImageEncoder, TextEncoder
-from train_clip.encoders.tokenizer import PretrainedTokenizer, tokenizer_from
+from typing_extensions import override
+
+from train_clip.checkpoints.found import Found, any_chosen
+from train_clip.checkpoints.own import of_lightning
+from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
+from train_clip.options import WeightOptions
+
+if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
+    from train_clip.encoders.custom import CustomCLIP
+    from train_clip.encoders.encoder import ImageEncoder, TextEncoder
 
 
 class Source(NamedTuple):
-    """What one prefix can do.
+    """What stands behind a prefix: functions that "load" an encoder by its name, or "build" a described one."""
 
-    Args:
-        image_example: a source of an image encoder, for messages.
-        load_image: from a name, with pretrained weights.
-        build_image: from a description, with random weights and without a network.
-        text_example: as the image's; empty where the library has no text encoders.
-        load_text: as the image's; None where the library has no text encoders.
-        build_text: as the image's.
-    """
-
-    image_example: str
-    load_image: Callable[[str], ImageEncoder]
-    build_image: Callable[[dict[str, Any]], ImageEncoder]
-    text_example: str = ""
-    load_text: Callable[[str], TextEncoder] | None = None
-    build_text: Callable[[dict[str, Any]], TextEncoder] | None = None
+    functions: str
+    example: str  # for messages
 
 
+OWN = "train-clip"
+LAST = "train-clip:RUN/checkpoints/last.ckpt"
 SOURCES = {
-    "hf": Source(
-        "hf:facebook/dinov2-small",
-        huggingface.load_image,
-        huggingface.build_image,
-        "hf:sentence-transformers/all-mpnet-base-v2",
-        huggingface.load_text,
-        huggingface.build_text,
-    ),
-    "timm": Source("timm:resnet50", libraries.load_timm, libraries.build_timm),
-    own_encoders.SOURCE: Source(
-        "train-clip:RUN/checkpoints/last.ckpt",
-        own_encoders.load_image,
-        own_encoders.build_image,
-        "train-clip:RUN/checkpoints/last.ckpt",
-        own_encoders.load_text,
-        own_encoders.build_text,
-    ),
-    "torchvision": Source("torchvision:resnet50", libraries.load_torchvision, libraries.build_torchvision),
+    "hf": {
+        "image": Source("train_clip.encoders.huggingface:{}_image", "hf:facebook/dinov2-small"),
+        "text": Source("train_clip.encoders.huggingface:{}_text", "hf:sentence-transformers/all-mpnet-base-v2"),
+    },
+    "timm": {"image": Source("train_clip.encoders.libraries:{}_timm", "timm:resnet50")},
+    OWN: {
+        "image": Source("train_clip.encoders.own:{}_image", LAST),
+        "text": Source("train_clip.encoders.own:{}_text", LAST),
+    },
+    "torchvision": {"image": Source("train_clip.encoders.libraries:{}_torchvision", "torchvision:resnet50")},
 }
 
 
 def load_image_encoder(source: str) -> ImageEncoder:
-    """Load a pretrained image encoder.
-
-    Args:
-        source: such as "hf:facebook/dinov2-small", "hf:FOLDER", "timm:resnet50" or "torchvision:resnet50".
-
-    Raises:
-        UserError: an unknown prefix, or what the library cannot load.
-    """
-    prefix, name = _split(source, "image")
-    return SOURCES[prefix].load_image(name)
+    """Load a pretrained image encoder, such as "hf:facebook/dinov2-small", "hf:FOLDER" or "timm:resnet50"."""
+    return _load(source, "image")
 
 
 def load_text_encoder(source: str) -> TextEncoder:
-    """Load a pretrained text encoder.
-
-    Args:
-        source: such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER".
-
-    Raises:
-        UserError: an unknown prefix, a library without text encoders, or what the library cannot load.
-    """
-    prefix, name = _split(source, "text")
-    load = SOURCES[prefix].load_text
-    if load is None:
-        raise UserError(f"--text_encoder {source}: {prefix} has no text encoders. Expected {_examples('text')}.")
-    return load(name)
+    """Load a pretrained text encoder, such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER"."""
+    return _load(source, "text")
 
 
-def build_image_encoder(description: dict[str, Any]) -> ImageEncoder:
-    """Build the image encoder that an ``ImageEncoder.description`` tells of, with random weights, without a network.
-
-    Raises:
-        UserError: a description of no known source, or a library that is missing or too old.
-    """
-    return SOURCES[_source_of(description)].build_image(description)
+def build_image_encoder(description: Mapping[str, Any]) -> ImageEncoder:
+    """Build the image encoder that an ``ImageEncoder.description`` tells of, with random weights, without a network."""
+    return _build(description, "image")
 
 
-def build_text_encoder(description: dict[str, Any]) -> TextEncoder:
-    """Build the text encoder that a ``TextEncoder.description`` tells of, with random weights, without a network.
-
-    Raises:
-        UserError: as ``build_image_encoder``.
-    """
-    build = SOURCES[_source_of(description)].build_text
-    if build is None:
-        raise UserError(f"A text encoder of source {description['source']!r}; expected {_examples('text')}.")
-    return build(description)
+def build_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
+    """Build the text encoder that a ``TextEncoder.description`` tells of, with random weights, without a network."""
+    return _build(description, "text")
 
 
-def _split(source: str, kind: str) -> tuple[str, str]:
-    """Part "hf:NAME" into its two; a name may hold further colons."""
-    prefix, colon, name = source.partition(":")
-    if colon and name and prefix in SOURCES:
-        return prefix, name
-    if source and Path(source).exists():
-        library = "hf" if Path(source).is_dir() else own_encoders.SOURCE
-        raise UserError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
-    what = f"unknown prefix {prefix!r}" if colon and prefix not in SOURCES else "no library and name"
-    raise UserError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
+def _load(source: str, kind: str) -> Any:
+    prefix, colon, name = source.partition(":")  # a name may hold further colons
+    if not (colon and name and prefix in SOURCES):
+        if source and Path(source).exists():
+            library = "hf" if Path(source).is_dir() else OWN
+            raise UserError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
+        what = f"unknown prefix {prefix!r}" if colon and prefix not in SOURCES else "no library and name"
+        raise UserError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
+    if kind not in SOURCES[prefix]:
+        raise UserError(f"--{kind}_encoder {source}: {prefix} has no {kind} encoders. Expected {_examples(kind)}.")
+    return pkgutil.resolve_name(SOURCES[prefix][kind].functions.format("load"))(name)
 
 
-def _source_of(description: dict[str, Any]) -> str:
+def _build(description: Mapping[str, Any], kind: str) -> Any:
     source = description.get("source")
     if source not in SOURCES:
         raise UserError(
             f"An encoder of source {source!r}; known: {', '.join(SOURCES)}. Update train-clip, or build the encoder "
             "yourself and load its weights."
         )
-    return str(source)
+    if kind not in SOURCES[source]:
+        raise UserError(f"A {kind} encoder of source {source!r}; expected {_examples(kind)}.")
+    return pkgutil.resolve_name(SOURCES[source][kind].functions.format("build"))(dict(description))
 
 
 def _examples(kind: str) -> str:
-    """Join an example of each source that has encoders of this kind."""
-    examples = [source.image_example if kind == "image" else source.text_example for source in SOURCES.values()]
-    return " or ".join(example for example in examples if example)
+    return " or ".join(kinds[kind].example for kinds in SOURCES.values() if kind in kinds)
 
 
-def build_custom(arguments: Mapping[str, Any]) -> tuple[CustomCLIP, Tokenizer | PretrainedTokenizer]:
-    """Build the model that a checkpoint tells of, with random weights.
+@dataclass(frozen=True, kw_only=True)
+class FoundEncoders(Found):
+    """Two encoders that ``finetune`` has joined."""
 
-    Args:
-        arguments: what its module was made with, plain data.
+    @override
+    def require_clip(self, instead: str = "; expected a CLIP.") -> NoReturn:
+        raise UserError(f"{self.source}: two encoders{instead}")
 
-    Raises:
-        UserError: an encoder or a tokenizer of the user's own, which the checkpoint does not say how to make.
-    """
-    for name in ("image_encoder", "text_encoder", "tokenizer"):
-        if not isinstance(arguments.get(name), Mapping):
-            raise UserError(
-                f"The checkpoint does not say how to make its {name}, which was one of your own. Make it, and load "
-                f"with CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
-            )
-    image, text = (
-        build_image_encoder(dict(arguments["image_encoder"])),
-        build_text_encoder(dict(arguments["text_encoder"])),
-    )
-    model = CustomCLIP(image, text, arguments["avg_word_embs"], arguments["project"])
-    if arguments.get("loss") == "sigmoid":
-        model.add_bias()
-    return model, described_tokenizer(arguments["tokenizer"])
+    @override
+    def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
+        if backbone is not None:
+            self.refuse(f"{self.format}, a whole model. Leave the backbone out")
+        if any_chosen(choices):
+            self.refuse("two encoders, whose sizes and activations are their own. Leave the choices out")
+        return self
+
+    @override
+    def empty(self) -> tuple[CustomCLIP, Any]:
+        from train_clip.encoders.custom import CustomCLIP
+
+        arguments = self.arguments
+        for name in ("image_encoder", "text_encoder", "tokenizer"):
+            if not isinstance(arguments.get(name), Mapping):
+                raise UserError(
+                    f"The checkpoint does not say how to make its {name}, which was one of your own. Make it, and load "
+                    f"with CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
+                )
+        image, text = build_image_encoder(arguments["image_encoder"]), build_text_encoder(arguments["text_encoder"])
+        model = CustomCLIP(image, text, arguments["avg_word_embs"], arguments["project"])
+        if arguments.get("loss") == "sigmoid":
+            model.add_bias()
+        return model, described_tokenizer(arguments["tokenizer"])
+
+    @override
+    def describe(self) -> dict[str, str]:
+        told = {name: self.arguments.get(name) for name in ("image_encoder", "text_encoder")}
+        return {name: _described(description) for name, description in told.items()} | super().describe()
 
 
-def described_tokenizer(description: Mapping[str, Any]) -> Tokenizer | PretrainedTokenizer:
+def find_encoders(contents: Contents) -> FoundEncoders | None:
+    """Find a checkpoint of two encoders of ``finetune``."""
+    told = of_lightning(contents)
+    is_ours = {"image_encoder", "text_encoder"} <= set(told["arguments"])
+    return FoundEncoders(format="train-clip checkpoint", **told) if is_ours else None
+
+
+def _described(description: Any) -> str:
+    if isinstance(description, Mapping) and all(isinstance(description.get(key), str) for key in ("source", "name")):
+        return f"{description['source']}:{description['name']}"
+    return "a module of the user's own, which the file does not say how to make"
+
+
+def described_tokenizer(description: Mapping[str, Any]) -> Any:
     """Make the tokenizer that a checkpoint describes."""
     if description["source"] == "clip":
+        from train_clip.data.tokenizer import Tokenizer
+
         return Tokenizer(description["context_length"])
+    from train_clip.encoders.tokenizer import tokenizer_from
+
     return tokenizer_from(dict(description))

@@ -1,15 +1,16 @@
 """What a CLIP is made of, and the numbers it is trained with: YAML read into frozen dataclasses.
 
-A preset (``ViT-B/32``) and a user's own file have the same form. Sizes are the paper's (arXiv 2103.00020, tables 19
-and 20), optimizer numbers its tables 18 to 20.
+Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optimizer numbers its tables 18 to 20.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -33,69 +34,71 @@ START_OF_SIGMOID = {"logit_scale": math.log(10), "logit_bias": -10.0}
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A vision transformer.
+    """A vision transformer."""
 
-    Args:
-        size: side of the square input, in pixels.
-        patch: side of a patch, in pixels.
-        layers: number of blocks.
-        width: embedding width within the blocks.
-        heads: attention heads; divides the width.
-    """
+    tower: ClassVar[str] = "train_clip.models.vit:VisionTransformer"  # class: of config, embed_dim, activation
+    alike: ClassVar[str] = "ViT-B/32"  # whose optimizer numbers serve where there are none
 
-    tower: ClassVar[str] = "train_clip.models.vit:VisionTransformer"
-
-    size: int
-    patch: int
+    size: int  # side of the square input, in pixels
+    patch: int  # side of a patch, in pixels
     layers: int
-    width: int
-    heads: int
+    width: int  # embedding width within the blocks
+    heads: int  # attention heads; divides the width
 
     def __post_init__(self) -> None:
         _require_positive(self)
         _require(self.size % self.patch == 0, f"image size {self.size} is not a multiple of the patch {self.patch}")
         _require(self.width % self.heads == 0, f"image width {self.width} does not divide into {self.heads} heads")
 
+    @property
+    def pixels_per_place(self) -> int:
+        """Pixels, along a side, to a place of the grid whose positions are embedded."""
+        return self.patch
+
+    def __str__(self) -> str:
+        return f"ViT of {self.layers} layers of {self.width}, {self.heads} heads, patches of {self.patch} pixels"
+
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """CLIP's modified ResNet.
-
-    Args:
-        size: side of the square input, in pixels; a multiple of 32, the total stride.
-        blocks: number of bottlenecks in each of the four stages.
-        width: channels of the stem (table 19 prints 32 times this).
-    """
+    """CLIP's modified ResNet."""
 
     tower: ClassVar[str] = "train_clip.models.resnet:ModifiedResNet"
+    alike: ClassVar[str] = "RN50"
+    pixels_per_place: ClassVar[int] = 32  # the total stride
 
-    size: int
-    blocks: tuple[int, int, int, int]
-    width: int
+    size: int  # side of the square input, in pixels; a multiple of the stride
+    blocks: tuple[int, int, int, int]  # bottlenecks in each of the four stages
+    width: int  # channels of the stem (table 19 prints 32 times this)
 
     def __post_init__(self) -> None:
         _require_positive(self)
         _require(self.size % 32 == 0, f"image size {self.size} is not a multiple of 32, a ResNet's stride")
         _require(self.width % 2 == 0, f"image width {self.width} is odd; the pooling has width / 2 heads")
 
+    @property
+    def layers(self) -> int:
+        """Bottlenecks, one after the other."""
+        return sum(self.blocks)
+
+    def __str__(self) -> str:
+        return f"ResNet of blocks {'-'.join(map(str, self.blocks))}, width {self.width}"
+
+
+# A new kind of tower: a class like these two, its file, and here the key that only its configuration has.
+ImageConfig = ViTConfig | ResNetConfig
+TOWERS: dict[str, type[ImageConfig]] = {"blocks": ResNetConfig, "patch": ViTConfig}
+
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text transformer.
+    """The text transformer."""
 
-    Args:
-        context: tokens of a caption at most, start and end included.
-        vocab: number of tokens in the vocabulary.
-        layers: number of blocks.
-        width: embedding width within the blocks.
-        heads: attention heads; divides the width.
-    """
-
-    context: int
-    vocab: int
+    context: int  # tokens of a caption at most, start and end included
+    vocab: int  # number of tokens in the vocabulary
     layers: int
-    width: int
-    heads: int
+    width: int  # embedding width within the blocks
+    heads: int  # attention heads; divides the width
 
     def __post_init__(self) -> None:
         _require_positive(self)
@@ -105,64 +108,46 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The numbers of AdamW and the length of the run.
+    """The numbers of AdamW and the length of the run."""
 
-    Args:
-        lr: peak learning rate.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, on matrices and convolutions only.
-        warmup_steps: optimizer steps until the peak.
-        epochs: passes over the pairs.
-    """
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    warmup_steps: int
-    epochs: int
+    lr: float  # peak learning rate
+    betas: tuple[float, float]  # decay of the first and the second moment
+    eps: float  # added to the root of the second moment
+    weight_decay: float  # decoupled, on matrices and convolutions only
+    warmup_steps: int  # optimizer steps until the peak
+    epochs: int  # passes over the pairs
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"learning rate {self.lr}, expected above 0")
+        for name, value in {"learning rate": self.lr, "eps": self.eps, "epochs": self.epochs}.items():
+            _require(value > 0, f"{name} {value}, expected above 0")
+        for name, value in {"weight decay": self.weight_decay, "warmup_steps": self.warmup_steps}.items():
+            _require(value >= 0, f"{name} {value}, expected 0 or above")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
-        _require(self.eps > 0, f"eps {self.eps}, expected above 0")
-        _require(self.weight_decay >= 0, f"weight decay {self.weight_decay}, expected 0 or above")
-        _require(self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}, expected 0 or above")
-        _require(self.epochs > 0, f"epochs {self.epochs}, expected above 0")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One CLIP: two towers, the width where they meet, and the numbers it is trained with.
+    """One CLIP: two towers, the width where they meet, and the numbers it is trained with."""
 
-    Args:
-        name: how it is called in messages and files.
-        embed_dim: width of the space where images and captions meet.
-        image: the image tower's sizes.
-        text: the text tower's sizes.
-        optimizer: defaults for training it.
-        activation: ``quick_gelu`` (OpenAI's models) or ``gelu``.
-        mean: of each channel: the image tower takes (x / 255 - mean) / std.
-        std: of each channel.
-        logit_bias: whether its logits have a bias, as the sigmoid loss learns one; the loss that it is trained with
-            decides.
-    """
-
-    name: str
-    embed_dim: int
-    image: ViTConfig | ResNetConfig
+    name: str  # how it is called in messages and files
+    embed_dim: int  # width of the space where images and captions meet
+    image: ImageConfig
     text: TextConfig
-    optimizer: OptimizerConfig
-    activation: str = "quick_gelu"
-    mean: tuple[float, float, float] = MEAN
+    optimizer: OptimizerConfig  # defaults for training it
+    activation: str = "quick_gelu"  # OpenAI's models'; or gelu
+    mean: tuple[float, float, float] = MEAN  # of each channel: the image tower takes (x / 255 - mean) / std
     std: tuple[float, float, float] = STD
-    logit_bias: bool = False
+    logit_bias: bool = False  # whether its logits have a bias, as the sigmoid loss learns one: that loss decides
 
     def __post_init__(self) -> None:
         _require(self.embed_dim > 0, f"embed_dim {self.embed_dim}, expected above 0")
         _require(all(map(math.isfinite, self.mean)), f"mean {self.mean}, expected finite numbers")
         _require(all(0 < value < math.inf for value in self.std), f"std {self.std}, expected finite, above 0")
+
+    @property
+    def sizes(self) -> tuple[int, ImageConfig, TextConfig]:
+        """What tensors of the same shapes have in common, and their heads."""
+        return self.embed_dim, self.image, self.text
 
     def with_image_size(self, size: int) -> ModelConfig:
         """The same model for another input size, in pixels."""
@@ -174,25 +159,18 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
-        values = _plain(dataclasses.asdict(self))
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         # Left out where there is none: so are the files and runs of before there could be one.
         return values if self.logit_bias else {name: value for name, value in values.items() if name != "logit_bias"}
 
 
 def read_config(name: str) -> ModelConfig:
-    """Look up a preset by its name, or read a YAML file of one's own.
-
-    Args:
-        name: ``ViT-B/32`` (``ViT-B-32`` serves too), or a path that ends in ``.yaml`` or ``.yml``.
-
-    Raises:
-        UserError: no such preset or file, or a file that does not hold a model.
-    """
+    """Look up a preset by its name (``ViT-B/32``, ``ViT-B-32``), or read a YAML file of one's own by its path."""
     path = Path(name)
     if path.suffix.casefold() in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{path}: there is no such file. --model_name takes a preset or a YAML file.")
-        return _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path), default_name=path.stem)
+        return _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path), path.stem)
     by_name = {config.name.replace("/", "-"): config for config in presets()}
     if (key := name.replace("/", "-")) not in by_name:
         known = ", ".join(config.name for config in presets())
@@ -205,35 +183,35 @@ def presets() -> tuple[ModelConfig, ...]:
     """Every model that ships with the package, in the order of their numbered files."""
     folder = resources.files("train_clip.models") / "presets"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
-    return tuple(_read_yaml(file.read_text(encoding="utf-8"), file.name, default_name=file.name) for file in files)
+    return tuple(_read_yaml(file.read_text(encoding="utf-8"), file.name, file.name) for file in files)
 
 
-def config_from_dict(values: dict[str, Any], source: str = "config") -> ModelConfig:
-    """Build a configuration from plain values, in a preset's form or in the flat form of OpenAI's constructor.
+def _read_yaml(text: str, source: str, name: str) -> ModelConfig:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML ({error}).") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
+    return config_from_dict({"name": name} | values, source)
 
-    Args:
-        values: the keys of a preset file; or ``embed_dim``, ``image_resolution``, ``vision_layers``, ``vision_width``,
-            ``vision_patch_size``, ``context_length``, ``vocab_size``, ``transformer_width``, ``…_heads``, ``…_layers``,
-            as train-CLIP's configuration files have them.
-        source: named in errors.
+
+def config_from_dict(values: Mapping[str, Any], source: str = "config") -> ModelConfig:
+    """Build a configuration from the keys of a preset file, or those of OpenAI's constructor (``FLAT``).
 
     Raises:
-        UserError: a key that is unknown or missing, or sizes that do not fit.
+        UserError: a key that is unknown or missing, or sizes that do not fit; ``source`` is named.
     """
     try:
-        values = {"name": source} | (_from_flat(values) if "image_resolution" in values else values)
-        image = _mapping(values.get("image", {}), "image")
-        image_type = ResNetConfig if "blocks" in image else ViTConfig
+        values = {"name": source} | (_from_flat(values) if "image_resolution" in values else dict(values))
+        image = values.get("image", {})
+        kind = next((kind for key, kind in TOWERS.items() if isinstance(image, dict) and key in image), ViTConfig)
         if "optimizer" not in values:
             # A model without numbers of its own trains with those of its kind.
-            alike = read_config("RN50" if image_type is ResNetConfig else "ViT-B/32")
-            values = values | {"optimizer": alike.to_dict()["optimizer"]}
-        parts = {
-            "image": _build(image_type, image, "image"),
-            "text": _build(TextConfig, _mapping(values.get("text", {}), "text"), "text"),
-            "optimizer": _build(OptimizerConfig, _mapping(values["optimizer"], "optimizer"), "optimizer"),
-        }
-        return _build(ModelConfig, values | parts, "model")
+            values["optimizer"] = read_config(kind.alike).to_dict()["optimizer"]
+        parts = {"image": kind, "text": TextConfig, "optimizer": OptimizerConfig}
+        values |= {name: _build(part, values.get(name, {}), name) for name, part in parts.items()}
+        return _build(ModelConfig, values, "model")
     except UserError as error:
         raise UserError(f"{source}: {error}. `train-clip models --show ViT-B/32` prints a complete file.") from None
 
@@ -241,99 +219,75 @@ def config_from_dict(values: dict[str, Any], source: str = "config") -> ModelCon
 T = TypeVar("T")
 
 
-def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+def _build(kind: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {_shown(values)}, expected keys and values")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(fields)):
-        raise UserError(f"unknown key {unknown[0]!r} under {where!r}; known: {', '.join(fields)}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    if missing := [name for name in required if name not in values]:
-        raise UserError(f"{', '.join(missing)} missing under {where!r}")
+    _require_keys(values, list(fields), required, f"under {where!r}")
     hints = typing.get_type_hints(kind)
     return kind(**{key: _typed(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
+def _require_keys(values: Mapping[str, Any], known: list[str], required: list[str], where: str) -> None:
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"unknown key {unknown[0]!r} {where}; known: {', '.join(known)}")
+    if missing := [name for name in required if name not in values]:
+        raise UserError(f"{', '.join(missing)} missing {where}")
+
+
+# YAML 1.1 takes 5e-4 for a word: it wants the point.
+NAMES = {float: "a number such as 5.0e-4", int: "a whole number", bool: "true or false"}
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """A value of the type that its field declares; whole numbers serve as floats, lists as tuples."""
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
+    if kinds := typing.get_args(hint) if typing.get_origin(hint) is tuple else ():
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
             raise UserError(f"{where} is {_shown(value)}, expected a list of {len(kinds)} numbers")
         return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_bool = isinstance(value, bool)
+    if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        # YAML 1.1 takes 5e-4 for a word: it wants the point.
-        hint_name = {"float": "a number such as 5.0e-4", "int": "a whole number", "bool": "true or false"}.get(
-            getattr(hint, "__name__", ""), "text"
-        )
-        raise UserError(f"{where} is {_shown(value)}, expected {hint_name}")
-    return value
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is {_shown(value)}, expected keys and values")
+    if not isinstance(value, hint) or is_bool != (hint is bool):
+        raise UserError(f"{where} is {_shown(value)}, expected {NAMES.get(hint, 'text')}")
     return value
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written, or what it is: one out of a file can be too large to print."""
+    # One out of a file can be too large to print.
     is_short = isinstance(value, bool | int | float | str | None) and len(str(value)) <= LONGEST_SHOWN
     return repr(value) if is_short else f"a {type(value).__name__}"
 
 
-def _from_flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Preset form of train-CLIP's flat form, whose keys are those of OpenAI's constructor."""
-    known = {"name", "embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size"}
-    known |= {"context_length", "vocab_size", "transformer_width", "transformer_heads", "transformer_layers"}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"unknown key {unknown[0]!r} beside image_resolution; known: {', '.join(sorted(known))}")
-    required = known - {"name", "vision_patch_size"}
-    if isinstance(values.get("vision_layers"), int):
-        required.add("vision_patch_size")
-    if missing := sorted(required - set(values)):
-        raise UserError(f"{', '.join(missing)} missing beside image_resolution")
-    width, layers = values["vision_width"], values["vision_layers"]
-    image: dict[str, Any] = {"size": values["image_resolution"], "width": width}
-    if isinstance(layers, int):
+# The keys of OpenAI's constructor, as train-CLIP's files have them, and ours.
+FLAT = {
+    "image": {"image_resolution": "size", "vision_width": "width", "vision_layers": "layers"},
+    "text": {"context_length": "context", "vocab_size": "vocab", "transformer_layers": "layers"}
+    | {"transformer_width": "width", "transformer_heads": "heads"},
+}
+
+
+def _from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    is_vit = isinstance(values.get("vision_layers"), int)
+    required = ["embed_dim", *FLAT["image"], *FLAT["text"], *(["vision_patch_size"] if is_vit else [])]
+    _require_keys(values, sorted({*required, "name", "vision_patch_size"}), required, "beside image_resolution")
+    image, text = ({ours: values[theirs] for theirs, ours in names.items()} for names in FLAT.values())
+    if is_vit:
         # 64 channels a head, as OpenAI's constructor sets it.
-        image |= {"patch": values["vision_patch_size"], "layers": layers, "heads": max(1, width // 64)}
+        image |= {"patch": values["vision_patch_size"], "heads": max(1, image["width"] // 64)}
     else:
-        image |= {"blocks": layers}
-        if width > 128:
+        image["blocks"] = image.pop("layers")
+        if image["width"] > 128:
             warnings.warn(
-                f"A ResNet of width {width}: the paper's have 64 (RN50) to 128 (RN50x64), and train-CLIP's files four "
-                "times as much. Divide it by 4 for the paper's model.",
+                f"A ResNet of width {image['width']}: the paper's have 64 (RN50) to 128 (RN50x64), and train-CLIP's "
+                "files four times as much. Divide it by 4 for the paper's model.",
                 stacklevel=2,
             )
-    text = {
-        "context": values["context_length"],
-        "vocab": values["vocab_size"],
-        "layers": values["transformer_layers"],
-        "width": values["transformer_width"],
-        "heads": values["transformer_heads"],
-    }
-    name = {"name": values["name"]} if "name" in values else {}
-    return name | {"embed_dim": values["embed_dim"], "image": image, "text": text}
+    return {key: values[key] for key in ("name", "embed_dim") if key in values} | {"image": image, "text": text}
 
 
-def _read_yaml(text: str, source: str, default_name: str) -> ModelConfig:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not YAML ({error}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
-    return config_from_dict({"name": default_name} | values, source)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _require_positive(config: ViTConfig | ResNetConfig | TextConfig) -> None:
+def _require_positive(config: ImageConfig | TextConfig) -> None:
     for name, value in vars(config).items():
         numbers = value if isinstance(value, tuple) else (value,)
         _require(all(number > 0 for number in numbers), f"{name} is {value}, expected numbers above 0")

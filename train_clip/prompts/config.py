@@ -10,20 +10,14 @@ from train_clip.errors import UserError
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What is learned beside a frozen backbone.
+    """What is learned beside a frozen backbone."""
 
-    Args:
-        number: P, tokens of each block that has prompts.
-        layers: the blocks that have prompts of their own, counted from 0: at the first of them they are put between
-            class token and patches, at a later one they replace what the block before made of its own.
-        dropout: share of the prompts' numbers that is dropped in training.
-        class_token: whether the backbone's class embedding is trained too.
-    """
-
-    number: int
+    number: int  # P, tokens of each block that has prompts
+    # Blocks that have prompts of their own, counted from 0: at the first of them they are put between class token and
+    # patches, at a later one they replace what the block before made of its own.
     layers: tuple[int, ...]
-    dropout: float
-    class_token: bool
+    dropout: float  # share of the prompts' numbers that is dropped in training
+    class_token: bool  # whether the backbone's class embedding is trained too
 
     def __post_init__(self) -> None:
         if self.number < 1:
@@ -35,12 +29,11 @@ class PromptConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"A dropout of {self.dropout}; expected from 0 to below 1.")
 
+    def __str__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"{self.number} at each of the blocks {layers}" + ("; class token trained" if self.class_token else "")
+
 
 def prompt_layers(kind: Literal["deep", "shallow"], blocks: int) -> tuple[int, ...]:
-    """The blocks that have prompts: every one (VPT-deep), or the first (VPT-shallow).
-
-    Args:
-        kind: of the paper's two.
-        blocks: how many the backbone has.
-    """
+    """The blocks, of so many, that have prompts: every one (VPT-deep), or the first (VPT-shallow)."""
     return tuple(range(blocks)) if kind == "deep" else (0,)

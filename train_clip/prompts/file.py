@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from train_clip.checkpoints.found import Found, without_prefix
+from typing_extensions import override
+
+from train_clip.checkpoints.found import Found, FoundCLIP, any_chosen, digest_of, find_model
 from train_clip.checkpoints.openai import config_from_shapes
-from train_clip.checkpoints.own import LIGHTNING, MODEL, progress
-from train_clip.checkpoints.read import Contents, TensorRecord
+from train_clip.checkpoints.own import LIGHTNING, of_lightning
+from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError, first_line
-from train_clip.models.config import ViTConfig
+from train_clip.models.config import ViTConfig, config_from_dict
+from train_clip.options import WeightOptions
 from train_clip.prompts.config import PromptConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train_clip.models.clip import CLIP
 
 TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
 # Arguments of a PromptCLIPWrapper that its checkpoints are known by.
@@ -20,80 +32,118 @@ OF_WRAPPER: dict[str, type] = {"backbone": str, "prompts": Mapping, "digest": st
 LEFT_OUT = "left out"
 OF_FORK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.prompt_embeddings")
 FORK_DROPOUT = 0.2  # of the fork's model
+ELSEWHERE = "--backbone of `train-clip evaluate` (in Python backbone=…)."
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, kw_only=True)
+class FoundPrompts(FoundCLIP):
+    """A CLIP with visual prompts: whole, or the prompts beside a backbone that lies in its own file."""
+
+    prompts: PromptConfig
+    is_whole: bool = False
+    backbone: FoundCLIP | None = None  # once it is settled
+
+    @override
+    def require_clip(self, instead: str = "") -> NoReturn:
+        self.refuse(
+            f"{self.format}; expected a CLIP without prompts. Give the backbone that they were trained beside. To "
+            "train the prompts on: train-clip prompt-tune --resume"
+        )
+
+    @override
+    def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
+        if any_chosen(choices):
+            self.refuse("visual prompts, whose backbone is of one size. Leave the other choices out")
+        if self.is_whole:
+            return super().settled(choices, backbone)
+        try:
+            found = find_model(backbone or self.arguments["backbone"], self.config)
+        except UserError as error:
+            raise UserError(
+                f"{self.source}: visual prompts, whose backbone cannot be loaded ({error}) If it lies elsewhere by "
+                f"now: {ELSEWHERE}"
+            ) from error
+        return dataclasses.replace(self, backbone=found)
+
+    @override
+    def read(self) -> dict[str, Tensor]:
+        if self.backbone is None:
+            return super().read()
+        kept = self.backbone.read_as_kept()
+        if (found := digest_of(kept)) != (expected := self.arguments["digest"]):
+            raise UserError(
+                f"{self.source}: its prompts belong to another backbone: SHA-256 of its weights {expected[:16]}…, of "
+                f"{self.backbone.source} {found[:16]}…. Give the one that they were trained beside: {ELSEWHERE}"
+            )
+        return _below_backbone(self.backbone.resized(kept)) | dict(self.read_as_kept())
+
+    @override
+    def empty(self) -> tuple[CLIP, Any]:
+        import torch
+
+        from train_clip.prompts.model import add_prompts
+
+        model, tokenizer = super().empty()
+        with torch.device("meta"):
+            add_prompts(model, self.prompts)
+        if unused := self.about.get(LEFT_OUT):
+            warnings.warn(f"{self.source}: left out {unused}, which were never used.", stacklevel=5)
+        return model, tokenizer
+
+    @override
+    def describe(self) -> dict[str, str]:
+        return super().describe() if self.is_whole else Found.describe(self)
 
 
-def find_prompts(contents: Contents) -> Found | None:
-    """A checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
+def find_prompts(contents: Contents) -> FoundPrompts | None:
+    """Find a checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
     arguments = contents.data.get("hyper_parameters")
     if not isinstance(arguments, Mapping) or not set(OF_WRAPPER) <= set(arguments):
         return None
     if odd := [name for name, kind in OF_WRAPPER.items() if not isinstance(arguments[name], kind)]:
         raise UserError(f"{contents.path}: its {odd[0]} is not as this package writes it. Get the file again.")
     try:
-        given = dict(arguments["prompts"])
-        prompts = PromptConfig(**(given | {"layers": tuple(given["layers"])}))
+        prompts = PromptConfig(**{**arguments["prompts"], "layers": tuple(arguments["prompts"]["layers"])})
     except (KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{contents.path}: its prompts are not as this package writes them ({reason}).") from error
-    return Found(
-        "train-clip visual prompts",
-        None,
-        without_prefix(contents.tensors, MODEL),
-        prompts=prompts,
-        arguments=arguments,
-        about={
-            "backbone": arguments["backbone"],
-            "its SHA-256": arguments["digest"],
-            "prompts": describe(prompts),
-            **progress(contents.data),
-        },
-    )
+    told = of_lightning(contents)
+    about = {"backbone": arguments["backbone"], "its SHA-256": arguments["digest"], "prompts": str(prompts)}
+    told |= {"about": about | told["about"], "config": config_from_dict(arguments["config"], told["source"])}
+    return FoundPrompts(format="train-clip visual prompts", prompts=prompts, **told)
 
 
-def find_fork(contents: Contents) -> Found | None:
-    """A checkpoint of the fork's CLIPWrapper2: a whole model, with prompts in each block.
+def find_fork(contents: Contents) -> FoundPrompts | None:
+    """Find a checkpoint of the fork's CLIPWrapper2: a whole model, with prompts in each block.
 
     Its first block inserts them, the middle ones replace, and the last one lets those of the block before pass: its own
     were never used, and are left out.
     """
-    if LIGHTNING not in contents.data:
-        return None
-    records = without_prefix(contents.tensors, MODEL)
+    told = of_lightning(contents)
+    records = told["records"]
     prompts = {int(found[1]): record for name, record in records.items() if (found := OF_FORK.fullmatch(name))}
-    if not prompts:
+    if LIGHTNING not in contents.data or not prompts:
         return None
     backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
-    config = config_from_shapes(backbone, contents.path)
+    config = config_from_shapes(backbone, contents)
     if not isinstance(config.image, ViTConfig):
         raise UserError(f"{contents.path}: prompts in a ResNet, which has no tokens. Get the file again.")
     last = config.image.layers - 1
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
-    unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None
-    tuned = PromptConfig(_number(used, contents), tuple(used), FORK_DROPOUT, class_token=True)
-    names = join({f"{PROMPTS}{number}": record for number, record in used.items()}, backbone)
-    about = {"prompts": describe(tuned), LEFT_OUT: unused} | progress(contents.data)
-    return Found("train-CLIP fork's checkpoint (CLIPWrapper2)", config, names, prompts=tuned, about=about)
-
-
-def join(prompts: Mapping[str, T], backbone: Mapping[str, T]) -> dict[str, T]:
-    """What was trained, and the backbone under the names that it has once prompts are in its tower."""
-    return {_below_backbone(name): value for name, value in backbone.items()} | dict(prompts)
-
-
-def describe(prompts: PromptConfig) -> str:
-    """In words."""
-    layers = ", ".join(map(str, prompts.layers))
-    return f"{prompts.number} at each of the blocks {layers}" + ("; class token trained" if prompts.class_token else "")
-
-
-def _below_backbone(name: str) -> str:
-    return BACKBONE + name.removeprefix(TOWER) if name.startswith(TOWER) else name
-
-
-def _number(prompts: Mapping[int, TensorRecord], contents: Contents) -> int:
-    numbers = {record.shape[0] if len(record.shape) == 2 else 0 for record in prompts.values()}
+    numbers = {record.shape[0] if len(record.shape) == 2 else 0 for record in used.values()}
     if len(numbers) != 1:
         raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
-    return numbers.pop()
+    tuned = PromptConfig(numbers.pop(), tuple(used), FORK_DROPOUT, class_token=True)
+    unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None
+    told |= {
+        "records": _below_backbone(backbone) | {f"{PROMPTS}{number}": record for number, record in used.items()},
+        "about": {"prompts": str(tuned), LEFT_OUT: unused} | told["about"],
+        "arguments": {},
+    }
+    kind = "train-CLIP fork's checkpoint (CLIPWrapper2)"
+    return FoundPrompts(format=kind, config=config, prompts=tuned, is_whole=True, **told)
+
+
+def _below_backbone(held: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's tensors under the names that they have once prompts are in its tower."""
+    return {BACKBONE + name.removeprefix(TOWER) if name.startswith(TOWER) else name: v for name, v in held.items()}

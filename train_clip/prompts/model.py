@@ -11,6 +11,7 @@ from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.models.blocks import run_blocks
@@ -21,15 +22,7 @@ from train_clip.prompts.config import PromptConfig
 
 
 def add_prompts(clip: CLIP, config: PromptConfig) -> None:
-    """Freeze a CLIP and put prompts into its image tower.
-
-    Args:
-        clip: is changed; the weights that it has stay.
-        config: how many, where.
-
-    Raises:
-        UserError: its image tower is no ViT, or has fewer blocks.
-    """
+    """Freeze a CLIP and put prompts into its image tower, a vision transformer; the weights that it has stay."""
     image = clip.config.image
     if not isinstance(image, ViTConfig) or not isinstance(clip.visual, VisionTransformer):
         raise UserError(
@@ -44,13 +37,7 @@ def add_prompts(clip: CLIP, config: PromptConfig) -> None:
 
 
 class PromptedTransformer(nn.Module):
-    """A frozen vision transformer with prompts.
-
-    Args:
-        backbone: in eval mode from now on.
-        image: its sizes.
-        config: how many prompts, where.
-    """
+    """A frozen vision transformer, in eval mode from now on, with prompts."""
 
     def __init__(self, backbone: VisionTransformer, image: ViTConfig, config: PromptConfig) -> None:
         super().__init__()
@@ -65,8 +52,8 @@ class PromptedTransformer(nn.Module):
             nn.init.uniform_(prompts, -bound, bound)
         self.train(self.training)
 
+    @override
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the prompts' dropout; the backbone stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -81,11 +68,8 @@ class PromptedTransformer(nn.Module):
     def _layer(self, x: Tensor, number: int) -> Tensor:
         """Map what a block would take without prompts of its own to what it gives: (B, L, W)."""
         if str(number) in self.prompts:
-            x = self._with_prompts(x, number)
+            # After the class token, in place of earlier ones where there are some.
+            prompts = self.dropout(self.prompts[str(number)].to(x.dtype).expand(len(x), -1, -1))
+            patches = x[:, 1:] if number == self.config.layers[0] else x[:, 1 + self.config.number :]
+            x = torch.cat([x[:, :1], prompts, patches], dim=1)
         return cast(Tensor, self.backbone.transformer.resblocks[number](x))
-
-    def _with_prompts(self, x: Tensor, number: int) -> Tensor:
-        """Put a block's prompts after the class token, in place of earlier ones where there are some: (B, L, W)."""
-        prompts = self.dropout(self.prompts[str(number)].to(x.dtype).expand(len(x), -1, -1))
-        patches = x[:, 1:] if number == self.config.layers[0] else x[:, 1 + self.config.number :]
-        return torch.cat([x[:, :1], prompts, patches], dim=1)

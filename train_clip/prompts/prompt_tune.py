@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from train_clip.checkpoints.found import FoundCLIP
 from train_clip.checkpoints.sources import openai_name
-from train_clip.checkpoints.weights import Weights
 from train_clip.commands.options import DataOptions, ModelOptions, RunOptions, TrainerOptions
 from train_clip.commands.run import Job, begin, train_job
 from train_clip.commands.run_folder import Resumption
@@ -112,9 +112,9 @@ def prompt_tune(
     return train_job(Job("prompt-tune", module, pairs, EPOCHS, options, BY_LOSS), run, trainer, resumed)
 
 
-def _config_of(backbone: Weights | None, resumed: Resumption | None) -> ModelConfig:
+def _config_of(backbone: FoundCLIP | None, resumed: Resumption | None) -> ModelConfig:
     """The backbone's configuration: of the file, or of the run that goes on."""
-    if backbone is not None and backbone.config is not None:
+    if backbone is not None:
         return backbone.config
     assert resumed is not None
     arguments = resumed.state.get("hyper_parameters", {})
@@ -147,7 +147,7 @@ def _beside(model: ModelOptions, resumed: Resumption) -> dict[str, Any]:
     return {**resumed.state, "hyper_parameters": arguments | place}
 
 
-def _backbone(model: ModelOptions) -> Weights:
+def _backbone(model: ModelOptions) -> FoundCLIP:
     """The pretrained CLIP that prompts are put beside: where none is given, OpenAI's of that name.
 
     Raises:
@@ -162,13 +162,14 @@ def _backbone(model: ModelOptions) -> Weights:
         model = dataclasses.replace(model, pretrained=OPENAI)
     weights = pretrained_weights(model)
     assert weights is not None
-    if weights.config is None or not isinstance(weights.config.image, ViTConfig):
-        what = weights.found.format if weights.config is None else f"{weights.config.name}, a ResNet without tokens"
-        raise UserError(
-            f"--pretrained {weights.source}: {what}; prompts are put among a vision transformer's. Expected a CLIP "
-            "such as ViT-B/32. `train-clip finetune --pretrained` trains the others."
-        )
-    return weights
+    expected = (
+        "; prompts are put among a vision transformer's. Expected a CLIP such as ViT-B/32. `train-clip finetune "
+        "--pretrained` trains the others."
+    )
+    clip = weights.require_clip(expected)
+    if not isinstance(clip.config.image, ViTConfig):
+        raise UserError(f"--pretrained {clip.source}: {clip.config.name}, a ResNet without tokens{expected}")
+    return clip
 
 
 def _prompts(prompts: PromptOptions, backbone: ModelConfig) -> PromptConfig:

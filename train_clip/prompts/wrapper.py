@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from train_clip.checkpoints.found import Choices
-from train_clip.checkpoints.weights import Weights, digest_of, fill, find_model, find_weights, require_no_prompts
+from train_clip.checkpoints.found import Found, FoundCLIP, digest_of, fill, find_model, find_weights
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
@@ -56,7 +55,7 @@ class PromptCLIPWrapper(ContrastiveModule):
 
     def __init__(  # noqa: PLR0913, as the other wrappers
         self,
-        backbone: str | Path | Weights,
+        backbone: str | Path | Found,
         prompts: PromptConfig | Mapping[str, Any],
         minibatch_size: int = 0,
         learning_rate: float = 0.1,
@@ -78,12 +77,13 @@ class PromptCLIPWrapper(ContrastiveModule):
                 raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))
-        if not isinstance(backbone, Weights):
+        if not isinstance(backbone, Found):
             backbone = (
-                find_weights(backbone, Choices())
+                find_weights(backbone)
                 if config is None
                 else find_model(backbone, config_from_dict(dict(config), str(backbone)))
             )
+        backbone = backbone.require_clip()
         model, found = _model_of(backbone, digest)
         if choices.loss == "sigmoid" and model.logit_bias is None:
             raise UserError(
@@ -128,15 +128,12 @@ class PromptCLIPWrapper(ContrastiveModule):
         return trained | {f"ema.{name}" for name in trained} | {"ema._extra_state"}
 
 
-def _model_of(weights: Weights, digest: str | None) -> tuple[CLIP, str]:
+def _model_of(weights: FoundCLIP, digest: str | None) -> tuple[CLIP, str]:
     """The backbone that prompts are put beside, and what it is by its content.
 
     Raises:
-        UserError: it is no CLIP, has prompts already, or is another than the digest says.
+        UserError: it is another than the digest says.
     """
-    require_no_prompts(weights.found, weights.source)
-    if weights.config is None:
-        raise UserError(f"{weights.source}: {weights.found.format} of two encoders; expected a CLIP.")
     tensors = weights.read_as_kept()
     found = digest_of(tensors)
     if digest not in (None, found):

@@ -23,8 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN
-from train_clip.checkpoints.tensors import read_checkpoint, root_cause
+from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint, root_cause
 from train_clip.errors import UserError
 from train_clip.files import link, replacing, sweep
 from train_clip.gather import host_group, largest

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train_clip.checkpoints.weights import Weights, require_no_prompts
+from train_clip.checkpoints.found import Found, FoundCLIP
 from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.prompts.wrapper import PromptCLIPWrapper
@@ -15,7 +15,7 @@ from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.module import ContrastiveModule
 
 
-def retrained(weights: Weights, **how: Any) -> ContrastiveModule:
+def retrained(weights: Found, **how: Any) -> ContrastiveModule:
     """A model of any source in a module that trains it in its own way; an optimizer's state is left behind.
 
     Args:
@@ -26,11 +26,11 @@ def retrained(weights: Weights, **how: Any) -> ContrastiveModule:
         UserError: tensors that do not fit, or an encoder that the file does not say how to make.
     """
     module: ContrastiveModule
-    require_no_prompts(weights.found, weights.source)
-    if weights.config is not None:
-        module = CLIPWrapper(weights.config.name, weights.config, **how)
+    if isinstance(weights, FoundCLIP):
+        config = weights.require_clip().config
+        module = CLIPWrapper(config.name, config, **how)
     else:
-        module = _alike(weights.found.arguments, weights.source, how)
+        module = _alike(weights.arguments, weights.source, how)
     module.begin_with(weights.read(), weights.source)
     return module
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from train_clip.checkpoints.weights import fill
+from train_clip.checkpoints.found import fill
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
 from train_clip.data.pairs import PairList
