@@ -20,9 +20,10 @@ from clock import now
 from torch import Tensor
 from torch.nn import functional as F
 
+from train_clip.losses import Pairs
 from train_clip.losses.sigmoid import sigmoid_loss
-from train_clip.losses.softmax import Pairs
-from train_clip.losses.tiles import tiled_info_nce
+from train_clip.losses.softmax import softmax_tile
+from train_clip.losses.tiles import tiled_loss
 
 LOSSES = ("softmax", "sigmoid")
 WIDTH = 512
@@ -74,7 +75,8 @@ def measure(pairs: int, loss: str, way: str) -> None:
 
 def softmax_in_tiles(images: Tensor, texts: Tensor, scale: Tensor, _: Tensor) -> Tensor:
     """Both directions."""
-    return (tiled_info_nce(images, texts, scale) + tiled_info_nce(texts, images, scale)) / 2
+    ways = ((images, texts, scale, None), (texts, images, scale, None))
+    return (tiled_loss(softmax_tile, ways[0]) + tiled_loss(softmax_tile, ways[1])) / 2
 
 
 def softmax_on_whole_matrices(images: Tensor, texts: Tensor, scale: Tensor, _: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
 from train_clip.models.config import read_config
 from train_clip.training import encode as chunks
-from train_clip.training.encode import Chunks, StandIns, encode_in_chunks
+from train_clip.training.encode import Chunks, WeightSubstitutes, encode_in_chunks
 
 CASES = (("mini-8-64px", 256), ("ViT-B/32", 32), ("ViT-B/32", 256))
 PIECES = (1, 2, 3, 4, 6, 8)
@@ -58,7 +58,7 @@ def main() -> None:
 def one_pass(model: CLIP, tokens: Tensor, lengths: np.ndarray[Any, Any], pieces: int) -> float:
     """Seconds of a forward and a backward pass in pieces; in none the rows keep their padding."""
     chunks.MOST_PIECES, chunks.LEAST_ROWS = max(1, pieces), 1
-    encode = StandIns(model, halves=False, tables=True).around(model.encode_text)
+    encode = WeightSubstitutes(model, halves=False, tables=True).around(model.encode_text)
     started = now()
     with torch.autocast(tokens.device.type, torch.bfloat16):
         found = encode_in_chunks(encode, tokens, Chunks(), model.transformer, lengths if pieces else None)

@@ -1,6 +1,6 @@
-"""This rank's embeddings → everyone's, in the order of the ranks; and what the ranks have to agree on.
+"""This process's embeddings → everyone's, in the order of the ranks; and what the processes have to agree on.
 
-B  rows on this rank      W  processes      D  width
+B  rows on this process      W  processes      D  width
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from typing_extensions import override
 
 T = TypeVar("T")
 
@@ -22,30 +23,18 @@ def world() -> tuple[int, int]:
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Everyone's rows, with a gradient that flows back to the rank that each came from.
+    """Everyone's rows, with a gradient that flows back to the process that each came from.
 
-    The gradient of a row is the sum of what all ranks send it. Where every rank takes the mean over its own rows and
-    the parameters' gradients are averaged (DDP), the result is one process's gradient on the global batch.
-
-    Args:
-        rows: (B, D) float, the same B on every rank.
-
-    Returns:
-        (W · B, D), rank r's rows at r · B and after.
+    Of (B, D), the same B on each: (W · B, D), rank r's rows at r · B and after. The gradient of a row is the sum of
+    what all processes send it. Where each takes the mean over its own rows and the parameters' gradients are averaged
+    (DDP), the result is one process's gradient on the global batch.
     """
     return rows if world()[1] == 1 else _Gather.apply(rows)
 
 
 @torch.no_grad()
 def gather_all(rows: Tensor) -> list[Tensor]:
-    """Everyone's rows, without gradient, also where the ranks hold unequal numbers of them.
-
-    Args:
-        rows: (B, …), any B on each rank, the other sizes and the dtype the same.
-
-    Returns:
-        W tensors, one a rank.
-    """
+    """Everyone's (B, …) rows, one tensor a rank, without gradient; B may differ, the other sizes and the dtype not."""
     _, size = world()
     if size == 1:
         return [rows]
@@ -82,12 +71,7 @@ def host_group() -> Any:
 
 
 def largest(values: Sequence[int], group: Any = None) -> list[int]:
-    """The largest of each value over all ranks.
-
-    Args:
-        values: as many on every rank.
-        group: of ``host_group``.
-    """
+    """The largest of each value over all ranks, as many on each; ``group`` is ``host_group``'s."""
     if world()[1] == 1:
         return list(values)
     everyones = torch.tensor(values, dtype=torch.int64)
@@ -96,12 +80,7 @@ def largest(values: Sequence[int], group: Any = None) -> list[int]:
 
 
 def total(number: int, group: Any = None) -> int:
-    """The sum of a number over all ranks.
-
-    Args:
-        number: this rank's.
-        group: of ``host_group``.
-    """
+    """The sum of a number over all ranks; ``group`` is ``host_group``'s."""
     if world()[1] == 1:
         return number
     everyones = torch.tensor(number, dtype=torch.int64)
@@ -110,11 +89,7 @@ def total(number: int, group: Any = None) -> int:
 
 
 def on_any(flag: Tensor) -> Tensor:
-    """Whether a flag is set on any rank: () float, 0 or 1, on the flag's device, without waiting for it.
-
-    Args:
-        flag: () bool.
-    """
+    """Whether a () bool is set on any rank: () float, 0 or 1, on the flag's device, without waiting for it."""
     flag = flag.float()
     if world()[1] > 1:
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)
@@ -123,8 +98,8 @@ def on_any(flag: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """(B, D) of this rank → (W · B, D) of all."""
         ctx.rank, size = world()
         ctx.length = len(rows)
         rows = rows.contiguous()
@@ -133,8 +108,8 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
+    @override
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """(W · B, D) of what this rank sends everyone's rows → (B, D), what all ranks send this rank's."""
         # All-reduce and cut rather than reduce-scatter: gloo has no reduce-scatter.
         # A copy, since others may hold the same gradient.
         gradient = gradient.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,4 @@
-"""What of a tensor that may be shared out (FSDP2) lies on this process.
-
-From the host to a device.
-
-Seeds of random streams that are told apart by several numbers.
-"""
+"""From the host to a device; seeds of random streams; what of a tensor that is sharded (FSDP2) lies on this process."""
 
 from __future__ import annotations
 
@@ -14,12 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on a device, without waiting for it: a GPU copies what lies in pinned memory in its own time.
-
-    Args:
-        tensor: on the host; not to be written to again.
-        device: any.
-    """
+    """Send a host's tensor, not to be written to again, without waiting: a GPU copies pinned memory in its own time."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -37,7 +27,5 @@ def shard_of(parameter: Tensor) -> tuple[int, ...]:
     """Which part of a parameter lies on this process, the same number on those that hold the same part."""
     if not isinstance(parameter, DTensor):
         return (0,)
-    coordinate = parameter.device_mesh.get_coordinate() or ()
-    return tuple(
-        place for place, placement in zip(coordinate, parameter.placements, strict=True) if not placement.is_replicate()
-    )
+    places = zip(parameter.device_mesh.get_coordinate() or (), parameter.placements, strict=True)
+    return tuple(place for place, placement in places if not placement.is_replicate())

@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import run
 
 from train_clip import CLIPWrapper
-from train_clip.evaluation.embed import unit_norm
 from train_clip.gather import world
 from train_clip.losses.softmax import clip_loss
-from train_clip.models.clip import CLIP
+from train_clip.models.clip import CLIP, unit_norm
 from train_clip.models.config import config_from_dict
 from train_clip.training.encode import Chunks, encode_in_chunks, share
 
@@ -101,7 +100,7 @@ def build(case: Case) -> CLIP:
         parameter.requires_grad_(not name.startswith(FROZEN.get(case.frozen, ())))
     if case.dropout:
         for tower in (model.visual.transformer, model.transformer):
-            for block in tower.blocks():
+            for block in tower.resblocks:
                 block.mlp = nn.Sequential(block.mlp, nn.Dropout(case.dropout))
     return model
 

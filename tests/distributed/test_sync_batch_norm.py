@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import run
 
-from train_clip.evaluation.embed import unit_norm
 from train_clip.gather import world
 from train_clip.losses.softmax import clip_loss
-from train_clip.models.clip import CLIP
+from train_clip.models.clip import CLIP, unit_norm
 from train_clip.models.config import config_from_dict
 from train_clip.training.encode import Chunks, encode_in_chunks, share
 

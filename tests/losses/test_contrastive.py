@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_clip.losses.softmax import Pairs, accuracy, clip_loss, info_nce
+from train_clip.losses import Pairs
+from train_clip.losses.softmax import accuracy, clip_loss, info_nce
 
 N, D = 12, 5
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_clip.losses.softmax import Pairs, accuracy, clip_loss, info_nce, loss_floor
+from train_clip.losses import Pairs
+from train_clip.losses.softmax import accuracy, clip_loss, info_nce, loss_floor
 
 N, D = 10, 5
 SCALE = 7.0

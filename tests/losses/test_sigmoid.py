@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.losses.test_tiles import largest_tensor
+from train_clip.losses import Pairs
 from train_clip.losses import tiles as module_of_tiles
 from train_clip.losses.sigmoid import sigmoid_floor, sigmoid_loss
-from train_clip.losses.softmax import Pairs, clip_loss
+from train_clip.losses.softmax import clip_loss
 
 N, D = 11, 5
 NAMES = [3, 1, 3, 7, 2**62, 1, 3, -5, 3, 0, 9]

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from train_clip.losses import Pairs
 from train_clip.losses import softmax as contrastive
 from train_clip.losses import tiles as module_of_tiles
-from train_clip.losses.softmax import Pairs, accuracy, clip_loss
-from train_clip.losses.tiles import tiled_info_nce
+from train_clip.losses.softmax import accuracy, clip_loss, softmax_tile
+from train_clip.losses.tiles import tiled_loss
 
 N, D = 13, 5
 GROUPS = torch.tensor([0, 1, 2, 0, 3, 4, 4, 4, 5, 6, 0, 7, 8])
@@ -38,6 +39,12 @@ def sides(start: int = 0, stop: int = N, dtype: torch.dtype = torch.float64) -> 
     rows = columns + 0.7 * torch.randn(N, D, dtype=torch.float64, generator=generator)
     rows, columns = F.normalize(rows, dim=1)[start:stop], F.normalize(columns, dim=1)
     return rows.to(dtype).clone().requires_grad_(), columns.to(dtype).clone().requires_grad_()
+
+
+def tiled_info_nce(
+    rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, groups: Tensor | None = None
+) -> Tensor:
+    return tiled_loss(softmax_tile, (rows, columns, scale, None), offset, groups)
 
 
 def plain(rows: Tensor, columns: Tensor, scale: Tensor, offset: int, groups: Tensor | None) -> Tensor:
@@ -78,10 +85,9 @@ def test_shares_of_both_directions(rows_at_a_time, size, mask, monkeypatch):
     def of_all(tile: int) -> tuple[float, list[Tensor]]:
         monkeypatch.setattr(contrastive, "TILE", tile)
         images, texts = sides()
-        losses = [
-            clip_loss(Pairs(images[s : s + size], texts[s : s + size], images, texts, s, GROUPS), scale, mask)
-            for s in range(0, N - N % size, size)
-        ]
+        starts = range(0, N - N % size, size)
+        shares = [Pairs(images[s : s + size], texts[s : s + size], images, texts, s, GROUPS) for s in starts]
+        losses = [clip_loss(share, scale, mask_equal=mask) for share in shares]
         torch.stack(losses).mean().backward()
         return torch.stack(losses).mean().item(), [images.grad, texts.grad]
 
@@ -170,6 +176,6 @@ def test_no_matrix_of_all_pairs_is_made(mask, monkeypatch):
     images, texts = (torch.randn(512, 4).requires_grad_() for _ in range(2))
     with largest_tensor() as found:
         pairs = Pairs(images, texts, images, texts, 0, torch.arange(512) // 2)
-        clip_loss(pairs, torch.tensor(9.0), mask).backward()
+        clip_loss(pairs, torch.tensor(9.0), mask_equal=mask).backward()
         accuracy(images, texts)
     assert found[0] == 4096

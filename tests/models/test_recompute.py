@@ -12,9 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from train_clip import CLIP
 from train_clip.errors import UserError
-from train_clip.models.blocks import Transformer, recompute_blocks, run_blocks
+from train_clip.models.blocks import Blocks, run_blocks
 from train_clip.models.config import config_from_dict
 from train_clip.models.resnet import Bottleneck
+from train_clip.models.switches import recompute_blocks
 from train_clip.prompts.config import PromptConfig
 from train_clip.prompts.model import add_prompts
 
@@ -74,7 +75,7 @@ def test_what_is_computed_again(kind, block):
         if group:
             recompute_blocks(model.visual, group)
         blocks = (
-            list(model.visual.transformer.blocks())
+            list(model.visual.transformer.resblocks)
             if kind == "vit"
             else [module for module in model.visual.modules() if isinstance(module, block)]
         )
@@ -164,4 +165,4 @@ def test_all_stacks_of_a_tower_are_found():
     """A transformer within another module, as in a text tower that is joined with another encoder."""
     model = build("vit")
     recompute_blocks(nn.ModuleList([model]), 3)
-    assert [module.recompute for module in model.modules() if isinstance(module, Transformer)] == [3, 3]
+    assert [module.recompute for module in model.modules() if isinstance(module, Blocks)] == [3, 3]

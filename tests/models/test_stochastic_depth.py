@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from train_clip import CLIP
-from train_clip.models.blocks import Transformer, recompute_blocks, skip_rates, through_some_rows
+from train_clip.models.blocks import Transformer, skip_rates, through_some_rows
 from train_clip.models.config import config_from_dict
+from train_clip.models.switches import recompute_blocks
 
 B, L, W = 10, 3, 8
 
@@ -20,7 +21,7 @@ def rows(number: int = B) -> Tensor:
 def stack(highest: float, layers: int = 4) -> Transformer:
     torch.manual_seed(0)
     made = Transformer(W, layers, 2, "gelu", causal=True).double()
-    made.stochastic_depth = highest
+    made.resblocks.stochastic_depth = highest
     return made
 
 
@@ -70,7 +71,7 @@ def test_each_row_is_as_likely():
 def test_deeper_blocks_see_fewer_rows():
     """Four blocks at 0.8 and ten rows: 8, 6, 4 and 2."""
     model, seen = stack(0.8), []
-    for block in model.blocks():
+    for block in model.resblocks:
         block.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     model(rows())
     assert seen == [8, 6, 4, 2]
@@ -94,7 +95,7 @@ def test_the_gradient_of_what_went_through():
     torch.manual_seed(4)
     found = model(rows())
     changed = (found != rows()).flatten(1).any(dim=1)
-    (block,) = plain.blocks()
+    (block,) = plain.resblocks
     expected = [
         row + 2 * (block(row[None])[0] - row) if through else row for row, through in zip(rows(), changed, strict=True)
     ]
@@ -117,7 +118,7 @@ def test_the_same_rows_in_the_recomputation(group):
         torch.manual_seed(0)
         model = CLIP(config_from_dict({"embed_dim": 8, "image": image, "text": text})).double()
         for tower in (model.visual.transformer, model.transformer):
-            tower.stochastic_depth = 0.6
+            tower.resblocks.stochastic_depth = 0.6
             if blocks:
                 recompute_blocks(tower, blocks)
         torch.manual_seed(5)
@@ -132,7 +133,7 @@ def test_under_autocast():
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = Transformer(W, 2, 2, "gelu", causal=False)
-        model.stochastic_depth = 0.5
+        model.resblocks.stochastic_depth = 0.5
         x, found = rows().float(), []
         for enabled in (False, True):
             torch.manual_seed(3)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from train_clip.losses.softmax import Pairs, clip_loss
+from train_clip.losses import Pairs
+from train_clip.losses.softmax import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.training.encode import Chunks, encode_in_chunks

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.models.blocks import Transformer
+from train_clip.models.switches import compile_tower
 from train_clip.options import StepOptions
-from train_clip.training import encode as stand_ins
-from train_clip.training.compile import compile_tower, compile_towers
-from train_clip.training.encode import StandIns, _RowsToTable
+from train_clip.training import encode as module_of_chunks
+from train_clip.training.encode import WeightSubstitutes, _RowsToTable
 
 VIT = {"size": 16, "patch": 8, "layers": 2, "width": 16, "heads": 2}
 RESNET = {"size": 64, "blocks": [1, 1, 1, 1], "width": 2}
@@ -94,7 +94,8 @@ def test_compiled_in_bf16():
 def test_captions_of_all_lengths_compile_a_few_times():
     """Twelve lengths in as many batches: the number of compiled forms does not grow with them."""
     module = wrapper(compile=True)
-    compile_towers(module.model)
+    for tower, dynamic in ((module.model.visual, False), (module.model.transformer, True)):
+        compile_tower(tower, dynamic)
     for length in range(3, 13):
         tokens = torch.full((B, length), 5)
         tokens[:, -1] = END
@@ -159,7 +160,7 @@ def test_as_many_rows_as_tokens_is_no_form_of_its_own():
     """8 of 9 rows of 8 tokens, then other numbers before the backward pass: the recomputation meets the same form."""
     torch.manual_seed(0)
     tower = Transformer(16, 4, 2, "gelu", causal=False)
-    tower.stochastic_depth, tower.recompute = 0.5, 1
+    tower.resblocks.stochastic_depth, tower.resblocks.recompute = 0.5, 1
     compile_tower(tower, dynamic=True)
     x, y = torch.randn(9, 8, 16, requires_grad=True), torch.randn(6, 5, 16, requires_grad=True)
     (tower(x).sum() + tower(y).sum()).backward()
@@ -200,7 +201,7 @@ def test_a_tables_gradient_by_its_rows(padding, half):
         found.table.weight.data = found.table.weight.data.bfloat16()
         plain.table.weight.data = found.table.weight.data.float()
     weight, tokens = found.table.weight, torch.tensor([[1, 7, 1], [9_999, 1, 7], [5, 5, 5], [7, 2, 1]])
-    encode = StandIns(found, halves=half, tables=True).around(found)
+    encode = WeightSubstitutes(found, halves=half, tables=True).around(found)
     torch.cat([encode(chunk) for chunk in tokens.split(1)]).sum().backward()
     plain(tokens).sum().backward()
     assert weight.grad.layout == torch.strided and weight.grad.dtype == weight.dtype
@@ -213,14 +214,14 @@ def test_a_tables_gradient_by_its_rows(padding, half):
 def test_a_table_that_does_more_is_left_alone(how):
     """What a table makes of its rows' numbers or norms needs its own gradient."""
     model = nn.Sequential(nn.Embedding(10_000, 3, **how))
-    assert not StandIns(model, halves=False, tables=True)._tables
+    assert not WeightSubstitutes(model, halves=False, tables=True).places
 
 
 def test_a_run_gathers_its_tables_rows(monkeypatch):
     """Under a Trainer each step makes one gradient of the token table; compiled towers of a library look up as ever."""
     made: list[int] = []
     backward = _RowsToTable.backward
-    monkeypatch.setattr(stand_ins, "LARGE", 30)
+    monkeypatch.setattr(module_of_chunks, "LARGE", 30)
     monkeypatch.setattr(_RowsToTable, "backward", staticmethod(lambda *args: made.append(1) or backward(*args)))
     fit(wrapper(minibatch_size=3), loader(16))
     assert len(made) == 3
@@ -270,6 +271,6 @@ def test_tables_are_looked_up_as_ever_without_gradient():
     """In validation, and where the table is frozen, nothing stands in."""
     model = Words(None)
     with torch.no_grad():
-        assert not StandIns(model, halves=False, tables=True)._tables
+        assert not WeightSubstitutes(model, halves=False, tables=True).places
     model.requires_grad_(False)
-    assert not StandIns(model, halves=False, tables=True)._tables
+    assert not WeightSubstitutes(model, halves=False, tables=True).places

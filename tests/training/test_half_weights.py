@@ -28,7 +28,7 @@ from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.wrapper import PromptCLIPWrapper
 from train_clip.training.distillation import MOMENTUM
 from train_clip.training.ema import WeightsEMA
-from train_clip.training.encode import Chunks, StandIns, encode_in_chunks
+from train_clip.training.encode import Chunks, WeightSubstitutes, encode_in_chunks
 from train_clip.training.half_precision import HalfAdamW, narrow, widen
 
 TEXT = OptimizerOptions(half_weights="text")
@@ -143,7 +143,7 @@ def test_the_sum_over_chunks_is_rounded_once(size: int) -> None:
     narrow(model, TEXT)
     exact = copy.deepcopy(model).double()
     expected = gradient(exact, exact.encode_text, captions(64), 0)
-    found = gradient(model, StandIns(model, halves=True).around(model.encode_text), captions(64), size)
+    found = gradient(model, WeightSubstitutes(model, halves=True).around(model.encode_text), captions(64), size)
     for parameter, own, other in zip(model.towers()[1], found, expected, strict=True):
         rounding = 2**-8 * other.abs() if parameter.dtype == torch.bfloat16 else 0
         assert ((own - other).abs() <= rounding + 1e-5 * other.abs().max()).all()
@@ -165,7 +165,7 @@ def test_autocasts_cache_of_weights_is_off(options: OptimizerOptions, rounding: 
     def in_bf16(model: CLIP, wrapped: bool, tokens: Tensor) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
             encode = (
-                StandIns(model, halves=options.has_half_weights).around(model.encode_text)
+                WeightSubstitutes(model, halves=options.has_half_weights).around(model.encode_text)
                 if wrapped
                 else model.encode_text
             )
@@ -193,7 +193,7 @@ def test_a_weight_that_is_shared_has_one_copy(autocast: bool) -> None:
     rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        StandIns(model, halves=True).in_place(),
+        WeightSubstitutes(model, halves=True).in_place(),
     ):
         assert one.weight is two.weight
         model(rows).square().sum().backward()
@@ -219,16 +219,16 @@ def test_under_autocast_products_take_the_weights_as_they_are() -> None:
 
     block.ln_2.register_forward_pre_hook(look)
     with torch.autocast("cpu", torch.bfloat16):
-        StandIns(model, halves=True).around(model.encode_text)(captions(2))
+        WeightSubstitutes(model, halves=True).around(model.encode_text)(captions(2))
     assert {name: value.dtype for name, value in seen.items()} == {
         "stream": torch.float32, "embedding": torch.float32, "in": torch.bfloat16, "fc": torch.bfloat16,
     }  # fmt: skip
     assert all(seen[name].data_ptr() == own[name].data_ptr() for name in ("in", "fc"))
-    StandIns(model, halves=True).around(model.encode_text)(captions(2))
+    WeightSubstitutes(model, halves=True).around(model.encode_text)(captions(2))
     assert seen["fc"].dtype == torch.float32
     # In float16 a gradient has more digits than bfloat16 would keep of each chunk's.
     with torch.autocast("cpu", torch.float16):
-        StandIns(model, halves=True).around(model.encode_text)(captions(2))
+        WeightSubstitutes(model, halves=True).around(model.encode_text)(captions(2))
     assert seen["fc"].dtype == torch.float32
 
 
@@ -238,7 +238,7 @@ def test_weights_return_after_an_error() -> None:
     narrow(model, TEXT)
     before = list(model.parameters())
     with pytest.raises(IndexError):
-        StandIns(model, halves=True).around(model.encode_text)(torch.full((1, 4), 99))
+        WeightSubstitutes(model, halves=True).around(model.encode_text)(torch.full((1, 4), 99))
     assert all(own is other for own, other in zip(model.parameters(), before, strict=True))
 
 

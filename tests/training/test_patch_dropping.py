@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
 from train_clip.errors import UserError
-from train_clip.models.blocks import recompute_blocks
+from train_clip.models.switches import recompute_blocks
 from train_clip.training.encode import Chunks, encode_in_chunks
 
 VIT = {"size": 16, "patch": 4, "layers": 2, "width": 16, "heads": 2}  # 16 patches

@@ -19,7 +19,8 @@ from tests.training.tiny_encoders import SIDE, bert, image_tower
 from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, Tokenizer
 from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
-from train_clip.losses.softmax import Pairs, clip_loss
+from train_clip.losses import Pairs
+from train_clip.losses.softmax import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.prompts.config import PromptConfig

@@ -241,7 +241,7 @@ def test_weights_with_dropout():
     data = batches(4)
     module = untrained()
     for tower in (module.model.visual.transformer, module.model.transformer):
-        for block in tower.blocks():
+        for block in tower.resblocks:
             block.mlp = nn.Sequential(block.mlp, nn.Dropout(0.3))
     loop = ByHand(copy.deepcopy(module.model).double(), num_steps=4, chunks=CHUNKS)
     images, texts = Seeded(module.model.encode_image), Seeded(module.model.encode_text)

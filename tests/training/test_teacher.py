@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, loader
 from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
+from train_clip.losses import Pairs
 from train_clip.losses.distillation import divergence
-from train_clip.losses.softmax import Pairs, clip_loss, info_nce
+from train_clip.losses.softmax import clip_loss, info_nce
 from train_clip.training.distillation import MATRICES, MOMENTUM, MOST_PAIRS, Distillation, require_room
 from train_clip.training.ema import WeightsEMA
 
@@ -214,7 +215,7 @@ def test_matrices_are_counted(num_pairs, kind, masks):
     def step() -> None:
         pairs = Pairs(*students, *students, 0, numbers)
         scale = part.log_scale.exp()
-        torch.stack([clip_loss(pairs, scale, masks), part(pairs, *teachers)]).sum().backward()
+        torch.stack([clip_loss(pairs, scale, mask_equal=masks), part(pairs, *teachers)]).sum().backward()
 
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from train_clip.data.crops import centre_square
-from train_clip.models.clip import DualEncoder, Texts
+from train_clip.models.clip import DualEncoder, Texts, unit_norm
 from train_clip.types import Skip
 
 EMBED_AT_ONCE = 64  # images or captions
@@ -88,8 +87,3 @@ def _embed(model: DualEncoder, items: Any, encode: Callable[[Any], Tensor], batc
         for module in training:
             module.training = True
     return torch.cat(parts)
-
-
-def unit_norm(embeddings: Tensor) -> Tensor:
-    """Scale (N, D) rows to length 1, in float32 or wider."""
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)

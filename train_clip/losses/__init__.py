@@ -1,39 +1,36 @@
-"""Losses: pure functions of tensors.
-
-The losses by the names that options have for them.
-"""
+"""Losses: pure functions of tensors. ``options.LOSSES`` names them, each a ``Loss`` in a file of its own."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from train_clip.losses.sigmoid import sigmoid_floor, sigmoid_loss
-from train_clip.losses.softmax import Pairs, clip_loss, loss_floor
+from train_clip.options import LOSSES
+
+
+class Pairs(NamedTuple):
+    """This process's B pairs among everyone's N. On one process its share is the whole, and the offset 0."""
+
+    images: Tensor  # (B, D) float, unit norm: this process's
+    texts: Tensor  # (B, D) float, unit norm: this process's
+    all_images: Tensor  # (N, D) float, unit norm: everyone's, this process's at ``offset`` and after
+    all_texts: Tensor  # (N, D) float, unit norm: likewise
+    offset: int = 0  # row of this process's first pair
+    captions: Tensor | None = None  # (N,) int64, equal for equal captions; None where that is not known
 
 
 class Loss(NamedTuple):
-    """A loss and the least that it can be.
+    """A loss and the least that it can be."""
 
-    Args:
-        of: maps pairs, scale, bias, and whether equal captions are left out, to () float32 or wider. The bias is None
-            for a loss that has none.
-        floor: maps (N,) int64, equal for equal captions, to the least that it can be where none are left out.
-    """
-
+    # pairs, () scale, () bias or None, whether equal captions leave the loss → () float32 or wider
     of: Callable[[Pairs, Tensor, Tensor | None, bool], Tensor]
+    # (N,) int64, equal for equal captions → () float32, the least that it can be where none leave it
     floor: Callable[[Tensor], Tensor]
 
 
-def _softmax(pairs: Pairs, scale: Tensor, _: Tensor | None, mask_equal: bool) -> Tensor:
-    return clip_loss(pairs, scale, mask_equal)
-
-
-def _sigmoid(pairs: Pairs, scale: Tensor, bias: Tensor | None, mask_equal: bool) -> Tensor:
-    assert bias is not None
-    return sigmoid_loss(pairs, scale, bias, mask_equal)
-
-
-LOSSES = {"softmax": Loss(_softmax, loss_floor), "sigmoid": Loss(_sigmoid, sigmoid_floor)}
+def loss_named(name: str) -> Loss:
+    """Find a loss by its name in ``options.LOSSES``."""
+    return cast(Loss, pkgutil.resolve_name(LOSSES[name]))

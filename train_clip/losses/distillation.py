@@ -1,10 +1,10 @@
 """Targets out of a teacher's similarities, and how far a student is from them (OTTER, arXiv 2112.09445, section 3).
 
 Pure functions of tensors: no rank, no device, no cache. A target needs all pairs of the global batch, since optimal
-transport weighs columns over all rows; a rank takes its own rows of it. Numbers are those of OTTER's code
+transport weighs columns over all rows; a process takes its own rows of it. Numbers are those of OTTER's code
 (github.com/facebookresearch/OTTER) unless another source stands beside them.
 
-B  pairs on this rank      N  pairs in the global batch      D  embedding width
+B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
 
 from __future__ import annotations
@@ -23,15 +23,10 @@ REMOVED = 100.0  # taken from the similarity of a pair with itself, once for eac
 
 
 class Targets(NamedTuple):
-    """Logarithms of distributions over the global batch, a row each.
+    """Logarithms of distributions over the global batch, a row each."""
 
-    Args:
-        image_to_text: (N, N) float32: where the mass of an image goes among the captions.
-        text_to_image: (N, N) float32: where that of a caption goes among the images.
-    """
-
-    image_to_text: Tensor
-    text_to_image: Tensor
+    image_to_text: Tensor  # (N, N) float32: where the mass of an image goes among the captions
+    text_to_image: Tensor  # (N, N) float32: where that of a caption goes among the images
 
 
 @torch.no_grad()
@@ -40,21 +35,14 @@ def transport_targets(images: Tensor, texts: Tensor) -> Targets:
 
         Q = Sinkhorn(exp(S / λ))            S_v = S_vv + S_tt + S_vt,  S_t = S_vv + S_tt + S_tv,  own pairs removed
 
-    Args:
-        images: (N, D) float, unit norm: the teacher's, of everyone.
-        texts: (N, D) float, unit norm: likewise.
+    Images and texts are the teacher's embeddings of everyone, (N, D) float, unit norm.
     """
     return _targets(images, texts, _sinkhorn)
 
 
 @torch.no_grad()
 def softmax_targets(images: Tensor, texts: Tensor) -> Targets:
-    """Plain self-distillation: Q = softmax(T · S), with S as in ``transport_targets``.
-
-    Args:
-        images: (N, D) float, unit norm: the teacher's, of everyone.
-        texts: (N, D) float, unit norm: likewise.
-    """
+    """Plain self-distillation: Q = softmax(T · S), with S as in ``transport_targets``."""
     return _targets(images, texts, lambda similarity: similarity.mul_(TEMPERATURE).log_softmax(dim=1))
 
 
@@ -64,13 +52,10 @@ def divergence(rows: Tensor, columns: Tensor, scale: Tensor, log_target: Tensor)
         L = mean over i of Σ_j Q_ij (ln Q_ij - ln P_ij)            P = softmax(scale · rows columnsᵀ)
 
     Args:
-        rows: (B, D) float, unit norm: this rank's student embeddings of one side.
+        rows: (B, D) float, unit norm: this process's student embeddings of one side.
         columns: (N, D) float, unit norm: everyone's of the other side.
         scale: () float, exp of the temperature of distillation.
-        log_target: (B, N) float32: ln Q of this rank's rows.
-
-    Returns:
-        () float32, or wider where the inputs are.
+        log_target: (B, N) float32: ln Q of this process's rows.
     """
     similarity = scale * rows @ columns.T
     log_student = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).log_softmax(dim=1)
@@ -78,21 +63,17 @@ def divergence(rows: Tensor, columns: Tensor, scale: Tensor, log_target: Tensor)
 
 
 def _targets(images: Tensor, texts: Tensor, spread: Callable[[Tensor], Tensor]) -> Targets:
-    """Both targets, one after the other: (N, N) matrices are what limits the batch. ``spread`` may overwrite its."""
+    # One after the other: (N, N) matrices are what limits the batch. ``spread`` may overwrite its own.
     wide = torch.promote_types(images.dtype, torch.float32)
     images, texts = images.to(wide), texts.to(wide)
     same_side = (images @ images.T).addmm_(texts, texts.T)
-    # From S_vv and from S_tt.
-    same_side.diagonal().sub_(2 * REMOVED)
+    same_side.diagonal().sub_(2 * REMOVED)  # from S_vv and from S_tt
     image_to_text = spread(torch.addmm(same_side, images, texts.T))
     return Targets(image_to_text, spread(same_side.addmm_(texts, images.T)))
 
 
 def _sinkhorn(similarity: Tensor) -> Tensor:
-    """Bring rows and columns to equal sums in turn, rows last: (N, N) logarithms, each row of sum 1.
-
-    In the log domain, so that it is finite at any similarity.
-    """
+    # Rows and columns to equal sums in turn, rows last. In the log domain, so that it is finite at any similarity.
     log_mass = similarity.div_(STRENGTH)
     for _ in range(ITERATIONS):
         log_mass -= log_mass.logsumexp(dim=1, keepdim=True)

@@ -2,52 +2,25 @@
 
 Pure functions of tensors: no rank, no device, no cache. Gathering is the caller's.
 
-B  pairs on this rank      N  pairs in the global batch      D  embedding width
+B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_clip.losses.tiles import TILE, tiled_info_nce, tiles
+from train_clip.losses import Loss, Pairs
+from train_clip.losses.tiles import TILE, tiled_loss
 
 
-class Pairs(NamedTuple):
-    """This rank's pairs among everyone's. On one process the shares are the whole, and the offset 0.
-
-    Args:
-        images: (B, D) float, unit norm: this rank's.
-        texts: (B, D) float, unit norm: this rank's.
-        all_images: (N, D) float, unit norm: everyone's, this rank's at ``offset`` and after.
-        all_texts: (N, D) float, unit norm: likewise.
-        offset: row of this rank's first pair.
-        captions: (N,) int64, equal for equal captions; None where it is not known which are.
-    """
-
-    images: Tensor
-    texts: Tensor
-    all_images: Tensor
-    all_texts: Tensor
-    offset: int = 0
-    captions: Tensor | None = None
-
-
-def clip_loss(pairs: Pairs, scale: Tensor, mask_equal: bool = False) -> Tensor:
-    """The mean of both directions, over this rank's rows. Its mean over equal ranks is the global batch's loss.
+def clip_loss(pairs: Pairs, scale: Tensor, _bias: Tensor | None = None, mask_equal: bool = False) -> Tensor:
+    """The mean of both directions, over this process's rows. Its mean over equal shares is the global batch's loss.
 
         L = ½ (InfoNCE(images → texts) + InfoNCE(texts → images))
 
-    Args:
-        pairs: see ``Pairs``.
-        scale: () float, exp of the learned temperature.
-        mask_equal: leave the other pairs of an equal caption out of the denominators.
-
-    Returns:
-        () float32, or wider where the inputs are.
+    With ``mask_equal`` the other pairs of an equal caption leave the denominators. () float32, or wider.
     """
     groups = pairs.captions if mask_equal else None
     image_to_text = info_nce(pairs.images, pairs.all_texts, scale, pairs.offset, groups)
@@ -61,17 +34,14 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, grou
         S = scale · rows columnsᵀ            L = mean over i of CE(S_i, i + offset)
 
     Args:
-        rows: (B, D) float, unit norm: this rank's embeddings of one side.
+        rows: (B, D) float, unit norm: this process's embeddings of one side.
         columns: (N, D) float, unit norm: everyone's embeddings of the other side.
         scale: () float, exp of the learned temperature, at most 100.
-        offset: column of this rank's first pair.
+        offset: column of this process's first pair.
         groups: (N,) int64: columns equal to a row's own leave its denominator, the own one stays. None for all to stay.
-
-    Returns:
-        () float32, or wider where the inputs are.
     """
     if len(rows) * len(columns) > TILE:
-        return tiled_info_nce(rows, columns, scale, offset, groups)
+        return tiled_loss(softmax_tile, (rows, columns, scale, None), offset, groups)
     similarity = scale * rows @ columns.T
     similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
     own = offset + torch.arange(len(rows), device=rows.device)
@@ -81,17 +51,20 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, grou
     return F.cross_entropy(similarity, own)
 
 
+def softmax_tile(logits: Tensor, own: Tensor, wants_gradient: bool) -> Tensor:
+    """Cross-entropy of a tile's rows; its gradient is softmax(logits), less 1 at the own pair. See ``TileLoss``."""
+    log_share = logits.log_softmax(dim=1)
+    loss = -log_share.gather(1, own).sum()
+    if wants_gradient:
+        torch.exp(log_share, out=logits).scatter_add_(1, own, torch.full_like(own, -1, dtype=logits.dtype))
+    return loss
+
+
 @torch.no_grad()
 def loss_floor(groups: Tensor) -> Tensor:
     """The least that ``info_nce`` can be where captions are equal: a row cannot tell its own from those equal to it.
 
-        floor = mean over i of ln n_i            n_i  entries equal to entry i, itself included
-
-    Args:
-        groups: (N,) int64, equal for equal captions.
-
-    Returns:
-        () float32; 0 where all are different.
+    floor = mean over i of ln n_i            n_i  entries equal to entry i, itself included
     """
     _, inverse, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     return counts[inverse].float().log().mean()
@@ -99,21 +72,14 @@ def loss_floor(groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
-    """Share of rows whose most similar column is their own pair, or equal to it. Ties and NaN count against.
+    """Share of rows, as of ``info_nce``, whose most similar column is their own pair or equal to it: () float32.
 
-    Args:
-        rows: (B, D) float, unit norm.
-        columns: (N, D) float, unit norm.
-        offset: column of this rank's first pair.
-        groups: (N,) int64, equal for equal captions; None where all count as different.
-
-    Returns:
-        () float32 in [0, 1].
+    Ties and NaN count against.
     """
     groups = torch.arange(len(columns), device=rows.device) if groups is None else groups
-    own = groups[offset : offset + len(rows), None]
-    found = [ranks(rows[tile], columns, own[tile] == groups) < 1 for tile in tiles(rows, columns)]
-    return torch.cat(found).float().mean()
+    at_once = max(1, TILE // max(1, len(columns)))
+    shares = zip(rows.split(at_once), groups[offset : offset + len(rows), None].split(at_once), strict=True)
+    return torch.cat([ranks(some, columns, own == groups) < 1 for some, own in shares]).float().mean()
 
 
 @torch.no_grad()
@@ -138,3 +104,6 @@ def ranks(rows: Tensor, columns: Tensor, right: Tensor) -> Tensor:
     best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     tie = rows.shape[1] * torch.finfo(dtype).eps
     return (~(similarity < best - tie) & ~right).sum(dim=1)
+
+
+SOFTMAX = Loss(clip_loss, loss_floor)

@@ -1,80 +1,94 @@
-"""The contrastive loss of a batch whose similarities are too many to hold at once.
+"""The loss of a batch whose similarities are too many to hold at once, in tiles of a few rows with all columns.
 
-A few rows at a time meet all columns, and their share of the gradient is taken at once: nothing of them is kept or
-computed again. Memory is O((B + N) · D) where the whole matrix takes O(B · N); the idea of tiles is that of Inf-CL
-(Cheng et al. 2024, arXiv 2410.17243).
+Each tile's share of the gradient is taken at once: nothing is kept or computed again. Memory is O((B + N) · D) where
+the whole matrix takes O(B · N); the idea is that of Inf-CL (Cheng et al. 2024, arXiv 2410.17243).
 
-B  pairs on this rank      N  pairs in the global batch      D  embedding width
+B  pairs on this process      N  pairs of the global batch      D  embedding width      b  rows of a tile
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 TILE = 2**22  # similarities that are held at a time
 
-
-def tiles(rows: Tensor, columns: Tensor) -> Iterator[slice]:
-    """Cut (B, …) rows into as many at a time as make one tile with (N, …) columns."""
-    some = max(1, TILE // max(1, len(columns)))
-    for start in range(0, len(rows), some):
-        yield slice(start, min(start + some, len(rows)))
+TileLoss = Callable[[Tensor, Tensor, bool], Tensor]
+"""(b, N) logits, (b, 1) own columns, whether to overwrite the logits by their gradient → () sum of the rows' losses."""
 
 
-def tiled_info_nce(
-    rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, groups: Tensor | None = None
+def tiled_loss(
+    tile_loss: TileLoss,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    offset: int = 0,
+    groups: Tensor | None = None,
 ) -> Tensor:
-    """The same as ``info_nce``, which see; its gradient cannot be differentiated again."""
+    """Mean over the rows of their loss against all columns, () float32 or wider, to be differentiated once.
+
+    Args:
+        tile_loss: of a tile's logits, scale · rows columnsᵀ + bias.
+        inputs: (B, D) rows and (N, D) columns, float, of unit norm; () scale; () bias or None.
+        offset: column of this process's first pair.
+        groups: (N,) int64: columns equal to a row's own leave its loss, the own one stays. None for all to stay.
+    """
     if not torch.is_grad_enabled():
-        rows, columns, scale = rows.detach(), columns.detach(), scale.detach()
-    with torch.autocast(rows.device.type, enabled=False):
-        loss: Tensor = _TiledInfoNCE.apply(rows, columns, scale, offset, groups)
+        inputs = tuple(tensor if tensor is None else tensor.detach() for tensor in inputs)  # type: ignore[assignment]
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        loss: Tensor = _Tiled.apply(*inputs, tile_loss, offset, groups)
     return loss
 
 
-class _TiledInfoNCE(torch.autograd.Function):
-    """Loss and gradient in one pass over tiles.
-
-    S = scale · rows columnsᵀ      P = softmax(S)      L = -mean over i of ln P_{i, own}      G = (P - own) / B
-
-    ∂rows = scale · G columns      ∂columns = scale · Gᵀ rows      ∂scale = Σ G ∘ rows columnsᵀ = Σ rows ∘ G columns
-    """
+class _Tiled(torch.autograd.Function):
+    # Loss and gradient in one pass, with S the logits and G = ∂L/∂S:
+    # ∂rows = scale · G columns      ∂columns = scale · Gᵀ rows      ∂scale = Σ rows ∘ G columns      ∂bias = Σ G
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, offset: int, groups: Tensor | None) -> Tensor:
-        """Return () float32, or wider where the inputs are."""
+    @override
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        columns: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        tile_loss: TileLoss,
+        offset: int,
+        groups: Tensor | None,
+    ) -> Tensor:
         wants_gradient = any(ctx.needs_input_grad)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
-        loss = torch.zeros((), dtype=dtype, device=rows.device)
+        loss, of_bias = torch.zeros(2, dtype=dtype, device=rows.device).unbind()
         of_rows, of_columns = (torch.zeros_like(side) if wants_gradient else side for side in (wide_rows, wide_columns))
-        for tile in tiles(rows, columns):
+        at_once = max(1, TILE // max(1, len(columns)))
+        for start in range(0, len(rows), at_once):
+            tile = slice(start, min(start + at_once, len(rows)))
             own = torch.arange(offset + tile.start, offset + tile.stop, device=rows.device)[:, None]
-            similarity = (scale.to(dtype) * wide_rows[tile]) @ wide_columns.T
+            logits = (scale.to(dtype) * wide_rows[tile]) @ wide_columns.T
+            if bias is not None:
+                logits.add_(bias)
             if groups is not None:
-                others = (groups[own] == groups).scatter_(1, own, False)
-                similarity.masked_fill_(others, -torch.inf)
-            log_share = similarity.log_softmax(dim=1)
-            loss -= log_share.gather(1, own).sum()
+                logits.masked_fill_((groups[own] == groups).scatter_(1, own, False), -torch.inf)
+            loss = loss + tile_loss(logits, own, wants_gradient)
             if wants_gradient:
-                gradient = torch.exp(log_share, out=similarity)
-                gradient.scatter_add_(1, own, torch.full_like(own, -1, dtype=dtype))
-                torch.mm(gradient, wide_columns, out=of_rows[tile])
-                of_columns.addmm_(gradient.T, wide_rows[tile])
+                of_bias = of_bias if bias is None else of_bias + logits.sum()
+                torch.mm(logits, wide_columns, out=of_rows[tile])
+                of_columns.addmm_(logits.T, wide_rows[tile])
         if wants_gradient:
             of_scale = (wide_rows * of_rows).sum() / len(rows)
             of_rows.mul_(scale / len(rows))
             of_columns.mul_(scale / len(rows))
-            ctx.save_for_backward(of_rows.to(rows.dtype), of_columns.to(columns.dtype), of_scale.to(scale.dtype))
+            parts = [of_rows.to(rows.dtype), of_columns.to(columns.dtype), of_scale.to(scale.dtype)]
+            ctx.save_for_backward(*parts, None if bias is None else (of_bias / len(rows)).to(bias.dtype))
         return loss / len(rows)
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradient that the forward pass took."""
-        return *(upstream.to(part.dtype) * part for part in ctx.saved_tensors), None, None
+        scaled = (part if part is None else upstream.to(part.dtype) * part for part in ctx.saved_tensors)
+        return *scaled, None, None, None

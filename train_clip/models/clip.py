@@ -1,51 +1,25 @@
-"""CLIP: a ViT or ResNet for images, a causal transformer for captions (CLIP paper, section 2).
+"""What every model here is: an image tower, a text tower, and one temperature (CLIP paper, section 2); and CLIP itself.
 
 B  pairs      L  tokens, at most the context      S  side of the image in pixels      D  embedding width
-
-The text tower's tensors sit at the top level, as in OpenAI's and open_clip's state dicts.
-
-Bytes to normalised floats, on whatever device the images are.
-
-What every model here is: an image tower, a text tower, and one temperature (CLIP paper, figure 3).
-
-B  pairs      L  tokens      S  side of the image in pixels      D  embedding width
 """
 
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Mapping
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
 
-from train_clip.models.blocks import LayerNorm, Transformer
-from train_clip.models.config import MEAN, START_OF_SIGMOID, STD, ModelConfig, ResNetConfig
-from train_clip.models.resnet import ModifiedResNet
-from train_clip.models.vit import VisionTransformer
-
-
-class PixelNorm(nn.Module):
-    """(x / 255 - mean) / std for bytes; floats are taken as already normalised and pass unchanged."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> None:
-        super().__init__()
-        # Not persistent: the state dict holds the field's names and nothing else.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, H, W) uint8, or float that is normalised already, to the buffers' dtype."""
-        if images.is_floating_point():
-            return images.to(self.mean.dtype)
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-
+from train_clip.models.blocks import LayerNorm, ResidualBlock, Transformer
+from train_clip.models.config import MEAN, START_OF_SIGMOID, STD, ModelConfig
 
 MAX_LOGIT_SCALE = 100.0  # CLIP paper, section 2.5
+INITIAL_TEMPERATURE = 0.07  # CLIP paper, section 2.5
 
 Texts = Tensor | Mapping[str, Tensor]
 """Tokens as a text tower takes them: (B, L) int64, or a tokenizer's mapping of such."""
@@ -63,32 +37,53 @@ def texts_on(device: torch.device, texts: Texts) -> Texts:
     return texts.to(device)
 
 
-class DualEncoder(nn.Module):
-    """Two towers that map images and captions into one space.
+def up_to_end(tokens: Tensor) -> Tensor:
+    """(B, L) bool: a caption of CLIP's tokens ends at its end token, the largest id."""
+    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)
 
-    Args:
-        name: how it is called in messages.
-        embed_dim: D.
-        image_size: S.
-        context_length: tokens of a caption at most; None where it is not known.
-        vocab_size: token ids are below it; None likewise.
-        initial_scale: what similarities are multiplied by before training, at most 100.
-    """
+
+def unit_norm(embeddings: Tensor) -> Tensor:
+    """Scale (N, D) rows to length 1, in float32 or wider."""
+    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+
+
+class PixelNorm(nn.Module):
+    """(x / 255 - mean) / std for bytes; floats are taken as already normalised and pass unchanged."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> None:
+        super().__init__()
+        # Not persistent: the state dict holds the field's names and nothing else.
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            return images.to(self.mean.dtype)
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+
+class DualEncoder(nn.Module):
+    """Two towers that map images and captions into one space."""
 
     visual: nn.Module  # the image tower
     transformer: nn.Module  # of the text tower
     pixel_norm: PixelNorm
     least_log_scale: float | None = None
     logit_bias: nn.Parameter | None  # of the sigmoid loss
+    text_is_fixed: bool = False  # locked, so that a caption's embedding is the same at every step
 
     def __init__(
         self,
         name: str,
         embed_dim: int,
         image_size: int,
-        context_length: int | None,
-        vocab_size: int | None,
-        initial_scale: float,
+        context_length: int | None,  # tokens of a caption at most; None where it is not known
+        vocab_size: int | None,  # likewise
+        initial_scale: float,  # what similarities are multiplied by before training, at most 100
     ) -> None:
         super().__init__()
         self.name = name
@@ -121,19 +116,11 @@ class DualEncoder(nn.Module):
         """Parameters of the image tower and of the text tower; what joins them is in neither."""
         raise NotImplementedError
 
+    @override
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Score every image against every caption.
-
-        Args:
-            images: see ``encode_image``.
-            texts: see ``encode_text``.
-
-        Returns:
-            Two (B, B) float matrices, logits: scaled cosines, plus the bias where there is one; images by captions, and
-            its transpose.
-        """
-        image_embeddings = nn.functional.normalize(self.encode_image(images), dim=-1)
-        text_embeddings = nn.functional.normalize(self.encode_text(texts), dim=-1)
+        """Score every image against every caption: (B, B) logits, scaled cosines plus the bias, and their transpose."""
+        image_embeddings = F.normalize(self.encode_image(images), dim=-1)
+        text_embeddings = F.normalize(self.encode_text(texts), dim=-1)
         logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
@@ -143,21 +130,16 @@ class DualEncoder(nn.Module):
         """What turns similarities into logits and is in neither tower: the scale, and the bias where there is one."""
         return [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
 
-    @property
-    def text_is_fixed(self) -> bool:
-        """Whether the text tower is locked, so that a caption's embedding is the same at every step."""
-        return self._locked[1]
-
     def lock(self, image: bool, text: bool) -> None:
         """Keep towers as they are: no gradient, no graph, and eval mode whatever ``train`` asks for."""
-        self._locked = (image, text)
+        self._locked, self.text_is_fixed = (image, text), text
         for locked, parameters in zip(self._locked, self.towers(), strict=True):
             for parameter in parameters if locked else ():
                 parameter.requires_grad_(False)
         self.train(self.training)
 
+    @override
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of everything but locked towers."""
         super().train(mode)
         for locked, tower in zip(self._locked, (self.visual, self.transformer), strict=True):
             if locked:
@@ -170,14 +152,10 @@ class DualEncoder(nn.Module):
         self.logit_scale.clamp_(self.least_log_scale, math.log(MAX_LOGIT_SCALE))
 
 
-INITIAL_TEMPERATURE = 0.07  # CLIP paper, section 2.5
-
-
 class CLIP(DualEncoder):
-    """Two towers that map images and captions into one space.
+    """A ViT or ResNet for images, a causal transformer for captions; ``read_config("ViT-B/32")`` gives the sizes.
 
-    Args:
-        config: sizes of both towers, for instance ``read_config("ViT-B/32")``.
+    The text tower's tensors sit at the top level, as in OpenAI's and open_clip's state dicts.
     """
 
     config: ModelConfig
@@ -192,11 +170,8 @@ class CLIP(DualEncoder):
         if config.logit_bias:
             self.add_bias()
         self.pixel_norm = PixelNorm(config.mean, config.std)
-        self.visual: nn.Module
-        if isinstance(config.image, ResNetConfig):
-            self.visual = ModifiedResNet(config.image, config.embed_dim)
-        else:
-            self.visual = VisionTransformer(config.image, config.embed_dim, config.activation)
+        build_tower = pkgutil.resolve_name(config.image.tower)
+        self.visual: nn.Module = build_tower(config.image, config.embed_dim, config.activation)
         self.transformer = Transformer(text.width, text.layers, text.heads, config.activation, causal=True)
         self.token_embedding = nn.Embedding(text.vocab, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context, text.width))
@@ -204,27 +179,15 @@ class CLIP(DualEncoder):
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self._initialize_text()
 
+    @override
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            images: (B, 3, S, S) uint8 in [0, 255], or float that is already normalised.
-
-        Returns:
-            (B, D) float, not normalised.
-        """
         return self.visual(self.pixel_norm(images))
 
+    @override
     def encode_text(self, texts: Texts) -> Tensor:
-        """Embed captions. The feature is the output at the end token, the largest id of each row.
+        """Embed (B, L) int64 tokens → (B, D), not normalised: the output at the end token, the largest id of each row.
 
         What follows the end token is never looked at (the tower is causal), so rows may be cut after the longest.
-
-        Args:
-            texts: (B, L) int64, start and end token included.
-
-        Returns:
-            (B, D) float, not normalised.
         """
         tokens = cast(Tensor, texts)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
@@ -232,29 +195,24 @@ class CLIP(DualEncoder):
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
         return self.ln_final(ends) @ self.text_projection
 
+    @override
     def caption_mask(self, texts: Texts) -> Tensor:
-        """Up to the end token, the largest id: (B, L) bool."""
         return up_to_end(cast(Tensor, texts))
 
+    @override
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """All of ``visual``, and all the rest but the temperature and the bias."""
         image = list(self.visual.parameters())
         other = {id(parameter) for parameter in (*image, *self.temperature())}
         return image, [parameter for parameter in self.parameters() if id(parameter) not in other]
 
     def _initialize_text(self) -> None:
-        """As openai/CLIP, ``initialize_parameters``; attention biases stay 0, the other biases PyTorch's default."""
+        # As openai/CLIP, ``initialize_parameters``; attention biases stay 0, the other biases PyTorch's default.
         width, layers = self.config.text.width, self.config.text.layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.blocks():
+        for block in cast(list[ResidualBlock], list(self.transformer.resblocks)):
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
-
-
-def up_to_end(tokens: Tensor) -> Tensor:
-    """(B, L) bool: a caption of CLIP's tokens ends at its end token, the largest id."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)

@@ -9,28 +9,22 @@ B  images      S  side of the image in pixels      C  channels      L  positions
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from train_clip.models.blocks import BlockStack, attend, run_blocks
+from train_clip.models.blocks import Blocks, attend
 from train_clip.models.config import ResNetConfig
 
 EXPANSION = 4  # a bottleneck's output over its inner channels (He et al. 2015, arXiv 1512.03385, table 1)
 
 
-class ModifiedResNet(BlockStack):
-    """Stem, four stages of bottlenecks, attention pooling.
+class ModifiedResNet(nn.Module):
+    """Stem, four stages of bottlenecks, attention pooling; its activation is ReLU, whatever the text tower's is."""
 
-    Args:
-        config: its sizes.
-        embed_dim: D.
-    """
-
-    def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
+    def __init__(self, config: ResNetConfig, embed_dim: int, _activation: str = "relu") -> None:
         super().__init__()
         width = config.width
         self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1, bias=False)
@@ -40,15 +34,15 @@ class ModifiedResNet(BlockStack):
         self.conv3 = nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         channels = [width, *(width * 2**stage * EXPANSION for stage in range(4))]
-        self.layer1 = _stage(channels[0], width, config.blocks[0], stride=1)
-        self.layer2 = _stage(channels[1], width * 2, config.blocks[1], stride=2)
-        self.layer3 = _stage(channels[2], width * 4, config.blocks[2], stride=2)
-        self.layer4 = _stage(channels[3], width * 8, config.blocks[3], stride=2)
+        for stage, blocks in enumerate(config.blocks):
+            layer = _stage(channels[stage], width * 2**stage, blocks, stride=2 if stage else 1)
+            self.add_module(f"layer{stage + 1}", layer)
         # Heads of 64 channels: 32 · width / 64 (openai/CLIP, model.py).
         self.attnpool = AttentionPool(config.size // 32, channels[4], heads=width // 2, embed_dim=embed_dim)
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
+        # (B, 3, S, S) normalised images → (B, D) embeddings
         return self.attnpool(self.feature_map(images))
 
     def feature_map(self, images: Tensor) -> Tensor:
@@ -61,11 +55,14 @@ class ModifiedResNet(BlockStack):
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         x = F.avg_pool2d(x, 2)
-        return run_blocks(list(self.blocks()), x, self.recompute)
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
+        return x
 
-    def blocks(self) -> Iterator[nn.Module]:
-        """The bottlenecks, first to last."""
-        return chain(self.layer1, self.layer2, self.layer3, self.layer4)
+
+def _stage(inputs: int, channels: int, blocks: int, stride: int) -> Blocks:
+    later = [Bottleneck(channels * EXPANSION, channels, stride=1) for _ in range(1, blocks)]
+    return Blocks(Bottleneck(inputs, channels, stride), *later)
 
 
 class Bottleneck(nn.Module):
@@ -89,8 +86,9 @@ class Bottleneck(nn.Module):
             parts = [("-1", nn.AvgPool2d(stride)), ("0", shortcut), ("1", nn.BatchNorm2d(outputs))]
             self.downsample = nn.Sequential(OrderedDict(parts))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, inputs, H, W) to (B, 4 · channels, H / stride, W / stride)."""
+        # (B, inputs, H, W) → (B, 4 · channels, H / stride, W / stride)
         inner = F.relu(self.bn1(self.conv1(x)))
         inner = F.relu(self.bn2(self.conv2(inner)))
         inner = self.bn3(self.conv3(self.avgpool(inner)))
@@ -98,14 +96,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One attention step in which the mean of the map asks the map and itself.
-
-    Args:
-        side: height and width of the map.
-        channels: C.
-        heads: divides C.
-        embed_dim: D.
-    """
+    """One attention step in which the mean of the map, ``side`` positions wide and high, asks the map and itself."""
 
     def __init__(self, side: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -118,8 +109,9 @@ class AttentionPool(nn.Module):
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
             nn.init.normal_(projection.weight, std=channels**-0.5)
 
+    @override
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Map a (B, C, H, W) feature map to (B, D)."""
+        # (B, C, H, W) → (B, D)
         x = feature_map.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
         q, k, v = (
@@ -127,8 +119,3 @@ class AttentionPool(nn.Module):
             for projection, tokens in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
         )
         return self.c_proj(attend(q, k, v, causal=False).transpose(1, 2).flatten(2)).squeeze(1)
-
-
-def _stage(inputs: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    later = [Bottleneck(channels * EXPANSION, channels, stride=1) for _ in range(1, blocks)]
-    return nn.Sequential(Bottleneck(inputs, channels, stride), *later)

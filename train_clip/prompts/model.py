@@ -60,10 +60,10 @@ class PromptedTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
-        transformer = self.backbone.transformer
-        layers = [partial(self._layer, number=number) for number in range(len(transformer.resblocks))]
-        x = run_blocks(layers, self.backbone.embed(images), transformer.recompute)
-        return self.backbone.read_out(x) @ self.backbone.proj
+        blocks = self.backbone.transformer.resblocks
+        layers = [partial(self._layer, number=number) for number in range(len(blocks))]
+        x = run_blocks(layers, self.backbone.embed(images), blocks.recompute)
+        return self.backbone.ln_post(x[:, 0]) @ self.backbone.proj
 
     def _layer(self, x: Tensor, number: int) -> Tensor:
         """Map what a block would take without prompts of its own to what it gives: (B, L, W)."""

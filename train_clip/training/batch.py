@@ -1,14 +1,6 @@
 """What a loader brings → images and tokens that the model takes, or a message that says what is wrong with them.
 
 B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
-
-Which captions are equal, told by their tokens.
-
-B  captions      L  tokens of the longest
-
-The images of a training batch as a run wants them, and what is said beforehand of captions that would not fit.
-
-B  pairs on this process      N  pairs of the global batch      S  side of the image in pixels
 """
 
 from __future__ import annotations
@@ -18,127 +10,45 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
-from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
-from train_clip.gather import world
 from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on, token_ids
-from train_clip.options import AugmentationOptions
-
-
-def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
-    """A number for each caption, equal for equal captions: a random linear hash of its tokens.
-
-    Args:
-        ids: (B, L) int64, at least 0.
-        mask: (B, L) bool, which of them make up the caption; padding may stand on either side.
-
-    Returns:
-        (B,) int64.
-    """
-    # Products wrap around: two captions collide once in about 2⁶³ pairs.
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (ids.shape[1],), generator=generator).to(ids.device)
-    places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return ((ids + 1) * mask * weights[places]).sum(dim=1)
-
-
-MOST_SHOWN = 80  # letters of a caption
-
-
-def augmented(images: Tensor, how: AugmentationOptions, seed: int, batch: int) -> Tensor:
-    """Augment this process's images, by draws that depend on the seed, the batch and their place in it alone.
-
-    Args:
-        images: (B, 3, S, S) uint8, or float that is already normalised; stays as it is.
-        how: what is done.
-        seed: of the run.
-        batch: global batches before this one.
-
-    Raises:
-        UserError: colours of floats are to change.
-    """
-    if not (how.changes_colours or how.flips):
-        return images
-    rank, processes = world()
-    rows = slice(rank * len(images), (rank + 1) * len(images))
-    return augment(images, how, draw_batch(how, (seed, batch), rows, processes * len(images)).on(images.device))
-
-
-@rank_zero_only
-def warn_of_flips(how: AugmentationOptions, data: Any) -> None:
-    """Say where captions name what a flip turns round.
-
-    Args:
-        how: what is done to images.
-        data: the Trainer's data module; of this package's a sample of the training captions is looked at.
-    """
-    pairs = getattr(data, "training_pairs", None)
-    asked = [flip for flip in WORDS if getattr(how, flip)]
-    if not asked or not isinstance(pairs, PairList):
-        return
-    captions = some_captions(pairs)
-    for flip in asked:
-        named = count_named(captions, flip)
-        if named.number:
-            shown = named.example if len(named.example) <= MOST_SHOWN else named.example[:MOST_SHOWN] + "…"
-            rank_zero_warn(
-                f"{flip} is {getattr(how, flip)}, and {named.number:,} of {named.of:,} captions looked at "
-                f"({named.number / named.of:.1%}) name a side, a sense of turning or text, such as {named.word!r} in "
-                f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
-                "something else here."
-            )
-
 
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
 
 
 class Inputs(NamedTuple):
-    """What the model takes of a batch.
+    """What the model takes of a batch, on the device but for the lengths."""
 
-    Args:
-        images: (B, 3, S, S) uint8, or float that is already normalised, on the device.
-        texts: tokens, likewise.
-        lengths: (B,) tokens of each caption, on the host: what comes after them is padding.
-        captions: (B,) int64, equal for equal captions, on the device.
-    """
-
-    images: Tensor
-    texts: Texts
-    lengths: NDArray[np.int64]
-    captions: Tensor
+    images: Tensor  # (B, 3, S, S) uint8, or float that is already normalised
+    texts: Texts  # tokens
+    lengths: NDArray[np.int64]  # (B,) tokens of each caption, on the host: what comes after them is padding
+    captions: Tensor  # (B,) int64, equal for equal captions
 
 
 class BatchReader:
-    """Reads batches of any accepted kind.
-
-    Args:
-        model: that takes them.
-        tokenizer: for texts that are strings; None where there is none.
-    """
+    """Reads batches of any accepted kind for a model; texts that are strings need a tokenizer."""
 
     def __init__(self, model: DualEncoder, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._checked_values = False
         self.padding_counts = False  # whether the text tower makes something else of a caption that is padded
+        self._checked_values = False
         self._lengths: NDArray[np.int64] | None = None
 
     def measure(self, batch: Any) -> None:
         """Note the lengths of the captions of the batch that is read next, while it is on the host.
 
-        Without it ``read`` finds them, and has to wait for the device where the batch is there by then.
-
-        Args:
-            batch: any; what it holds is checked when it is read.
+        Without it ``read`` finds them, and has to wait for the device. What the batch holds is checked when it is read.
         """
         self._lengths = None
-        texts = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-        if texts is not None and _are_tokens(texts):
+        texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
+        tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
+        ids: Any = texts.get("input_ids") if isinstance(texts, Mapping) else texts
+        if all(isinstance(one, Tensor) and one.numel() for one in (*tensors, ids)) and ids.ndim == 2:
             self._lengths = self.lengths(self._taken(texts))
 
     def lengths(self, texts: Texts) -> NDArray[np.int64]:
@@ -153,11 +63,7 @@ class BatchReader:
         return lengths
 
     def read(self, batch: Any, device: torch.device) -> Inputs:
-        """Images, and tokens, on a device.
-
-        Args:
-            batch: starts with images and with tokens, a tokenizer's mapping, or strings.
-            device: the module's.
+        """Images and tokens on a device, of a batch that starts with images and with tokens, a mapping or strings.
 
         Raises:
             UserError: it is no such batch, or not one for this model.
@@ -178,11 +84,7 @@ class BatchReader:
         return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths, captions)
 
     def tokens(self, texts: Any, device: torch.device) -> Texts:
-        """Tokens in the form that the model takes, on a device.
-
-        Args:
-            texts: tokens, a tokenizer's mapping, or strings.
-            device: the module's.
+        """Tokens in the form that the model takes, on a device, of tokens, a tokenizer's mapping or strings.
 
         Raises:
             UserError: a mapping without ids, or strings where there is no tokenizer.
@@ -210,13 +112,18 @@ class BatchReader:
         return texts["input_ids"] if isinstance(self.model, CLIP) and isinstance(texts, Mapping) else texts
 
 
-def _are_tokens(texts: Any) -> bool:
-    """Whether it is (B, L) tokens, or a mapping of tensors with such."""
-    tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
-    if not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in tensors):
-        return False
-    ids = texts.get("input_ids") if isinstance(texts, Mapping) else texts
-    return ids is not None and ids.ndim == 2
+def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
+    """A number for each caption, (B,) int64, equal for equal captions: a random linear hash of its tokens.
+
+    Args:
+        ids: (B, L) int64, at least 0.
+        mask: (B, L) bool, which of them make up the caption; padding may stand on either side.
+    """
+    # Products wrap around: two captions collide once in about 2⁶³ pairs.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (ids.shape[1],), generator=generator).to(ids.device)
+    places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return ((ids + 1) * mask * weights[places]).sum(dim=1)
 
 
 def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
@@ -236,13 +143,13 @@ def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
 
 
 def _check_values(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
-    """Look at the first batch's values, once: it waits for the device."""
-    vocab = model.vocab_size
-    if int(ids.min()) < 0 or (vocab is not None and int(ids.max()) >= vocab):
+    # Of the first batch alone: it waits for the device.
+    least, most, vocab = int(ids.min()), int(ids.max()), model.vocab_size
+    if least < 0 or (vocab is not None and most >= vocab):
         known = "any" if vocab is None else f"{vocab:,}"
         raise UserError(
-            f"Token ids run from {int(ids.min())} to {int(ids.max())}; {model.name} has a vocabulary of {known}. Use "
-            "the tokenizer that belongs to it, or batches of plain strings."
+            f"Token ids run from {least} to {most}; {model.name} has a vocabulary of {known}. Use the tokenizer that "
+            "belongs to it, or batches of plain strings."
         )
     if isinstance(model, CLIP) and len(ids.amax(dim=1).unique()) > 1:
         raise UserError(

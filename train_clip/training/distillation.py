@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.gather import gather_with_gradient
+from train_clip.losses import Pairs
 from train_clip.losses.distillation import Targets, divergence
-from train_clip.losses.softmax import Pairs
 from train_clip.models.clip import DualEncoder
 from train_clip.options import DISTILLATION
 from train_clip.training.ema import WeightsEMA

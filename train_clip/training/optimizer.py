@@ -133,7 +133,7 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     """
     for module in tower.modules():
         if isinstance(module, Transformer):
-            return list(module.blocks())
+            return list(module.resblocks)
     return max(_alike(tower), key=lambda blocks: sum(p.numel() for b in blocks for p in b.parameters()), default=[])
 
 

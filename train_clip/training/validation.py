@@ -13,14 +13,14 @@ from torch import Tensor
 
 from train_clip.evaluation.retrieval import retrieval
 from train_clip.gather import gather_all, world
-from train_clip.losses import LOSSES, Loss
-from train_clip.losses.softmax import Pairs
+from train_clip.losses import Loss, Pairs
+from train_clip.losses.softmax import SOFTMAX
 
 
 class ValidationSplit:
     """Collects embeddings of width D batch by batch; ``score`` gathers them and starts afresh."""
 
-    def __init__(self, embed_dim: int, loss: Loss = LOSSES["softmax"]) -> None:
+    def __init__(self, embed_dim: int, loss: Loss = SOFTMAX) -> None:
         self._embed_dim = embed_dim
         self._loss = loss
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []

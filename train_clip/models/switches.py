@@ -1,0 +1,105 @@
+"""What options switch on in a tower: gradient checkpointing, stochastic depth, dropped patches, the compiler.
+
+Each is a number of ``Blocks`` or ``VisionTransformer``, which act on it; here is what a tower cannot do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shapes
+
+from train_clip.errors import UserError
+from train_clip.models.blocks import Blocks, ResidualBlock, Transformer
+from train_clip.models.vit import VisionTransformer
+
+# Compiled forms of a block at most: by tower, training or not, and by batch. PyTorch gives up after 8.
+MOST_VERSIONS = 64
+
+
+def recompute_blocks(tower: nn.Module, group: int) -> None:
+    """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one.
+
+    Raises:
+        UserError: the tower offers no such thing.
+    """
+    stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
+    for blocks in stacks:
+        blocks.recompute = group
+    if stacks or not group:
+        return
+    library: Any = tower
+    kind = type(tower).__name__
+    if group != 1:
+        raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block by itself. Expected 1.")
+    if hasattr(library, "gradient_checkpointing_enable"):
+        library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(library, "set_grad_checkpointing"):
+        library.set_grad_checkpointing(True)
+    else:
+        raise UserError(
+            f"{kind} has no gradient checkpointing: found neither gradient_checkpointing_enable (transformers) nor "
+            "set_grad_checkpointing (timm). Leave gradient_checkpointing out; minibatch_size saves memory with any "
+            "encoder."
+        )
+
+
+def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
+    """Have the last block of a tower, image or text, left out for that share of the rows in training, others for less.
+
+    Raises:
+        UserError: the tower has no transformer of this package.
+    """
+    stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
+    if highest and not stacks:
+        raise UserError(
+            f"stochastic_depth is {highest}; the {name} tower is {type(tower).__name__}, whose blocks cannot be left "
+            "out: a ResNet's end in more than a sum, and a library's are its own. Expected CLIP's own transformers, "
+            f"such as ViT-B/32's. Leave stochastic_depth out, or keep that tower: lock_{name}."
+        )
+    for blocks in stacks:
+        blocks.stochastic_depth = highest
+
+
+def compile_tower(tower: nn.Module, dynamic: bool) -> None:
+    """Compile a tower in place: names of parameters, and checkpoints, stay as they are; copies are not compiled.
+
+    A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
+    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through. One form serves all shapes
+    where ``dynamic``, as of captions, or blocks are left out for other numbers of rows; else each shape has its own.
+    What is compiled again once shapes turn out to change would part a chunk from its recomputation.
+    """
+    torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
+    # met in the first one's recomputation (tests/training/test_economy.py).
+    shapes.use_duck_shape = False
+    stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
+    dynamic = dynamic or any(blocks.stochastic_depth for blocks in stacks)
+    by_block = [blocks for blocks in stacks if blocks.recompute or isinstance(blocks[0], ResidualBlock)]
+    for part in [block for blocks in by_block for block in blocks] or [tower]:
+        part.compile(dynamic=dynamic)
+
+
+def patches_to_keep(tower: nn.Module, mask_ratio: float) -> int:
+    """K = round((1 - mask_ratio) · P), for ``kept_patches``; 0 where none are dropped.
+
+    Raises:
+        UserError: the tower is no vision transformer of this package, or would have no patch to look at.
+    """
+    if not mask_ratio:
+        return 0
+    if not isinstance(tower, VisionTransformer):
+        raise UserError(
+            f"mask_ratio is {mask_ratio}; the image tower is {type(tower).__name__}, of which no patches can be left "
+            "out. Expected CLIP's own vision transformer, such as ViT-B/32. Leave mask_ratio out."
+        )
+    patches = len(tower.positional_embedding) - 1
+    kept = round((1 - mask_ratio) * patches)
+    if not kept:
+        raise UserError(
+            f"mask_ratio is {mask_ratio}: nothing is left of the {patches:,} patches of an image. Expected at least "
+            "one to be: a lower ratio."
+        )
+    return kept
