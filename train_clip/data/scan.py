@@ -35,7 +35,9 @@ def scan_source(folder: Path | None, options: SourceOptions) -> Scan:
     if not given:
         raise UserError("No data was given. Expected a folder of images and captions, or a table of pairs (--pairs).")
     if len(given) > 1:
-        raise UserError(f"Both {' and '.join(f'--{name} {path}' for name, path in given)} were given; expected one.")
+        raise UserError(
+            f"Both {' and '.join(f'--{name} {path}' for name, path in given)} were given; expected one of them."
+        )
     ((name, path),) = given
     if name != "folder" and options.pair_by != "stem":
         raise UserError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
