@@ -18,7 +18,7 @@ from clock import now
 
 from train_clip import CLIPWrapper
 from train_clip.options import TrainingOptions
-from train_clip.training.optimizer import build_optimizer, default_momentum
+from train_clip.training.optimizer import build_optimizer
 
 CASES = (("mini-8-64px", 256), ("ViT-B/32", 64))
 ROUNDS = 5
@@ -57,7 +57,7 @@ def measure(name: str, batch: int, device: torch.device, rounds: int) -> Times:
     model = module.model
     optimizers = []
     for kind in ("adamw", "muon"):
-        how = {"optimizer": kind, "momentum": default_momentum(kind)}
+        how = {"optimizer": kind, "momentum": None}
         optimizers.append(build_optimizer(module, model, TrainingOptions.of(module.options.flat() | how), fused=True))
     images = torch.randint(256, (batch, 3, model.image_size, model.image_size), dtype=torch.uint8, device=device)
     texts = torch.randint(1, 40_000, (batch, TOKENS), device=device)

@@ -15,7 +15,7 @@ from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, presets, read_config
 from train_clip.options import TrainingOptions
 from train_clip.training.muon import HIDDEN, row_blocks
-from train_clip.training.optimizer import build_optimizer, default_momentum
+from train_clip.training.optimizer import build_optimizer
 
 WIDTH = 200  # characters, what the widest row takes
 NUMBERS = ("parameters", "image", "text", "pixels", "embed")
@@ -59,9 +59,9 @@ def _updates(config: ModelConfig, optimizer: str) -> Table:
     with torch.device("meta"):
         model = CLIP(config)
     numbers = config.optimizer
-    how = {"optimizer": optimizer, "learning_rate": numbers.lr, "weight_decay": numbers.weight_decay}
-    rest = {"betas": numbers.betas, "eps": numbers.eps, "momentum": default_momentum(optimizer)}
-    groups = build_optimizer(model, model, TrainingOptions.of(how | rest)).param_groups
+    of_preset = {name: getattr(numbers, name) for name in ("weight_decay", "betas", "eps")}
+    options = TrainingOptions.of({"optimizer": optimizer, "learning_rate": numbers.lr} | of_preset)
+    groups = build_optimizer(model, model, options).param_groups
     of_group = {parameter: group for group in groups for parameter in group["params"]}
     rows: dict[tuple[str, ...], int] = {}
     for name, parameter in model.named_parameters():

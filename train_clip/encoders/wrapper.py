@@ -30,10 +30,8 @@ from train_clip.training.module import ContrastiveModule
 OTTER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0, epochs=10)
 ALIKE = 0.02  # embeddings of one caption, in any precision
 TRIAL_CAPTIONS = (
-    "a small brown dog runs across a green field",
+    *("a small brown dog runs across a green field", "chart", "snow-covered mountains at dawn; no clouds!"),
     "Two people in yellow coats, seen from behind, wait for the 17:45 train.",
-    "chart",
-    "snow-covered mountains at dawn; no clouds!",
 )
 
 
@@ -47,16 +45,14 @@ class CustomCLIPWrapper(ContrastiveModule):
     Args:
         image_encoder: maps images to (B, D); or what ``load_image_encoder`` gives.
         text_encoder: a Hugging Face text model; or what ``load_text_encoder`` gives.
-        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
-        learning_rate: at the peak.
-        kl_coeff: weight of the distillation; 1 is OTTER's.
         avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself.
         project: where the encoders' widths differ, add a linear projection of the images.
         tokenizer: the text encoder's, for captions that are strings; the data module's where None.
         image_size: side of the images of an image encoder of the user's own, in pixels.
         pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
         pixel_std: likewise.
-        options: others of ``train_clip.options.TrainingOptions``; SGD and optimal transport by default.
+        options: of ``train_clip.options.TrainingOptions``, as the arguments that are not named here; SGD and optimal
+            transport by default.
 
     Raises:
         UserError: encoders that do not go together, or of which one is missing.

@@ -36,11 +36,9 @@ class PromptCLIPWrapper(ContrastiveModule):
         backbone: whatever ``train_clip.load`` takes, and holds a CLIP with a vision transformer; or what
             ``find_weights`` gave.
         prompts: how many, and where; or its fields as plain data.
-        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
-        learning_rate: at the peak.
         digest: of the backbone, as a checkpoint has it.
         config: of the backbone, likewise.
-        options: others of ``train_clip.options.TrainingOptions``: how it is trained, by SGD by default.
+        options: of ``train_clip.options.TrainingOptions``, as the arguments that are not named here; SGD by default.
 
     Raises:
         UserError: the backbone cannot be loaded, is another than the checkpoint's, or has no tokens.

@@ -23,8 +23,7 @@ class CLIPWrapper(ContrastiveModule):
             is given.
         config: the model itself, as a ``ModelConfig``, as a dict in a preset's form, or in the flat form of
             train-CLIP's configuration files.
-        minibatch_size: pairs encoded at a time on one process; 0 for all at once. The gradient is the same.
-        options: of ``train_clip.options.TrainingOptions``, such as ``learning_rate``.
+        options: of ``train_clip.options.TrainingOptions``, as ``minibatch_size``.
 
     Raises:
         UserError: an unknown preset, or a configuration that does not fit together.

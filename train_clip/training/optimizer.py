@@ -39,11 +39,6 @@ def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOpti
     return optimizer
 
 
-def default_momentum(optimizer: str) -> float:
-    """The momentum of an optimizer for which none is given (Muon: Jordan et al. 2024)."""
-    return 0.95 if optimizer == "muon" else 0.9
-
-
 def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
     """PyTorch's AdamW; ``HalfAdamW`` where weights or state are kept in bfloat16."""
     if options.keeps_halves:
