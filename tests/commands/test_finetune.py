@@ -284,7 +284,7 @@ def test_a_whole_model_that_cannot_start_is_refused(here, capsys, words, expecte
 
 def test_a_batch_that_is_too_large_for_distillation(here, capsys, monkeypatch):
     """Refused before anything is written, with the memory that it would take; without distillation it trains."""
-    monkeypatch.setattr("train_clip.training.distillation.MOST_PAIRS", 3)
+    monkeypatch.setattr("train_clip.training.ema.MOST_PAIRS", 3)
     message = refused(capsys, *ENCODERS, *SHORT, "--output", "none")
     assert "Expected 3 pairs at most" in message
     assert not Path("none").exists()

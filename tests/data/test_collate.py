@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from train_clip.data.pairs import read_captions
-from train_clip.data.samples import Collate, Sample
+from train_clip.data.samples import Batch, Collate, Sample, Skip
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer
-from train_clip.types import Batch, Skip
 
 
 def samples(*captions: str) -> list[Sample]:

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from train_clip.data.crops import center_crop, to_tensor
-from train_clip.data.samples import image_loader
-from train_clip.types import Skip
+from train_clip.data.samples import Skip, image_loader
 
 
 @pytest.fixture

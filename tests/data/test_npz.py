@@ -18,10 +18,9 @@ from PIL import Image
 from train_clip.data.arrays import MAX_DATA, read_array, read_header, write_array
 from train_clip.data.crops import read_picture, resize_shorter
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import Collate, TrainingPairs, ValidationPairs, image_loader
+from train_clip.data.samples import Collate, Skip, TrainingPairs, ValidationPairs, image_loader
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample, UserError
-from train_clip.types import Skip
 
 SIZE = 16
 

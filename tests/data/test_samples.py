@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from train_clip.data.crops import center_crop, to_tensor
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import MAX_SUBSTITUTES, Sample, TrainingPairs, ValidationPairs
+from train_clip.data.samples import MAX_SUBSTITUTES, Sample, Skip, TrainingPairs, ValidationPairs
 from train_clip.errors import UserError
-from train_clip.types import Skip
 
 NumberedPairs = Callable[..., list[Pair]]
 SIZE = 16

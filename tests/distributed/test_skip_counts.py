@@ -12,9 +12,9 @@ import pytest
 import torch
 from two_processes import run
 
+from train_clip.data.samples import Batch, Skip
 from train_clip.gather import world
 from train_clip.training.skips import SkipReport
-from train_clip.types import Batch, Skip
 
 FOLDER = Path("two_epochs")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.prompts.config import PromptConfig, prompt_layers
+from train_clip.prompts.file import PromptConfig, prompt_layers
 from train_clip.prompts.model import PromptedTransformer, add_prompts
 
 BLOCKS, WIDTH, PATCH = 4, 16, 8

@@ -16,7 +16,7 @@ from train_clip.models.blocks import Blocks, run_blocks
 from train_clip.models.config import config_from_dict
 from train_clip.models.resnet import Bottleneck
 from train_clip.models.switches import recompute_blocks
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 from train_clip.prompts.model import add_prompts
 
 IMAGES = {

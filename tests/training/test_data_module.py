@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.conftest import write_pairs
 from train_clip.data.folder import scan_folder
-from train_clip.data.samples import available_cores
+from train_clip.data.samples import Batch, available_cores
 from train_clip.data.split import split_pairs
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
@@ -29,7 +29,6 @@ from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.training.checkpoints import AtomicCheckpointIO
 from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.data_module import MAX_WORKERS, TextImageDataModule, fit_batch_size
-from train_clip.types import Batch
 
 SIZE, CONTEXT = 16, 12
 LOGGER = "lightning.pytorch.utilities.rank_zero"

@@ -26,8 +26,7 @@ from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.wrapper import PromptCLIPWrapper
-from train_clip.training.distillation import MOMENTUM
-from train_clip.training.ema import WeightsEMA
+from train_clip.training.ema import MOMENTUM, WeightsEMA
 from train_clip.training.encode import Chunks, WeightSubstitutes, encode_in_chunks
 from train_clip.training.half_precision import HalfAdamW, narrow, widen
 

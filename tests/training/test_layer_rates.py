@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIPWrapper, CustomCLIPWrapper
-from train_clip.encoders.own import TextTower
+from train_clip.encoders.libraries import TextTower
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict

@@ -19,7 +19,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.options import OptimizerOptions, TrainingOptions
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 from train_clip.training import half_precision as half_adamw
 from train_clip.training import muon
 from train_clip.training.muon import BUFFER, Muon, hidden_matrices, orthogonalise, row_blocks

@@ -18,13 +18,7 @@ from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, OptimizerConfig, config_from_dict
 from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.optimizer import (
-    build_adamw,
-    build_optimizer,
-    cosine_with_warmup,
-    parameter_groups,
-    warmup_for,
-)
+from train_clip.training.optimizer import build_adamw, build_optimizer, cosine_with_warmup, parameter_groups, warmup_for
 
 TEXT = {"context": 6, "vocab": 50, "layers": 1, "width": 8, "heads": 2}
 IMAGES = {

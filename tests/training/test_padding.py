@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from train_clip import CLIP, CLIPWrapper, CustomCLIPWrapper
+from train_clip.data.samples import Batch
 from train_clip.models.config import config_from_dict
 from train_clip.training import encode as module_of_chunks
 from train_clip.training.batch import BatchReader
 from train_clip.training.encode import Chunks, encode_in_chunks
-from train_clip.types import Batch
 
 CONFIG = {
     "embed_dim": 8,

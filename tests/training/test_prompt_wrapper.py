@@ -22,7 +22,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
 from train_clip.options import WeightOptions
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 
 DEEP = PromptConfig(3, (0, 1), 0.0, class_token=True)
 TRAINED = {"model.visual.prompts.0", "model.visual.prompts.1", "model.visual.backbone.class_embedding"}

@@ -21,7 +21,7 @@ from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import TrainingOptions
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 from train_clip.training.checkpoints import Checkpoints, Interval
 from train_clip.training.ema import WeightsEMA
 

@@ -23,7 +23,7 @@ from train_clip.losses import Pairs
 from train_clip.losses.softmax import clip_loss
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 
 B = 8
 CAPTIONS = [f"picture {number % 6}" for number in range(B)]  # two are there twice

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from train_clip.data.samples import Batch, Skip
 from train_clip.training.skips import NAMED_AT_ONCE, SkipReport
-from train_clip.types import Batch, Skip
 
 MODULE = SimpleNamespace(tokenizer=SimpleNamespace(context_length=77))
 

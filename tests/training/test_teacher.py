@@ -23,8 +23,7 @@ from train_clip.errors import UserError
 from train_clip.losses import Pairs
 from train_clip.losses.distillation import divergence
 from train_clip.losses.softmax import clip_loss, info_nce
-from train_clip.training.distillation import MATRICES, MOMENTUM, MOST_PAIRS, Distillation, require_room
-from train_clip.training.ema import WeightsEMA
+from train_clip.training.ema import MATRICES, MOMENTUM, MOST_PAIRS, Distillation, WeightsEMA, require_room
 
 
 def wrapper(norm: str = "batch", **how: Any) -> CustomCLIPWrapper:
@@ -193,7 +192,7 @@ def test_too_large_a_batch_is_refused():
 
 def test_too_large_a_batch_is_refused_within_a_step(monkeypatch):
     """A user's own loader is met in the step itself, before anything of N² is made."""
-    monkeypatch.setattr("train_clip.training.distillation.MOST_PAIRS", 3)
+    monkeypatch.setattr("train_clip.training.ema.MOST_PAIRS", 3)
     with pytest.raises(UserError, match="GiB on each process for a batch of 4 pairs"):
         bare_trainer().fit(wrapper(), loader(4, 4))
 
@@ -245,7 +244,7 @@ def test_similarities_are_in_float32_under_autocast(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("train_clip.training.distillation.divergence", spy(divergence))
+    monkeypatch.setattr("train_clip.training.ema.divergence", spy(divergence))
     monkeypatch.setattr("train_clip.losses.softmax.info_nce", spy(info_nce))
     module.distillation._targets = spy(module.distillation._targets)
     bare_trainer(precision="bf16-mixed").fit(module, loader(4, 4))

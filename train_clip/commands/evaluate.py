@@ -1,10 +1,15 @@
-"""Score a model on a folder: what ``evaluate`` prints, and what other verbs set side by side."""
+"""Score a model on a folder: what ``evaluate`` prints, and what other verbs set side by side.
+
+A picture of what a model does: images beside the captions that it finds most similar.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import posixpath
+import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,18 +25,60 @@ from torch import Tensor
 from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
 from train_clip.checkpoints.load import Pretrained, open_weights
 from train_clip.commands.progress import with_progress
+from train_clip.data.crops import read_picture
 from train_clip.data.pairs import read_captions
-from train_clip.data.samples import image_loader
+from train_clip.data.samples import Skip, image_loader
 from train_clip.data.scan import scan_source
 from train_clip.data.split import split_pairs
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Collection, embed_images, embed_texts
-from train_clip.evaluation.pictures import draw_best_captions
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, image_labels
-from train_clip.files import write_text
+from train_clip.files import replacing, write_text
 from train_clip.models.clip import texts_on
 from train_clip.options import BELOW_ONE, SourceOptions, WeightOptions, at_least, option
-from train_clip.types import Skip
+
+IMAGES_SHOWN = 18
+CAPTIONS_SHOWN = 3
+COLUMNS = 3
+
+
+def draw_best_captions(collection: Collection, target: Path) -> None:
+    """Draw a fixed random choice of images beside their best captions; their own are green with a tick."""
+    # Imported here because it takes half a second; the object-oriented interface needs no display.
+    from matplotlib.figure import Figure
+
+    paths, captions, owners = collection.paths, collection.captions, collection.owners
+    chosen = sorted(random.Random(0).sample(range(len(paths)), min(IMAGES_SHOWN, len(paths))))
+    different = list(dict.fromkeys(captions))
+    texts = collection.texts[[captions.index(caption) for caption in different]]
+    similarity = (collection.images[chosen] @ texts.T).cpu()
+    values, places = similarity.topk(min(CAPTIONS_SHOWN, len(different)), dim=1)
+    rows = -(-len(chosen) // COLUMNS)
+    figure = Figure(figsize=(4.2 * COLUMNS, 1.45 * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, 2 * COLUMNS, squeeze=False, width_ratios=[1, 2] * COLUMNS)
+    for panel in axes.flat:
+        panel.axis("off")
+    panels = iter(axes.flat)
+    for number, image in enumerate(chosen):
+        next(panels).imshow(read_picture(paths[image]).picture)
+        text_panel = next(panels)
+        own = {caption for caption, owner in zip(captions, owners, strict=True) if owner == image}
+        for line, (value, place) in enumerate(zip(values[number].tolist(), places[number].tolist(), strict=True)):
+            caption = different[place]
+            # A dollar sign would begin a formula.
+            wrapped = textwrap.wrap(textwrap.shorten(caption, 64, placeholder=" …").replace("$", r"\$"), 34)
+            text_panel.text(
+                0.0,
+                0.88 - 0.34 * line,
+                f"{value:.2f} {'✓' if caption in own else ' '} " + "\n          ".join(wrapped),
+                color="#12813a" if caption in own else "#555555",
+                fontsize=8,
+                verticalalignment="top",
+                transform=text_panel.transAxes,
+            )
+    with replacing(target) as beside:
+        figure.savefig(beside, dpi=110, format="png")
+
 
 # By its key in the report: a function of a ``Collection``; its result, if it applies, is a dataclass with ``rows()`` to
 # print and ``figures()`` to compare. A new one is a line here and a file of its own.

@@ -1,6 +1,6 @@
 """Pairs → samples → batches. What is drawn depends on (seed, epoch, index) alone, never on worker or machine.
 
-N  pairs      G  pairs of a global batch      W  processes      S  side of the square in pixels
+N  pairs      G, B  pairs of a global batch, of one process      W  processes      L  tokens      S  side in pixels
 
 An epoch is a permutation of the pairs cut into N // G global batches of G; process r reads the r-th of W equal slices
 of each. The N mod G pairs that are left over differ from epoch to epoch.
@@ -27,7 +27,24 @@ from train_clip.data.crops import NORMALISED, random_crop, random_resized_crop, 
 from train_clip.data.images import is_npz
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
-from train_clip.types import Batch, Skip
+
+
+class Skip(NamedTuple):
+    """A sample that could not be read, and for which another was drawn."""
+
+    path: str  # the file that was at fault
+    reason: str  # the same words for the same fault
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch. Any other batch that starts with images and texts serves as well."""
+
+    images: Tensor  # (B, 3, H, W) uint8 in [0, 255], or float that is already normalised
+    texts: Any  # (B, L) int64 tokens, or whatever the text encoder takes
+    skips: tuple[tuple[Skip, ...], ...] = ()  # of each sample that was replaced, the bad files on the way to another
+    num_cut: int = 0  # captions that were longer than the text encoder's context
+    missing: tuple[int, ...] = ()  # rows that only hold the place of a pair that could not be read (validation)
+
 
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
 

@@ -28,12 +28,23 @@ def scan_source(folder: Path | None, options: SourceOptions) -> Scan:
     """Find the pairs of a folder, or of whichever other source the options give.
 
     Raises:
-        UserError: several are given or none, there is nothing of the kind, or another one is to be paired by number.
+        UserError: as ``given_source``, or there is nothing of the kind.
+    """
+    name, path = given_source(folder, options)
+    scan: Callable[[Path, SourceOptions], Scan] = resolve_name(SOURCES[name])
+    return scan(path, options)
+
+
+def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path]:
+    """The key in ``SOURCES`` and the path of the one source that is given.
+
+    Raises:
+        UserError: several are given or none, or one that is no folder is to be paired by number.
     """
     paths = vars(options) | {"folder": folder}
     given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if not given:
-        raise UserError("No data was given. Expected a folder of images and captions, or a table of pairs (--pairs).")
+        raise UserError("No data was given. Expected --folder FOLDER, or a table of pairs (--pairs).")
     if len(given) > 1:
         raise UserError(
             f"Both {' and '.join(f'--{name} {path}' for name, path in given)} were given; expected one of them."
@@ -41,8 +52,7 @@ def scan_source(folder: Path | None, options: SourceOptions) -> Scan:
     ((name, path),) = given
     if name != "folder" and options.pair_by != "stem":
         raise UserError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
-    scan: Callable[[Path, SourceOptions], Scan] = resolve_name(SOURCES[name])
-    return scan(path, options)
+    return name, path
 
 
 @dataclass(frozen=True)

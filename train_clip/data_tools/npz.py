@@ -21,11 +21,11 @@ from train_clip.data.crops import NORMALISED, resize_shorter, to_tensor
 from train_clip.data.folder import CACHE, cache_name, scan_folder
 from train_clip.data.images import is_npz, open_rgb, reading
 from train_clip.data.pairs import FlatStrings, plain_name, shown
+from train_clip.data.samples import Skip
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.files import sweep
 from train_clip.options import Options, PairBy, SourceOptions, at_least, option
-from train_clip.types import Skip
 
 
 @dataclass(frozen=True)

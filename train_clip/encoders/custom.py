@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
-from train_clip.encoders.own import TextTower
+from train_clip.encoders.libraries import TextTower
 from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids, up_to_end
 

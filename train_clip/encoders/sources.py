@@ -40,8 +40,8 @@ SOURCES = {
     },
     "timm": {"image": Source("train_clip.encoders.libraries:{}_timm", "timm:resnet50")},
     OWN: {
-        "image": Source("train_clip.encoders.own:{}_image", LAST),
-        "text": Source("train_clip.encoders.own:{}_text", LAST),
+        "image": Source("train_clip.encoders.libraries:{}_image", LAST),
+        "text": Source("train_clip.encoders.libraries:{}_text", LAST),
     },
     "torchvision": {"image": Source("train_clip.encoders.libraries:{}_torchvision", "torchvision:resnet50")},
 }

@@ -17,7 +17,7 @@ from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.custom import CustomCLIP, freeze_unreached
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
 from train_clip.encoders.huggingface import IMAGENET_MEAN, IMAGENET_STD, live_image_encoder, live_text_encoder
-from train_clip.encoders.own import TextTower
+from train_clip.encoders.libraries import TextTower
 from train_clip.encoders.sources import build_image_encoder, build_text_encoder, described_tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.data.crops import centre_square
+from train_clip.data.samples import Skip
 from train_clip.models.clip import DualEncoder, Texts, unit_norm
-from train_clip.types import Skip
 
 EMBED_AT_ONCE = 64  # images or captions
 

@@ -18,7 +18,7 @@ from train_clip.models.blocks import run_blocks
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ViTConfig
 from train_clip.models.vit import VisionTransformer
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 
 
 def add_prompts(clip: CLIP, config: PromptConfig) -> None:

@@ -27,7 +27,7 @@ from train_clip.options import (
     flat,
     option,
 )
-from train_clip.prompts.config import PromptConfig, prompt_layers
+from train_clip.prompts.file import PromptConfig, prompt_layers
 from train_clip.prompts.wrapper import VPT, PromptCLIPWrapper
 from train_clip.training.checkpoints import Best
 from train_clip.training.data_module import TextImageDataModule

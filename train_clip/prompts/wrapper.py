@@ -18,7 +18,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
 from train_clip.options import StepOptions, TrainingOptions
-from train_clip.prompts.config import PromptConfig
+from train_clip.prompts.file import PromptConfig
 from train_clip.prompts.model import add_prompts
 from train_clip.training.module import ContrastiveModule
 

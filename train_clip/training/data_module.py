@@ -22,7 +22,7 @@ from train_clip.data.samples import (
     ValidationPairs,
     available_cores,
 )
-from train_clip.data.scan import Scan, scan_source
+from train_clip.data.scan import Scan, given_source, scan_source
 from train_clip.data.split import split_pairs
 from train_clip.data.table import scan_table
 from train_clip.data.tokenizer import Tokenizer
@@ -77,8 +77,7 @@ class TextImageDataModule(L.LightningDataModule):
             val_share=val_share if options["val_pairs"] is None else 0.0,
             **options,
         )
-        if self.options.folder is None and self.options.pairs is None:
-            raise UserError("No data was given. Expected --folder FOLDER, or a table of pairs (--pairs).")
+        given_source(self.options.folder, self.options)
         StepOptions(seed=seed)
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``

@@ -1,15 +1,26 @@
-"""The exponential moving average (EMA) of a model's weights: distillation's teacher, and what ``--ema`` keeps."""
+"""The exponential moving average (EMA) of a model's weights: what ``--ema`` keeps, and self-distillation from it.
+
+B  pairs on this process      N  pairs of the global batch      D  embedding width
+"""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from train_clip.errors import UserError
+from train_clip.gather import gather_with_gradient
+from train_clip.losses import Pairs
+from train_clip.losses.distillation import Targets, divergence
 from train_clip.models.clip import DualEncoder
+from train_clip.options import DISTILLATION
 
 
 class WeightsEMA(nn.Module):
@@ -66,3 +77,50 @@ class WeightsEMA(nn.Module):
 def ema_figure(figure: str) -> str:
     """The name of a validation's figure, ``val/…``, where it is the EMA's."""
     return "val_ema/" + figure.removeprefix("val/")
+
+
+MOMENTUM = 0.999
+INITIAL_LOG_SCALE = 3.9
+MAX_SCALE = 100.0
+MOST_PAIRS = 16_384  # of a global batch
+MATRICES = 12  # of N² float32 that one process holds at its peak (tests/training/test_teacher.py counts them)
+
+
+class Distillation(nn.Module):
+    """The teacher, the student's temperature towards it, and the term that it adds to the loss.
+
+    L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))        Q: one of ``options.DISTILLATION``
+    """
+
+    def __init__(self, student: DualEncoder, kind: str) -> None:
+        super().__init__()
+        self.teacher = WeightsEMA(student, MOMENTUM)
+        self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self._targets: Callable[[Tensor, Tensor], Targets] = resolve_name(DISTILLATION[kind])
+
+    @override
+    def forward(self, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
+        # The student's pairs and the teacher's embeddings, (B, D) and of unit norm, of this process → () float32.
+        targets = self._targets(gather_with_gradient(images), gather_with_gradient(texts))
+        own = slice(pairs.offset, pairs.offset + len(images))
+        scale = self.log_scale.exp()
+        of_images = divergence(pairs.images, pairs.all_texts, scale, targets.image_to_text[own])
+        of_texts = divergence(pairs.texts, pairs.all_images, scale, targets.text_to_image[own])
+        return (of_images + of_texts) / 2
+
+    def after_update(self, student: DualEncoder) -> None:
+        """Clamp the temperature to [1, 100]; let the teacher follow."""
+        with torch.no_grad():
+            self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
+        self.teacher.follow(student)
+
+
+def require_room(num_pairs: int) -> None:
+    """Refuse a global batch of more than ``MOST_PAIRS``: targets need its matrices of similarities whole."""
+    if num_pairs > MOST_PAIRS:
+        gib = MATRICES * 4 * num_pairs**2 / 2**30
+        raise UserError(
+            f"Distillation holds whole matrices of similarities: {gib:,.0f} GiB on each process for a batch of "
+            f"{num_pairs:,} pairs. Expected {MOST_PAIRS:,} pairs at most, over all processes. Use a smaller "
+            "--batch_size, or --distillation none."
+        )

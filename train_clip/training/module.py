@@ -22,6 +22,7 @@ from train_clip.checkpoints.found import fill
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
 from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
 from train_clip.data.pairs import PairList
+from train_clip.data.samples import Batch
 from train_clip.errors import UserError
 from train_clip.gather import world
 from train_clip.losses import Pairs, loss_named
@@ -30,8 +31,7 @@ from train_clip.models.clip import DualEncoder
 from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
 from train_clip.models.switches import compile_tower, patches_to_keep, recompute_blocks, skip_blocks
 from train_clip.options import AugmentationOptions, TrainingOptions
-from train_clip.training.distillation import Distillation, require_room
-from train_clip.training.ema import WeightsEMA, ema_figure
+from train_clip.training.ema import Distillation, WeightsEMA, ema_figure, require_room
 from train_clip.training.embedding import EmbeddingModule
 from train_clip.training.encode import Towers, share
 from train_clip.training.end_of_step import EndOfStep
@@ -41,7 +41,6 @@ from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, u
 from train_clip.training.same_run import completed, require_same
 from train_clip.training.skips import SkipReport
 from train_clip.training.validation import ValidationSplit
-from train_clip.types import Batch
 
 BIAS = "logit_bias"
 LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than the one that measures captions

@@ -10,12 +10,12 @@ from lightning import Callback, Trainer
 from typing_extensions import override
 
 from train_clip.data.pairs import shown
+from train_clip.data.samples import Batch
 from train_clip.errors import UserError
 from train_clip.gather import gather_objects, host_group, total, world
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.end_of_step import save_now
 from train_clip.training.lightning_internals import steps_and_ends
-from train_clip.types import Batch
 
 COUNT_EVERY = 10  # batches between counts over all processes
 NAMED_AT_ONCE = 5  # files named on the screen; all of them are in the log
