@@ -77,7 +77,7 @@ class TextImageDataModule(L.LightningDataModule):
             val_share=val_share if options["val_pairs"] is None else 0.0,
             **options,
         )
-        given_source(self.options.folder, self.options)
+        _, self.source = given_source(self.options.folder, self.options)
         StepOptions(seed=seed)
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
@@ -99,11 +99,6 @@ class TextImageDataModule(L.LightningDataModule):
         self.batch_size = fit_batch_size(options.batch_size, len(self.training_pairs), processes, self.source)
         if scan is not None:
             rank_zero_info(self._summary(scan))
-
-    @property
-    def source(self) -> Path:
-        """The folder or the table."""
-        return self.options.folder or self.options.pairs or Path()
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
