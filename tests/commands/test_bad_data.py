@@ -48,7 +48,7 @@ def test_each_clean_pair_stands_at_its_place_and_nothing_else_is_drawn(everythin
     folder = everything.folder
     # A context that holds every caption whole but the long one.
     config = config_from_dict(TINY | {"text": TINY["text"] | {"context": 77}})
-    data = TextImageDataModule(folder, 8, workers, image_size=16, seed=3, max_bad=1.0)
+    data = TextImageDataModule(folder, 8, workers, image_size=16, seed=3, max_bad=1.0, val_share=0.0)
     drawn = Drawn()
     trainer = L.Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[drawn], logger=False, enable_checkpointing=False,

@@ -18,6 +18,7 @@ from train_clip.errors import BadSample
 
 # Any names that a file system can give: bytes, as Python shows them.
 NAMES = st.binary(max_size=12).map(lambda name: name.decode("utf-8", "surrogateescape")) | st.text(max_size=8)
+NAMES = NAMES.filter(lambda name: "\0" not in name)  # no system has files of such names
 
 
 def made_up(number: int, root: str = "/data/", in_table: bool = False) -> PairList:

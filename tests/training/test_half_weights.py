@@ -118,7 +118,7 @@ def test_a_precision_of_all_weights_is_refused(precision: str) -> None:
 
 def test_a_backbone_of_prompts_is_refused(tmp_path: Path) -> None:
     """It is not trained, and its digest is that of its file."""
-    with pytest.raises(UserError, match="half_weights is 'image'; the backbone of prompts stays and runs as it is"):
+    with pytest.raises(UserError, match="half_weights is image; the backbone of prompts stays and runs as it is"):
         PromptCLIPWrapper(tmp_path, {"layers": [0]}, optimizer="adamw", half_weights="image")
 
 

@@ -142,7 +142,7 @@ def test_a_tower_without_blocks():
         CustomCLIPWrapper(image_tower(), bert(), image_size=8, layer_decay=D)
     CustomCLIPWrapper(image_tower(), bert(), image_size=8, layer_decay=D, lock_image=True)
     for wrong in (0.0, 1.1):
-        with pytest.raises(UserError, match=r"layer_decay is .*expected above 0, and 1 at most"):
+        with pytest.raises(UserError, match=r"layer_decay is .*expected above 0, up to 1"):
             CLIPWrapper("small", {"embed_dim": 8, "image": IMAGES["vit"], "text": TEXT}, layer_decay=wrong)
 
 
