@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
+from train_clip.encoders.encoder import ImageEncoder, TextEncoder, evaluating, image_features, text_features
 from train_clip.encoders.libraries import TextTower
 from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids, up_to_end
@@ -85,21 +85,15 @@ def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
         model: in any mode, on any device; it is left as it was found, but for what is frozen.
         texts: tokens of some captions, as training will bring them, on the model's device.
     """
-    training = [module for module in model.modules() if module.training]
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
     if not trainable:
         return []
     # Layers that are dropped at random in training are all there in eval mode.
-    model.eval()
-    try:
-        with torch.enable_grad():
-            embeddings = model.encode_image(images.to(model.logit_scale.device)), model.encode_text(texts)
-            loss = sum(one.float().sum() for one in embeddings) + torch.stack(model.temperature()).sum()
-            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.enable_grad():
+        embeddings = model.encode_image(images.to(model.logit_scale.device)), model.encode_text(texts)
+        loss = sum(one.float().sum() for one in embeddings) + torch.stack(model.temperature()).sum()
+        gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
     unreached = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
     for name in unreached:
         trainable[name].requires_grad_(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,15 @@ class Pixels(NamedTuple):
     std: tuple[float, float, float]
 
     @classmethod
-    def of(cls, size: int, mean: Sequence[float], std: Sequence[float]) -> Pixels:
-        """Take a library's own kinds of numbers; a ValueError where a sequence is not of three."""
-        (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
-        return cls(size, (red, green, blue), (red_std, green_std, blue_std))
+    def of(cls, size: int, mean: Sequence[float], std: Sequence[float], names: str = "", scale: float = 1) -> Self:
+        """Take any kinds of numbers, divided by the scale; ``names`` begins the message where they are not three."""
+        try:
+            (r, g, b), (r_std, g_std, b_std) = ([float(one) / scale for one in three] for three in (mean, std))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{names or 'mean and std'} are {mean!r} and {std!r}; expected three numbers each: red, green, blue."
+            ) from None
+        return cls(size, (r, g, b), (r_std, g_std, b_std))
 
 
 def image_features(output: Any) -> Tensor:

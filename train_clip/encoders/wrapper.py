@@ -18,7 +18,7 @@ from train_clip.encoders.custom import CustomCLIP, freeze_unreached
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
 from train_clip.encoders.huggingface import IMAGENET_MEAN, IMAGENET_STD, live_image_encoder, live_text_encoder
 from train_clip.encoders.libraries import TextTower
-from train_clip.encoders.sources import build_image_encoder, build_text_encoder, described_tokenizer
+from train_clip.encoders.sources import build_encoder, described_tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import Texts
@@ -80,13 +80,9 @@ class CustomCLIPWrapper(ContrastiveModule):
         pixel_std: Sequence[float] = IMAGENET_STD,
         **options: Any,
     ) -> None:
-        pixels = Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
-        image: ImageEncoder = _encoder(
-            image_encoder, "image_encoder", build_image_encoder, lambda module: live_image_encoder(module, pixels)
-        )
-        text: TextEncoder = _encoder(
-            text_encoder, "text_encoder", build_text_encoder, lambda module: live_text_encoder(module, avg_word_embs)
-        )
+        pixels = Pixels.of(image_size, pixel_mean, pixel_std, "pixel_mean and pixel_std")
+        image: ImageEncoder = _encoder(image_encoder, "image", lambda module: live_image_encoder(module, pixels))
+        text: TextEncoder = _encoder(text_encoder, "text", lambda module: live_text_encoder(module, avg_word_embs))
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
         given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
         model = CustomCLIP(image, text, avg_word_embs, project)
@@ -175,20 +171,20 @@ class CustomCLIPWrapper(ContrastiveModule):
         return None if self.tokenizer is None else self.tokenizer.describe()
 
 
-def _encoder(given: Any, name: str, build: Callable[[dict[str, Any]], Any], wrap: Callable[[nn.Module], Any]) -> Any:
+def _encoder(given: Any, kind: str, wrap: Callable[[nn.Module], Any]) -> Any:
     if isinstance(given, ImageEncoder | TextEncoder):
         return given
     if isinstance(given, Mapping):
-        return build(dict(given))
+        return build_encoder(given, kind)
     if given is None:
         raise UserError(
-            f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. "
-            f"Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+            f"The {kind}_encoder is missing: the checkpoint holds the weights of a module of your own, not how to make "
+            f"one. Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {kind}_encoder=…)."
         )
     if not isinstance(given, nn.Module):
         raise UserError(
-            f"The {name} is a {type(given).__name__}; expected a torch.nn.Module, or what "
-            f"train_clip.encoders.sources.load_{name}('hf:NAME') gives."
+            f"The {kind}_encoder is a {type(given).__name__}; expected a torch.nn.Module, or what "
+            f"train_clip.encoders.sources.load_{kind}_encoder('hf:NAME') gives."
         )
     return wrap(given)
 
@@ -200,9 +196,3 @@ def _tokenizer(given: Any, context: int | None) -> Any:
     if given is None or isinstance(given, Tokenizer | PretrainedTokenizer):
         return given
     return wrap_tokenizer(given, context)
-
-
-def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise UserError(f"{name} is {values}; expected a number for each of red, green and blue.")
-    return float(values[0]), float(values[1]), float(values[2])
