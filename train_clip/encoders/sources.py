@@ -116,7 +116,7 @@ class FoundEncoders(Found):
     @override
     def describe(self) -> dict[str, str]:
         told = {name: self.arguments.get(name) for name in ("image_encoder", "text_encoder")}
-        return {name: _described(description) for name, description in told.items()} | super().describe()
+        return {name: describe_encoder(description) for name, description in told.items()} | super().describe()
 
 
 def find_encoders(contents: Contents) -> FoundEncoders | None:
@@ -126,7 +126,8 @@ def find_encoders(contents: Contents) -> FoundEncoders | None:
     return FoundEncoders(format="train-clip checkpoint", **told) if is_ours else None
 
 
-def _described(description: Any) -> str:
+def describe_encoder(description: Any) -> str:
+    """Name an encoder as the command line does."""
     if isinstance(description, Mapping) and all(isinstance(description.get(key), str) for key in ("source", "name")):
         return f"{description['source']}:{description['name']}"
     return "a module of the user's own, which the file does not say how to make"
