@@ -3,8 +3,6 @@
 B  pairs      L  tokens      S  side of the image in pixels      D  width of the text encoder, where both meet
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 B  images or captions      C, D  width      L  tokens or patches      H, W  what is left of the image      S  its side
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fine-tune: two pretrained encoders, or a trained CLIP."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ OF_CLIP = {"optimizer": "adamw", "distillation": "none", "learning_rate": 3e-5, 
 # SGD's rate is far too high for the others (the rate of benchmarks/distillation.py in docs/finetuning.md).
 OF_OPTIMIZER = {"adamw": {"learning_rate": 3e-4}, "muon": {"learning_rate": 3e-4}}
 # What two encoders are joined of where nothing else is asked for.
-ENCODERS = {
+ENCODERS: dict[str, Any] = {
     "image_encoder": "hf:microsoft/resnet-50",
     "text_encoder": "hf:johngiorgi/declutr-sci-base",
     "avg_word_embs": True,

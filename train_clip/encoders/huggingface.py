@@ -3,8 +3,6 @@
 Code that lies beside weights is never run. What is on this machine is read before the hub is asked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

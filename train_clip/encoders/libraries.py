@@ -3,8 +3,6 @@
 B  captions      L  tokens      D  embedding width
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import importlib

@@ -3,8 +3,6 @@
 B  captions      L  tokens of the longest caption of the batch, at most the context
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers it has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Tune visual prompts beside a pretrained CLIP."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Its checkpoints hold what is trained; the backbone stays in its own file, which they name by place and by content.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
