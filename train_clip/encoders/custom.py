@@ -78,10 +78,7 @@ def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
     """Freeze what no gradient comes to, such as a text model's pooler or a mask token, and give the names.
 
     DDP waits for the gradient of every parameter that asks for one, and fails on its second step where one never comes.
-
-    Args:
-        model: in any mode, on any device; it is left as it was found, but for what is frozen.
-        texts: tokens of some captions, as training will bring them, on the model's device.
+    The texts are tokens of some captions, as training will bring them, on the model's device.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))

@@ -62,15 +62,11 @@ class Pixels(NamedTuple):
 
 
 def image_features(output: Any) -> Tensor:
-    """Take an image encoder's features.
+    """Take an image encoder's features, (B, D) float, not normalised.
 
-    Args:
-        output: (B, D) or (B, D, 1, 1) float; or an object of Hugging Face's form, of which the first is taken that is
-            there: ``image_embeds`` or ``pooler_output``, shaped likewise, or ``last_hidden_state`` as (B, C, H, W),
-            whose mean over space, or as (B, L, D), whose first token, the class token, is the feature.
-
-    Returns:
-        (B, D) float, not normalised.
+    Its output is (B, D) or (B, D, 1, 1) float; or an object of Hugging Face's form, of which the first is taken that is
+    there: ``image_embeds`` or ``pooler_output``, shaped likewise, or ``last_hidden_state`` as (B, C, H, W), whose mean
+    over space, or as (B, L, D), whose first token, the class token, is the feature.
     """
     if (features := _pooled(output, "image", "image_embeds", "pooler_output")) is not None:
         return features
@@ -120,9 +116,9 @@ def text_features(output: Any, attention_mask: Tensor | None, average: bool) -> 
 
 
 def _pooled(output: Any, kind: str, *names: str) -> Tensor | None:
-    """Give the output itself, or the first of these tensors that it has, as (B, D)."""
-    for what in ("output", *names):
-        features = output if what == "output" else getattr(output, what, None)
+    # The output itself, or the first of these tensors that it has, as (B, D).
+    held = {"output": output} | {name: getattr(output, name, None) for name in names}
+    for what, features in held.items():
         if isinstance(features, Tensor):
             rows = features.flatten(1) if features.shape[2:] == (1, 1) else features
             if rows.ndim == 2:
@@ -135,14 +131,11 @@ def _pooled(output: Any, kind: str, *names: str) -> Tensor | None:
 
 
 def measured(module: nn.Module, pixels: Pixels, description: dict[str, Any]) -> ImageEncoder:
-    """Complete an image encoder by its width, which a trial tells, and its description by what ``rebuilt`` reads.
-
-    Without a description (a module of the user's own) it may give other features for the same image each time.
-    """
+    """Complete an image encoder by its width, which a trial tells, and its description by what ``rebuilt`` reads."""
     name = f"{description['source']}:{description['name']}" if description else ""
     features = image_trial(module, pixels.size, name)
     width = features.shape[1]
-    if description:
+    if description:  # a module of the user's own may give other features for the same image each time
         if not torch.allclose(features, image_trial(module, pixels.size, name), equal_nan=True):
             raise UserError(
                 f"{name}: gives other features for the same image each time; expected the same. "
@@ -160,19 +153,20 @@ def rebuilt(module: nn.Module, description: dict[str, Any]) -> ImageEncoder:
 
 def image_trial(module: nn.Module, size: int, name: str = "") -> Tensor:
     """Give a module's features of two made-up images, the same at each call: (2, D)."""
-    like = next(module.parameters(), torch.empty(0))
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like.device)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(_device_of(module))
     with _trying(module, name, f"an image of {size} × {size} pixels", "single images of its image_size"):
         return image_features(module(images))
 
 
 def text_trial(module: nn.Module, average: bool, name: str = "") -> Tensor:
     """Give a module's features of two captions of four tokens: (2, D)."""
-    like = next(module.parameters(), torch.empty(0))
-    ids = torch.ones(2, 4, dtype=torch.int64, device=like.device)
-    mask = torch.ones_like(ids)
+    ids = torch.ones(2, 4, dtype=torch.int64, device=_device_of(module))
     with _trying(module, name, "input_ids and attention_mask", "captions"):
-        return text_features(module(input_ids=ids, attention_mask=mask), mask, average)
+        return text_features(module(input_ids=ids, attention_mask=ids), ids, average)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.empty(0)).device
 
 
 @contextlib.contextmanager

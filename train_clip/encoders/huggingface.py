@@ -154,7 +154,6 @@ def _pixels(name: str, config: Any) -> Pixels:
 
 
 def _preprocessor(name: str) -> dict[str, Any]:
-    """Read the image processor's values; none where the model has no such file."""
     # Newer processors write the first, with the image processor under "image_processor"; most models have the second.
     for file in (HF_PROCESSOR, HF_PIXELS):
         if (path := find_file(name, file)) is not None:
@@ -203,7 +202,6 @@ def _context(module: Any) -> int:
 
 
 def _description(module: Any, name: str) -> dict[str, Any]:
-    """Describe a module: its class, its configuration as plain data, and whether its pooler was taken off."""
     config = json.loads(module.config.to_json_string(use_diff=False))
     # About the file, its classifier, and the library's own state, which begins with "_".
     left_out = ("architectures", "id2label", "label2id")
@@ -217,7 +215,7 @@ def _description(module: Any, name: str) -> dict[str, Any]:
 
 
 def _live_description(module: Any) -> dict[str, Any]:
-    """Describe a model of one of the library's own classes; of another module give nothing."""
+    # Of one of the library's own classes, which alone can be built again.
     kind = type(module)
     if not is_of_library(module, "PreTrainedModel") or getattr(find_transformers(), kind.__name__, None) is not kind:
         return {}
@@ -237,7 +235,6 @@ def _verified(encoder: E, features: Callable[[nn.Module], Tensor]) -> E:
 
 
 def _build(description: dict[str, Any]) -> nn.Module:
-    """Build the module that ``_description`` described."""
     transformers = find_transformers()
     kind: Any = getattr(transformers, description["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):

@@ -149,7 +149,6 @@ def build_torchvision(description: dict[str, Any]) -> ImageEncoder:
 
 
 def _classifiers(name: str) -> Any:
-    """Give torchvision's models, which have this image classifier."""
     models = find_library("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
@@ -159,7 +158,6 @@ def _classifiers(name: str) -> Any:
 
 
 def _without_head(module: nn.Module, name: str) -> nn.Module:
-    """Put nothing in the place of the layer that names the classes."""
     if hasattr(module, "aux_logits"):
         raise UserError(
             f"torchvision:{name}: classifies half-way too, which is not supported. Take another, such as resnet50."

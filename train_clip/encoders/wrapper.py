@@ -49,11 +49,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         image_size: side of the images of an image encoder of the user's own, in pixels.
         pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
         pixel_std: likewise.
-        options: of ``train_clip.options.TrainingOptions``, as the arguments that are not named here; SGD and optimal
-            transport by default.
-
-    Raises:
-        UserError: encoders that do not go together, or of which one is missing.
+        options: of ``train_clip.options.TrainingOptions``; SGD and optimal transport by default.
     """
 
     model: CustomCLIP
@@ -87,7 +83,11 @@ class CustomCLIPWrapper(ContrastiveModule):
         if given.objective.loss == "sigmoid":
             model.add_bias()
         super().__init__(model, OTTER, given)
-        self.tokenizer = _tokenizer(tokenizer, text.context)
+        if isinstance(tokenizer, Mapping):
+            tokenizer = described_tokenizer(tokenizer)
+        elif not isinstance(tokenizer, Tokenizer | PretrainedTokenizer | None):
+            tokenizer = wrap_tokenizer(tokenizer, text.context)
+        self.tokenizer = tokenizer
         self.save_hyperparameters(
             {
                 "image_encoder": image.description or None,
@@ -139,7 +139,6 @@ class CustomCLIPWrapper(ContrastiveModule):
         return not torch.allclose(alone, padded, atol=ALIKE)
 
     def _require_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse captions that are tokenized for another text encoder."""
         of_clip = isinstance(self.model.transformer, TextTower)
         if isinstance(tokenizer, Tokenizer) != of_clip:
             found, expected = ("CLIP's", "the text encoder's own") if not of_clip else ("another", "CLIP's")
@@ -149,11 +148,10 @@ class CustomCLIPWrapper(ContrastiveModule):
             )
 
     def _some_tokens(self) -> Texts:
-        """Tokens of a few captions; of made-up ones where there is no tokenizer."""
         if self.tokenizer is not None:
             return self._reader.tokens(TRIAL_CAPTIONS, self.device)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=generator).to(self.device)
+        made_up = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=made_up).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @override
@@ -163,7 +161,6 @@ class CustomCLIPWrapper(ContrastiveModule):
         checkpoint["hyper_parameters"] = checkpoint["hyper_parameters"] | {"tokenizer": self._described_tokenizer()}
 
     def _described_tokenizer(self) -> dict[str, Any] | None:
-        """What makes the tokenizer again."""
         if isinstance(self.tokenizer, Tokenizer):
             return {"source": "clip", "context_length": self.tokenizer.context_length}
         return None if self.tokenizer is None else self.tokenizer.describe()
@@ -185,12 +182,3 @@ def _encoder(given: Any, kind: str, wrap: Callable[[nn.Module], Any]) -> Any:
             f"train_clip.encoders.sources.load_{kind}_encoder('hf:NAME') gives."
         )
     return wrap(given)
-
-
-def _tokenizer(given: Any, context: int | None) -> Any:
-    """A tokenizer whose ``batch`` gives tokens: what is that already, a description's, or one around another's."""
-    if isinstance(given, Mapping):
-        return described_tokenizer(given)
-    if given is None or isinstance(given, Tokenizer | PretrainedTokenizer):
-        return given
-    return wrap_tokenizer(given, context)

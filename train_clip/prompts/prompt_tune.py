@@ -13,7 +13,7 @@ from train_clip.commands.run import Job, begin, remake, train_job
 from train_clip.commands.run_folder import OPENAI, Resumption
 from train_clip.commands.train import DEFAULT_MODEL, pretrained_weights
 from train_clip.errors import UserError
-from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict
+from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.options import (
     DataOptions,
     ModelOptions,
@@ -90,7 +90,6 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
 
 
 def _config_of(resumed: Resumption) -> ModelConfig:
-    """The configuration of a run's backbone."""
     if not {"backbone", "prompts", "config"} <= set(resumed.arguments):
         raise UserError(f"{resumed.checkpoint}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
     return config_from_dict(resumed.arguments["config"], str(resumed.checkpoint))
@@ -122,18 +121,13 @@ def _backbone(model: ModelOptions) -> FoundCLIP:
         model = dataclasses.replace(model, pretrained=OPENAI)
     weights = pretrained_weights(model)
     assert weights is not None
-    expected = (
+    return weights.require_clip(
         "; prompts are put among a vision transformer's. Expected a CLIP such as ViT-B/32. `train-clip finetune "
         "--pretrained` trains the others."
     )
-    clip = weights.require_clip(expected)
-    if not isinstance(clip.config.image, ViTConfig):
-        raise UserError(f"--pretrained {clip.source}: {clip.config.name}, a ResNet without tokens{expected}")
-    return clip
 
 
 def _prompts(prompts: PromptOptions, backbone: ModelConfig) -> PromptConfig:
-    assert isinstance(backbone.image, ViTConfig)
     layers = prompts.prompt_layers
     return PromptConfig(
         prompts.prompts,

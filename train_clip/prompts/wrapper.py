@@ -36,10 +36,7 @@ class PromptCLIPWrapper(ContrastiveModule):
         prompts: how many, and where; or its fields as plain data.
         digest: of the backbone, as a checkpoint has it.
         config: of the backbone, likewise.
-        options: of ``train_clip.options.TrainingOptions``, as the arguments that are not named here; SGD by default.
-
-    Raises:
-        UserError: the backbone cannot be loaded, is another than the checkpoint's, or has no tokens.
+        options: of ``train_clip.options.TrainingOptions``; SGD by default.
     """
 
     model: CLIP
