@@ -29,7 +29,7 @@ class CustomCLIP(DualEncoder):
 
     least_log_scale = 0.0
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder, average: bool, project: bool) -> None:
+    def __init__(self, image: ImageEncoder, text: TextEncoder, average: bool, project: bool, loss: str) -> None:
         if image.width != text.width and not project:
             raise UserError(
                 f"The image encoder gives {image.width:,} numbers, the text encoder {text.width:,}; expected as many. "
@@ -39,6 +39,8 @@ class CustomCLIP(DualEncoder):
         told = [(type(one.module).__name__, one.description) for one in (image, text)]
         names = [description.get("label") or Path(description.get("name", kind)).name for kind, description in told]
         super().__init__("+".join(names), text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
+        if loss == "sigmoid":
+            self.add_bias()
         self.average = average
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module

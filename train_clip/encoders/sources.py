@@ -108,9 +108,9 @@ class FoundEncoders(Found):
                     f"with CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
                 )
         image, text = (build_encoder(arguments[f"{kind}_encoder"], kind) for kind in ("image", "text"))
-        model = CustomCLIP(image, text, arguments["avg_word_embs"], arguments["project"])
-        if arguments.get("loss") == "sigmoid":
-            model.add_bias()
+        model = CustomCLIP(
+            image, text, arguments["avg_word_embs"], arguments["project"], arguments.get("loss", "softmax")
+        )
         return model, described_tokenizer(arguments["tokenizer"])
 
     @override

@@ -79,10 +79,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         text: TextEncoder = _encoder(text_encoder, "text", lambda module: live_text_encoder(module, avg_word_embs))
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
         given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
-        model = CustomCLIP(image, text, avg_word_embs, project)
-        if given.objective.loss == "sigmoid":
-            model.add_bias()
-        super().__init__(model, OTTER, given)
+        super().__init__(CustomCLIP(image, text, avg_word_embs, project, given.objective.loss), OTTER, given)
         if isinstance(tokenizer, Mapping):
             tokenizer = described_tokenizer(tokenizer)
         elif not isinstance(tokenizer, Tokenizer | PretrainedTokenizer | None):

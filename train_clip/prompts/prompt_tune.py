@@ -64,7 +64,10 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
     """Tune visual prompts, a few thousand numbers in the image tower of a frozen CLIP; return the run's folder."""
     resumed = begin(run, step.seed)
     if resumed is not None:
-        config, start = _config_of(resumed), resumed.arguments
+        start, source = resumed.arguments, str(resumed.checkpoint)
+        if not {"backbone", "prompts", "config"} <= set(start):
+            raise UserError(f"{source}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
+        config = config_from_dict(start["config"], source)
         prompts = _of_run(model, prompts, resumed)
         if model.pretrained not in (None, OPENAI):  # the backbone is known by its content, wherever it lies by now
             start["backbone"] = model.pretrained
@@ -83,16 +86,10 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
     if resumed is None:
         module = PromptCLIPWrapper(**start, **how)
     else:
-        module = remake(PromptCLIPWrapper, start, str(resumed.checkpoint), **how)
+        module = remake(PromptCLIPWrapper, start, source, **how)
     model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
     options = flat(model, data, prompts, optimizer, step)
     return train_job(Job("prompt-tune", module, pairs, options, VPT.epochs, BY_LOSS), run, trainer, resumed)
-
-
-def _config_of(resumed: Resumption) -> ModelConfig:
-    if not {"backbone", "prompts", "config"} <= set(resumed.arguments):
-        raise UserError(f"{resumed.checkpoint}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
-    return config_from_dict(resumed.arguments["config"], str(resumed.checkpoint))
 
 
 def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) -> PromptOptions:
