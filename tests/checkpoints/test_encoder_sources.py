@@ -17,8 +17,7 @@ from train_clip.encoders.encoder import image_features
 from train_clip.encoders.libraries import HEADS
 from train_clip.encoders.sources import (
     SOURCES,
-    build_image_encoder,
-    build_text_encoder,
+    build_encoder,
     load_image_encoder,
     load_text_encoder,
 )
@@ -127,7 +126,7 @@ def test_torchvision(torchvision, head, form):
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
     assert (encoder.width, encoder.size, encoder.mean, encoder.std) == (WIDTH, SIDE, MEAN, STD)
     assert not any(CLASSES in parameter.shape for parameter in encoder.module.parameters())
-    again = build_image_encoder(kept(encoder.description))
+    again = build_encoder(kept(encoder.description), "image")
     again.module.load_state_dict(encoder.module.state_dict(), strict=True)
     assert torch.equal(again.module(images), features)
     assert (again.width, again.size, again.mean, again.std) == (WIDTH, SIDE, MEAN, STD)
@@ -170,7 +169,7 @@ def test_timm(timm):
     assert description["name"] == "net.tag" and description["architecture"] == "net"
     assert description["arguments"] == {"num_classes": 0, "depth": 2}
     json.dumps(description)
-    again = build_image_encoder(description)
+    again = build_encoder(description, "image")
     again.module.load_state_dict(encoder.module.state_dict(), strict=True)
     assert torch.equal(again.module(images), encoder.module(images))
     assert (again.width, again.size, again.mean, again.std) == (WIDTH, SIDE, MEAN, STD)
@@ -201,7 +200,7 @@ def test_a_library_that_is_missing(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, f"{name}.models", None)
     description = {"source": name, "name": "resnet50", "architecture": "resnet50", "config": {}, "arguments": {}}
-    for run in (lambda: load_image_encoder(f"{name}:resnet50"), lambda: build_image_encoder(description)):
+    for run in (lambda: load_image_encoder(f"{name}:resnet50"), lambda: build_encoder(description, "image")):
         with pytest.raises(UserError, match=rf"^{name}: .* need the package {name} .*pip install {name}\.$"):
             run()
 
@@ -216,8 +215,8 @@ def test_hugging_face_by_prefix(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     image, text = load_image_encoder(f"hf:{tmp_path}"), load_text_encoder(f"hf:{tmp_path}")
     assert (image.size, image.width, text.width, text.context, text.vocab) == (SIDE, 16, 16, 77, 50)
-    build_image_encoder(kept(image.description)).module.load_state_dict(image.module.state_dict(), strict=True)
-    build_text_encoder(kept(text.description)).module.load_state_dict(text.module.state_dict(), strict=True)
+    build_encoder(kept(image.description), "image").module.load_state_dict(image.module.state_dict(), strict=True)
+    build_encoder(kept(text.description), "text").module.load_state_dict(text.module.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize("source", ["resnet50", "openai:clip", ":", "hf:", "", "hf", "HF:model"])
@@ -247,11 +246,11 @@ def test_a_library_without_text_encoders(source):
     with pytest.raises(UserError, match=rf"{source}: \w+ has no text encoders. Expected .*hf:sentence-transformers"):
         load_text_encoder(source)
     with pytest.raises(UserError, match="A text encoder of source 'timm'; expected"):
-        build_text_encoder({"source": "timm"})
+        build_encoder({"source": "timm"}, "text")
 
 
-@pytest.mark.parametrize("build", [build_image_encoder, build_text_encoder])
+@pytest.mark.parametrize("kind", ["image", "text"])
 @pytest.mark.parametrize("description", [{}, {"source": "tomorrow"}])
-def test_a_description_of_no_known_source(build, description):
+def test_a_description_of_no_known_source(kind, description):
     with pytest.raises(UserError, match=r"known: hf, timm, .*torchvision"):
-        build(description)
+        build_encoder(description, kind)

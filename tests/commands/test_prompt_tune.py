@@ -211,7 +211,7 @@ def test_two_processes_tune_as_one(here, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--pretrained resnet/checkpoints/last.ckpt", "a ResNet without tokens"),
+        ("--pretrained resnet/checkpoints/last.ckpt", "a ResNet, which has no tokens"),
         ("--model_name tiny.yaml", "no weights were given. Prompts beside a random backbone learn nothing"),
         ("--pretrained run/checkpoints/last.ckpt", "train-clip visual prompts"),
         (f"--pretrained {BACKBONE} --prompts 0", "0 prompts; expected 1 or above"),

@@ -113,5 +113,5 @@ def test_preprocessing_that_is_not_supported(values, message, tmp_path):
 def test_a_broken_preprocessor_file(tmp_path):
     saved(IMAGE_MODELS["vit"][0], tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size":')
-    with pytest.raises(UserError, match=r"preprocessor_config.json: not JSON .*Copy or download"):
+    with pytest.raises(UserError, match=r"preprocessor_config.json: not JSON .*Get the file again"):
         load_image(str(tmp_path))

@@ -707,7 +707,11 @@ def test_a_mixture_of_experts_is_reached():
     [
         (("hf:name", None), {}, r"image_encoder is a str; expected a torch\.nn\.Module, or what .*load_image_encoder"),
         ((None, None), {}, "image_encoder is missing"),
-        ((image_tower(), bert()), {"pixel_mean": [0.5]}, "expected a number for each of red, green and blue"),
+        (
+            (image_tower(), bert()),
+            {"pixel_mean": [0.5]},
+            r"pixel_mean and pixel_std are \[0.5\] .*expected three",
+        ),
         ((image_tower(), bert()), {"betas": [0.9]}, "expected two numbers"),
     ],
 )

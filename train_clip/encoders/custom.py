@@ -3,8 +3,6 @@
 B  pairs      L  tokens      S  side of the image in pixels      D  width of the text encoder, where both meet
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
+from train_clip.encoders.encoder import ImageEncoder, TextEncoder, evaluating, image_features, text_features
 from train_clip.encoders.libraries import TextTower
 from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids, up_to_end
@@ -31,7 +29,7 @@ class CustomCLIP(DualEncoder):
 
     least_log_scale = 0.0
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder, average: bool, project: bool) -> None:
+    def __init__(self, image: ImageEncoder, text: TextEncoder, average: bool, project: bool, loss: str) -> None:
         if image.width != text.width and not project:
             raise UserError(
                 f"The image encoder gives {image.width:,} numbers, the text encoder {text.width:,}; expected as many. "
@@ -41,6 +39,8 @@ class CustomCLIP(DualEncoder):
         told = [(type(one.module).__name__, one.description) for one in (image, text)]
         names = [description.get("label") or Path(description.get("name", kind)).name for kind, description in told]
         super().__init__("+".join(names), text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
+        if loss == "sigmoid":
+            self.add_bias()
         self.average = average
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module
@@ -80,26 +80,17 @@ def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
     """Freeze what no gradient comes to, such as a text model's pooler or a mask token, and give the names.
 
     DDP waits for the gradient of every parameter that asks for one, and fails on its second step where one never comes.
-
-    Args:
-        model: in any mode, on any device; it is left as it was found, but for what is frozen.
-        texts: tokens of some captions, as training will bring them, on the model's device.
+    The texts are tokens of some captions, as training will bring them, on the model's device.
     """
-    training = [module for module in model.modules() if module.training]
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
     if not trainable:
         return []
     # Layers that are dropped at random in training are all there in eval mode.
-    model.eval()
-    try:
-        with torch.enable_grad():
-            embeddings = model.encode_image(images.to(model.logit_scale.device)), model.encode_text(texts)
-            loss = sum(one.float().sum() for one in embeddings) + torch.stack(model.temperature()).sum()
-            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.enable_grad():
+        embeddings = model.encode_image(images.to(model.logit_scale.device)), model.encode_text(texts)
+        loss = sum(one.float().sum() for one in embeddings) + torch.stack(model.temperature()).sum()
+        gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
     unreached = [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
     for name in unreached:
         trainable[name].requires_grad_(False)

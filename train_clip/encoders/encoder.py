@@ -3,12 +3,10 @@
 B  images or captions      C, D  width      L  tokens or patches      H, W  what is left of the image      S  its side
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,22 +50,23 @@ class Pixels(NamedTuple):
     std: tuple[float, float, float]
 
     @classmethod
-    def of(cls, size: int, mean: Sequence[float], std: Sequence[float]) -> Pixels:
-        """Take a library's own kinds of numbers; a ValueError where a sequence is not of three."""
-        (red, green, blue), (red_std, green_std, blue_std) = map(float, mean), map(float, std)
-        return cls(size, (red, green, blue), (red_std, green_std, blue_std))
+    def of(cls, size: int, mean: Sequence[float], std: Sequence[float], names: str = "", scale: float = 1) -> Self:
+        """Take any kinds of numbers, divided by the scale; ``names`` begins the message where they are not three."""
+        try:
+            (r, g, b), (r_std, g_std, b_std) = ([float(one) / scale for one in three] for three in (mean, std))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{names or 'mean and std'} are {mean!r} and {std!r}; expected three numbers each: red, green, blue."
+            ) from None
+        return cls(size, (r, g, b), (r_std, g_std, b_std))
 
 
 def image_features(output: Any) -> Tensor:
-    """Take an image encoder's features.
+    """Take an image encoder's features, (B, D) float, not normalised.
 
-    Args:
-        output: (B, D) or (B, D, 1, 1) float; or an object of Hugging Face's form, of which the first is taken that is
-            there: ``image_embeds`` or ``pooler_output``, shaped likewise, or ``last_hidden_state`` as (B, C, H, W),
-            whose mean over space, or as (B, L, D), whose first token, the class token, is the feature.
-
-    Returns:
-        (B, D) float, not normalised.
+    Its output is (B, D) or (B, D, 1, 1) float; or an object of Hugging Face's form, of which the first is taken that is
+    there: ``image_embeds`` or ``pooler_output``, shaped likewise, or ``last_hidden_state`` as (B, C, H, W), whose mean
+    over space, or as (B, L, D), whose first token, the class token, is the feature.
     """
     if (features := _pooled(output, "image", "image_embeds", "pooler_output")) is not None:
         return features
@@ -117,9 +116,9 @@ def text_features(output: Any, attention_mask: Tensor | None, average: bool) -> 
 
 
 def _pooled(output: Any, kind: str, *names: str) -> Tensor | None:
-    """Give the output itself, or the first of these tensors that it has, as (B, D)."""
-    for what in ("output", *names):
-        features = output if what == "output" else getattr(output, what, None)
+    # The output itself, or the first of these tensors that it has, as (B, D).
+    held = {"output": output} | {name: getattr(output, name, None) for name in names}
+    for what, features in held.items():
         if isinstance(features, Tensor):
             rows = features.flatten(1) if features.shape[2:] == (1, 1) else features
             if rows.ndim == 2:
@@ -132,14 +131,11 @@ def _pooled(output: Any, kind: str, *names: str) -> Tensor | None:
 
 
 def measured(module: nn.Module, pixels: Pixels, description: dict[str, Any]) -> ImageEncoder:
-    """Complete an image encoder by its width, which a trial tells, and its description by what ``rebuilt`` reads.
-
-    Without a description (a module of the user's own) it may give other features for the same image each time.
-    """
+    """Complete an image encoder by its width, which a trial tells, and its description by what ``rebuilt`` reads."""
     name = f"{description['source']}:{description['name']}" if description else ""
     features = image_trial(module, pixels.size, name)
     width = features.shape[1]
-    if description:
+    if description:  # a module of the user's own may give other features for the same image each time
         if not torch.allclose(features, image_trial(module, pixels.size, name), equal_nan=True):
             raise UserError(
                 f"{name}: gives other features for the same image each time; expected the same. "
@@ -157,19 +153,20 @@ def rebuilt(module: nn.Module, description: dict[str, Any]) -> ImageEncoder:
 
 def image_trial(module: nn.Module, size: int, name: str = "") -> Tensor:
     """Give a module's features of two made-up images, the same at each call: (2, D)."""
-    like = next(module.parameters(), torch.empty(0))
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like.device)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(_device_of(module))
     with _trying(module, name, f"an image of {size} × {size} pixels", "single images of its image_size"):
         return image_features(module(images))
 
 
 def text_trial(module: nn.Module, average: bool, name: str = "") -> Tensor:
     """Give a module's features of two captions of four tokens: (2, D)."""
-    like = next(module.parameters(), torch.empty(0))
-    ids = torch.ones(2, 4, dtype=torch.int64, device=like.device)
-    mask = torch.ones_like(ids)
+    ids = torch.ones(2, 4, dtype=torch.int64, device=_device_of(module))
     with _trying(module, name, "input_ids and attention_mask", "captions"):
-        return text_features(module(input_ids=ids, attention_mask=mask), mask, average)
+        return text_features(module(input_ids=ids, attention_mask=ids), ids, average)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.empty(0)).device
 
 
 @contextlib.contextmanager

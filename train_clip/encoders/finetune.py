@@ -1,7 +1,5 @@
 """Fine-tune: two pretrained encoders, or a trained CLIP."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from train_clip.commands.run import Job, begin, data_for, remake, train_job
 from train_clip.commands.run_folder import Resumption
 from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders.sources import OWN, FoundEncoders, load_image_encoder, load_text_encoder
+from train_clip.encoders.sources import OWN, describe_encoder, load_image_encoder, load_text_encoder
 from train_clip.encoders.tokenizer import load_tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
@@ -26,7 +24,7 @@ OF_CLIP = {"optimizer": "adamw", "distillation": "none", "learning_rate": 3e-5, 
 # SGD's rate is far too high for the others (the rate of benchmarks/distillation.py in docs/finetuning.md).
 OF_OPTIMIZER = {"adamw": {"learning_rate": 3e-4}, "muon": {"learning_rate": 3e-4}}
 # What two encoders are joined of where nothing else is asked for.
-ENCODERS = {
+ENCODERS: dict[str, Any] = {
     "image_encoder": "hf:microsoft/resnet-50",
     "text_encoder": "hf:johngiorgi/declutr-sci-base",
     "avg_word_embs": True,
@@ -51,10 +49,6 @@ class StartOptions(ModelOptions):
         "whether a caption is the mean over its tokens (the default), or what the text encoder pools by itself (false)",
     )
 
-    def or_else(self, others: Mapping[str, Any]) -> StartOptions:
-        """The options with what they leave open of two encoders."""
-        return dataclasses.replace(self, **{name: others[name] for name in others if getattr(self, name) is None})
-
 
 def finetune(
     start: StartOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
@@ -63,13 +57,14 @@ def finetune(
     resumed = begin(run, training.step.seed)
     usual = OF_CLIP if start.pretrained is not None else OF_OPTIMIZER.get(training.optimizer.optimizer or "", {})
     how = usual | {name: value for name, value in training.flat().items() if value is not None}
+    known = ENCODERS if resumed is None else _known(start, resumed)
+    if start.pretrained is None:
+        start = dataclasses.replace(start, **{name: known[name] for name in known if getattr(start, name) is None})
     module: ContrastiveModule
     if resumed is not None:
-        start = _require_same(start, resumed)
         kind = CustomCLIPWrapper if "text_encoder" in resumed.arguments else CLIPWrapper
         module = remake(kind, resumed.arguments, str(resumed.checkpoint), **how)
     elif start.pretrained is None:
-        start = start.or_else(ENCODERS)
         module = _join(start, how)
     else:
         module, source = _train_on(start, how)
@@ -90,7 +85,7 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveM
     weights = pretrained_weights(start)
     assert weights is not None
     module: ContrastiveModule
-    if isinstance(weights, FoundEncoders):
+    if "text_encoder" in weights.arguments:
         module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
     else:
         config = weights.require_clip().config
@@ -106,10 +101,10 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
             raise UserError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
     assert start.image_encoder is not None and start.text_encoder is not None
     image, text = load_image_encoder(start.image_encoder), load_text_encoder(start.text_encoder)
-    context = text.context if start.context_length is None else start.context_length
-    if text.context is not None and context is not None and context > text.context:
+    assert text.context is not None  # every source knows it
+    context = start.context_length or text.context
+    if context > text.context:
         raise UserError(f"--context_length {context}: the text encoder takes {text.context} tokens at most.")
-    assert context is not None  # every source knows it
     prefix, _, name = start.text_encoder.partition(":")
     try:
         tokenizer = Tokenizer(context) if prefix == OWN else load_tokenizer(name, context)
@@ -119,14 +114,9 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     return CustomCLIPWrapper(image, text, avg_word_embs=average, project=True, tokenizer=tokenizer, **how)
 
 
-def _require_same(start: StartOptions, resumed: Resumption) -> StartOptions:
-    """Refuse another start than the run had; what the options leave open of it is its own."""
-    arguments = resumed.arguments
-    known = {name: _named(arguments[name]) for name in ENCODERS if arguments.get(name) is not None}
+def _known(start: StartOptions, resumed: Resumption) -> dict[str, Any]:
+    """What the run began with, as the command line names it; another start is refused."""
+    told = {name: kept for name in ENCODERS if (kept := resumed.arguments.get(name)) is not None}
+    known = {name: describe_encoder(kept) if isinstance(kept, Mapping) else kept for name, kept in told.items()}
     resumed.require_same_start(dataclasses.asdict(start), known)
-    return start if start.pretrained is not None else start.or_else(known)
-
-
-def _named(kept: Any) -> Any:
-    """An encoder as the command line names it."""
-    return f"{kept['source']}:{kept['name']}" if isinstance(kept, Mapping) else kept
+    return known

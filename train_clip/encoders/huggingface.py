@@ -3,8 +3,6 @@
 Code that lies beside weights is never run. What is on this machine is read before the hub is asked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -19,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from train_clip.checkpoints.sources import find_file
+from train_clip.checkpoints.read import read_json
+from train_clip.checkpoints.sources import HF_PIXELS, HF_PROCESSOR, find_file
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, image_trial, measured, rebuilt, text_trial
 from train_clip.encoders.libraries import find_library
 from train_clip.errors import UserError, first_line
@@ -151,25 +150,15 @@ def _pixels(name: str, config: Any) -> Pixels:
         mean, std = values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
     scale = 255 * (values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1)
     scale = 1 if abs(scale - 1) < 1e-6 else scale  # the file's rounding of 1/255
-    try:
-        return Pixels.of(side, *([figure / scale for figure in figures] for figures in (mean, std)))
-    except (TypeError, ValueError):
-        raise UserError(
-            f"hf:{name}: image_mean and image_std in its preprocessor's file are {mean!r} and {std!r}; expected three "
-            "figures each: red, green, blue."
-        ) from None
+    return Pixels.of(side, mean, std, f"hf:{name}: image_mean and image_std in its preprocessor's file", scale)
 
 
 def _preprocessor(name: str) -> dict[str, Any]:
-    """Read the image processor's values; none where the model has no such file."""
     # Newer processors write the first, with the image processor under "image_processor"; most models have the second.
-    for file in ("processor_config.json", "preprocessor_config.json"):
+    for file in (HF_PROCESSOR, HF_PIXELS):
         if (path := find_file(name, file)) is not None:
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}: not JSON ({first_line(error)}). Copy or download the file again.") from None
-            values = values if file.startswith("pre") else values.get("image_processor")
+            values = read_json(path)
+            values = values if file == HF_PIXELS else values.get("image_processor", ())
             if isinstance(values, dict):
                 return values
     return {}
@@ -213,7 +202,6 @@ def _context(module: Any) -> int:
 
 
 def _description(module: Any, name: str) -> dict[str, Any]:
-    """Describe a module: its class, its configuration as plain data, and whether its pooler was taken off."""
     config = json.loads(module.config.to_json_string(use_diff=False))
     # About the file, its classifier, and the library's own state, which begins with "_".
     left_out = ("architectures", "id2label", "label2id")
@@ -227,7 +215,7 @@ def _description(module: Any, name: str) -> dict[str, Any]:
 
 
 def _live_description(module: Any) -> dict[str, Any]:
-    """Describe a model of one of the library's own classes; of another module give nothing."""
+    # Of one of the library's own classes, which alone can be built again.
     kind = type(module)
     if not is_of_library(module, "PreTrainedModel") or getattr(find_transformers(), kind.__name__, None) is not kind:
         return {}
@@ -247,7 +235,6 @@ def _verified(encoder: E, features: Callable[[nn.Module], Tensor]) -> E:
 
 
 def _build(description: dict[str, Any]) -> nn.Module:
-    """Build the module that ``_description`` described."""
     transformers = find_transformers()
     kind: Any = getattr(transformers, description["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -313,17 +300,14 @@ def _quiet() -> Iterator[None]:
     """Silence progress over weights, the table of unused ones and the retries; downloads keep their bar."""
     chatter = importlib.import_module("transformers.utils.logging")
     hub = importlib.import_module("huggingface_hub.utils")
-    levels = [(log, log.get_verbosity()) for log in (chatter, hub.logging)]
-    bars, hub_bars = chatter.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    for log, _ in levels:
-        log.set_verbosity_error()
-    chatter.disable_progress_bar()  # the hub's too
-    if hub_bars:
-        hub.enable_progress_bars()
-    try:
+    with contextlib.ExitStack() as undo:
+        for log in (chatter, hub.logging):
+            undo.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity_error()
+        if chatter.is_progress_bar_enabled():
+            undo.callback(chatter.enable_progress_bar)
+        hub_bars = not hub.are_progress_bars_disabled()
+        chatter.disable_progress_bar()  # the hub's too
+        if hub_bars:
+            hub.enable_progress_bars()
         yield
-    finally:
-        for log, level in levels:
-            log.set_verbosity(level)
-        if bars:
-            chatter.enable_progress_bar()

@@ -3,8 +3,6 @@
 B  captions      L  tokens      D  embedding width
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import importlib
@@ -151,7 +149,6 @@ def build_torchvision(description: dict[str, Any]) -> ImageEncoder:
 
 
 def _classifiers(name: str) -> Any:
-    """Give torchvision's models, which have this image classifier."""
     models = find_library("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
@@ -161,7 +158,6 @@ def _classifiers(name: str) -> Any:
 
 
 def _without_head(module: nn.Module, name: str) -> nn.Module:
-    """Put nothing in the place of the layer that names the classes."""
     if hasattr(module, "aux_logits"):
         raise UserError(
             f"torchvision:{name}: classifies half-way too, which is not supported. Take another, such as resnet50."

@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from typing_extensions import override
 
@@ -24,26 +24,17 @@ if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from train_clip.encoders.encoder import ImageEncoder, TextEncoder
 
 
-class Source(NamedTuple):
-    """What stands behind a prefix: functions that "load" an encoder by its name, or "build" a described one."""
-
-    functions: str
-    example: str  # for messages
-
-
 OWN = "train-clip"
 LAST = "train-clip:RUN/checkpoints/last.ckpt"
+# Behind a prefix: functions that "load" an encoder by its name or "build" a described one, and an example of each kind.
 SOURCES = {
-    "hf": {
-        "image": Source("train_clip.encoders.huggingface:{}_image", "hf:facebook/dinov2-small"),
-        "text": Source("train_clip.encoders.huggingface:{}_text", "hf:sentence-transformers/all-mpnet-base-v2"),
-    },
-    "timm": {"image": Source("train_clip.encoders.libraries:{}_timm", "timm:resnet50")},
-    OWN: {
-        "image": Source("train_clip.encoders.libraries:{}_image", LAST),
-        "text": Source("train_clip.encoders.libraries:{}_text", LAST),
-    },
-    "torchvision": {"image": Source("train_clip.encoders.libraries:{}_torchvision", "torchvision:resnet50")},
+    "hf": (
+        "train_clip.encoders.huggingface:{}_{}",
+        {"image": "hf:facebook/dinov2-small", "text": "hf:sentence-transformers/all-mpnet-base-v2"},
+    ),
+    "timm": ("train_clip.encoders.libraries:{}_timm", {"image": "timm:resnet50"}),
+    OWN: ("train_clip.encoders.libraries:{}_{}", {"image": LAST, "text": LAST}),
+    "torchvision": ("train_clip.encoders.libraries:{}_torchvision", {"image": "torchvision:resnet50"}),
 }
 
 
@@ -57,16 +48,6 @@ def load_text_encoder(source: str) -> TextEncoder:
     return _load(source, "text")
 
 
-def build_image_encoder(description: Mapping[str, Any]) -> ImageEncoder:
-    """Build the image encoder that an ``ImageEncoder.description`` tells of, with random weights, without a network."""
-    return _build(description, "image")
-
-
-def build_text_encoder(description: Mapping[str, Any]) -> TextEncoder:
-    """Build the text encoder that a ``TextEncoder.description`` tells of, with random weights, without a network."""
-    return _build(description, "text")
-
-
 def _load(source: str, kind: str) -> Any:
     prefix, colon, name = source.partition(":")  # a name may hold further colons
     if not (colon and name and prefix in SOURCES):
@@ -75,25 +56,28 @@ def _load(source: str, kind: str) -> Any:
             raise UserError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
         what = f"unknown prefix {prefix!r}" if colon and prefix not in SOURCES else "no library and name"
         raise UserError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
-    if kind not in SOURCES[prefix]:
+    functions, examples = SOURCES[prefix]
+    if kind not in examples:
         raise UserError(f"--{kind}_encoder {source}: {prefix} has no {kind} encoders. Expected {_examples(kind)}.")
-    return pkgutil.resolve_name(SOURCES[prefix][kind].functions.format("load"))(name)
+    return pkgutil.resolve_name(functions.format("load", kind))(name)
 
 
-def _build(description: Mapping[str, Any], kind: str) -> Any:
+def build_encoder(description: Mapping[str, Any], kind: str) -> Any:
+    """Build the "image" or "text" encoder that its description tells of, with random weights, without a network."""
     source = description.get("source")
     if source not in SOURCES:
         raise UserError(
             f"An encoder of source {source!r}; known: {', '.join(SOURCES)}. Update train-clip, or build the encoder "
             "yourself and load its weights."
         )
-    if kind not in SOURCES[source]:
+    functions, examples = SOURCES[source]
+    if kind not in examples:
         raise UserError(f"A {kind} encoder of source {source!r}; expected {_examples(kind)}.")
-    return pkgutil.resolve_name(SOURCES[source][kind].functions.format("build"))(dict(description))
+    return pkgutil.resolve_name(functions.format("build", kind))(dict(description))
 
 
 def _examples(kind: str) -> str:
-    return " or ".join(kinds[kind].example for kinds in SOURCES.values() if kind in kinds)
+    return " or ".join(examples[kind] for _, examples in SOURCES.values() if kind in examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +107,16 @@ class FoundEncoders(Found):
                     f"The checkpoint does not say how to make its {name}, which was one of your own. Make it, and load "
                     f"with CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
                 )
-        image, text = build_image_encoder(arguments["image_encoder"]), build_text_encoder(arguments["text_encoder"])
-        model = CustomCLIP(image, text, arguments["avg_word_embs"], arguments["project"])
-        if arguments.get("loss") == "sigmoid":
-            model.add_bias()
+        image, text = (build_encoder(arguments[f"{kind}_encoder"], kind) for kind in ("image", "text"))
+        model = CustomCLIP(
+            image, text, arguments["avg_word_embs"], arguments["project"], arguments.get("loss", "softmax")
+        )
         return model, described_tokenizer(arguments["tokenizer"])
 
     @override
     def describe(self) -> dict[str, str]:
         told = {name: self.arguments.get(name) for name in ("image_encoder", "text_encoder")}
-        return {name: _described(description) for name, description in told.items()} | super().describe()
+        return {name: describe_encoder(description) for name, description in told.items()} | super().describe()
 
 
 def find_encoders(contents: Contents) -> FoundEncoders | None:
@@ -142,7 +126,8 @@ def find_encoders(contents: Contents) -> FoundEncoders | None:
     return FoundEncoders(format="train-clip checkpoint", **told) if is_ours else None
 
 
-def _described(description: Any) -> str:
+def describe_encoder(description: Any) -> str:
+    """Name an encoder as the command line does."""
     if isinstance(description, Mapping) and all(isinstance(description.get(key), str) for key in ("source", "name")):
         return f"{description['source']}:{description['name']}"
     return "a module of the user's own, which the file does not say how to make"

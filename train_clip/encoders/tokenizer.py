@@ -3,15 +3,13 @@
 B  captions      L  tokens of the longest caption of the batch, at most the context
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, is_of_library, reading
 
@@ -65,9 +63,8 @@ class PretrainedTokenizer:
             for place, column in zip(long, cut.get(name, ()), strict=True):
                 columns[place] = column
             filled = [column or [1 if name == "attention_mask" else padding[name]] for column in columns]
-            longest = max(map(len, filled))
-            padded = [column + [padding[name]] * (longest - len(column)) for column in filled]
-            tensors[name] = torch.tensor(padded, dtype=torch.int64)
+            each = [torch.tensor(column, dtype=torch.int64) for column in filled]
+            tensors[name] = nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=padding[name])
         return tensors, len(long)
 
     def describe(self) -> dict[str, Any] | None:

@@ -3,8 +3,6 @@
 Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers it has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +16,7 @@ from train_clip.encoders.custom import CustomCLIP, freeze_unreached
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
 from train_clip.encoders.huggingface import IMAGENET_MEAN, IMAGENET_STD, live_image_encoder, live_text_encoder
 from train_clip.encoders.libraries import TextTower
-from train_clip.encoders.sources import build_image_encoder, build_text_encoder, described_tokenizer
+from train_clip.encoders.sources import build_encoder, described_tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import Texts
@@ -51,11 +49,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         image_size: side of the images of an image encoder of the user's own, in pixels.
         pixel_mean: of the pixels that it was trained with, in [0, 1]; ImageNet's by default.
         pixel_std: likewise.
-        options: of ``train_clip.options.TrainingOptions``, as the arguments that are not named here; SGD and optimal
-            transport by default.
-
-    Raises:
-        UserError: encoders that do not go together, or of which one is missing.
+        options: of ``train_clip.options.TrainingOptions``; SGD and optimal transport by default.
     """
 
     model: CustomCLIP
@@ -80,20 +74,17 @@ class CustomCLIPWrapper(ContrastiveModule):
         pixel_std: Sequence[float] = IMAGENET_STD,
         **options: Any,
     ) -> None:
-        pixels = Pixels(image_size, _triple(pixel_mean, "pixel_mean"), _triple(pixel_std, "pixel_std"))
-        image: ImageEncoder = _encoder(
-            image_encoder, "image_encoder", build_image_encoder, lambda module: live_image_encoder(module, pixels)
-        )
-        text: TextEncoder = _encoder(
-            text_encoder, "text_encoder", build_text_encoder, lambda module: live_text_encoder(module, avg_word_embs)
-        )
+        pixels = Pixels.of(image_size, pixel_mean, pixel_std, "pixel_mean and pixel_std")
+        image: ImageEncoder = _encoder(image_encoder, "image", lambda module: live_image_encoder(module, pixels))
+        text: TextEncoder = _encoder(text_encoder, "text", lambda module: live_text_encoder(module, avg_word_embs))
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
         given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
-        model = CustomCLIP(image, text, avg_word_embs, project)
-        if given.objective.loss == "sigmoid":
-            model.add_bias()
-        super().__init__(model, OTTER, given)
-        self.tokenizer = _tokenizer(tokenizer, text.context)
+        super().__init__(CustomCLIP(image, text, avg_word_embs, project, given.objective.loss), OTTER, given)
+        if isinstance(tokenizer, Mapping):
+            tokenizer = described_tokenizer(tokenizer)
+        elif not isinstance(tokenizer, Tokenizer | PretrainedTokenizer | None):
+            tokenizer = wrap_tokenizer(tokenizer, text.context)
+        self.tokenizer = tokenizer
         self.save_hyperparameters(
             {
                 "image_encoder": image.description or None,
@@ -145,7 +136,6 @@ class CustomCLIPWrapper(ContrastiveModule):
         return not torch.allclose(alone, padded, atol=ALIKE)
 
     def _require_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse captions that are tokenized for another text encoder."""
         of_clip = isinstance(self.model.transformer, TextTower)
         if isinstance(tokenizer, Tokenizer) != of_clip:
             found, expected = ("CLIP's", "the text encoder's own") if not of_clip else ("another", "CLIP's")
@@ -155,11 +145,10 @@ class CustomCLIPWrapper(ContrastiveModule):
             )
 
     def _some_tokens(self) -> Texts:
-        """Tokens of a few captions; of made-up ones where there is no tokenizer."""
         if self.tokenizer is not None:
             return self._reader.tokens(TRIAL_CAPTIONS, self.device)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=generator).to(self.device)
+        made_up = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=made_up).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @override
@@ -169,40 +158,24 @@ class CustomCLIPWrapper(ContrastiveModule):
         checkpoint["hyper_parameters"] = checkpoint["hyper_parameters"] | {"tokenizer": self._described_tokenizer()}
 
     def _described_tokenizer(self) -> dict[str, Any] | None:
-        """What makes the tokenizer again."""
         if isinstance(self.tokenizer, Tokenizer):
             return {"source": "clip", "context_length": self.tokenizer.context_length}
         return None if self.tokenizer is None else self.tokenizer.describe()
 
 
-def _encoder(given: Any, name: str, build: Callable[[dict[str, Any]], Any], wrap: Callable[[nn.Module], Any]) -> Any:
+def _encoder(given: Any, kind: str, wrap: Callable[[nn.Module], Any]) -> Any:
     if isinstance(given, ImageEncoder | TextEncoder):
         return given
     if isinstance(given, Mapping):
-        return build(dict(given))
+        return build_encoder(given, kind)
     if given is None:
         raise UserError(
-            f"The {name} is missing: the checkpoint holds the weights of a module of your own, not how to make one. "
-            f"Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+            f"The {kind}_encoder is missing: the checkpoint holds the weights of a module of your own, not how to make "
+            f"one. Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {kind}_encoder=…)."
         )
     if not isinstance(given, nn.Module):
         raise UserError(
-            f"The {name} is a {type(given).__name__}; expected a torch.nn.Module, or what "
-            f"train_clip.encoders.sources.load_{name}('hf:NAME') gives."
+            f"The {kind}_encoder is a {type(given).__name__}; expected a torch.nn.Module, or what "
+            f"train_clip.encoders.sources.load_{kind}_encoder('hf:NAME') gives."
         )
     return wrap(given)
-
-
-def _tokenizer(given: Any, context: int | None) -> Any:
-    """A tokenizer whose ``batch`` gives tokens: what is that already, a description's, or one around another's."""
-    if isinstance(given, Mapping):
-        return described_tokenizer(given)
-    if given is None or isinstance(given, Tokenizer | PretrainedTokenizer):
-        return given
-    return wrap_tokenizer(given, context)
-
-
-def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise UserError(f"{name} is {values}; expected a number for each of red, green and blue.")
-    return float(values[0]), float(values[1]), float(values[2])

@@ -71,7 +71,6 @@ class FoundPrompts(FoundCLIP):
     """A CLIP with visual prompts: whole, or the prompts beside a backbone that lies in its own file."""
 
     prompts: PromptConfig
-    is_whole: bool = False
     backbone: FoundCLIP | None = None  # once it is settled
 
     @override
@@ -85,7 +84,7 @@ class FoundPrompts(FoundCLIP):
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if any_chosen(choices):
             self.refuse("visual prompts, whose backbone is of one size. Leave the other choices out")
-        if self.is_whole:
+        if "digest" not in self.arguments:  # whole
             return super().settled(choices, backbone)
         try:
             found = find_model(backbone or self.arguments["backbone"], self.config)
@@ -123,7 +122,7 @@ class FoundPrompts(FoundCLIP):
 
     @override
     def describe(self) -> dict[str, str]:
-        return super().describe() if self.is_whole else Found.describe(self)
+        return Found.describe(self) if "digest" in self.arguments else super().describe()
 
 
 def find_prompts(contents: Contents) -> FoundPrompts | None:
@@ -172,7 +171,7 @@ def find_fork(contents: Contents) -> FoundPrompts | None:
         "arguments": {},
     }
     kind = "train-CLIP fork's checkpoint (CLIPWrapper2)"
-    return FoundPrompts(format=kind, config=config, prompts=tuned, is_whole=True, **told)
+    return FoundPrompts(format=kind, config=config, prompts=tuned, **told)
 
 
 def _below_backbone(held: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 B  images      L  tokens of a block      P  prompts of a block      W  width      S  side of the image in pixels
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Self, cast

@@ -1,7 +1,5 @@
 """Tune visual prompts beside a pretrained CLIP."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from train_clip.commands.run import Job, begin, remake, train_job
 from train_clip.commands.run_folder import OPENAI, Resumption
 from train_clip.commands.train import DEFAULT_MODEL, pretrained_weights
 from train_clip.errors import UserError
-from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict
+from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.options import (
     DataOptions,
     ModelOptions,
@@ -65,8 +63,17 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
 ) -> Path:
     """Tune visual prompts, a few thousand numbers in the image tower of a frozen CLIP; return the run's folder."""
     resumed = begin(run, step.seed)
-    backbone = _backbone(model) if resumed is None else None
-    config = _config_of(backbone, resumed)
+    if resumed is not None:
+        start, source = resumed.arguments, str(resumed.checkpoint)
+        if not {"backbone", "prompts", "config"} <= set(start):
+            raise UserError(f"{source}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
+        config = config_from_dict(start["config"], source)
+        prompts = _of_run(model, prompts, resumed)
+        if model.pretrained not in (None, OPENAI):  # the backbone is known by its content, wherever it lies by now
+            start["backbone"] = model.pretrained
+    else:
+        backbone = _backbone(model)
+        config, start = backbone.config, {"backbone": backbone, "prompts": _prompts(prompts, backbone.config)}
     pairs = TextImageDataModule(
         image_size=config.image.size, context_length=config.text.context, seed=step.seed, **flat(data)
     )
@@ -76,38 +83,24 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
         rate = ADAMW_RATE if optimizer.optimizer == "adamw" else BASE_RATE * pairs.batch_size / RATE_OF
         optimizer = dataclasses.replace(optimizer, learning_rate=rate)
     how = flat(optimizer, step)
-    if resumed is not None:
-        prompts = _of_run(model, prompts, resumed)
-        # The backbone is known by its content, wherever it lies by now.
-        moved = {} if model.pretrained in (None, OPENAI) else {"backbone": model.pretrained}
-        module = remake(PromptCLIPWrapper, resumed.arguments | moved, str(resumed.checkpoint), **how)
+    if resumed is None:
+        module = PromptCLIPWrapper(**start, **how)
     else:
-        assert backbone is not None
-        module = PromptCLIPWrapper(backbone, _prompts(prompts, config), **how)
+        module = remake(PromptCLIPWrapper, start, source, **how)
     model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
     options = flat(model, data, prompts, optimizer, step)
     return train_job(Job("prompt-tune", module, pairs, options, VPT.epochs, BY_LOSS), run, trainer, resumed)
 
 
-def _config_of(backbone: FoundCLIP | None, resumed: Resumption | None) -> ModelConfig:
-    """The backbone's configuration: of the file, or of the run that goes on."""
-    if backbone is not None:
-        return backbone.config
-    assert resumed is not None
-    if not {"backbone", "prompts", "config"} <= set(resumed.arguments):
-        raise UserError(f"{resumed.checkpoint}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
-    return config_from_dict(resumed.arguments["config"], str(resumed.checkpoint))
-
-
 def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) -> PromptOptions:
     """Refuse another start than the run had; of a checkpoint that lies in no run, what it says of its prompts."""
-    asked = dataclasses.asdict(model)
+    asked = flat(model)
     del asked["pretrained"]  # held against the run's by its content
-    of_prompts = dataclasses.asdict(prompts)
+    of_prompts = flat(prompts)
     if resumed.config is not None:
         resumed.require_same_start(asked | of_prompts)
         return prompts
-    kept, usual = resumed.arguments["prompts"], dataclasses.asdict(PromptOptions())
+    kept, usual = resumed.arguments["prompts"], flat(PromptOptions())
     names = {"prompts": "number", "prompt_layers": "layers", "prompt_dropout": "dropout", "class_token": "class_token"}
     own = {name: kept[field] for name, field in names.items()}
     resumed.require_same_start(asked | {name: v for name, v in of_prompts.items() if v != usual[name]}, own)
@@ -115,11 +108,7 @@ def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) ->
 
 
 def _backbone(model: ModelOptions) -> FoundCLIP:
-    """The pretrained CLIP that prompts are put beside: where none is given, OpenAI's of that name.
-
-    Raises:
-        UserError: there is none, or it is a ResNet.
-    """
+    """The pretrained CLIP that prompts are put beside: where none is given, OpenAI's of that name."""
     if model.pretrained is None:
         name = model.model_name or DEFAULT_MODEL
         plainly = "Prompts beside a random backbone learn nothing: it is the backbone that knows images and captions."
@@ -129,18 +118,13 @@ def _backbone(model: ModelOptions) -> FoundCLIP:
         model = dataclasses.replace(model, pretrained=OPENAI)
     weights = pretrained_weights(model)
     assert weights is not None
-    expected = (
+    return weights.require_clip(
         "; prompts are put among a vision transformer's. Expected a CLIP such as ViT-B/32. `train-clip finetune "
         "--pretrained` trains the others."
     )
-    clip = weights.require_clip(expected)
-    if not isinstance(clip.config.image, ViTConfig):
-        raise UserError(f"--pretrained {clip.source}: {clip.config.name}, a ResNet without tokens{expected}")
-    return clip
 
 
 def _prompts(prompts: PromptOptions, backbone: ModelConfig) -> PromptConfig:
-    assert isinstance(backbone.image, ViTConfig)
     layers = prompts.prompt_layers
     return PromptConfig(
         prompts.prompts,

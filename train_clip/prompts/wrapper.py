@@ -3,8 +3,6 @@
 Its checkpoints hold what is trained; the backbone stays in its own file, which they name by place and by content.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from train_clip.checkpoints.found import Found, FoundCLIP, digest_of, fill, find_model, find_weights
+from train_clip.checkpoints.found import Found, digest_of, fill, find_model, find_weights
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
@@ -38,10 +36,7 @@ class PromptCLIPWrapper(ContrastiveModule):
         prompts: how many, and where; or its fields as plain data.
         digest: of the backbone, as a checkpoint has it.
         config: of the backbone, likewise.
-        options: of ``train_clip.options.TrainingOptions``, as the arguments that are not named here; SGD by default.
-
-    Raises:
-        UserError: the backbone cannot be loaded, is another than the checkpoint's, or has no tokens.
+        options: of ``train_clip.options.TrainingOptions``; SGD by default.
     """
 
     model: CLIP
@@ -73,16 +68,20 @@ class PromptCLIPWrapper(ContrastiveModule):
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))
         if not isinstance(backbone, Found):
-            backbone = (
-                find_weights(backbone)
-                if config is None
-                else find_model(backbone, config_from_dict(dict(config), str(backbone)))
-            )
+            own = None if config is None else config_from_dict(dict(config), str(backbone))
+            backbone = find_weights(backbone) if own is None else find_model(backbone, own)
         backbone = backbone.require_clip()
-        model, found = _model_of(backbone, digest)
+        source, tensors = backbone.source, backbone.read_as_kept()
+        if digest not in (None, found := digest_of(tensors)):
+            raise UserError(
+                f"{source}: another backbone than the prompts were trained beside: SHA-256 of its weights {found}, "
+                f"expected {digest}. Give that one: backbone=…"
+            )
+        model = CLIP(backbone.config)
+        fill(model, backbone.resized(tensors), source)
         if given.objective.loss == "sigmoid" and model.logit_bias is None:
             raise UserError(
-                f"loss is 'sigmoid', and {backbone.source} has no logit_bias, being trained with the softmax loss. A "
+                f"loss is 'sigmoid', and {source} has no logit_bias, being trained with the softmax loss. A "
                 "backbone stays as it is: leave the loss out."
             )
         add_prompts(model, prompts)
@@ -90,7 +89,8 @@ class PromptCLIPWrapper(ContrastiveModule):
         self.tokenizer = Tokenizer(model.config.text.context)
         self.save_hyperparameters(
             {
-                "backbone": _place(backbone.source),
+                # Where it lies, whatever folder a later command is run in.
+                "backbone": str(Path(source).resolve()) if Path(source).exists() else source,
                 "prompts": dataclasses.asdict(prompts) | {"layers": list(prompts.layers)},
                 "digest": found,
                 "config": model.config.to_dict(),
@@ -116,22 +116,3 @@ class PromptCLIPWrapper(ContrastiveModule):
         """What is trained, and the running mean of it."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return trained | {f"ema.{name}" for name in trained} | {"ema._extra_state"}
-
-
-def _model_of(weights: FoundCLIP, digest: str | None) -> tuple[CLIP, str]:
-    """The backbone that prompts are put beside, and what it is by its content."""
-    tensors = weights.read_as_kept()
-    found = digest_of(tensors)
-    if digest not in (None, found):
-        raise UserError(
-            f"{weights.source}: another backbone than the prompts were trained beside: SHA-256 of its weights {found}, "
-            f"expected {digest}. Give that one: backbone=…"
-        )
-    model = CLIP(weights.config)
-    fill(model, weights.resized(tensors), weights.source)
-    return model, found
-
-
-def _place(source: str) -> str:
-    """Where a backbone lies, whatever folder a later command is run in."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
