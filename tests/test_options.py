@@ -16,14 +16,14 @@ from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, TextIm
 from train_clip.encoders.finetune import StartOptions
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, ModelOptions, Options, RunOptions, TrainingOptions
-from train_clip.prompts.prompt_tune import PromptOptions
+from train_clip.prompts.prompt_tune import PromptOptimizerOptions, PromptOptions
 
 OF_TRAINING = TrainingOptions.groups()
 GROUPS = {
     "train": (ModelOptions, DataOptions, *OF_TRAINING.values(), RunOptions),
     "finetune": (StartOptions, DataOptions, *OF_TRAINING.values(), RunOptions),
     "prompt-tune": (
-        *(ModelOptions, DataOptions, PromptOptions, OF_TRAINING["optimizer"], OF_TRAINING["step"], RunOptions),
+        *(ModelOptions, DataOptions, PromptOptions, PromptOptimizerOptions, OF_TRAINING["step"], RunOptions),
     ),
 }
 # What the preset decides, and what else stands for None in a module made of it.

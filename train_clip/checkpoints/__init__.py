@@ -1,1 +1,1 @@
-"""Pretrained weights by their source."""
+"""Files of weights: found, told apart, read without running them, built into a model, and written for others."""

@@ -1,1 +1,1 @@
-"""The verbs: each module holds one typed function that the command line calls."""
+"""The core's verbs, a typed function each, and what a training run is: run.py and run_folder.py."""

@@ -1,1 +1,1 @@
-"""What is to be known of pairs before they are trained on: facts of each, kept on disk, and figures of all."""
+"""Extension: pairs looked at before training (`data check`, `show`), divided (`split`), their pixels cached (`npz`)."""

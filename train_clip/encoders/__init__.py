@@ -1,1 +1,1 @@
-"""Pretrained encoders of other libraries, by name."""
+"""Extension: any image encoder joined with any text encoder, of this package or of other libraries; `finetune`."""

@@ -53,7 +53,7 @@ class StartOptions(ModelOptions):
 def finetune(
     start: StartOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
 ) -> Path:
-    """Fine-tune two pretrained encoders, self-distilled, or a trained CLIP on pairs; return the run's folder."""
+    """Fine-tune two pretrained encoders, self-distilled, or a trained CLIP on pairs of your own."""
     resumed = begin(run, training.step.seed)
     usual = OF_CLIP if start.pretrained is not None else OF_OPTIMIZER.get(training.optimizer.optimizer or "", {})
     how = usual | {name: value for name, value in training.flat().items() if value is not None}

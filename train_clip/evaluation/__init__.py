@@ -1,1 +1,1 @@
-"""Scores and pictures: plain tensors in, plain figures out."""
+"""Embeddings and scores: plain tensors in, plain figures out."""

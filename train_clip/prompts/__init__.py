@@ -1,1 +1,1 @@
-"""Visual prompts beside a frozen CLIP: an extension, which the core does not know."""
+"""Extension: visual prompts beside a frozen CLIP; `prompt-tune`."""

@@ -15,6 +15,7 @@ from train_clip.commands.train import DEFAULT_MODEL, pretrained_weights
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.options import (
+    POSITIVE,
     DataOptions,
     ModelOptions,
     OptimizerOptions,
@@ -22,6 +23,7 @@ from train_clip.options import (
     RunOptions,
     StepOptions,
     TrainerOptions,
+    at_least,
     flat,
     option,
 )
@@ -52,16 +54,28 @@ class PromptOptions(Options):
     class_token: bool = option(True, "whether the class embedding is trained too")
 
 
+@dataclass(frozen=True)
+class PromptOptimizerOptions(OptimizerOptions):
+    """The optimizer of the prompts."""
+
+    optimizer: Literal["adamw", "sgd"] = option("sgd", "adamw or sgd")
+    learning_rate: float | None = option(
+        None, "peak learning rate; default: 25 for each 256 pairs of a batch with SGD, 1e-3 with AdamW", POSITIVE
+    )
+    weight_decay: float = option(0.0, "weight decay of the prompts", at_least(0))
+    warmup_steps: int | None = option(None, "optimizer steps until the peak; default: a tenth of the run", at_least(0))
+
+
 def prompt_tune(  # noqa: PLR0913, each is a group of options
     model: ModelOptions,
     data: DataOptions,
     prompts: PromptOptions,
-    optimizer: OptimizerOptions,
+    optimizer: PromptOptimizerOptions,
     step: StepOptions,
     run: RunOptions,
     trainer: TrainerOptions,
 ) -> Path:
-    """Tune visual prompts, a few thousand numbers in the image tower of a frozen CLIP; return the run's folder."""
+    """Tune visual prompts, a few thousand numbers in the image tower of a frozen CLIP."""
     resumed = begin(run, step.seed)
     if resumed is not None:
         start, source = resumed.arguments, str(resumed.checkpoint)
