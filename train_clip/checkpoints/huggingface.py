@@ -4,8 +4,6 @@ Names and settings: github.com/huggingface/transformers, models/clip. Its blocks
 matrices of their own, and its projections transposed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -169,7 +167,7 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
     return named_as_preset(config_from_dict(model | colours | {"activation": vision["hidden_act"]}, source))
 
 
-def write_huggingface(model: CLIP, folder: Path) -> None:
+def write_huggingface(model: "CLIP", folder: Path) -> None:
     """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
     from safetensors.torch import save_file
 

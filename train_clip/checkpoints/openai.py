@@ -3,8 +3,6 @@
 L  positions      W  width      G  places of the grid along a side
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -135,7 +133,7 @@ def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
     """
     import torch
 
-    def resized(positions: Tensor) -> Tensor:
+    def resized(positions: "Tensor") -> "Tensor":
         now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
         if now in (0, side) or now**2 + 1 != len(positions):
             return positions  # as they are, or no grid: strict loading says what they are instead

@@ -1,7 +1,5 @@
 """What this package writes, and what train-CLIP wrote before it: Lightning's checkpoints, ``.safetensors`` files."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle
@@ -96,7 +94,7 @@ def of_lightning(contents: Contents) -> dict[str, Any]:
     }
 
 
-def write_safetensors(model: CLIP, file: Path) -> None:
+def write_safetensors(model: "CLIP", file: Path) -> None:
     """Write one file of tensors under OpenAI's names, the configuration in its metadata."""
     from safetensors.torch import save_file
 

@@ -1,7 +1,5 @@
 """What a user names → what lies there: a path, a name of OpenAI's, a name on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib

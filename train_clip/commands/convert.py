@@ -1,7 +1,5 @@
 """Write a model in a format of others."""
 
-from __future__ import annotations
-
 import os
 import pkgutil
 import shutil

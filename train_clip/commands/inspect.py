@@ -1,7 +1,5 @@
 """Tell what lies in a file of weights, in a moment: neither PyTorch nor the model is needed for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from train_clip.checkpoints.found import identify

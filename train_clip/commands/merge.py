@@ -3,8 +3,6 @@
 Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, Wortsman et al., arXiv 2109.01903).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

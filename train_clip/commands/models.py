@@ -1,7 +1,5 @@
 """List the presets, and what an optimizer makes of a model's parameters."""
 
-from __future__ import annotations
-
 import re
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optimizer numbers its tables 18 to 20.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 
@@ -149,11 +147,11 @@ class ModelConfig:
         """What tensors of the same shapes have in common, and their heads."""
         return self.embed_dim, self.image, self.text
 
-    def with_image_size(self, size: int) -> ModelConfig:
+    def with_image_size(self, size: int) -> Self:
         """The same model for another input size, in pixels."""
         return dataclasses.replace(self, image=dataclasses.replace(self.image, size=size))
 
-    def with_context(self, context: int) -> ModelConfig:
+    def with_context(self, context: int) -> Self:
         """The same model for captions of another length, in tokens."""
         return dataclasses.replace(self, text=dataclasses.replace(self.text, context=context))
 
