@@ -207,22 +207,21 @@ class FoundCLIP(Found):
         return dataclasses.replace(config, mean=named.mean, std=named.std) if unsaid else config
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
-        if "activation" not in self.unsaid:
-            if config.activation not in ACTIVATIONS:
-                self.refuse(f"its activation is {config.activation}; known: {', '.join(ACTIVATIONS)}")
-            if choices.activation not in (None, config.activation):
+        said, chosen = config.activation, choices.activation
+        if "activation" in self.unsaid:
+            if chosen is None:
                 self.refuse(
-                    f"its activation is {config.activation}, found {choices.activation} asked for. Leave --activation "
-                    "out"
+                    "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "
+                    "what was trained from them, have quick_gelu; open_clip's other models have gelu, but for those "
+                    "whose name ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python "
+                    "activation=…)"
                 )
-            return config
-        if choices.activation is None:
-            self.refuse(
-                "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
-                "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
-                "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)"
-            )
-        return dataclasses.replace(config, activation=choices.activation)
+            return dataclasses.replace(config, activation=chosen)
+        if said not in ACTIVATIONS:
+            self.refuse(f"its activation is {said}; known: {', '.join(ACTIVATIONS)}")
+        if chosen not in (None, said):
+            self.refuse(f"its activation is {said}, found {chosen} asked for. Leave --activation out")
+        return config
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         try:
@@ -234,8 +233,7 @@ class FoundCLIP(Found):
 
     def _require_layers(self) -> None:
         # Before a model is built of it: more layers than there are tensors for.
-        layers = self.config.text.layers + self.config.image.layers
-        if (layers - 1) * TENSORS_OF_LAYER > len(self.records):
+        if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
             self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
 
 
@@ -247,11 +245,6 @@ def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbon
 def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
     """Find weights that are known to be of a model: what their file leaves open, the model says; others are refused."""
     return identify(find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
-
-
-def any_chosen(choices: WeightOptions) -> bool:
-    """Whether the user has chosen anything."""
-    return any(getattr(choices, one.name) is not None for one in dataclasses.fields(WeightOptions))
 
 
 def identify(contents: Contents) -> Found:
