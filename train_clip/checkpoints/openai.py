@@ -25,7 +25,6 @@ ACTIVATION = "transformer.resblocks.0.mlp.gelu"
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 OF_TEXT = "positional_embedding"
-NOTHING: Mapping[str, Any] = {}
 
 
 def find_openai(contents: Contents) -> FoundCLIP | None:
@@ -37,10 +36,9 @@ def find_openai(contents: Contents) -> FoundCLIP | None:
     left_out = (*MARKS, MASK)
     records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
     records = dict(contents.tensors) if kind is None else records
-    found = found_by_shapes(kind or "state dict under OpenAI's names", contents, records)
-    if is_openai:
-        # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
-        found = dataclasses.replace(found, unsaid=())
+    # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
+    said = {"unsaid": ()} if is_openai else {}
+    found = found_by_shapes(kind or "state dict under OpenAI's names", contents, records, **said)
     activation = ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2])
     if activation is None:
         return found
@@ -48,21 +46,12 @@ def find_openai(contents: Contents) -> FoundCLIP | None:
     return dataclasses.replace(found, config=dataclasses.replace(found.config, activation=activation), unsaid=unsaid)
 
 
-def found_by_shapes(
-    kind: str, contents: Contents, records: Mapping[str, TensorRecord], about: Mapping[str, Any] = NOTHING
-) -> FoundCLIP:
+def found_by_shapes(kind: str, contents: Contents, records: Mapping[str, TensorRecord], **told: Any) -> FoundCLIP:
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
     unsaid = ("activation",) if _preset_of(config) is not None else ("activation", "heads")
-    return FoundCLIP(
-        format=kind,
-        source=str(contents.path),
-        records=records,
-        rename=scalar_temperature,
-        about=about,
-        config=config,
-        unsaid=unsaid,
-    )
+    found = {"source": str(contents.path), "records": records, "rename": scalar_temperature, "config": config}
+    return FoundCLIP(format=kind, **found | {"unsaid": unsaid} | told)
 
 
 def config_from_shapes(records: Mapping[str, TensorRecord], contents: Contents) -> ModelConfig:

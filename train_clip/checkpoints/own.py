@@ -1,6 +1,5 @@
 """What this package writes, and what train-CLIP wrote before it: Lightning's checkpoints, ``.safetensors`` files."""
 
-import dataclasses
 import json
 import pickle
 import zipfile
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_clip.checkpoints.found import FoundCLIP
 from train_clip.checkpoints.openai import found_by_shapes
-from train_clip.checkpoints.read import Contents, TensorRecord
+from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 
@@ -59,8 +58,8 @@ def find_safetensors(contents: Contents) -> FoundCLIP | None:
 
 def find_train_clip(contents: Contents) -> FoundCLIP | None:
     """Find a checkpoint of train-CLIP's CLIPWrapper: OpenAI's model, QuickGELU included (its models/model.py)."""
-    records = below_model(contents)
-    if LIGHTNING not in contents.data or not records:
+    told = of_lightning(contents)
+    if LIGHTNING not in contents.data or not told["records"]:
         return None
     if OF_CUSTOM_WRAPPER in contents.tensors:
         raise UserError(
@@ -68,14 +67,8 @@ def find_train_clip(contents: Contents) -> FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    about = of_lightning(contents)["about"]
-    found = found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, about)
-    return dataclasses.replace(found, unsaid=())
-
-
-def below_model(contents: Contents) -> dict[str, TensorRecord]:
-    """The tensors of a module's model, by the names that they have there."""
-    return {name.removeprefix(MODEL): value for name, value in contents.tensors.items() if name.startswith(MODEL)}
+    format = "train-CLIP checkpoint (CLIPWrapper)"
+    return found_by_shapes(format, contents, told["records"], about=told["about"], unsaid=())
 
 
 def of_lightning(contents: Contents) -> dict[str, Any]:
@@ -88,7 +81,7 @@ def of_lightning(contents: Contents) -> dict[str, Any]:
     arguments = data.get("hyper_parameters")
     return {
         "source": str(contents.path),
-        "records": below_model(contents),
+        "records": {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)},
         "arguments": arguments if isinstance(arguments, Mapping) else {},
         "about": about,
     }

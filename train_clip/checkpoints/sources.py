@@ -37,8 +37,6 @@ OPENAI = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14-336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
-# OpenAI's own word for it.
-SPELLINGS = {"ViT-L/14@336px": "ViT-L/14-336px"}
 
 
 def find_contents(source: str | Path) -> Contents:
@@ -90,9 +88,9 @@ def _parts(index: Path) -> list[str]:
 
 
 def openai_name(name: str) -> str | None:
-    """OpenAI's model of a name, in either of its spellings (``ViT-B-32``); None where there is none."""
-    by_name = {key.replace("/", "-"): SPELLINGS.get(key, key) for key in (*OPENAI, *SPELLINGS)}
-    return by_name.get(name.replace("/", "-"))
+    """OpenAI's model of a name, in any spelling (``ViT-B-32``, ``ViT-L/14@336px``); None where there is none."""
+    by_name = {key.replace("/", "-"): key for key in OPENAI}
+    return by_name.get(name.replace("/", "-").replace("@", "-"))
 
 
 def fetch_openai(name: str) -> Path:
