@@ -92,12 +92,11 @@ def rename(tensors: Tensors) -> Tensors:
 
     renamed: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if name in PROJECTIONS:
-            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-            continue
         tower = next((tower for tower in TOWERS if name.startswith(tower)), None)
         ours = name if tower is None else TOWERS[tower] + _reworded(name.removeprefix(tower), WORDS)
-        if "attn.q_proj." in ours:
+        if name in PROJECTIONS:
+            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+        elif "attn.q_proj." in ours:
             parts = [tensors.get(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
             if any(part is None or part.shape != tensor.shape for part in parts):
                 raise UserError(f"{name}: its k_proj or v_proj is missing, or of another shape. Get the folder again.")
@@ -189,8 +188,7 @@ def write_huggingface(model: "CLIP", folder: Path) -> None:
     save_file(tensors, folder / HF_WEIGHTS, metadata={"format": "pt"})
     for name, values in _settings(config).items():
         write_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges())]
-    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges()), ""]))
 
 
 def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -218,10 +216,8 @@ def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
             **{"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}},
             **{"image_mean": list(config.mean), "image_std": list(config.std), "rescale_factor": 1 / 255},
         },
-        "tokenizer_config.json": {
-            **{"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context},
-            **special,
-        },
+        "tokenizer_config.json": special
+        | {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context},
         "special_tokens_map.json": special,
         "vocab.json": {token: place for place, token in enumerate(vocabulary())},
     }

@@ -35,16 +35,11 @@ def inspect(file: str, /) -> dict[str, str]:
     return report
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, nested: bool = False) -> str:
     """A value out of a file, or what it is: it may be too large to be written out."""
-    if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
-        return f"[{', '.join(map(_item, value))}]"
-    return _item(value)
-
-
-def _item(value: Any) -> str:
-    is_plain = isinstance(value, bool | int | float | str | None)
-    return str(value)[:LONGEST] if is_plain else f"({type(value).__name__})"
+    if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS and not nested:
+        return f"[{', '.join(_shown(item, nested=True) for item in value)}]"
+    return str(value)[:LONGEST] if isinstance(value, bool | int | float | str | None) else f"({type(value).__name__})"
 
 
 def _container(contents: Contents) -> str:
