@@ -106,13 +106,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
-            if damaged := archive.testzip() or next(iter(folders), None):
-                raise UserError(
-                    f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint."
-                )
-        loaded = torch.load(path, map_location=map_location, weights_only=True)
-    except UserError:
-        raise
+            damaged = archive.testzip() or next(iter(folders), None)
+        loaded = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than plain data; nothing of it was run. Expected a checkpoint of `train-clip train`."
@@ -122,6 +117,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise UserError(
             f"{path}: no checkpoint, or not all of one ({root_cause(error)}). Use another checkpoint."
         ) from error
+    if damaged:
+        raise UserError(f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint.")
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a checkpoint of `train-clip train`.")
     return loaded

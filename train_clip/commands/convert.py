@@ -1,14 +1,12 @@
 """Write a model in a format of others."""
 
-import os
 import pkgutil
-import shutil
 from pathlib import Path
 from typing import Literal
 
 from train_clip.checkpoints.found import find_weights
 from train_clip.errors import UserError
-from train_clip.files import BESIDE, replacing, sync_folder
+from train_clip.files import replacing
 from train_clip.models.clip import CLIP, DualEncoder
 from train_clip.options import WeightOptions
 
@@ -72,18 +70,10 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
         )
     _require_writable(target)
     write = pkgutil.resolve_name(WRITERS[kind][0])
-    if kind == "safetensors":  # a file
-        with replacing(target) as beside:
-            write(model, beside)
-        return
-    beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
+    with replacing(target) as beside:
+        if kind != "safetensors":
+            beside.mkdir()
         write(model, beside)
-        sync_folder(beside)
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _require_writable(target: Path) -> None:
