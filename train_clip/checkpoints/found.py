@@ -225,9 +225,7 @@ class FoundCLIP(Found):
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         try:
-            if choices.image_size is not None:
-                config = config.with_image_size(choices.image_size)
-            return config if choices.context_length is None else config.with_context(choices.context_length)
+            return config.with_sizes(choices.image_size, choices.context_length)
         except UserError as error:
             self.refuse(str(error))
 

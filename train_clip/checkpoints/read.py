@@ -66,9 +66,8 @@ class TensorRecord(NamedTuple):
     @property
     def end(self) -> int:
         """The place behind its last element in its storage."""
-        if self.stride is None or not math.prod(self.shape):
-            return math.prod(self.shape)
-        return self.offset + 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride or (), strict=True))
+        return self.offset + 1 + last if math.prod(self.shape) else 0
 
 
 class StandIn:
@@ -366,15 +365,15 @@ def _tensors_of(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, "T
     def wide(tensor: "Tensor") -> "Tensor":
         return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
 
+    if next(iter(records.values())).stride is None:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
     by_storage: dict[str, dict[str, TensorRecord]] = {}
     for name, record in records.items():
         by_storage.setdefault(record.entry, {})[name] = record
     numbers = sum(max(record.end for record in sharing.values()) for sharing in by_storage.values())
     if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * numbers:
         raise BadFile("the same numbers stand for many tensors")
-    if next(iter(records.values())).stride is None:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
     found = {}
     with zipfile.ZipFile(file) as archive:
         for entry, sharing in by_storage.items():

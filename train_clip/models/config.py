@@ -147,13 +147,11 @@ class ModelConfig:
         """What tensors of the same shapes have in common, and their heads."""
         return self.embed_dim, self.image, self.text
 
-    def with_image_size(self, size: int) -> Self:
-        """The same model for another input size, in pixels."""
-        return dataclasses.replace(self, image=dataclasses.replace(self.image, size=size))
-
-    def with_context(self, context: int) -> Self:
-        """The same model for captions of another length, in tokens."""
-        return dataclasses.replace(self, text=dataclasses.replace(self.text, context=context))
+    def with_sizes(self, image: int | None = None, context: int | None = None) -> Self:
+        """The same model for images of another size, in pixels, and captions of another length, in tokens."""
+        of_image = dataclasses.replace(self.image, size=image or self.image.size)
+        of_text = dataclasses.replace(self.text, context=context or self.text.context)
+        return dataclasses.replace(self, image=of_image, text=of_text)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
