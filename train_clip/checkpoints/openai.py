@@ -50,8 +50,8 @@ def found_by_shapes(kind: str, contents: Contents, records: Mapping[str, TensorR
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
     unsaid = ("activation",) if _preset_of(config) is not None else ("activation", "heads")
-    found = {"source": str(contents.path), "records": records, "rename": scalar_temperature, "config": config}
-    return FoundCLIP(format=kind, **found | {"unsaid": unsaid} | told)
+    told = {"unsaid": unsaid, "rename": scalar_temperature} | told
+    return FoundCLIP(format=kind, source=str(contents.path), records=records, config=config, **told)
 
 
 def config_from_shapes(records: Mapping[str, TensorRecord], contents: Contents) -> ModelConfig:

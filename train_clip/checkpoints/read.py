@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import typing
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -348,9 +348,10 @@ def _read_safetensors(path: Path) -> Contents:
 def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, "Tensor"]:
     """Read tensors into memory, each byte held against its checksum where there is one; floats become float32."""
     tensors: dict[str, Tensor] = {}
-    for file in {record.file for record in records.values()}:
+    for file in dict.fromkeys(record.file for record in records.values()):
         try:
-            tensors |= _tensors_of(file, {name: record for name, record in records.items() if record.file == file})
+            for name, tensor in _read_from(file, {name: one for name, one in records.items() if one.file == file}):
+                tensors[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         except Exception as error:
             # Damaged archives raise whatever their parsers do, from BadZipFile and EOFError to UnicodeDecodeError.
             reason = first_line(error)
@@ -358,23 +359,20 @@ def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, "Tensor"]:
     return {name: tensors[name] for name in records}
 
 
-def _tensors_of(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, "Tensor"]:
+def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tuple[str, "Tensor"]]:
     import torch
     from safetensors import safe_open
 
-    def wide(tensor: "Tensor") -> "Tensor":
-        return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-
     if next(iter(records.values())).stride is None:
         with safe_open(file, framework="pt") as tensors:
-            return {name: wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
+            yield from ((name, tensors.get_tensor(record.entry)) for name, record in records.items())
+        return
     by_storage: dict[str, dict[str, TensorRecord]] = {}
     for name, record in records.items():
         by_storage.setdefault(record.entry, {})[name] = record
     numbers = sum(max(record.end for record in sharing.values()) for sharing in by_storage.values())
     if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * numbers:
         raise BadFile("the same numbers stand for many tensors")
-    found = {}
     with zipfile.ZipFile(file) as archive:
         for entry, sharing in by_storage.items():
             content = bytearray(archive.read(entry))  # PyTorch wants memory that it may write to
@@ -383,5 +381,4 @@ def _tensors_of(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, "T
             for name, record in sharing.items():
                 tensor = storage.as_strided(record.shape, record.stride or (), record.offset)
                 # What shared its storage in the file is no longer one when it is trained.
-                found[name] = wide(tensor if len(sharing) == 1 else tensor.clone())
-    return found
+                yield name, tensor if len(sharing) == 1 else tensor.clone()
