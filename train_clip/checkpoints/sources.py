@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def read_contents(path: Path) -> Contents:
     """Look into a file, or into a folder as Hugging Face and open_clip write them."""
     try:
         if path.is_dir():
-            return _gather(path, lambda name: path / name if (path / name).is_file() else None)
+            return _gather(str(path))
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
     if not path.is_file():
@@ -62,19 +61,20 @@ def read_contents(path: Path) -> Contents:
     return dataclasses.replace(read_file(path), configs=configs)
 
 
-def _gather(path: Path, find: Callable[[str], Path | None]) -> Contents:
-    """Look into a folder whose files are found by their names, here or on a hub; ``path`` is what messages name."""
-    configs = {name: found for name in CONFIGS if (found := find(name)) is not None}
+def _gather(folder: str) -> Contents:
+    """Look into a folder whose files are found by their names, here or on a hub."""
+    configs = {name: found for name in CONFIGS if (found := find_file(folder, name)) is not None}
     for name in WEIGHTS:
-        if (found := find(name)) is None:
+        if (found := find_file(folder, name)) is None:
             continue
-        files = {part: find(part) for part in _parts(found)} if name.endswith(".index.json") else {name: found}
+        parts_of = _parts(found) if name.endswith(".index.json") else [name]
+        files = {part: find_file(folder, part) for part in parts_of}
         if missing := [part for part, file in files.items() if file is None]:
-            raise UserError(f"{path}: {name} lists {missing[0]}, which is not there. Get the folder again.")
+            raise UserError(f"{folder}: {name} lists {missing[0]}, which is not there. Get the folder again.")
         parts = [read_file(file) for file in files.values() if file is not None]
         tensors = {key: record for contents in parts for key, record in contents.tensors.items()}
-        return dataclasses.replace(parts[0], path=path, tensors=tensors, configs=configs)
-    raise UserError(f"{path}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
+        return dataclasses.replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
+    raise UserError(f"{folder}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
 
 
 def _parts(index: Path) -> list[str]:
@@ -127,7 +127,7 @@ def _from_hub(name: str) -> Contents:
     if not name:
         raise UserError(f"{HUB} without a name; expected {HUB}ORGANISATION/MODEL.")
     try:
-        return _gather(Path(name), lambda file: find_file(name, file))
+        return _gather(name)
     except UserError as error:
         raise UserError(f"{HUB}{error}") from error
     except ImportError as error:
