@@ -77,8 +77,7 @@ def find_huggingface(contents: Contents) -> FoundCLIP | None:
             "is. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
-        of_processor = contents.settings(HF_PROCESSOR).get("image_processor", {})
-        pixels = contents.settings(HF_PIXELS) or of_processor
+        pixels = contents.settings(HF_PIXELS) or contents.settings(HF_PROCESSOR).get("image_processor", {})
         config = _read_config(contents.settings(HF_CONFIG), pixels, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its {HF_CONFIG} is not as Hugging Face writes it ({first_line(error)}).") from error

@@ -33,9 +33,8 @@ def find_openai(contents: Contents) -> FoundCLIP | None:
     kind = "OpenAI's" if is_openai else "TorchScript" if contents.kind == "TorchScript archive" else None
     if kind is None and "visual.conv1.weight" not in contents.tensors:
         return None
-    left_out = (*MARKS, MASK)
+    left_out = () if kind is None else (*MARKS, MASK)
     records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
-    records = dict(contents.tensors) if kind is None else records
     # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
     said = {"unsaid": ()} if is_openai else {}
     found = found_by_shapes(kind or "state dict under OpenAI's names", contents, records, **said)

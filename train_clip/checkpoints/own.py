@@ -47,10 +47,8 @@ def find_safetensors(contents: Contents) -> FoundCLIP | None:
         return None
     source = str(contents.path)
     try:
-        values = json.loads(contents.metadata[METADATA])
-        if not isinstance(values, dict):
-            raise ValueError("no keys and values")
-    except (ValueError, RecursionError) as error:
+        values = dict(json.loads(contents.metadata[METADATA]))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: its metadata tell of no model ({error}). Write the file again.") from error
     config = config_from_dict(values, source)
     return FoundCLIP(format="train-clip safetensors", source=source, records=contents.tensors, config=config)
@@ -67,8 +65,8 @@ def find_train_clip(contents: Contents) -> FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    format = "train-CLIP checkpoint (CLIPWrapper)"
-    return found_by_shapes(format, contents, told["records"], about=told["about"], unsaid=())
+    kind = "train-CLIP checkpoint (CLIPWrapper)"
+    return found_by_shapes(kind, contents, told["records"], about=told["about"], unsaid=())
 
 
 def of_lightning(contents: Contents) -> dict[str, Any]:

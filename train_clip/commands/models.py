@@ -35,12 +35,11 @@ def models(
     """
     if optimizer is not None:
         _print(_updates(read_config(model_name), optimizer))
-        return
-    if show is not None:
+    elif show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
-        return
-    rows = [_row(config) for config in presets()]
-    _print([list(rows[0]), *(list(row.values()) for row in rows)])
+    else:
+        rows = [_row(config) for config in presets()]
+        _print([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def _print(rows: Sequence[Sequence[str]]) -> None:
