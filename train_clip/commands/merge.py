@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,8 +45,9 @@ class MergeOptions(ScoreOptions):
         if (first := self.folder or self.pairs) is not None:
             found[str(first)] = self
         if (second := self.other_folder) is not None:
-            other: dict[str, Any] = {"classes": self.other_classes, "templates": self.other_templates}
-            found[str(second)] = dataclasses.replace(self, folder=second, pairs=None, split="all", **other)
+            found[str(second)] = dataclasses.replace(
+                self, folder=second, pairs=None, split="all", classes=self.other_classes, templates=self.other_templates
+            )
         return found
 
 
