@@ -245,6 +245,11 @@ def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
     return identify(find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
 
 
+def any_chosen(choices: WeightOptions) -> bool:
+    """Whether the user has chosen anything."""
+    return any(getattr(choices, one.name) is not None for one in dataclasses.fields(WeightOptions))
+
+
 def identify(contents: Contents) -> Found:
     """Say which model lies in a file."""
     tensors = contents.tensors

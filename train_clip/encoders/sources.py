@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints.found import NO_CHOICE, Found
+from train_clip.checkpoints.found import Found, any_chosen
 from train_clip.checkpoints.own import of_lightning
 from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
@@ -108,7 +108,7 @@ class FoundEncoders(Found):
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if backbone is not None:
             self.refuse(f"{self.format}, a whole model. Leave the backbone out")
-        if choices != NO_CHOICE:
+        if any_chosen(choices):
             self.refuse("two encoders, whose sizes and activations are their own. Leave the choices out")
         return self
 

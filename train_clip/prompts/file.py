@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints.found import NO_CHOICE, Found, FoundCLIP, digest_of, find_model
+from train_clip.checkpoints.found import Found, FoundCLIP, any_chosen, digest_of, find_model
 from train_clip.checkpoints.openai import config_from_shapes
 from train_clip.checkpoints.own import LIGHTNING, of_lightning
 from train_clip.checkpoints.read import Contents
@@ -83,7 +83,7 @@ class FoundPrompts(FoundCLIP):
 
     @override
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        if choices != NO_CHOICE:
+        if any_chosen(choices):
             self.refuse("visual prompts, whose backbone is of one size. Leave the other choices out")
         if self.is_whole:
             return super().settled(choices, backbone)
