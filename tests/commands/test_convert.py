@@ -147,9 +147,10 @@ def test_a_folder_has_its_name_once_all_of_it_is_on_disk(made, tmp_path, monkeyp
         synced.add(os.fstat(handle).st_ino)
         fsync(handle)
 
-    def look(folder: Path, target: Path) -> Path:
-        assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= synced
-        return replace(folder, target)
+    def look(beside: Path, target: Path) -> Path:
+        files = beside.iterdir() if beside.is_dir() else ()
+        assert {path.stat().st_ino for path in (beside, *files)} <= synced
+        return replace(beside, target)
 
     monkeypatch.setattr(os, "fsync", sync), monkeypatch.setattr(Path, "replace", look)
     write_model(train_clip.load(made / "open_clip").model, tmp_path / "out", kind)
