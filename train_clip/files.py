@@ -14,17 +14,21 @@ BESIDE = ".tmp-"  # and the process's number, behind the target's name
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Write to the path that this yields; the target appears, or is replaced, only once all of it is on disk."""
+    """Write to the path that this yields, a file or a folder: the target appears only once all of it is on disk."""
     require_place(target)
     # In the same folder, so that the rename stays within one file system.
     beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
     try:
         yield beside
-        _sync(beside)
+        for written in (*(beside.iterdir() if beside.is_dir() else ()), beside):
+            _sync(written)
         beside.replace(target)
         _sync(target.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
 
 
 def require_place(target: Path) -> None:
@@ -58,13 +62,6 @@ def sweep(folder: Path) -> None:
     for left in folder.glob(f"*{BESIDE}*"):
         if left.name.rpartition(BESIDE)[2].isdigit():
             left.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have all files of a folder on disk, before it gets its name."""
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -141,17 +141,18 @@ def test_two_encoders_load_but_go_nowhere_else(here, joined, tmp_path):
 def test_a_folder_has_its_name_once_all_of_it_is_on_disk(made, tmp_path, monkeypatch, kind):
     """Every file and the folder are synced before the rename: a folder that is there after a crash is whole."""
     synced: set[int] = set()
-    fsync, rename = os.fsync, Path.rename
+    fsync, replace = os.fsync, Path.replace
 
     def sync(handle: int) -> None:
         synced.add(os.fstat(handle).st_ino)
         fsync(handle)
 
-    def look(folder: Path, target: Path) -> Path:
-        assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= synced
-        return rename(folder, target)
+    def look(beside: Path, target: Path) -> Path:
+        files = beside.iterdir() if beside.is_dir() else ()
+        assert {path.stat().st_ino for path in (beside, *files)} <= synced
+        return replace(beside, target)
 
-    monkeypatch.setattr(os, "fsync", sync), monkeypatch.setattr(Path, "rename", look)
+    monkeypatch.setattr(os, "fsync", sync), monkeypatch.setattr(Path, "replace", look)
     write_model(train_clip.load(made / "open_clip").model, tmp_path / "out", kind)
     assert (tmp_path / "out").is_dir()
 

@@ -232,14 +232,14 @@ def test_file_that_is_not_there(tmp_path):
         read_config(str(tmp_path / "absent.yaml"))
 
 
-def test_with_image_size():
+def test_with_sizes():
     """Only the size changes, and it has to fit the patch."""
     config = config_from_dict(SMALL)
-    larger = config.with_image_size(64)
+    larger = config.with_sizes(64)
     assert larger.image.size == 64
-    assert larger.with_image_size(32) == config
+    assert larger.with_sizes(32) == config
     with pytest.raises(UserError, match="multiple"):
-        config.with_image_size(60)
+        config.with_sizes(60)
 
 
 def test_frozen():

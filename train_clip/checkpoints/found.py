@@ -1,7 +1,5 @@
 """What a file of weights turned out to be: every kind settles, describes, reads and builds itself."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
@@ -71,15 +69,15 @@ class Found:
             # Whatever names a tensor alone.
             raise error if self.source in str(error) else UserError(f"{self.source}: {error}") from error
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, "Tensor"]:
         """Read the tensors, of the sizes that were asked for."""
         return dict(self.read_as_kept())
 
-    def empty(self) -> tuple[DualEncoder, Any]:
+    def empty(self) -> tuple["DualEncoder", Any]:
         """Build the model, its weights still to be filled in, and its tokenizer."""
         raise NotImplementedError
 
-    def build(self) -> tuple[DualEncoder, Any]:
+    def build(self) -> tuple["DualEncoder", Any]:
         """Build the model, filled strictly, in eval mode, and its tokenizer."""
         model, tokenizer = self.empty()
         fill(model, self.read(), self.source)
@@ -91,7 +89,7 @@ class Found:
         numbers = sum(math.prod(record.shape) for name, record in self.records.items() if not name.endswith(BUFFERS))
         return {"weights": f"{numbers:,} parameters in {len(self.records):,} tensors, {', '.join(kinds)}"}
 
-    def require_clip(self, instead: str = "; expected a CLIP.") -> FoundCLIP:
+    def require_clip(self, instead: str = "; expected a CLIP.") -> "FoundCLIP":
         """Give this, a plain CLIP; ``instead`` ends the refusal of two encoders."""
         raise NotImplementedError
 
@@ -109,7 +107,7 @@ class FoundCLIP(Found):
     choices: WeightOptions = NO_CHOICE
 
     @override
-    def require_clip(self, instead: str = "") -> FoundCLIP:
+    def require_clip(self, instead: str = "") -> Self:
         return self
 
     @override
@@ -139,10 +137,10 @@ class FoundCLIP(Found):
         return dataclasses.replace(self, config=config, choices=choices)
 
     @override
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, "Tensor"]:
         return self.resized(self.read_as_kept())
 
-    def resized(self, tensors: Tensors) -> dict[str, Tensor]:
+    def resized(self, tensors: Tensors) -> dict[str, "Tensor"]:
         """Interpolate positions of tensors as they are kept, where that was asked for."""
         from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions
 
@@ -153,7 +151,7 @@ class FoundCLIP(Found):
         return dict(tensors)
 
     @override
-    def empty(self) -> tuple[CLIP, Any]:
+    def empty(self) -> tuple["CLIP", Any]:
         import torch
 
         from train_clip.data.tokenizer import Tokenizer
@@ -209,35 +207,31 @@ class FoundCLIP(Found):
         return dataclasses.replace(config, mean=named.mean, std=named.std) if unsaid else config
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
-        if "activation" not in self.unsaid:
-            if config.activation not in ACTIVATIONS:
-                self.refuse(f"its activation is {config.activation}; known: {', '.join(ACTIVATIONS)}")
-            if choices.activation not in (None, config.activation):
+        said, chosen = config.activation, choices.activation
+        if "activation" in self.unsaid:
+            if chosen is None:
                 self.refuse(
-                    f"its activation is {config.activation}, found {choices.activation} asked for. Leave --activation "
-                    "out"
+                    "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "
+                    "what was trained from them, have quick_gelu; open_clip's other models have gelu, but for those "
+                    "whose name ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python "
+                    "activation=…)"
                 )
-            return config
-        if choices.activation is None:
-            self.refuse(
-                "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
-                "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
-                "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)"
-            )
-        return dataclasses.replace(config, activation=choices.activation)
+            return dataclasses.replace(config, activation=chosen)
+        if said not in ACTIVATIONS:
+            self.refuse(f"its activation is {said}; known: {', '.join(ACTIVATIONS)}")
+        if chosen not in (None, said):
+            self.refuse(f"its activation is {said}, found {chosen} asked for. Leave --activation out")
+        return config
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         try:
-            if choices.image_size is not None:
-                config = config.with_image_size(choices.image_size)
-            return config if choices.context_length is None else config.with_context(choices.context_length)
+            return config.with_sizes(choices.image_size, choices.context_length)
         except UserError as error:
             self.refuse(str(error))
 
     def _require_layers(self) -> None:
         # Before a model is built of it: more layers than there are tensors for.
-        layers = self.config.text.layers + self.config.image.layers
-        if (layers - 1) * TENSORS_OF_LAYER > len(self.records):
+        if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
             self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
 
 
@@ -280,7 +274,7 @@ def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]
             raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
 
 
-def fill(model: nn.Module, tensors: Tensors, source: str) -> None:
+def fill(model: "nn.Module", tensors: Tensors, source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

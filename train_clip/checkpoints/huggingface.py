@@ -4,8 +4,6 @@ Names and settings: github.com/huggingface/transformers, models/clip. Its blocks
 matrices of their own, and its projections transposed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -79,8 +77,7 @@ def find_huggingface(contents: Contents) -> FoundCLIP | None:
             "is. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
-        of_processor = contents.settings(HF_PROCESSOR).get("image_processor", {})
-        pixels = contents.settings(HF_PIXELS) or of_processor
+        pixels = contents.settings(HF_PIXELS) or contents.settings(HF_PROCESSOR).get("image_processor", {})
         config = _read_config(contents.settings(HF_CONFIG), pixels, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its {HF_CONFIG} is not as Hugging Face writes it ({first_line(error)}).") from error
@@ -94,12 +91,11 @@ def rename(tensors: Tensors) -> Tensors:
 
     renamed: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if name in PROJECTIONS:
-            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-            continue
         tower = next((tower for tower in TOWERS if name.startswith(tower)), None)
         ours = name if tower is None else TOWERS[tower] + _reworded(name.removeprefix(tower), WORDS)
-        if "attn.q_proj." in ours:
+        if name in PROJECTIONS:
+            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+        elif "attn.q_proj." in ours:
             parts = [tensors.get(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
             if any(part is None or part.shape != tensor.shape for part in parts):
                 raise UserError(f"{name}: its k_proj or v_proj is missing, or of another shape. Get the folder again.")
@@ -169,7 +165,7 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
     return named_as_preset(config_from_dict(model | colours | {"activation": vision["hidden_act"]}, source))
 
 
-def write_huggingface(model: CLIP, folder: Path) -> None:
+def write_huggingface(model: "CLIP", folder: Path) -> None:
     """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
     from safetensors.torch import save_file
 
@@ -191,8 +187,7 @@ def write_huggingface(model: CLIP, folder: Path) -> None:
     save_file(tensors, folder / HF_WEIGHTS, metadata={"format": "pt"})
     for name, values in _settings(config).items():
         write_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges())]
-    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges()), ""]))
 
 
 def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -220,10 +215,8 @@ def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
             **{"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}},
             **{"image_mean": list(config.mean), "image_std": list(config.std), "rescale_factor": 1 / 255},
         },
-        "tokenizer_config.json": {
-            **{"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context},
-            **special,
-        },
+        "tokenizer_config.json": special
+        | {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context},
         "special_tokens_map.json": special,
         "vocab.json": {token: place for place, token in enumerate(vocabulary())},
     }

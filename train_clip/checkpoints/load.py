@@ -1,7 +1,5 @@
 """A file of any known kind → the model, its preprocessing and its tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

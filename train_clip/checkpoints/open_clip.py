@@ -4,8 +4,6 @@ Its CLIP has OpenAI's names; its CustomTextCLIP, where the text tower is a plain
 Which settings there are, and their defaults: github.com/mlfoundations/open_clip, model.py, CLIPVisionCfg, CLIPTextCfg.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +63,7 @@ def find_open_clip(contents: Contents) -> FoundCLIP | None:
     return found_by_shapes("open_clip state dict", contents, records) if is_custom else None
 
 
-def write_open_clip(model: CLIP, folder: Path) -> None:
+def write_open_clip(model: "CLIP", folder: Path) -> None:
     """Write what ``open_clip.create_model("local-dir:FOLDER")`` takes."""
     from safetensors.torch import save_file
 

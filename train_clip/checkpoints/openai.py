@@ -3,8 +3,6 @@
 L  positions      W  width      G  places of the grid along a side
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -27,7 +25,6 @@ ACTIVATION = "transformer.resblocks.0.mlp.gelu"
 ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 OF_TEXT = "positional_embedding"
-NOTHING: Mapping[str, Any] = {}
 
 
 def find_openai(contents: Contents) -> FoundCLIP | None:
@@ -36,13 +33,11 @@ def find_openai(contents: Contents) -> FoundCLIP | None:
     kind = "OpenAI's" if is_openai else "TorchScript" if contents.kind == "TorchScript archive" else None
     if kind is None and "visual.conv1.weight" not in contents.tensors:
         return None
-    left_out = (*MARKS, MASK)
+    left_out = () if kind is None else (*MARKS, MASK)
     records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
-    records = dict(contents.tensors) if kind is None else records
-    found = found_by_shapes(kind or "state dict under OpenAI's names", contents, records)
-    if is_openai:
-        # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
-        found = dataclasses.replace(found, unsaid=())
+    # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
+    said = {"unsaid": ()} if is_openai else {}
+    found = found_by_shapes(kind or "state dict under OpenAI's names", contents, records, **said)
     activation = ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2])
     if activation is None:
         return found
@@ -50,21 +45,12 @@ def find_openai(contents: Contents) -> FoundCLIP | None:
     return dataclasses.replace(found, config=dataclasses.replace(found.config, activation=activation), unsaid=unsaid)
 
 
-def found_by_shapes(
-    kind: str, contents: Contents, records: Mapping[str, TensorRecord], about: Mapping[str, Any] = NOTHING
-) -> FoundCLIP:
+def found_by_shapes(kind: str, contents: Contents, records: Mapping[str, TensorRecord], **told: Any) -> FoundCLIP:
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
     unsaid = ("activation",) if _preset_of(config) is not None else ("activation", "heads")
-    return FoundCLIP(
-        format=kind,
-        source=str(contents.path),
-        records=records,
-        rename=scalar_temperature,
-        about=about,
-        config=config,
-        unsaid=unsaid,
-    )
+    told = {"unsaid": unsaid, "rename": scalar_temperature} | told
+    return FoundCLIP(format=kind, source=str(contents.path), records=records, config=config, **told)
 
 
 def config_from_shapes(records: Mapping[str, TensorRecord], contents: Contents) -> ModelConfig:
@@ -135,7 +121,7 @@ def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
     """
     import torch
 
-    def resized(positions: Tensor) -> Tensor:
+    def resized(positions: "Tensor") -> "Tensor":
         now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
         if now in (0, side) or now**2 + 1 != len(positions):
             return positions  # as they are, or no grid: strict loading says what they are instead

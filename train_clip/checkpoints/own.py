@@ -1,8 +1,5 @@
 """What this package writes, and what train-CLIP wrote before it: Lightning's checkpoints, ``.safetensors`` files."""
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import pickle
 import zipfile
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_clip.checkpoints.found import FoundCLIP
 from train_clip.checkpoints.openai import found_by_shapes
-from train_clip.checkpoints.read import Contents, TensorRecord
+from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 
@@ -50,10 +47,8 @@ def find_safetensors(contents: Contents) -> FoundCLIP | None:
         return None
     source = str(contents.path)
     try:
-        values = json.loads(contents.metadata[METADATA])
-        if not isinstance(values, dict):
-            raise ValueError("no keys and values")
-    except (ValueError, RecursionError) as error:
+        values = dict(json.loads(contents.metadata[METADATA]))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: its metadata tell of no model ({error}). Write the file again.") from error
     config = config_from_dict(values, source)
     return FoundCLIP(format="train-clip safetensors", source=source, records=contents.tensors, config=config)
@@ -61,8 +56,8 @@ def find_safetensors(contents: Contents) -> FoundCLIP | None:
 
 def find_train_clip(contents: Contents) -> FoundCLIP | None:
     """Find a checkpoint of train-CLIP's CLIPWrapper: OpenAI's model, QuickGELU included (its models/model.py)."""
-    records = below_model(contents)
-    if LIGHTNING not in contents.data or not records:
+    told = of_lightning(contents)
+    if LIGHTNING not in contents.data or not told["records"]:
         return None
     if OF_CUSTOM_WRAPPER in contents.tensors:
         raise UserError(
@@ -70,14 +65,8 @@ def find_train_clip(contents: Contents) -> FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    about = of_lightning(contents)["about"]
-    found = found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, records, about)
-    return dataclasses.replace(found, unsaid=())
-
-
-def below_model(contents: Contents) -> dict[str, TensorRecord]:
-    """The tensors of a module's model, by the names that they have there."""
-    return {name.removeprefix(MODEL): value for name, value in contents.tensors.items() if name.startswith(MODEL)}
+    kind = "train-CLIP checkpoint (CLIPWrapper)"
+    return found_by_shapes(kind, contents, told["records"], about=told["about"], unsaid=())
 
 
 def of_lightning(contents: Contents) -> dict[str, Any]:
@@ -90,13 +79,13 @@ def of_lightning(contents: Contents) -> dict[str, Any]:
     arguments = data.get("hyper_parameters")
     return {
         "source": str(contents.path),
-        "records": below_model(contents),
+        "records": {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)},
         "arguments": arguments if isinstance(arguments, Mapping) else {},
         "about": about,
     }
 
 
-def write_safetensors(model: CLIP, file: Path) -> None:
+def write_safetensors(model: "CLIP", file: Path) -> None:
     """Write one file of tensors under OpenAI's names, the configuration in its metadata."""
     from safetensors.torch import save_file
 
@@ -115,13 +104,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
-            if damaged := archive.testzip() or next(iter(folders), None):
-                raise UserError(
-                    f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint."
-                )
-        loaded = torch.load(path, map_location=map_location, weights_only=True)
-    except UserError:
-        raise
+            damaged = archive.testzip() or next(iter(folders), None)
+        loaded = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than plain data; nothing of it was run. Expected a checkpoint of `train-clip train`."
@@ -131,6 +115,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise UserError(
             f"{path}: no checkpoint, or not all of one ({root_cause(error)}). Use another checkpoint."
         ) from error
+    if damaged:
+        raise UserError(f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint.")
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a checkpoint of `train-clip train`.")
     return loaded

@@ -3,8 +3,6 @@
 ``torch.save`` and TorchScript write a zip archive: a pickle, ``data.pkl``, and an uncompressed entry for each storage.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -12,7 +10,7 @@ import pickle
 import pickletools
 import typing
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,9 +66,8 @@ class TensorRecord(NamedTuple):
     @property
     def end(self) -> int:
         """The place behind its last element in its storage."""
-        if self.stride is None or not math.prod(self.shape):
-            return math.prod(self.shape)
-        return self.offset + 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride or (), strict=True))
+        return self.offset + 1 + last if math.prod(self.shape) else 0
 
 
 class StandIn:
@@ -206,19 +203,12 @@ def read_archive(path: Path) -> tuple[Any, bool]:
         return _Unpickler(program, path, prefix, sizes).load(), f"{prefix}constants.pkl" in archive.namelist()
 
 
-# Instructions that data needs, by how many items they take off the stack: all above the mark, none, one, two, three.
-ALL = -1
-TAKES = (
-    "TUPLE APPENDS SETITEMS",
-    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE GLOBAL EMPTY_DICT "
-    "EMPTY_LIST EMPTY_TUPLE BINPUT LONG_BINPUT BINGET LONG_BINGET",
-    "TUPLE1 APPEND BUILD BINPERSID",
-    "TUPLE2 SETITEM REDUCE NEWOBJ",
-    "TUPLE3",
-)
-INSTRUCTIONS = {name: takes for takes, names in enumerate(TAKES, ALL) for name in names.split()}
+# Instructions that data needs; what the first ones put on the stack may be a key.
 KEYS = frozenset("NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE GLOBAL".split())
-PUT_NOTHING = frozenset("PROTO MARK STOP BINPUT LONG_BINPUT APPEND APPENDS SETITEM SETITEMS BUILD".split())
+INSTRUCTIONS = KEYS.union(
+    "PROTO MARK STOP EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS "
+    "BUILD REDUCE NEWOBJ BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET".split()
+)
 
 
 def _require_data(program: bytes) -> None:
@@ -227,23 +217,25 @@ def _require_data(program: bytes) -> None:
     A tuple as a key, a million deep, would end Python; so many numbers of one hash take it an hour.
     """
     stack, marks, memo = list[bool](), [0], dict[Any, bool]()  # of each value, whether it may be a key
-    for number, (instruction, operand, _) in enumerate(pickletools.genops(program)):
-        name, argument = instruction.name, typing.cast(int, operand)
+    for number, (code, operand, _) in enumerate(pickletools.genops(program)):
+        name, takes, argument = code.name, code.stack_before, typing.cast(int, operand)
         if name not in INSTRUCTIONS:
             raise BadFile(f"its data.pkl has the instruction {name}, which weights do not need")
-        start = marks.pop() if INSTRUCTIONS[name] == ALL else len(stack) - INSTRUCTIONS[name]
+        # Two of what is taken are the mark, which is not on this stack, and all above it.
+        above = marks.pop() + 2 if pickletools.markobject in takes else len(stack)
+        start = above - len(takes)
         if start < marks[-1] or max(number, argument if name == "LONG_BINPUT" else 0) > MAX_INSTRUCTIONS:
             raise BadFile(f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or ends its stack")
-        if name.startswith("SETITEM") and not all(stack[start::2]):
+        if name.startswith("SETITEM") and not all(stack[start + 1 :: 2]):
             raise BadFile("its data.pkl has a key that is no word or number, or a very large number")
         del stack[start:]
         if name == "MARK":
             marks.append(start)
         elif name.endswith("BINPUT"):
             memo[argument] = stack[-1]
-        elif name not in PUT_NOTHING:
+        else:
             is_key = name in KEYS and (name != "LONG1" or abs(argument) <= MAX_KEY)
-            stack.append(memo[argument] if name.endswith("BINGET") else is_key)
+            stack += [memo[argument] if name.endswith("BINGET") else is_key] * len(code.stack_after)
 
 
 class _Storage(NamedTuple):
@@ -263,21 +255,20 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         name = f"{module}.{name}"
+        if name.startswith("torch.nn."):
+            raise BadFile(
+                "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
+        if not (is_type or name in MAKERS or name.startswith(HARMLESS)) or len(self.classes) > MAX_NAMES:
+            raise BadFile(f"asks for {name}, which weights do not need; nothing of it was run")
         if name not in self.classes:
-            is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
-            if name.startswith("torch.nn."):
-                raise BadFile(
-                    "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
-                    "torch.save(model.state_dict(), FILE)"
-                )
-            if not (is_type or name in MAKERS or name.startswith(HARMLESS)) or len(self.classes) > MAX_NAMES:
-                raise BadFile(f"asks for {name}, which weights do not need; nothing of it was run")
             self.classes[name] = type(name, (StandIn,), {})
         return self.classes[name]
 
     def persistent_load(self, words: Any) -> _Storage:
-        # ("storage", type, key, device, number of elements)
-        _, kind, key, _, numel = _require(words, tuple)
+        _, kind, key, _, numel = _require(words, tuple)  # "storage", type, key, device, number of elements
         name = _require(kind, type).__name__.removeprefix("torch.").removesuffix("Storage")
         if name not in STORAGES:
             raise BadFile(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
@@ -293,15 +284,15 @@ class _Dict(dict[Any, Any]):
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> TensorRecord:
     """Make a tensor within its storage. A stride of 0 would claim any number of elements for a few bytes."""
-    _require(storage, _Storage)
-    numbers = (offset, *_sizes(shape), *_sizes(stride))
-    if not all(isinstance(number, int) and number >= 0 for number in numbers) or len(shape) != len(stride):
+    file, entry, dtype, numel = _require(storage, _Storage)
+    shape, stride = _sizes(shape), _sizes(stride)
+    if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
         raise BadFile("has a tensor whose shape and strides are not as many whole numbers")
     if others[2:3] and others[2]:  # behind requires_grad and hooks: what else is done to a tensor
         raise BadFile("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
-    record = TensorRecord(storage.file, storage.entry, storage.dtype, tuple(shape), tuple(stride), offset)
-    if max(math.prod(shape), record.end) > storage.numel:
-        raise BadFile(f"has a tensor of shape {shape} in a storage of {storage.numel:,} elements")
+    record = TensorRecord(file, entry, dtype, shape, stride, offset)
+    if max(math.prod(shape), record.end) > numel:
+        raise BadFile(f"has a tensor of shape {shape} in a storage of {numel:,} elements")
     return record
 
 
@@ -314,7 +305,7 @@ def _sizes(sizes: Any) -> tuple[Any, ...]:
 
 def _require(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise BadFile(f"its data.pkl has a {type(value).__name__} where another thing belongs")
+        raise BadFile(f"it has a {type(value).__name__} where another thing belongs")
     return value
 
 
@@ -345,23 +336,22 @@ def _read_safetensors(path: Path) -> Contents:
         raise BadFile("its metadata are not words by their names")
     tensors = {}
     for name, entry in header.items():
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if len(shape) > MAX_DIMENSIONS:
-            raise BadFile(f"its tensor {name[:LONGEST_SHOWN]} has {len(shape):,} dimensions")
-        if dtype not in DTYPES:
-            raise BadFile(f"its tensor {name} is of type {dtype}; known: {', '.join(DTYPES)}")
-        if not 0 <= start <= end <= size - 8 - length or end - start != math.prod(shape) * KINDS[DTYPES[dtype]][0]:
+        shape, (start, end) = _sizes(entry["shape"]), entry["data_offsets"]
+        if (dtype := DTYPES.get(entry["dtype"])) is None:
+            raise BadFile(f"its tensor {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}")
+        if not 0 <= start <= end <= size - 8 - length or end - start != math.prod(shape) * KINDS[dtype][0]:
             raise BadFile(f"its tensor {name} of shape {shape} is not in the file, or not all of it")
-        tensors[name] = TensorRecord(path, name, DTYPES[dtype], shape)
+        tensors[name] = TensorRecord(path, name, dtype, shape)
     return Contents(path, "safetensors", {}, tensors, metadata)
 
 
-def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, "Tensor"]:
     """Read tensors into memory, each byte held against its checksum where there is one; floats become float32."""
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(record.file for record in records.values()):
         try:
-            tensors |= _tensors_of(file, {name: one for name, one in records.items() if one.file == file})
+            for name, tensor in _read_from(file, {name: one for name, one in records.items() if one.file == file}):
+                tensors[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         except Exception as error:
             # Damaged archives raise whatever their parsers do, from BadZipFile and EOFError to UnicodeDecodeError.
             reason = first_line(error)
@@ -369,23 +359,20 @@ def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in records}
 
 
-def _tensors_of(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tuple[str, "Tensor"]]:
     import torch
     from safetensors import safe_open
 
-    def wide(tensor: Tensor) -> Tensor:
-        return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-
+    if next(iter(records.values())).stride is None:
+        with safe_open(file, framework="pt") as tensors:
+            yield from ((name, tensors.get_tensor(record.entry)) for name, record in records.items())
+        return
     by_storage: dict[str, dict[str, TensorRecord]] = {}
     for name, record in records.items():
         by_storage.setdefault(record.entry, {})[name] = record
     numbers = sum(max(record.end for record in sharing.values()) for sharing in by_storage.values())
     if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * numbers:
         raise BadFile("the same numbers stand for many tensors")
-    if next(iter(records.values())).stride is None:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: wide(tensors.get_tensor(record.entry)) for name, record in records.items()}
-    found = {}
     with zipfile.ZipFile(file) as archive:
         for entry, sharing in by_storage.items():
             content = bytearray(archive.read(entry))  # PyTorch wants memory that it may write to
@@ -394,5 +381,4 @@ def _tensors_of(file: Path, records: Mapping[str, TensorRecord]) -> dict[str, Te
             for name, record in sharing.items():
                 tensor = storage.as_strided(record.shape, record.stride or (), record.offset)
                 # What shared its storage in the file is no longer one when it is trained.
-                found[name] = wide(tensor if len(sharing) == 1 else tensor.clone())
-    return found
+                yield name, tensor if len(sharing) == 1 else tensor.clone()

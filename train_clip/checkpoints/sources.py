@@ -1,12 +1,9 @@
 """What a user names → what lies there: a path, a name of OpenAI's, a name on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
@@ -39,8 +36,6 @@ OPENAI = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14-336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
-# OpenAI's own word for it.
-SPELLINGS = {"ViT-L/14@336px": "ViT-L/14-336px"}
 
 
 def find_contents(source: str | Path) -> Contents:
@@ -57,7 +52,7 @@ def read_contents(path: Path) -> Contents:
     """Look into a file, or into a folder as Hugging Face and open_clip write them."""
     try:
         if path.is_dir():
-            return _gather(path, lambda name: path / name if (path / name).is_file() else None)
+            return _gather(str(path))
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
     if not path.is_file():
@@ -66,19 +61,20 @@ def read_contents(path: Path) -> Contents:
     return dataclasses.replace(read_file(path), configs=configs)
 
 
-def _gather(path: Path, find: Callable[[str], Path | None]) -> Contents:
-    """Look into a folder whose files are found by their names, here or on a hub; ``path`` is what messages name."""
-    configs = {name: found for name in CONFIGS if (found := find(name)) is not None}
+def _gather(folder: str) -> Contents:
+    """Look into a folder whose files are found by their names, here or on a hub."""
+    configs = {name: found for name in CONFIGS if (found := find_file(folder, name)) is not None}
     for name in WEIGHTS:
-        if (found := find(name)) is None:
+        if (found := find_file(folder, name)) is None:
             continue
-        files = {part: find(part) for part in _parts(found)} if name.endswith(".index.json") else {name: found}
+        parts_of = _parts(found) if name.endswith(".index.json") else [name]
+        files = {part: find_file(folder, part) for part in parts_of}
         if missing := [part for part, file in files.items() if file is None]:
-            raise UserError(f"{path}: {name} lists {missing[0]}, which is not there. Get the folder again.")
+            raise UserError(f"{folder}: {name} lists {missing[0]}, which is not there. Get the folder again.")
         parts = [read_file(file) for file in files.values() if file is not None]
         tensors = {key: record for contents in parts for key, record in contents.tensors.items()}
-        return dataclasses.replace(parts[0], path=path, tensors=tensors, configs=configs)
-    raise UserError(f"{path}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
+        return dataclasses.replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
+    raise UserError(f"{folder}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
 
 
 def _parts(index: Path) -> list[str]:
@@ -92,9 +88,9 @@ def _parts(index: Path) -> list[str]:
 
 
 def openai_name(name: str) -> str | None:
-    """OpenAI's model of a name, in either of its spellings (``ViT-B-32``); None where there is none."""
-    by_name = {key.replace("/", "-"): SPELLINGS.get(key, key) for key in (*OPENAI, *SPELLINGS)}
-    return by_name.get(name.replace("/", "-"))
+    """OpenAI's model of a name, in any spelling (``ViT-B-32``, ``ViT-L/14@336px``); None where there is none."""
+    by_name = {key.replace("/", "-"): key for key in OPENAI}
+    return by_name.get(name.replace("/", "-").replace("@", "-"))
 
 
 def fetch_openai(name: str) -> Path:
@@ -131,7 +127,7 @@ def _from_hub(name: str) -> Contents:
     if not name:
         raise UserError(f"{HUB} without a name; expected {HUB}ORGANISATION/MODEL.")
     try:
-        return _gather(Path(name), lambda file: find_file(name, file))
+        return _gather(name)
     except UserError as error:
         raise UserError(f"{HUB}{error}") from error
     except ImportError as error:

@@ -1,16 +1,12 @@
 """Write a model in a format of others."""
 
-from __future__ import annotations
-
-import os
 import pkgutil
-import shutil
 from pathlib import Path
 from typing import Literal
 
 from train_clip.checkpoints.found import find_weights
 from train_clip.errors import UserError
-from train_clip.files import BESIDE, replacing, sync_folder
+from train_clip.files import replacing
 from train_clip.models.clip import CLIP, DualEncoder
 from train_clip.options import WeightOptions
 
@@ -20,17 +16,17 @@ ENCODERS = (
     "Python: model.visual, model.transformer."
 )
 
-
-# What writes each format, of a model and of a place that gets its name once all is on disk: a folder, or a file.
-FOLDERS = {
-    "open_clip": "train_clip.checkpoints.open_clip:write_open_clip",
-    "huggingface": "train_clip.checkpoints.huggingface:write_huggingface",
-}
-FILES = {"safetensors": "train_clip.checkpoints.own:write_safetensors"}
-HOW_TO_OPEN = {
-    "open_clip": 'open_clip.create_model_and_transforms("local-dir:{target}")',
-    "huggingface": 'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
-    "safetensors": 'safetensors.torch.load_file("{target}")',
+# By format: what writes it, of a model and of a place that gets its name once all is on disk, and how it is opened.
+WRITERS = {
+    "open_clip": (
+        "train_clip.checkpoints.open_clip:write_open_clip",
+        'open_clip.create_model_and_transforms("local-dir:{target}")',
+    ),
+    "huggingface": (
+        "train_clip.checkpoints.huggingface:write_huggingface",
+        'transformers.CLIPModel.from_pretrained("{target}"), and CLIPProcessor likewise',
+    ),
+    "safetensors": ("train_clip.checkpoints.own:write_safetensors", 'safetensors.torch.load_file("{target}")'),
 }
 
 
@@ -59,7 +55,7 @@ def convert(
     # Before gigabytes are read.
     found = find_weights(source, weights).require_clip(f" {ENCODERS}")
     write_model(found.build()[0], target, to)
-    print(f'Wrote {target}: {HOW_TO_OPEN[to].format(target=target)}, or train_clip.load("{target}").')
+    print(f'Wrote {target}: {WRITERS[to][1].format(target=target)}, or train_clip.load("{target}").')
     return target
 
 
@@ -73,19 +69,11 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
             "`evaluate` and train_clip.load read."
         )
     _require_writable(target)
-    write = pkgutil.resolve_name((FOLDERS | FILES)[kind])
-    if kind in FILES:
-        with replacing(target) as beside:
-            write(model, beside)
-        return
-    beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
+    write = pkgutil.resolve_name(WRITERS[kind][0])
+    with replacing(target) as beside:
+        if kind != "safetensors":
+            beside.mkdir()
         write(model, beside)
-        sync_folder(beside)
-        beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _require_writable(target: Path) -> None:

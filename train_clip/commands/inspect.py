@@ -1,11 +1,8 @@
 """Tell what lies in a file of weights, in a moment: neither PyTorch nor the model is needed for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from train_clip.checkpoints.found import identify
-from train_clip.checkpoints.read import Contents
 from train_clip.checkpoints.sources import find_contents
 
 # A module's arguments that say which model it is, and not how it was trained.
@@ -24,7 +21,11 @@ def inspect(file: str, /) -> dict[str, str]:
     """
     contents = find_contents(file)
     found = identify(contents)
-    report = {"file": str(contents.path), "format": f"{found.format} ({_container(contents)})"} | found.describe()
+    files = {record.file for record in contents.tensors.values()}
+    size = f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB" + f" in {len(files)} files" * (
+        len(files) > 1
+    )
+    report = {"file": str(contents.path), "format": f"{found.format} ({contents.kind}, {size})"} | found.describe()
     report |= {name: _shown(value) for name, value in found.about.items() if value is not None}
     trained = {name: value for name, value in found.arguments.items() if name not in OF_MODEL and value is not None}
     if trained:
@@ -37,19 +38,8 @@ def inspect(file: str, /) -> dict[str, str]:
     return report
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, nested: bool = False) -> str:
     """A value out of a file, or what it is: it may be too large to be written out."""
-    if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS:
-        return f"[{', '.join(map(_item, value))}]"
-    return _item(value)
-
-
-def _item(value: Any) -> str:
-    is_plain = isinstance(value, bool | int | float | str | None)
-    return str(value)[:LONGEST] if is_plain else f"({type(value).__name__})"
-
-
-def _container(contents: Contents) -> str:
-    files = {record.file for record in contents.tensors.values()}
-    size = sum(file.stat().st_size for file in files)
-    return f"{contents.kind}, {size / 2**20:,.1f} MiB" + (f" in {len(files)} files" if len(files) > 1 else "")
+    if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS and not nested:
+        return f"[{', '.join(_shown(item, nested=True) for item in value)}]"
+    return str(value)[:LONGEST] if isinstance(value, bool | int | float | str | None) else f"({type(value).__name__})"

@@ -3,23 +3,19 @@
 Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, Wortsman et al., arXiv 2109.01903).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from train_clip.checkpoints.found import Found, find_model, find_weights
 from train_clip.checkpoints.own import MODEL, OF_RUN, read_checkpoint
-from train_clip.commands.evaluate import ScoreOptions, Scores, figures, load_for_scoring, score
+from train_clip.commands.evaluate import ScoreOptions, Scores, figures, load_for_scoring, score, table
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
 from train_clip.models.config import config_from_dict
@@ -43,20 +39,15 @@ class MergeOptions(ScoreOptions):
     other_classes: Path | None = option(None, "as --classes, for --other_folder")
     other_templates: Path | None = option(None, "as --templates, for --other_folder")
 
-    @property
-    def weights(self) -> list[float]:
-        """One or several."""
-        return self.weight if isinstance(self.weight, list) else [self.weight]
-
     def sets(self) -> dict[str, ScoreOptions]:
         """What to score on, by its name; empty where nothing is given."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(ScoreOptions)}
-        found = {}
-        if self.folder is not None or self.pairs is not None:
-            found[str(self.folder or self.pairs)] = ScoreOptions(**fields)
-        if self.other_folder is not None:
-            other = {"folder": self.other_folder, "classes": self.other_classes, "templates": self.other_templates}
-            found[str(self.other_folder)] = ScoreOptions(**(fields | other | {"pairs": None, "split": "all"}))
+        found: dict[str, ScoreOptions] = {}
+        if (first := self.folder or self.pairs) is not None:
+            found[str(first)] = self
+        if (second := self.other_folder) is not None:
+            found[str(second)] = dataclasses.replace(
+                self, folder=second, pairs=None, split="all", classes=self.other_classes, templates=self.other_templates
+            )
         return found
 
 
@@ -71,12 +62,15 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     Returns:
         The files; none was written where two models are not one, a file is there already, or one cannot be scored.
     """
-    _require_sense(options)
-    targets = [options.output / f"merged-{weight:g}.ckpt" for weight in options.weights]
+    weights = _weights(options)
+    targets = [options.output / f"merged-{weight:g}.ckpt" for weight in weights]
     if there := [target for target in targets if target.exists()]:
         raise UserError(f"{there[0]}: exists already and stays as it is. Give another --output, or remove it.")
     end = read_checkpoint(tuned)
-    second, arguments = _model_of(end, tuned), end["hyper_parameters"]
+    arguments, state = end.get("hyper_parameters"), end.get("state_dict", {})
+    second = {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+    if not second or arguments is None or "backbone" in arguments:
+        raise UserError(f"{tuned}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
     # The start is of the tuned model's configuration, whatever its file leaves open.
     of_clip = "config" in arguments
     begin = find_model(start, config_from_dict(arguments["config"], start)) if of_clip else find_weights(start)
@@ -88,7 +82,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     if options.json is not None:
         require_place(options.json)
     about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **OF_RUN}}
-    for weight, target in zip(options.weights, targets, strict=True):
+    for weight, target in zip(weights, targets, strict=True):
         merged = {MODEL + name: value for name, value in interpolate(first, second, weight).items()}
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
@@ -107,7 +101,6 @@ def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
     Running statistics of BatchNorm lie on the line too; whole numbers, such as their counts of batches, are the tuned
     model's, and so are the dtypes. At w = 0 and 1 the tensors are the one's and the other's, bit for bit.
     """
-    _require_weight(weight)
     require_one_model(start, tuned)
     merged = {}
     for name, end in tuned.items():
@@ -138,30 +131,20 @@ def require_one_model(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) 
             raise UserError(f"{name} has the shapes {shapes}; expected one model.")
 
 
-def _require_weight(weight: float) -> None:
-    if not 0 <= weight <= 1:
-        raise UserError(f"--weight {weight:g}: expected from 0, the first checkpoint, to 1, the second.")
-
-
-def _require_sense(options: MergeOptions) -> None:
-    if not options.weights:
+def _weights(options: MergeOptions) -> list[float]:
+    weights = options.weight if isinstance(options.weight, list) else [options.weight]
+    if not weights:
         raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
-    for weight in options.weights:
-        _require_weight(weight)
-    names = [f"{weight:g}" for weight in options.weights]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--weight: {twice[0]} comes twice to six figures, by which the files are named.")
+    names = [f"{weight:g}" for weight in weights]
+    for name, weight in zip(names, weights, strict=True):
+        if not 0 <= weight <= 1:
+            raise UserError(f"--weight {name}: expected from 0, the first checkpoint, to 1, the second.")
+        if names.count(name) > 1:
+            raise UserError(f"--weight: {name} comes twice to six figures, by which the files are named.")
     for name in ("other_classes", "other_templates"):
         if (value := getattr(options, name)) is not None and options.other_folder is None:
             raise UserError(f"--{name} {value}: is for --other_folder, which was not given.")
-
-
-def _model_of(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    weights = state.get("state_dict", {})
-    found = {name.removeprefix(MODEL): value for name, value in weights.items() if name.startswith(MODEL)}
-    if not found or "hyper_parameters" not in state or "backbone" in state["hyper_parameters"]:
-        raise UserError(f"{path}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
-    return found
+    return weights
 
 
 def _scores(one: Found | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
@@ -173,14 +156,10 @@ def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None
     """Print a table for each set, a row a weight."""
     console = Console()
     for name in next(iter(by_weight.values())):
-        table = Table("weight", box=None, header_style="bold", pad_edge=False)
-        rows = {weight: figures(scores[name]) for weight, scores in by_weight.items()}
-        for heading in next(iter(rows.values())):
-            table.add_column(heading, justify="right")
-        for weight, row in rows.items():
-            table.add_row(f"{weight:g}", *(f"{figure:.1%}" for figure in row.values()))
+        rows = {f"{weight:g}": figures(scores[name]) for weight, scores in by_weight.items()}
+        heading = ["weight", *next(iter(rows.values()))]
         console.print(f"\n{name}", highlight=False)
-        console.print(table)
+        console.print(table([heading, *([one, *(f"{x:.1%}" for x in row.values())] for one, row in rows.items())]))
     if target is not None:
         found = {f"{weight:g}": dict(sets) for weight, sets in by_weight.items()}
         write_text(target, json.dumps(found, indent=2, default=dataclasses.asdict) + "\n")

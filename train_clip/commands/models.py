@@ -1,15 +1,15 @@
 """List the presets, and what an optimizer makes of a model's parameters."""
 
-from __future__ import annotations
-
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
 
+from train_clip.commands.evaluate import table
 from train_clip.commands.train import DEFAULT_MODEL
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, presets, read_config
@@ -18,7 +18,6 @@ from train_clip.training.muon import HIDDEN, row_blocks
 from train_clip.training.optimizer import build_optimizer
 
 WIDTH = 200  # characters, what the widest row takes
-NUMBERS = ("parameters", "image", "text", "pixels", "embed")
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
 
 
@@ -36,25 +35,19 @@ def models(
     """
     if optimizer is not None:
         _print(_updates(read_config(model_name), optimizer))
-        return
-    if show is not None:
+    elif show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
-        return
-    rows = [_row(config) for config in presets()]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in rows[0]:
-        table.add_column(heading, justify="right" if heading in NUMBERS else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    _print(table)
+    else:
+        rows = [_row(config) for config in presets()]
+        _print([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
-def _print(table: Table) -> None:
+def _print(rows: Sequence[Sequence[str]]) -> None:
     # A table that folds its columns to a terminal's width cannot be read or piped.
-    Console(width=max(WIDTH, Console().width)).print(table)
+    Console(width=max(WIDTH, Console().width)).print(table(rows))
 
 
-def _updates(config: ModelConfig, optimizer: str) -> Table:
+def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:
     """A row for each parameter, those of a tower's blocks together."""
     with torch.device("meta"):
         model = CLIP(config)
@@ -63,23 +56,17 @@ def _updates(config: ModelConfig, optimizer: str) -> Table:
     options = TrainingOptions.of({"optimizer": optimizer, "learning_rate": numbers.lr} | of_preset)
     groups = build_optimizer(model, model, options).param_groups
     of_group = {parameter: group for group in groups for parameter in group["params"]}
-    rows: dict[tuple[str, ...], int] = {}
+    rows: Counter[tuple[str, ...]] = Counter()
     for name, parameter in model.named_parameters():
         group = of_group[parameter]
         of_muon = group.get(HIDDEN, False)
         by = NAMES["adamw" if optimizer == "muon" and not of_muon else optimizer]
-        together = row_blocks(parameter) if of_muon else 1
-        row = (
-            re.sub(r"\.\d+\.", ".*.", name),
-            "×".join(map(str, parameter.shape)) or "1",
-            f"{by}, as {together} matrices" if together > 1 else by,
-            f"{group['weight_decay']:g}",
-        )
-        rows[row] = rows.get(row, 0) + 1
-    table = Table("parameters", "tensors", "shape", "optimizer", "decay", box=None, header_style="bold", pad_edge=False)
-    for (name, shape, by, decay), tensors in rows.items():
-        table.add_row(name, str(tensors), shape, by, decay)
-    return table
+        if of_muon and (together := row_blocks(parameter)) > 1:
+            by += f", as {together} matrices"
+        shape = "×".join(map(str, parameter.shape)) or "1"
+        rows[re.sub(r"\.\d+\.", ".*.", name), shape, by, f"{group['weight_decay']:g}"] += 1
+    heading = ["parameters", "tensors", "shape", "optimizer", "decay"]
+    return [heading, *([name, str(tensors), *others] for (name, *others), tensors in rows.items())]
 
 
 def _row(config: ModelConfig) -> dict[str, str]:

@@ -86,9 +86,7 @@ def choose_config(model: ModelOptions) -> ModelConfig:
             "your own into a YAML file: `train-clip models --show ViT-B/32` prints one to start from."
         )
     config = _require_vocabulary(read_config(model.model_name or DEFAULT_MODEL))
-    if model.image_size is not None:
-        config = config.with_image_size(model.image_size)
-    return config if model.context_length is None else config.with_context(model.context_length)
+    return config.with_sizes(model.image_size, model.context_length)
 
 
 def _require_vocabulary(config: ModelConfig) -> ModelConfig:

@@ -3,19 +3,17 @@
 Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optimizer numbers its tables 18 to 20.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 
@@ -149,13 +147,11 @@ class ModelConfig:
         """What tensors of the same shapes have in common, and their heads."""
         return self.embed_dim, self.image, self.text
 
-    def with_image_size(self, size: int) -> ModelConfig:
-        """The same model for another input size, in pixels."""
-        return dataclasses.replace(self, image=dataclasses.replace(self.image, size=size))
-
-    def with_context(self, context: int) -> ModelConfig:
-        """The same model for captions of another length, in tokens."""
-        return dataclasses.replace(self, text=dataclasses.replace(self.text, context=context))
+    def with_sizes(self, image: int | None = None, context: int | None = None) -> Self:
+        """The same model for images of another size, in pixels, and captions of another length, in tokens."""
+        of_image = dataclasses.replace(self.image, size=image or self.image.size)
+        of_text = dataclasses.replace(self.text, context=context or self.text.context)
+        return dataclasses.replace(self, image=of_image, text=of_text)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
@@ -171,19 +167,19 @@ def read_config(name: str) -> ModelConfig:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file. --model_name takes a preset or a YAML file.")
         return _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path), path.stem)
-    by_name = {config.name.replace("/", "-"): config for config in presets()}
-    if (key := name.replace("/", "-")) not in by_name:
-        known = ", ".join(config.name for config in presets())
-        raise UserError(f"Unknown model {name!r}. Presets: {known}. For a model of your own give a YAML file.")
-    return by_name[key]
+    for preset in presets():
+        if preset.name.replace("/", "-") == name.replace("/", "-"):
+            return preset
+    known = ", ".join(preset.name for preset in presets())
+    raise UserError(f"Unknown model {name!r}. Presets: {known}. For a model of your own give a YAML file.")
 
 
 @cache
 def presets() -> tuple[ModelConfig, ...]:
     """Every model that ships with the package, in the order of their numbered files."""
     folder = resources.files("train_clip.models") / "presets"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
-    return tuple(_read_yaml(file.read_text(encoding="utf-8"), file.name, file.name) for file in files)
+    files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".yaml")}
+    return tuple(_read_yaml(files[name], name, name) for name in sorted(files))
 
 
 def _read_yaml(text: str, source: str, name: str) -> ModelConfig:
@@ -222,14 +218,14 @@ T = TypeVar("T")
 def _build(kind: type[T], values: Any, where: str) -> T:
     if not isinstance(values, dict):
         raise UserError(f"{where} is {_shown(values)}, expected keys and values")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    _require_keys(values, list(fields), required, f"under {where!r}")
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    required = [name for name, default in fields.items() if default is dataclasses.MISSING]
+    _require_keys(values, fields, required, f"under {where!r}")
     hints = typing.get_type_hints(kind)
     return kind(**{key: _typed(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
-def _require_keys(values: Mapping[str, Any], known: list[str], required: list[str], where: str) -> None:
+def _require_keys(values: Mapping[str, Any], known: Iterable[str], required: list[str], where: str) -> None:
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"unknown key {unknown[0]!r} {where}; known: {', '.join(known)}")
     if missing := [name for name in required if name not in values]:
