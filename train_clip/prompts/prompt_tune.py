@@ -58,7 +58,7 @@ class PromptOptions(Options):
 class PromptOptimizerOptions(OptimizerOptions):
     """The optimizer of the prompts."""
 
-    optimizer: Literal["adamw", "sgd"] = option("sgd", "adamw or sgd")
+    optimizer: Literal["adamw", "sgd"] = option("sgd", "optimizer of the prompts: adamw or sgd")
     learning_rate: float | None = option(
         None, "peak learning rate; default: 25 for each 256 pairs of a batch with SGD, 1e-3 with AdamW", POSITIVE
     )
