@@ -141,7 +141,7 @@ def test_captions_of_any_bytes(content: bytes, tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.getbasetemp() / "caption.txt"
     path.write_bytes(content)
     try:
-        lines = read_caption_lines(str(path)).captions
+        lines = read_caption_lines(str(path))[0]
     except BadSample as bad:
         assert bad.path == str(path)
         assert bad.reason

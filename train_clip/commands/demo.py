@@ -3,8 +3,6 @@
 Some pairs of colour and shape are kept out of training: what a model scores on them it did not learn by heart.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
@@ -125,10 +123,7 @@ def scenes() -> Iterator[Scene]:
 
 
 def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Path]:
-    """Write every scene's image, captions and class below two folders, for training and unseen.
-
-    Each training scene has several copies, which differ in place and background.
-    """
+    """Write the scenes' images, captions and classes into folders for training, so many copies of each, and unseen."""
     rng = np.random.default_rng(seed)
     training, unseen = folder / "training", folder / "unseen"
     for scene in scenes():

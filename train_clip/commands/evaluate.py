@@ -3,8 +3,6 @@
 A picture of what a model does: images beside the captions that it finds most similar.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import posixpath
@@ -200,7 +198,6 @@ def table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _collect(model: Pretrained, options: ScoreOptions) -> Collection:
-    """Read and embed what the options name."""
     classes, templates = _read_classes(options)
     scan = scan_source(options.folder, options)
     if not classes or scan.faults:
@@ -240,7 +237,6 @@ def _collect(model: Pretrained, options: ScoreOptions) -> Collection:
 
 
 def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
-    """The class names and the templates; no names where none are asked for."""
     templates = list(DEFAULT_TEMPLATES)
     if options.classes is None:
         return [], templates

@@ -4,8 +4,6 @@ An array holds the whole picture, its shorter side the model's size (S): what ev
 itself is still to be drawn.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 N  images      M  captions      D  embedding width      U  different captions
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,12 +55,8 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     An image counts as found when any caption that says the same as one of its own is among the first k, a caption when
     any image that has it is. Ties and NaN count against (``ranks``): a model that maps all to one point finds nothing.
 
-    Args:
-        images: (N, D) float, unit norm.
-        texts: (M, D) float, unit norm.
-        owners: (M,) int64, the image of each caption.
-        caption_ids: (M,) int64, equal for equal captions.
-        ks: the ranks at which recall is taken.
+    Images are (N, D), texts (M, D), of unit norm; ``owners``, (M,), are the captions' images, and ``caption_ids``,
+    (M,), are equal for equal captions.
     """
     different, ids = torch.unique(caption_ids, return_inverse=True)
     places = torch.arange(len(images), device=images.device)
