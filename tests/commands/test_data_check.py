@@ -199,7 +199,7 @@ def test_leaks_between_lists(tmp_path: Path, source: str) -> None:
 
 def held_out_names(folder: Path) -> set[str]:
     from train_clip.data.folder import scan_folder
-    from train_clip.data.split import split_pairs
+    from train_clip.data.pairs import split_pairs
 
     return {Path(pair.image).name for pair in split_pairs(scan_folder(folder).pairs, 0.5)[1]}
 

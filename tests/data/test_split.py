@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
-from train_clip.data.pairs import IN_TABLE, PairList
-from train_clip.data.split import held_out_indices, split_pairs
+from train_clip.data.pairs import IN_TABLE, PairList, held_out_indices, split_pairs
 from train_clip.data_tools.split import SplitOptions, divide
 from train_clip.errors import UserError
 from train_clip.options import PairOptions

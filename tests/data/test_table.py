@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
+from train_clip.data.pairs import split_pairs
 from train_clip.data.scan import Scan, scan_source
-from train_clip.data.split import split_pairs
 from train_clip.data.table import scan_table
 from train_clip.data_tools.split import write_table
 from train_clip.errors import UserError

@@ -1,7 +1,4 @@
-"""Score a model on a folder: what ``evaluate`` prints, and what other verbs set side by side.
-
-A picture of what a model does: images beside the captions that it finds most similar.
-"""
+"""Score a model on a folder, print it, and draw images beside the captions that the model finds most similar."""
 
 import dataclasses
 import json
@@ -24,10 +21,9 @@ from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
 from train_clip.checkpoints.load import Pretrained, open_weights
 from train_clip.commands.progress import with_progress
 from train_clip.data.crops import read_picture
-from train_clip.data.pairs import read_captions
+from train_clip.data.pairs import read_captions, split_pairs
 from train_clip.data.samples import Skip, image_loader
 from train_clip.data.scan import scan_source
-from train_clip.data.split import split_pairs
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Collection, embed_images, embed_texts
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, image_labels
@@ -57,19 +53,20 @@ def draw_best_captions(collection: Collection, target: Path) -> None:
     for panel in axes.flat:
         panel.axis("off")
     panels = iter(axes.flat)
-    for number, image in enumerate(chosen):
+    for image, scores, best in zip(chosen, values.tolist(), places.tolist(), strict=True):
         next(panels).imshow(read_picture(paths[image]).picture)
         text_panel = next(panels)
         own = {caption for caption, owner in zip(captions, owners, strict=True) if owner == image}
-        for line, (value, place) in enumerate(zip(values[number].tolist(), places[number].tolist(), strict=True)):
+        for line, (value, place) in enumerate(zip(scores, best, strict=True)):
             caption = different[place]
+            mark, colour = ("✓", "#12813a") if caption in own else (" ", "#555555")
             # A dollar sign would begin a formula.
             wrapped = textwrap.wrap(textwrap.shorten(caption, 64, placeholder=" …").replace("$", r"\$"), 34)
             text_panel.text(
                 0.0,
                 0.88 - 0.34 * line,
-                f"{value:.2f} {'✓' if caption in own else ' '} " + "\n          ".join(wrapped),
-                color="#12813a" if caption in own else "#555555",
+                f"{value:.2f} {mark} " + "\n          ".join(wrapped),
+                color=colour,
                 fontsize=8,
                 verticalalignment="top",
                 transform=text_panel.transAxes,
@@ -260,7 +257,6 @@ def _read_lines(path: Path, holding: str) -> list[str]:
 def _embed_images(
     model: Pretrained, paths: Sequence[str], options: ScoreOptions, skips: list[Skip]
 ) -> tuple[list[int], Tensor]:
-    """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
     loader = image_loader(paths, model.model.image_size, options.batch_size, options.num_workers)
     kept: list[int] = []
     parts: list[Tensor] = []

@@ -2,8 +2,6 @@
 
 The array is called ``data`` and is (3, H, W): uint8, a picture; or float16 or float32, pixels that are already
 normalised. Nothing is unpickled, and what a header claims is held against the file before any memory is taken for it.
-
-H, W  pixels
 """
 
 import io

@@ -105,10 +105,9 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
         piece = images[rows]
-        if how.horizontal_flip:
-            piece = torch.where(draws.mirrored[rows, None, None, None], piece.flip(3), piece)
-        if how.vertical_flip:
-            piece = torch.where(draws.upended[rows, None, None, None], piece.flip(2), piece)
+        for share, turned, side in ((how.horizontal_flip, draws.mirrored, 3), (how.vertical_flip, draws.upended, 2)):
+            if share:
+                piece = torch.where(turned[rows, None, None, None], piece.flip(side), piece)
         if how.changes_colours:
             piece = recolour(piece, draws.mixes[rows], draws.lifts[rows])
         changed[rows] = piece

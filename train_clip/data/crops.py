@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
@@ -105,7 +104,7 @@ def cut(pixels: NDArray[Any], window: Window, reduction: int = 1) -> Tensor:
     box = torch.from_numpy(np.require(pixels[:, top:bottom, left:right], requirements="W"))
     wide, high = window.target
     if box.shape[1:] != (high, wide):
-        (box,) = F.interpolate(box[None], (high, wide), mode="bicubic", antialias=True)
+        (box,) = torch.nn.functional.interpolate(box[None], (high, wide), mode="bicubic", antialias=True)
     left, top = window.place
     return box[:, top : top + window.size, left : left + window.size].contiguous()
 
@@ -132,7 +131,7 @@ def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
 
 def centre_square(image: Image.Image | str | Path, size: int) -> Tensor:
     """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8."""
-    picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
+    picture = upright_rgb(image, "picture", []) if isinstance(image, Image.Image) else open_rgb(str(image))
     return to_tensor(center_crop(picture, size))
 
 
@@ -145,9 +144,8 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
 
 
 def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side of an RGB picture to S; a picture of that size is returned as it is."""
-    target = shorter_to(picture.size, size)
-    return picture if target == picture.size else picture.resize(target, Image.Resampling.BICUBIC)
+    """Shorter side of an RGB picture to S; one of that size keeps its pixels."""
+    return picture.resize(shorter_to(picture.size, size), Image.Resampling.BICUBIC)
 
 
 def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:

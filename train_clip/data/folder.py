@@ -1,8 +1,7 @@
 """A folder of images and captions → pairs: a walk through whatever lies there, and pairing by what names share.
 
-By stem: ``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder. Where a stem occurs more than once,
-the files with the nearest common ancestor belong together. By number: ``image1.jpg`` and ``text1.txt`` are one.
-
+``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder; where a stem occurs more than once, the files
+with the nearest common ancestor belong together. By number ``image1.jpg`` and ``text1.txt`` are one.
 ``npz/cat.npz`` is the cache of ``cat.jpg`` or ``img/cat.jpg``, and ``npz/u/cat.npz`` that of ``u/cat.jpg``: it is read
 in its image's place, and the pair is still known by its image. Any other array is an image like others.
 """

@@ -97,9 +97,8 @@ def open_image(path: str) -> Jpeg | Image.Image:
         return _decoded(path, picture).picture
 
 
-def upright_rgb(picture: Image.Image, name: str, mended: list[str] | None = None) -> Image.Image:
+def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Image:
     """Make an opened picture what ``Decoded`` holds; ``mended`` gets what was mended, a ``BadSample`` the name."""
-    mended = [] if mended is None else mended
     turn = _turn(picture, mended)
     return _to_rgb(name, picture if turn is None else picture.transpose(turn), mended)
 

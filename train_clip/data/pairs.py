@@ -1,7 +1,8 @@
-"""What a pair is, its captions, and a list of pairs that stays small: every loader process reads a million of them."""
+"""What a pair is, its captions, which pairs are held out, and a list of them that stays small with a million."""
 
 import codecs
 import contextlib
+import hashlib
 import html
 import posixpath
 import unicodedata
@@ -55,7 +56,6 @@ class FlatStrings(Sequence[str]):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        """String ``index``, from 0 on."""
         if not 0 <= index < len(self._ends):
             raise IndexError(index)
         start = self._ends[index - 1] if index else 0
@@ -83,7 +83,6 @@ class PairList(Sequence[Pair]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
-        """Pair ``index``, its paths whole."""
         image = posixpath.join(self.root, self.names[index])
         captions = self._captions[index]
         name = self._caches[index] if self.num_cached else ""
@@ -93,7 +92,6 @@ class PairList(Sequence[Pair]):
         return Pair(image, posixpath.join(self.root, captions), cache=cache)
 
     def __eq__(self, other: object) -> bool:
-        """Equal to any sequence of the same pairs in the same order."""
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def take(self, indices: Sequence[int]) -> "PairList":
@@ -109,6 +107,26 @@ class PairList(Sequence[Pair]):
             (IN_TABLE + "\n".join(pair.texts) if pair.texts else pair.caption for pair in chain(self, other)),
             (pair.cache for pair in chain(self, other)),
         )
+
+
+def split_pairs(pairs: PairList, share: float) -> tuple[PairList, PairList]:
+    """Hold out round(share · len(pairs)), chosen by a hash of the image's name; none in place of a single one.
+
+    The choice depends on names alone: not on a seed, so that runs can be compared, nor on where the folder lies.
+    """
+    held_out = held_out_indices(pairs, share)
+    kept = set(held_out)
+    return pairs.take([index for index in range(len(pairs)) if index not in kept]), pairs.take(held_out)
+
+
+def held_out_indices(pairs: PairList, share: float) -> list[int]:
+    """The places of the pairs that ``split_pairs`` holds out, in order."""
+    number = round(share * len(pairs))
+    if number < 2:
+        return []
+    plain = (plain_name(name).encode("utf-8", "surrogateescape") for name in pairs.names)
+    hashes = [hashlib.sha256(name).digest() for name in plain]
+    return sorted(sorted(range(len(pairs)), key=hashes.__getitem__)[:number])
 
 
 def read_captions(path: str) -> list[str]:

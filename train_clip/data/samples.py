@@ -9,7 +9,6 @@ of each. The N mod G pairs that are left over differ from epoch to epoch.
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -74,7 +73,6 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         self.batches_per_epoch = self.num_pairs // global_batch
 
     def __len__(self) -> int:
-        """Keys of a whole epoch on this process."""
         return self.batches_per_epoch * (self.global_batch // self.num_replicas)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -215,18 +213,12 @@ class BatchTokenizer(Protocol):
     def batch(self, texts: list[str]) -> tuple[Any, int]: ...  # noqa: D102, tokens as the encoder takes them, and cuts
 
 
-@dataclass
-class Collate:
+def collate(tokenizer: BatchTokenizer, samples: Sequence[Sample]) -> Batch:
     """Stack the pixels, tokenize the captions by the text encoder's tokenizer."""
-
-    tokenizer: BatchTokenizer
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Images (B, 3, S, S) of the samples' dtype, texts (B, L) int64 or a mapping."""
-        texts, num_cut = self.tokenizer.batch([sample.caption for sample in samples])
-        skips = tuple(sample.skips for sample in samples if sample.skips)
-        missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
-        return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
+    texts, num_cut = tokenizer.batch([sample.caption for sample in samples])
+    skips = tuple(sample.skips for sample in samples if sample.skips)
+    missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
+    return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
 
 
 def available_cores() -> int:

@@ -134,7 +134,6 @@ _remembered = functools.lru_cache(NUM_REMEMBERED)(_word_tokens)
 
 @functools.cache
 def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
-    """The two steps: a word into pieces of byte letters, a piece into tokens."""
     bpe = models.BPE(
         vocab={token: place for place, token in enumerate(vocabulary())},
         merges=list(merges()),

@@ -1,7 +1,6 @@
 """Write the arrays of a folder's images, which training reads in their place: decoded and resized once, not each epoch.
 
-An array holds the whole picture, its shorter side the model's size (S): what every crop does first is done, the crop
-itself is still to be drawn.
+An array holds the whole picture, its shorter side the model's size: the crop is still to be drawn.
 """
 
 from collections import Counter, defaultdict

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from numpy.typing import NDArray
 
 from train_clip.data.crops import NORMALISED
 from train_clip.data.images import is_npz
-from train_clip.data.pairs import Pair, PairList, shown
+from train_clip.data.pairs import Pair, PairList, held_out_indices, shown
 from train_clip.data.scan import Scan
-from train_clip.data.split import held_out_indices
 from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
 from train_clip.errors import BadSample
 from train_clip.options import PairOptions, at_least, option
@@ -60,7 +58,7 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
         "folder_links": _listed(scan.folder_links),
         "faults": scan.faults,
         "bad_pairs": len({place for _, _, place in bad}),
-        "bad": {why: [shown(path) for _, path, _ in some] for why, some in groupby(sorted(bad), itemgetter(0))},
+        "bad": {why: [shown(path) for _, path, _ in some] for why, some in groupby(sorted(bad), lambda one: one[0])},
         "mended": {what: {"number": len(at), "examples": _first(pairs, at)} for what, at in sorted(mended.items())},
         "sizes": _sizes(facts.pairs["sides"], options.image_size),
         "captions": _captions(pairs, facts, options.context_length - 2),

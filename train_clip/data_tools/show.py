@@ -73,7 +73,6 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
 
 
 def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Tokenizer) -> str:
-    """One pair, with crops drawn as training draws them, or why it cannot be used."""
     pictures, lines = "", []
     try:
         lines = pairs[place].captions()
@@ -96,7 +95,6 @@ def _data_uri(pixels: Tensor) -> str:
 
 
 def _caption(caption: str, tokenizer: Tokenizer) -> str:
-    """The line, its tokens one by one, and how many there are."""
     ids = tokenizer.encode([caption])[0]
     room = tokenizer.context_length - 2
     tokens = "".join(

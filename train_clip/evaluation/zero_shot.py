@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import Collection
@@ -58,7 +57,7 @@ def class_embeddings(
     """
     captions = [template.replace("{}", name) for name in classes for template in templates]
     embeddings = embed_texts(captions).unflatten(0, (len(classes), len(templates)))
-    return F.normalize(embeddings.mean(dim=1), dim=-1)
+    return torch.nn.functional.normalize(embeddings.mean(dim=1), dim=-1)
 
 
 def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
