@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import yaml
-from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
@@ -137,7 +136,7 @@ def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Pat
     return training, unseen
 
 
-def draw(scene: Scene, rng: Generator) -> Image.Image:
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
     side, colour = SIDE * OVERSAMPLING, COLOURS[scene.colour]
     picture = Image.new("RGB", (side, side), tuple(int(tint) for tint in rng.integers(200, 256, 3)))

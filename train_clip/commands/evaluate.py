@@ -6,7 +6,6 @@ import posixpath
 import random
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -87,7 +86,7 @@ NAMED = 5  # files named on the screen; --json names all
 Scores = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ScoreOptions(SourceOptions):
     """What to score, and where the figures go."""
 
@@ -111,7 +110,7 @@ class ScoreOptions(SourceOptions):
     json: Path | None = option(None, "a file to write the figures to")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EvaluateOptions(ScoreOptions):
     """What to score, and where figures and pictures go."""
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -77,14 +76,14 @@ class Window(NamedTuple):
         return next((reduction for reduction in REDUCTIONS if reduction <= room), 1)
 
 
-def random_crop(picture: tuple[int, int], size: int, rng: Generator) -> Window:
+def random_crop(picture: tuple[int, int], size: int, rng: np.random.Generator) -> Window:
     """Shorter side of a width and height to S, then an S×S at random: the paper's only augmentation (section 2.4)."""
     target = shorter_to(picture, size)
     left, top = (int(rng.integers(side - size + 1)) for side in target)
     return Window((0, 0, *picture), target, (left, top), size)
 
 
-def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min_share: float) -> Window:
+def random_resized_crop(picture: tuple[int, int], size: int, rng: np.random.Generator, min_share: float) -> Window:
     """A square of at least a share of the largest one that fits, resized to S×S: train-CLIP's crop.
 
     On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``; on others that

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
@@ -142,7 +141,7 @@ class TrainingPairs(_Pairs):
 
 
 def draw(
-    pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: Generator
+    pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: np.random.Generator
 ) -> tuple[Tensor, str, str]:
     """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read."""
     pair = pairs[index]
