@@ -15,8 +15,10 @@ from PIL import Image
 from tests.conftest import write_pairs
 from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
 from train_clip import cli
+from train_clip.data.pairs import PairList
+from train_clip.data_tools import facts
 from train_clip.data_tools.check import data_check
-from train_clip.data_tools.facts import Audit, perceptual_hash
+from train_clip.data_tools.facts import perceptual_hash
 from train_clip.data_tools.report import CheckOptions, Report
 from train_clip.errors import UserError
 
@@ -197,7 +199,7 @@ def test_leaks_between_lists(tmp_path: Path, source: str) -> None:
 
 def held_out_names(folder: Path) -> set[str]:
     from train_clip.data.folder import scan_folder
-    from train_clip.data.split import split_pairs
+    from train_clip.data.pairs import split_pairs
 
     return {Path(pair.image).name for pair in split_pairs(scan_folder(folder).pairs, 0.5)[1]}
 
@@ -230,13 +232,13 @@ def test_workers_change_nothing(everything: Everything, workers: int) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The places of the pairs that are looked at from here on."""
     looked_at: list[int] = []
-    look = Audit.__call__
+    look = facts.audit
 
-    def recorded(self: Audit, place: int) -> object:
+    def recorded(pairs: PairList, place: int) -> object:
         looked_at.append(place)
-        return look(self, place)
+        return look(pairs, place)
 
-    monkeypatch.setattr(Audit, "__call__", recorded)
+    monkeypatch.setattr(facts, "audit", recorded)
     return looked_at
 
 
@@ -333,16 +335,16 @@ def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, monkeypatch
 def test_two_checks_at_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second one begins and ends within the first: the same report from both, and from what they have kept."""
     folder = write_pairs(tmp_path / "pairs", 6)
-    look = Audit.__call__
+    look = facts.audit
     reports: list[Report] = []
 
-    def interposed(self: Audit, place: int) -> object:
+    def interposed(pairs: PairList, place: int) -> object:
         if place == 3 and not reports:
-            monkeypatch.setattr(Audit, "__call__", look)
+            monkeypatch.setattr(facts, "audit", look)
             reports.append(check(folder))
-        return look(self, place)
+        return look(pairs, place)
 
-    monkeypatch.setattr(Audit, "__call__", interposed)
+    monkeypatch.setattr(facts, "audit", interposed)
     reports.append(check(folder))
     looked_at = counted(monkeypatch)
     reports.append(check(folder))
@@ -380,14 +382,14 @@ def test_what_passes_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.Monk
 def test_several_processes_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers, by their numbers: neither is this process."""
     folder = write_pairs(tmp_path / "pairs", 64)
-    look = Audit.__call__
+    look = facts.audit
 
-    def noted(self: Audit, place: int) -> object:
+    def noted(pairs: PairList, place: int) -> object:
         with (tmp_path / "processes").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return look(self, place)
+        return look(pairs, place)
 
-    monkeypatch.setattr(Audit, "__call__", noted)
+    monkeypatch.setattr(facts, "audit", noted)
     check(folder, num_workers=2)
     processes = set((tmp_path / "processes").read_text().split())
     assert len(processes) == 2
@@ -442,15 +444,15 @@ def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Ctrl-C after 40 of 60 pairs: what was found by then is not looked at again."""
     folder = write_pairs(tmp_path / "pairs", 60)
     looked_at = counted(monkeypatch)
-    look = Audit.__call__
+    look = facts.audit
 
-    def interrupted(self: Audit, place: int) -> object:
+    def interrupted(pairs: PairList, place: int) -> object:
         if place == 40:
             raise KeyboardInterrupt
-        return look(self, place)
+        return look(pairs, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Audit, "__call__", interrupted)
+        patch.setattr(facts, "audit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             check(folder)
     looked_at.clear()
@@ -463,9 +465,9 @@ import os, sys
 from train_clip import cli
 from train_clip.data_tools import facts
 
-look = facts.Audit.__call__
+look = facts.audit
 facts.KEPT_EVERY = 16
-facts.Audit.__call__ = lambda self, place: os._exit(9) if place == 40 else look(self, place)
+facts.audit = lambda pairs, place: os._exit(9) if place == 40 else look(pairs, place)
 cli.main(["data", "check", sys.argv[1], "--num_workers", "0"])
 """
 

@@ -169,6 +169,17 @@ def test_what_cannot_work(tmp_path: Path, options: dict[str, object], message: s
     assert not (tmp_path / "split").exists()
 
 
+def test_a_name_that_no_table_can_hold(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8: refused by name before anything is written."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    for suffix in (".png", ".txt"):
+        (folder / f"000{suffix}").rename(folder / f"b\udce4r{suffix}")
+    with pytest.raises(UserError) as caught:
+        split(folder, tmp_path / "split")
+    assert str(caught.value) == f"{folder}/b\\xe4r.png: its name is not UTF-8, so no table can hold it. Rename it."
+    assert not (tmp_path / "split").exists()
+
+
 def test_tables_are_not_overwritten(tmp_path: Path) -> None:
     """A second split into one folder is refused and leaves the first as it is."""
     folder = write_pairs(tmp_path / "pairs", 8)

@@ -60,10 +60,10 @@ def test_what_is_mended(tmp_path: Path, name: str) -> None:
     """What a text editor would show of the bytes, in the same words for every file; the captions are without it."""
     content, expected = MENDED[name]
     (tmp_path / "a.txt").write_bytes(content)
-    lines = read_caption_lines(str(tmp_path / "a.txt"))
-    assert lines.mended == expected
-    assert lines.captions == read_captions(str(tmp_path / "a.txt"))
-    assert not any("\r\n" in caption or caption.startswith("\ufeff") for caption in lines.captions)
+    captions, mended = read_caption_lines(str(tmp_path / "a.txt"))
+    assert mended == expected
+    assert captions == read_captions(str(tmp_path / "a.txt"))
+    assert not any("\r\n" in caption or caption.startswith("\ufeff") for caption in captions)
 
 
 @pytest.mark.parametrize("letter", [b"a", b" ", b"a cat\n", "猫".encode(), b"\0", b"\xff"])

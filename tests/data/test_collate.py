@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from train_clip.data.pairs import read_captions
-from train_clip.data.samples import Batch, Collate, Sample, Skip
+from train_clip.data.samples import Batch, Sample, Skip, collate
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer
 
@@ -31,7 +32,7 @@ def samples(*captions: str) -> list[Sample]:
 def test_the_fields_of_a_batch() -> None:
     """Pixels stacked in order as bytes, texts one row each as long as the longest, skips by replaced sample."""
     given = samples("a cat", "a dog that sits on a mat", "b")
-    batch = Collate(Tokenizer(77))(given)
+    batch = collate(Tokenizer(77), given)
     assert isinstance(batch, Batch)
     assert (batch.images.shape, batch.images.dtype) == ((3, 3, 4, 4), torch.uint8)
     assert all(torch.equal(image, sample.pixels) for image, sample in zip(batch.images, given, strict=True))
@@ -45,7 +46,7 @@ def test_the_fields_of_a_batch() -> None:
 
 def test_captions_that_are_too_long_are_counted() -> None:
     """A context of 6 holds four words: two of four captions are cut, and end in the end token all the same."""
-    batch = Collate(Tokenizer(6))(samples("a b c d", "a b c d e", "a", "a b c d e f g"))
+    batch = collate(Tokenizer(6), samples("a b c d", "a b c d e", "a", "a b c d e f g"))
     assert batch.num_cut == 2
     assert batch.texts.shape == (4, 6)
     assert all(Tokenizer.end_token in row for row in batch.texts)
@@ -66,7 +67,7 @@ class OwnTokenizer:
 def test_a_tokenizer_of_ones_own() -> None:
     """It gets the captions as a list, is asked for padded and cut tensors, and its mapping is passed on whole."""
     own = OwnTokenizer()
-    batch = Collate(PretrainedTokenizer(own, 512))(samples("a", "bcd"))
+    batch = collate(PretrainedTokenizer(own, 512), samples("a", "bcd"))
     assert own.asked == [(["a", "bcd"], {"padding": True, "truncation": True, "return_tensors": "pt"})]
     assert set(batch.texts) == {"input_ids", "attention_mask"}
     assert batch.texts["input_ids"].tolist() == [[1], [3]]
@@ -76,9 +77,9 @@ def test_a_tokenizer_of_ones_own() -> None:
 
 def test_it_travels_to_a_worker() -> None:
     """Pickled and back, as a spawned worker gets it: the same batch."""
-    collate = Collate(Tokenizer(10))
+    stack = partial(collate, Tokenizer(10))
     given = samples("a cat", "a dog")
-    for one, other in zip(collate(given), pickle.loads(pickle.dumps(collate))(given), strict=True):
+    for one, other in zip(stack(given), pickle.loads(pickle.dumps(stack))(given), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
@@ -96,7 +97,7 @@ def test_what_is_read_as_a_caption_can_be_collated(tmp_path: Path, caption: str)
     """A number without end as an HTML entity, in four disguises: a caption, cut to the context and counted as cut."""
     (tmp_path / "a.txt").write_text(caption, encoding="utf-8")
     assert read_captions(str(tmp_path / "a.txt")) == [caption]
-    batch = Collate(Tokenizer(10))(samples("a cat", caption))
+    batch = collate(Tokenizer(10), samples("a cat", caption))
     assert batch.texts.shape == (2, 10)
     assert batch.texts[1, [0, 9]].tolist() == [Tokenizer.start_token, Tokenizer.end_token]
     assert batch.num_cut == 1

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
+from train_clip.data.pairs import split_pairs
 from train_clip.data.scan import Scan
-from train_clip.data.split import split_pairs
 from train_clip.errors import UserError
 
 

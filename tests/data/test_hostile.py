@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -19,7 +20,7 @@ from PIL import Image
 
 from benchmarks.fuzz import chunk, damaged, originals, with_checksums
 from train_clip.data import images
-from train_clip.data.crops import Draw, random_crop, read_square
+from train_clip.data.crops import Window, random_crop, read_square
 from train_clip.data.images import FORMATS, MAX_BYTES, MAX_SCANS, open_rgb, read_image
 from train_clip.data.pairs import read_caption_lines
 from train_clip.errors import BadSample
@@ -34,7 +35,7 @@ CROP = 4  # pixels; the pictures are 12 by 10, so that JPEGs are decoded at half
 SMALL = 10**5  # pixels: the cap where a flip in a header would ask for 89 million
 
 
-def training_crop() -> Draw:
+def training_crop() -> Callable[[tuple[int, int]], Window]:
     return partial(random_crop, size=CROP, rng=np.random.default_rng(0))
 
 
@@ -141,7 +142,7 @@ def test_captions_of_any_bytes(content: bytes, tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.getbasetemp() / "caption.txt"
     path.write_bytes(content)
     try:
-        lines = read_caption_lines(str(path)).captions
+        lines = read_caption_lines(str(path))[0]
     except BadSample as bad:
         assert bad.path == str(path)
         assert bad.reason

@@ -72,4 +72,4 @@ def test_what_becomes_of_a_picture_on_its_way_through_the_web() -> None:
 def reopened(picture: Image.Image, quality: int) -> Image.Image:
     import io
 
-    return upright_rgb(Image.open(io.BytesIO(encoded(picture, "JPEG", quality=quality))), "a")
+    return upright_rgb(Image.open(io.BytesIO(encoded(picture, "JPEG", quality=quality))), "a", [])

@@ -18,7 +18,7 @@ from PIL import Image
 from train_clip.data.arrays import MAX_DATA, read_array, read_header, write_array
 from train_clip.data.crops import read_picture, resize_shorter
 from train_clip.data.pairs import Pair
-from train_clip.data.samples import Collate, Skip, TrainingPairs, ValidationPairs, image_loader
+from train_clip.data.samples import Skip, TrainingPairs, ValidationPairs, collate, image_loader
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample, UserError
 
@@ -145,7 +145,7 @@ def test_normalised_pixels_are_passed_on_as_they_are(tmp_path: Path, dtype: Any)
         for sample in (training[0, index], training[5, index], validation[index]):
             assert sample.pixels.dtype == torch.float32
             assert np.array_equal(sample.pixels.numpy(), array.astype(np.float32))
-    batch = Collate(Tokenizer())([training[0, index] for index in range(3)])
+    batch = collate(Tokenizer(), [training[0, index] for index in range(3)])
     assert batch.images.dtype == torch.float32
     ((_, pixels, _),) = image_loader([pair.pixels for pair in pairs], SIZE, 3, 0)
     assert np.array_equal(pixels.numpy(), np.stack(arrays).astype(np.float32))

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from train_clip.data.folder import cache_name, scan_folder
+from train_clip.data.pairs import split_pairs
 from train_clip.data.scan import Scan, scan_source
-from train_clip.data.split import split_pairs
 from train_clip.errors import UserError
 from train_clip.options import PairBy, SourceOptions
 

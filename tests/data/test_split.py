@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
-from train_clip.data.pairs import IN_TABLE, PairList
-from train_clip.data.split import Shares, divide, held_out_indices, require_share, split_pairs
+from train_clip.data.pairs import IN_TABLE, PairList, held_out_indices, split_pairs
+from train_clip.data_tools.split import SplitOptions, divide
 from train_clip.errors import UserError
+from train_clip.options import PairOptions
 
 
 def made_up_names(number: int) -> list[str]:
@@ -103,19 +104,16 @@ def test_a_folder_that_was_moved_splits_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2, float("nan"), float("inf")])
 def test_what_is_no_share(share: float) -> None:
     """Refused word for word, under the name that it was given."""
-    for name, refuse in (
-        ("val_share", lambda: split_pairs(made_up_pairs("", ["a.jpg"]), share)),
-        ("test_share", lambda: require_share("test_share", share)),
-    ):
+    for kind, name in ((PairOptions, "val_share"), (SplitOptions, "val_share"), (SplitOptions, "test_share")):
         with pytest.raises(UserError) as caught:
-            refuse()
-        assert str(caught.value) == f"{name} is {share}; expected a share from 0 (none) to below 1."
+            kind(**{name: share})
+        assert str(caught.value) == f"{name} is {share}; expected from 0 to below 1."
 
 
 @pytest.mark.parametrize("share", [0, 0.0, 0.5, 0.999])
 def test_what_is_a_share(share: float) -> None:
     """The ends of [0, 1) and its middle pass."""
-    require_share("val_share", share)
+    assert PairOptions(val_share=share).val_share == SplitOptions(val_share=share).val_share == share
 
 
 # Dividing
@@ -128,30 +126,35 @@ def digests(*names: int | str) -> list[bytes]:
     return [sha256(str(name).encode()).digest() for name in names]
 
 
-def restated(contents: list[bytes], classes: list[str], shares: Shares) -> dict[str, list[int]]:
+def shares_of(validation: float, test: float, seed: int, most: int | None = None) -> SplitOptions:
+    """The options in a row."""
+    return SplitOptions(val_share=validation, test_share=test, seed=seed, max_per_class=most)
+
+
+def restated(contents: list[bytes], classes: list[str], shares: SplitOptions) -> dict[str, list[int]]:
     """The rule over again: group by group in the hash's order, to the first of test, val and train that has room."""
     order = sorted(set(contents), key=lambda content: sha256(b"%d:" % shares.seed + content).digest())
     kept, seen = [], Counter[str]()
     for content in order:
         for index in (index for index in range(len(contents)) if contents[index] == content):
-            if shares.most_per_class is not None:
+            if shares.max_per_class is not None:
                 seen[classes[index]] += 1
-                if seen[classes[index]] > shares.most_per_class:
+                if seen[classes[index]] > shares.max_per_class:
                     continue
             kept.append(index)
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for content in order:
         group = [index for index in kept if contents[index] == content]
-        if group and len(parts["test"]) + len(group) <= round(shares.test * len(kept)):
+        if group and len(parts["test"]) + len(group) <= round(shares.test_share * len(kept)):
             parts["test"] += group
-        elif group and len(parts["val"]) + len(group) <= round(shares.validation * len(kept)):
+        elif group and len(parts["val"]) + len(group) <= round(shares.val_share * len(kept)):
             parts["val"] += group
         else:
             parts["train"] += group
     return {part: sorted(indices) for part, indices in parts.items()}
 
 
-SHARES = st.tuples(st.floats(0, 0.49), st.floats(0, 0.49), st.integers(0, 3), st.none() | st.integers(0, 4))
+SHARES = st.tuples(st.floats(0, 0.49), st.floats(0, 0.49), st.integers(0, 3), st.none() | st.integers(1, 4))
 PAIRS = st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abc")), max_size=30)
 
 
@@ -159,7 +162,11 @@ PAIRS = st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abc")), max_size
 @given(pairs=PAIRS, how=SHARES)
 def test_any_division(pairs: list[tuple[int, str]], how: tuple[float, float, int, int | None]) -> None:
     """Against the restatement; each kept pair once, in order; equal images in one part; no part over its number."""
-    contents, classes, shares = digests(*(content for content, _ in pairs)), [kind for _, kind in pairs], Shares(*how)
+    contents, classes, shares = (
+        digests(*(content for content, _ in pairs)),
+        [kind for _, kind in pairs],
+        shares_of(*how),
+    )
     parts = divide(contents, classes, shares)
     assert parts == restated(contents, classes, shares)
     assert list(parts) == ["train", "val", "test"]
@@ -171,15 +178,15 @@ def test_any_division(pairs: list[tuple[int, str]], how: tuple[float, float, int
         for index in indices:
             assert part_of.setdefault(contents[index], part) == part
     counts = Counter(classes[index] for index in kept)
-    if shares.most_per_class is None:
+    if shares.max_per_class is None:
         assert sorted(kept) == list(range(len(pairs)))
     else:
         assert counts == {
-            kind: min(number, shares.most_per_class)
+            kind: min(number, shares.max_per_class)
             for kind, number in Counter(classes).items()
-            if min(number, shares.most_per_class)
+            if min(number, shares.max_per_class)
         }
-    for part, share in (("val", shares.validation), ("test", shares.test)):
+    for part, share in (("val", shares.val_share), ("test", shares.test_share)):
         short = round(share * len(kept)) - len(parts[part])
         assert short >= 0
         # What is left to train on did not fit.
@@ -196,7 +203,7 @@ def test_the_order_does_not_matter(
     shuffled = order.sample(pairs, len(pairs))
     outcomes = []
     for listed in (pairs, shuffled):
-        parts = divide(digests(*(content for content, _ in listed)), [kind for _, kind in listed], Shares(*how))
+        parts = divide(digests(*(content for content, _ in listed)), [kind for _, kind in listed], shares_of(*how))
         outcomes.append({part: Counter(listed[index] for index in indices) for part, indices in parts.items()})
     assert outcomes[0] == outcomes[1]
 
@@ -204,44 +211,46 @@ def test_the_order_does_not_matter(
 @pytest.mark.parametrize("number", [0, 1, 10, 101, 1000])
 def test_parts_of_different_images_have_their_shares(number: int) -> None:
     """Without equal images test and validation hold round(share · n) exactly."""
-    parts = divide(digests(*range(number)), EMPTY, Shares(0.2, 0.1, 0))
+    parts = divide(digests(*range(number)), EMPTY, shares_of(0.2, 0.1, 0))
     assert (len(parts["val"]), len(parts["test"])) == (round(0.2 * number), round(0.1 * number))
     assert sum(map(len, parts.values())) == number
 
 
 def test_the_seed_matters() -> None:
     """Two seeds take different tests, about a tenth of which (10 of 100, less than 30) they share by chance."""
-    one, other = (set(divide(digests(*range(1000)), EMPTY, Shares(0, 0.1, seed))["test"]) for seed in (0, 1))
+    one, other = (set(divide(digests(*range(1000)), EMPTY, shares_of(0, 0.1, seed))["test"]) for seed in (0, 1))
     assert one != other
     assert len(one & other) < 30
-    assert one == set(divide(digests(*range(1000)), EMPTY, Shares(0, 0.1, 0))["test"])
+    assert one == set(divide(digests(*range(1000)), EMPTY, shares_of(0, 0.1, 0))["test"])
 
 
 def test_what_is_added_moves_few() -> None:
     """A test of 100 of 500 pairs, then of 100 of 1,000: those of the first 500 in the second were in the first."""
-    few, many = (divide(digests(*range(number)), EMPTY, Shares(0, 100 / number, 0))["test"] for number in (500, 1000))
+    few, many = (
+        divide(digests(*range(number)), EMPTY, shares_of(0, 100 / number, 0))["test"] for number in (500, 1000)
+    )
     assert set(many) & set(range(500)) <= set(few)
 
 
 def test_equal_images_that_fit_nowhere_are_trained_on() -> None:
     """One image nine times among ten: a test of a fifth holds the other one alone, and no copy is in two parts."""
-    parts = divide(digests(*[0] * 9, 1), EMPTY, Shares(0, 0.2, 0))
+    parts = divide(digests(*[0] * 9, 1), EMPTY, shares_of(0, 0.2, 0))
     assert parts == {"train": list(range(9)), "val": [], "test": [9]}
 
 
 def test_groups_of_two_in_odd_room() -> None:
     """Fifty images twice each, a test of 15 by its share: 14, the wanted number less half a group."""
-    parts = divide(digests(*range(50), *range(50)), EMPTY, Shares(0, 0.15, 3))
+    parts = divide(digests(*range(50), *range(50)), EMPTY, shares_of(0, 0.15, 3))
     assert (len(parts["test"]), len(parts["train"])) == (14, 86)
     assert {index % 50 for index in parts["test"]}.isdisjoint(index % 50 for index in parts["train"])
 
 
 def test_the_cap_keeps_what_the_order_has_first() -> None:
-    """Four of each of three classes of 10, 4 and 1 pairs; a larger cap keeps those and more, a cap of 0 none."""
+    """Four of each of three classes of 10, 4 and 1 pairs; a larger cap keeps those and more."""
     classes = ["a"] * 10 + ["b"] * 4 + ["c"]
     kept = []
-    for most in (0, 1, 4, 100):
-        parts = divide(digests(*range(15)), classes, Shares(0.2, 0.2, 5, most))
+    for most in (1, 2, 4, 100):
+        parts = divide(digests(*range(15)), classes, shares_of(0.2, 0.2, 5, most))
         kept.append({index for indices in parts.values() for index in indices})
         assert Counter(classes[index] for index in kept[-1]) == Counter(
             {kind: min(most, number) for kind, number in (("a", 10), ("b", 4), ("c", 1)) if most}
@@ -251,5 +260,5 @@ def test_the_cap_keeps_what_the_order_has_first() -> None:
 
 def test_shares_are_of_what_the_cap_keeps() -> None:
     """Ten classes of a hundred, ten of each kept: a test of a tenth holds 10, not 100."""
-    parts = divide(digests(*range(1000)), [str(index % 10) for index in range(1000)], Shares(0.2, 0.1, 0, 10))
+    parts = divide(digests(*range(1000)), [str(index % 10) for index in range(1000)], shares_of(0.2, 0.1, 0, 10))
     assert {part: len(indices) for part, indices in parts.items()} == {"train": 70, "val": 20, "test": 10}

@@ -21,8 +21,8 @@ from PIL import Image
 
 from tests.conftest import write_pairs
 from train_clip.data.folder import scan_folder
+from train_clip.data.pairs import split_pairs
 from train_clip.data.samples import Batch, available_cores
-from train_clip.data.split import split_pairs
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, config_from_dict

@@ -3,8 +3,6 @@
 Some pairs of colour and shape are kept out of training: what a model scores on them it did not learn by heart.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import yaml
-from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
@@ -125,10 +122,7 @@ def scenes() -> Iterator[Scene]:
 
 
 def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Path]:
-    """Write every scene's image, captions and class below two folders, for training and unseen.
-
-    Each training scene has several copies, which differ in place and background.
-    """
+    """Write the scenes' images, captions and classes into folders for training, so many copies of each, and unseen."""
     rng = np.random.default_rng(seed)
     training, unseen = folder / "training", folder / "unseen"
     for scene in scenes():
@@ -142,7 +136,7 @@ def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Pat
     return training, unseen
 
 
-def draw(scene: Scene, rng: Generator) -> Image.Image:
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
     side, colour = SIDE * OVERSAMPLING, COLOURS[scene.colour]
     picture = Image.new("RGB", (side, side), tuple(int(tint) for tint in rng.integers(200, 256, 3)))

@@ -1,9 +1,4 @@
-"""Score a model on a folder: what ``evaluate`` prints, and what other verbs set side by side.
-
-A picture of what a model does: images beside the captions that it finds most similar.
-"""
-
-from __future__ import annotations
+"""Score a model on a folder, print it, and draw images beside the captions that the model finds most similar."""
 
 import dataclasses
 import json
@@ -11,7 +6,6 @@ import posixpath
 import random
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -26,10 +20,9 @@ from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
 from train_clip.checkpoints.load import Pretrained, open_weights
 from train_clip.commands.progress import with_progress
 from train_clip.data.crops import read_picture
-from train_clip.data.pairs import read_captions
+from train_clip.data.pairs import read_captions, split_pairs
 from train_clip.data.samples import Skip, image_loader
 from train_clip.data.scan import scan_source
-from train_clip.data.split import split_pairs
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import EMBED_AT_ONCE, Collection, embed_images, embed_texts
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, image_labels
@@ -59,19 +52,20 @@ def draw_best_captions(collection: Collection, target: Path) -> None:
     for panel in axes.flat:
         panel.axis("off")
     panels = iter(axes.flat)
-    for number, image in enumerate(chosen):
+    for image, scores, best in zip(chosen, values.tolist(), places.tolist(), strict=True):
         next(panels).imshow(read_picture(paths[image]).picture)
         text_panel = next(panels)
         own = {caption for caption, owner in zip(captions, owners, strict=True) if owner == image}
-        for line, (value, place) in enumerate(zip(values[number].tolist(), places[number].tolist(), strict=True)):
+        for line, (value, place) in enumerate(zip(scores, best, strict=True)):
             caption = different[place]
+            mark, colour = ("✓", "#12813a") if caption in own else (" ", "#555555")
             # A dollar sign would begin a formula.
             wrapped = textwrap.wrap(textwrap.shorten(caption, 64, placeholder=" …").replace("$", r"\$"), 34)
             text_panel.text(
                 0.0,
                 0.88 - 0.34 * line,
-                f"{value:.2f} {'✓' if caption in own else ' '} " + "\n          ".join(wrapped),
-                color="#12813a" if caption in own else "#555555",
+                f"{value:.2f} {mark} " + "\n          ".join(wrapped),
+                color=colour,
                 fontsize=8,
                 verticalalignment="top",
                 transform=text_panel.transAxes,
@@ -92,7 +86,7 @@ NAMED = 5  # files named on the screen; --json names all
 Scores = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ScoreOptions(SourceOptions):
     """What to score, and where the figures go."""
 
@@ -116,7 +110,7 @@ class ScoreOptions(SourceOptions):
     json: Path | None = option(None, "a file to write the figures to")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EvaluateOptions(ScoreOptions):
     """What to score, and where figures and pictures go."""
 
@@ -200,7 +194,6 @@ def table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _collect(model: Pretrained, options: ScoreOptions) -> Collection:
-    """Read and embed what the options name."""
     classes, templates = _read_classes(options)
     scan = scan_source(options.folder, options)
     if not classes or scan.faults:
@@ -240,7 +233,6 @@ def _collect(model: Pretrained, options: ScoreOptions) -> Collection:
 
 
 def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
-    """The class names and the templates; no names where none are asked for."""
     templates = list(DEFAULT_TEMPLATES)
     if options.classes is None:
         return [], templates
@@ -264,7 +256,6 @@ def _read_lines(path: Path, holding: str) -> list[str]:
 def _embed_images(
     model: Pretrained, paths: Sequence[str], options: ScoreOptions, skips: list[Skip]
 ) -> tuple[list[int], Tensor]:
-    """The indices of the paths that could be read, and their (N, D) unit-norm embeddings."""
     loader = image_loader(paths, model.model.image_size, options.batch_size, options.num_workers)
     kept: list[int] = []
     parts: list[Tensor] = []

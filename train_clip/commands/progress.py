@@ -1,15 +1,13 @@
 """How far a scan is: a bar on a terminal, a line now and then in a file."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
-from typing_extensions import override
+from torch.utils.data import DataLoader
 
 from train_clip.data.samples import available_cores
 
@@ -22,21 +20,13 @@ Found = TypeVar("Found")
 def in_workers(function: Callable[[Any], Found], items: Any, num_workers: int | None, what: str) -> Iterator[Found]:
     """Call a function on each item of a sequence in processes, None for one a core, and yield in order."""
     workers = available_cores() if num_workers is None else num_workers
-    calls = DataLoader(_Calls(function, items), batch_size=BATCH, num_workers=workers, collate_fn=list)
+    calls = DataLoader(items, batch_size=BATCH, num_workers=workers, collate_fn=partial(_call, function))
     for batch in with_progress(calls, f"batches of {BATCH} {what}"):
         yield from batch
 
 
-class _Calls(Dataset[Any]):
-    def __init__(self, function: Callable[[Any], Any], items: Any) -> None:
-        self.function, self.items = function, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @override
-    def __getitem__(self, index: int) -> Any:
-        return self.function(self.items[index])
+def _call(function: Callable[[Any], Found], items: list[Any]) -> list[Found]:
+    return list(map(function, items))
 
 
 def with_progress(loader: Any, what: str) -> Iterator[Any]:

@@ -2,11 +2,7 @@
 
 The array is called ``data`` and is (3, H, W): uint8, a picture; or float16 or float32, pixels that are already
 normalised. Nothing is unpickled, and what a header claims is held against the file before any memory is taken for it.
-
-H, W  pixels
 """
-
-from __future__ import annotations
 
 import io
 import math
@@ -15,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -37,12 +33,8 @@ END, END_LENGTH, LOCATOR, LOCATOR_LENGTH = b"PK\5\6", 22, b"PK\6\7", 20
 MAX_DIRECTORY = 2**16  # bytes; that of one array takes about 60
 
 
-class Header(NamedTuple):
-    """What an array is said to be."""
-
-    shape: tuple[int, ...]  # (3, H, W)
-    dtype: np.dtype[Any]  # uint8, float16 or float32
-    fortran_order: bool  # whether the first axis is the one that runs fastest
+# What an array is said to be: its shape, (3, H, W), its dtype, and whether its first axis is the one that runs fastest.
+Header = tuple[tuple[int, ...], np.dtype[Any], bool]
 
 
 def read_header(path: str) -> Header:
@@ -52,10 +44,7 @@ def read_header(path: str) -> Header:
 
 
 def read_array(path: str) -> NDArray[Any]:
-    """Read an image's array.
-
-    Returns:
-        (3, H, W) uint8, float16 or float32, read-only; floating-point values are finite.
+    """Read an image's array, (3, H, W) uint8, float16 or float32, read-only and finite.
 
     Raises:
         BadSample: no zip or a damaged one, no ``data`` in it, objects, another dtype or shape, a size that the file
@@ -80,7 +69,6 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[Header, IO[bytes]]]:
-    """The array's header, held against the size of its entry, and its bytes, to be read."""
     with reading(path, "npz"), Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         _require_small_directory(path, file, size)
@@ -129,4 +117,4 @@ def _header(path: str, member: IO[bytes], size: int) -> Header:
     require_sides(path, *shape[1:])
     if math.prod(shape) * dtype.itemsize != size - member.tell():
         raise BadSample(path, "npz whose array is not of the size that its header says")
-    return Header(shape, dtype, fortran_order)
+    return shape, dtype, fortran_order

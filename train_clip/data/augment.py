@@ -12,14 +12,13 @@ In whatever order they are done, they are one affine map of the colours,
     x' = M x + o        M = b c (L + s (cos θ (1 − L) + sin θ K))        o = b (1 − c) mean(Y)
 
 where L maps a colour to its luma in all three channels and K turns what is left of it by a quarter. What leaves the
-range is cut once, at the end; torchvision cuts after every step. The hue turns as by an analogue television's knob, in
-the plane of B − Y and R − Y at constant luma; by HSV, as others have it, the largest and the least channel are kept.
+range is cut once, at the end; torchvision cuts after every step. The hue turns in the plane of B − Y and R − Y at
+constant luma; by HSV, as others have it, the largest and the least channel are kept.
 
 N  pairs of the global batch      B  pairs on this process      S  side of the image in pixels
 """
 
-from __future__ import annotations
-
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,26 +45,22 @@ STREAM = 0x6175676D  # tells these random numbers from those of crops, which hav
 
 
 class Draws(NamedTuple):
-    """What was drawn for each image; B rows."""
+    """What was drawn for each image."""
 
     mixes: Tensor  # (B, 3, 3) float32, M
     lifts: Tensor  # (B, 3) float32, b (1 − c) of each channel's weight in Y
     mirrored: Tensor  # (B,) bool, whether left and right change places
     upended: Tensor  # (B,) bool, whether top and bottom do
 
-    def on(self, device: torch.device) -> Draws:
+    def on(self, device: torch.device) -> "Draws":
         """The same on a device, without waiting for it."""
         return Draws(*(sent(tensor, device) for tensor in self))
 
 
 def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, number: int) -> Draws:
-    """Draw for some images of a global batch: for each the same, whoever else draws for the others.
+    """Draw for this process's rows of N images: for each the same, whoever else draws for the others.
 
-    Args:
-        how: what is drawn, with which probabilities.
-        place: (seed, global batches before this one).
-        rows: those of this process.
-        number: N.
+    ``place`` is the seed and how many global batches were before this one.
     """
     uniform = np.random.default_rng((*place, STREAM)).random((number, 8))[rows].T
     jittered, brightness, contrast, saturation, hue, grey, mirrored, upended = uniform
@@ -83,10 +78,7 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
 
 
 def colour_maps(brightness: Floats, contrast: Floats, saturation: Floats, angles: Floats) -> Floats:
-    """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each: 1, 1, 1 and 0 leave it, s = 0 is grey.
-
-    M = b c (L + s (cos θ (1 − L) + sin θ K)); red turns towards yellow where θ > 0.
-    """
+    """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each; red turns towards yellow where θ > 0."""
     b, c, s, angle = (values[:, None, None] for values in (brightness, contrast, saturation, angles))
     luma = np.ones((3, 1)) * LUMA
     signals = np.stack([LUMA, *DIFFERENCES])
@@ -96,12 +88,7 @@ def colour_maps(brightness: Floats, contrast: Floats, saturation: Floats, angles
 
 
 def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
-    """Change the images as it was drawn. They themselves stay: a loader may bring them again.
-
-    Args:
-        images: (B, 3, S, S) uint8; or float that is already normalised, where colours stay.
-        how: what was drawn.
-        draws: B rows, on the images' device.
+    """Change copies of (B, 3, S, S) images, uint8 or already normalised, as was drawn.
 
     Raises:
         UserError: colours of floats are to change.
@@ -118,10 +105,9 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
     for start in range(0, len(images), size):
         rows = slice(start, start + size)
         piece = images[rows]
-        if how.horizontal_flip:
-            piece = torch.where(draws.mirrored[rows, None, None, None], piece.flip(3), piece)
-        if how.vertical_flip:
-            piece = torch.where(draws.upended[rows, None, None, None], piece.flip(2), piece)
+        for share, turned, side in ((how.horizontal_flip, draws.mirrored, 3), (how.vertical_flip, draws.upended, 2)):
+            if share:
+                piece = torch.where(turned[rows, None, None, None], piece.flip(side), piece)
         if how.changes_colours:
             piece = recolour(piece, draws.mixes[rows], draws.lifts[rows])
         changed[rows] = piece
@@ -129,10 +115,7 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
 
 
 def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
-    """Map all colours of (B, 3, S, S) uint8 images by M and b (1 − c) of each channel's weight in Y, one an image.
-
-    x' = M x + b (1 − c) mean(Y), in float32, whole numbers from 0 to 255.
-    """
+    """X' = M x + b (1 − c) mean(Y) of (B, 3, S, S) uint8 images, in float32, whole numbers from 0 to 255."""
     colours = images.flatten(2).float()
     mixed = (lifts * colours.mean(2)).sum(1)[:, None, None].expand(colours.shape)
     # Not a product of matrices, which autocast and TF32 would take in half the digits.
@@ -175,17 +158,13 @@ def some_captions(pairs: Sequence[Pair], most: int = LOOKED_AT) -> list[str]:
     """All lines of so many pairs at most, evenly spaced; what cannot be read is passed over."""
     captions: list[str] = []
     for place in np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int).tolist():
-        try:
+        with contextlib.suppress(BadSample):
             captions += pairs[place].captions()
-        except BadSample:
-            continue
     return captions
 
 
 def count_named(captions: Sequence[str], flip: str) -> Named:
     """Count the captions, single lines, with a word that a flip, a key of ``WORDS``, makes wrong."""
-    named = []
-    for caption in captions:
-        words = [word for word in re.findall(r"[^\W\d_]+", caption.lower()) if word in WORDS[flip]]
-        named += [(word, caption) for word in words[:1]]
+    words = ([word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in WORDS[flip]] for line in captions)
+    named = [(found[0], line) for found, line in zip(words, captions, strict=True) if found]
     return Named(len(named), len(captions), *(named or [("", "")])[0])

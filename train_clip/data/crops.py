@@ -8,8 +8,6 @@ normalised on the device.
 S  side of the square in pixels      H, W  of the pixels
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
-from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -31,23 +27,13 @@ from train_clip.errors import UserError
 REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as much and as exact (jdct.h)
 NORMALISED = "already normalised pixels, taken as they are, without a crop"
 
-# Draws a window in a picture of a width and a height.
-Draw = Callable[[tuple[int, int]], "Window"]
 
-
-def read_square(path: str, size: int, draw: Draw | None = None) -> Tensor:
-    """Read what a model takes of an image.
+def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"] | None = None) -> Tensor:
+    """Read what a model takes of an image or its array: (3, S, S) uint8, or float32 that is already normalised.
 
     An array of bytes is the picture that the image gives once its shorter side is S, so that crops of whole height are
-    those of the image. Pixels that are already normalised have been cropped.
-
-    Args:
-        path: an image, or an ``.npz`` file as ``read_array`` takes it.
-        size: S.
-        draw: training's window in a picture of a width and a height, drawn once; None for evaluation's centre crop.
-
-    Returns:
-        (3, S, S): uint8, or float32 that is already normalised.
+    those of the image. Pixels that are already normalised have been cropped. ``draw`` gives training's window in a
+    picture of a width and a height; without it the crop is evaluation's, of the centre.
 
     Raises:
         BadSample: the file cannot be used.
@@ -59,7 +45,7 @@ def read_square(path: str, size: int, draw: Draw | None = None) -> Tensor:
         require_size(path, array.shape, array.dtype, size)
         if array.dtype != np.uint8:
             return torch.from_numpy(array.astype(np.float32))
-        return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(_picture(array), size)
+        return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(as_picture(array), size)
     if draw is None:
         return centre_square(path, size)
     image = open_image(path)
@@ -90,18 +76,18 @@ class Window(NamedTuple):
         return next((reduction for reduction in REDUCTIONS if reduction <= room), 1)
 
 
-def random_crop(picture: tuple[int, int], size: int, rng: Generator) -> Window:
+def random_crop(picture: tuple[int, int], size: int, rng: np.random.Generator) -> Window:
     """Shorter side of a width and height to S, then an S×S at random: the paper's only augmentation (section 2.4)."""
     target = shorter_to(picture, size)
     left, top = (int(rng.integers(side - size + 1)) for side in target)
     return Window((0, 0, *picture), target, (left, top), size)
 
 
-def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min_share: float) -> Window:
+def random_resized_crop(picture: tuple[int, int], size: int, rng: np.random.Generator, min_share: float) -> Window:
     """A square of at least a share of the largest one that fits, resized to S×S: train-CLIP's crop.
 
-    On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``. That takes
-    shares of the whole picture's area, for which a 3:2 photograph has no room from 0.75 up, and then cuts the centre.
+    On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``; on others that
+    takes shares of the whole picture's area.
     """
     side = max(1, round(min(picture) * math.sqrt(rng.uniform(min_share, 1.0))))
     left, top = (int(rng.integers(whole - side + 1)) for whole in picture)
@@ -109,18 +95,15 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: Generator, min
 
 
 def cut(pixels: NDArray[Any], window: Window, reduction: int = 1) -> Tensor:
-    """Resize the window's box and cut its square: (3, S, S) uint8.
+    """Resize the window's box and cut its square, (3, S, S), out of (3, H, W) uint8, in any order in memory.
 
-    Args:
-        pixels: (3, H, W) uint8, in any order in memory.
-        window: in the picture as it was before it was reduced.
-        reduction: by how much the pixels are fewer along each side.
+    The pixels are fewer along each side, by the reduction, than in the picture that the window is of.
     """
     left, top, right, bottom = (reduced(edge, reduction) for edge in window.box)
     box = torch.from_numpy(np.require(pixels[:, top:bottom, left:right], requirements="W"))
     wide, high = window.target
     if box.shape[1:] != (high, wide):
-        (box,) = F.interpolate(box[None], (high, wide), mode="bicubic", antialias=True)
+        (box,) = torch.nn.functional.interpolate(box[None], (high, wide), mode="bicubic", antialias=True)
     left, top = window.place
     return box[:, top : top + window.size, left : left + window.size].contiguous()
 
@@ -131,10 +114,7 @@ def reduced(edge: int, reduction: int) -> int:
 
 
 def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
-    """Decode to (H, W, 3), fewer by the reduction; None where Pillow is to say what is wrong, or that nothing is.
-
-    libjpeg-turbo by simplejpeg gives the pixels that it gives by Pillow, at each scale, in three quarters of the time.
-    """
+    """Decode to (H, W, 3), fewer by the reduction; None where Pillow is to say what is wrong, or that nothing is."""
     width, height = jpeg.size
     expected = (-(-height // reduction), -(-width // reduction), 3)
     try:
@@ -150,7 +130,7 @@ def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
 
 def centre_square(image: Image.Image | str | Path, size: int) -> Tensor:
     """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8."""
-    picture = upright_rgb(image, "picture") if isinstance(image, Image.Image) else open_rgb(str(image))
+    picture = upright_rgb(image, "picture", []) if isinstance(image, Image.Image) else open_rgb(str(image))
     return to_tensor(center_crop(picture, size))
 
 
@@ -163,9 +143,8 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
 
 
 def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side of an RGB picture to S; a picture of that size is returned as it is."""
-    target = shorter_to(picture.size, size)
-    return picture if target == picture.size else picture.resize(target, Image.Resampling.BICUBIC)
+    """Shorter side of an RGB picture to S; one of that size keeps its pixels."""
+    return picture.resize(shorter_to(picture.size, size), Image.Resampling.BICUBIC)
 
 
 def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
@@ -181,11 +160,6 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def _planes(picture: Image.Image) -> NDArray[Any]:
     return np.array(picture).transpose(2, 0, 1)
-
-
-def _picture(array: NDArray[Any]) -> Image.Image:
-    # Plane by plane: a sixth of the time of turning the array's axes round.
-    return Image.merge("RGB", [Image.fromarray(plane) for plane in array])
 
 
 class Preprocess:
@@ -208,21 +182,17 @@ def read_picture(path: str) -> Decoded:
     if not is_npz(path):
         return read_image(path)
     array = read_array(path)
-    return Decoded(_picture(_to_bytes(array)), () if array.dtype == np.uint8 else (NORMALISED,))
+    return Decoded(as_picture(array), () if array.dtype == np.uint8 else (NORMALISED,))
 
 
-def bytes_to_show(pixels: Tensor) -> Tensor:
-    """Map what ``read_square`` gives to (3, S, S) uint8 to look at."""
-    return torch.from_numpy(_to_bytes(pixels.numpy()))
-
-
-def _to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """Bytes from the least value to the greatest: by which mean and deviation pixels are normalised no file says."""
-    if array.dtype == np.uint8:
-        return array
-    values = array.astype(np.float32)
-    values -= values.min()
-    return (values * (255 / max(values.max(), np.float32(1e-6)))).astype(np.uint8)
+def as_picture(array: NDArray[Any]) -> Image.Image:
+    """A (3, H, W) array as a picture; of floats, whose mean and deviation no file says, the greatest value is white."""
+    if array.dtype != np.uint8:
+        values = array.astype(np.float32)
+        values -= values.min()
+        array = (values * (255 / max(values.max(), np.float32(1e-6)))).astype(np.uint8)
+    # Plane by plane: a sixth of the time of turning the array's axes round.
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in array])
 
 
 def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:

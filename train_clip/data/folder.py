@@ -1,21 +1,17 @@
 """A folder of images and captions → pairs: a walk through whatever lies there, and pairing by what names share.
 
-By stem: ``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder. Where a stem occurs more than once,
-the files with the nearest common ancestor belong together. By number: ``image1.jpg`` and ``text1.txt`` are one.
-
+``cat.jpg`` and ``cat.txt`` are a pair wherever they lie below the folder; where a stem occurs more than once, the files
+with the nearest common ancestor belong together. By number ``image1.jpg`` and ``text1.txt`` are one.
 ``npz/cat.npz`` is the cache of ``cat.jpg`` or ``img/cat.jpg``, and ``npz/u/cat.npz`` that of ``u/cat.jpg``: it is read
 in its image's place, and the pair is still known by its image. Any other array is an image like others.
 """
 
-from __future__ import annotations
-
-import contextlib
 import os
 import posixpath
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +19,7 @@ from train_clip.data.images import ARRAY_SUFFIX, image_suffixes, is_npz
 from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, Scan, may_read
 from train_clip.errors import UserError
-from train_clip.options import PairBy, SourceOptions
+from train_clip.options import SourceOptions
 
 NAMED = 6  # files in the message on a stem
 CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at the top
@@ -32,11 +28,8 @@ CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at
 def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
     """Pair the images and captions below a folder, by what the options say that their names share.
 
-    Names that begin with a dot and ``__MACOSX`` are passed over, and links to folders are not followed.
-
-    Returns:
-        What was found. Its faults are names of which it is not clear which belong together, folders and files without
-        permission, and what has the name of an image or caption but is no regular file.
+    Hidden names and ``__MACOSX`` are passed over, and links to folders are not followed. Faults are names of which it
+    is not clear which belong together, what may not be read, and what has an image's or caption's name but is no file.
 
     Raises:
         UserError: no such folder.
@@ -48,7 +41,8 @@ def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
     except PermissionError:
         raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
     found = _Found(folder)
-    PAIRINGS[options.pair_by](found, _images_and_captions(found))
+    pair = _pair_by_stem if options.pair_by == "stem" else _pair_by_number
+    pair(found, _images_and_captions(found))
     pairs = sorted(found.pairs, key=lambda pair: plain_name(pair[0]))
     root = os.path.join(folder, "")  # noqa: PTH118, with its separator at the end
     caches = (found.caches.get(image, "") for image, _ in pairs) if found.caches else ()
@@ -90,7 +84,6 @@ class _Found:
 
 
 def _images_and_captions(found: _Found) -> Iterator[str]:
-    """Regular files of their suffixes; what else there is, is noted."""
     wanted = image_suffixes() | {ARRAY_SUFFIX, CAPTION_SUFFIX}
     folders = [""]
     while folders:
@@ -98,10 +91,8 @@ def _images_and_captions(found: _Found) -> Iterator[str]:
         try:
             entries = list(os.scandir(found.folder / parent))
         except PermissionError:
-            found.faults.append(
-                f"{found.folder / parent}: no permission to list this folder. Give it (chmod +rx), or move the folder "
-                "away."
-            )
+            lacking = "no permission to list this folder. Give it (chmod +rx), or move the folder away."
+            found.faults.append(f"{found.folder / parent}: {lacking}")
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -110,7 +101,7 @@ def _images_and_captions(found: _Found) -> Iterator[str]:
             suffix = posixpath.splitext(entry.name)[1].lower()
             if suffix not in wanted and entry.is_dir(follow_symlinks=False):
                 folders.append(path)
-            elif entry.is_symlink() and _is(entry.is_dir):
+            elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112, False where one may not look
                 found.folder_links.append(path)
             elif suffix in wanted:
                 if fault := _fault(entry):
@@ -118,19 +109,12 @@ def _images_and_captions(found: _Found) -> Iterator[str]:
                 else:
                     found.num_files += 1
                     yield path
-            elif _is(entry.is_file):
+            elif os.path.isfile(entry.path):  # noqa: PTH113, likewise
                 found.num_files += 1
                 found.others[suffix or "no suffix"] += 1
 
 
-def _is(kind: Callable[[], bool]) -> bool:
-    with contextlib.suppress(OSError):
-        return kind()
-    return False
-
-
 def _fault(entry: os.DirEntry[str]) -> str | None:
-    """What is wrong with an entry that has the name of an image or caption; a pipe would block its reader for ever."""
     try:
         if entry.is_file():
             if may_read(entry.path):
@@ -158,7 +142,6 @@ def _pair_by_stem(found: _Found, paths: Iterable[str]) -> None:
 
 
 def _pair_by_number(found: _Found, paths: Iterable[str]) -> None:
-    """Pair the image, the caption and the array whose names hold one number; names without a number stand alone."""
     by_number: dict[int, list[str]] = defaultdict(list)
     for path in paths:
         numbers = re.findall("[0-9]+", _stem(path))
@@ -192,9 +175,6 @@ def _pair_by_number(found: _Found, paths: Iterable[str]) -> None:
             found.lone += pixels or captions
 
 
-PAIRINGS: dict[PairBy, Callable[[_Found, Iterable[str]], None]] = {"stem": _pair_by_stem, "number": _pair_by_number}
-
-
 def _stem(path: str) -> str:
     return posixpath.basename(path).rpartition(".")[0]
 
@@ -210,8 +190,7 @@ def _listed(files: list[str]) -> str:
 
 def _without_caches(found: _Found, files: list[str]) -> list[str]:
     """The files of a stem but for the caches of its images, which are noted."""
-    arrays = [path for path in files if _in_cache(path)]
-    if not arrays:
+    if not (arrays := [path for path in files if _in_cache(path)]):
         return files
     owners: dict[str, list[str]] = defaultdict(list)
     for path in files:

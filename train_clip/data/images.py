@@ -3,8 +3,6 @@
 Pillow drops transparency and turns 16-bit grey white; both are mended here. Training and evaluation open files alike.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -63,7 +61,7 @@ PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 class Decoded(NamedTuple):
     """A picture, and what had to be mended to get it."""
 
-    picture: Image.Image  # RGB, upright
+    picture: Image.Image  # RGB, upright by its EXIF orientation, on white where it is transparent
     mended: tuple[str, ...]  # in words that are the same for every file that was mended alike
 
 
@@ -83,9 +81,6 @@ def open_rgb(path: str) -> Image.Image:
 def read_image(path: str) -> Decoded:
     """Decode an image file of any of ``FORMATS``, known by its content; the first frame where there are several.
 
-    Returns:
-        An RGB picture, upright by its EXIF orientation, on white where it is transparent.
-
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
@@ -102,15 +97,8 @@ def open_image(path: str) -> Jpeg | Image.Image:
         return _decoded(path, picture).picture
 
 
-def upright_rgb(picture: Image.Image, name: str, mended: list[str] | None = None) -> Image.Image:
-    """Turn an opened picture upright and make it RGB, on white where it is transparent.
-
-    Args:
-        picture: of any mode; one of unknown range raises a ``BadSample``.
-        name: of its file, for that.
-        mended: to which is added what was mended.
-    """
-    mended = [] if mended is None else mended
+def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Image:
+    """Make an opened picture what ``Decoded`` holds; ``mended`` gets what was mended, a ``BadSample`` the name."""
     turn = _turn(picture, mended)
     return _to_rgb(name, picture if turn is None else picture.transpose(turn), mended)
 
@@ -134,12 +122,7 @@ def require_sides(path: str, width: int, height: int) -> None:
 
 @contextmanager
 def reading(path: str, what: str) -> Iterator[None]:
-    """Turn whatever is raised within the block into a ``BadSample``, and keep Pillow from warning.
-
-    Args:
-        path: the file that is read there.
-        what: it holds, for the reason.
-    """
+    """Turn whatever is raised while ``what`` is read from a file into a ``BadSample``, and keep Pillow from warning."""
     filters: list[Any] = warnings.filters  # type: ignore[assignment]
     filters.insert(0, PILLOWS_WARNINGS)
     try:
@@ -171,13 +154,11 @@ def _reason(path: str, what: str, error: Exception) -> str:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of the formats that this build of Pillow reads. MPO is read by its JPEG reader, under its own name."""
-    Image.init()
+    Image.init()  # then OPEN holds what this build reads; an MPO is read by the JPEG reader, under its own name
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
-    """Open what may be decoded, by what its header says; nothing of it is decoded."""
     if os.fstat(file.fileno()).st_size > MAX_BYTES:
         raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
     # A JPEG is read whole in any case, to count its scans.
@@ -262,7 +243,6 @@ def _to_rgb(path: str, picture: Image.Image, mended: list[str]) -> Image.Image:
 
 
 def _no_image(path: str) -> str:
-    """Why a file is no image, as far as its first bytes tell."""
     try:
         with Path(path).open("rb") as file:
             start = file.read(512)

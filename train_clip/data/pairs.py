@@ -1,9 +1,8 @@
-"""What a pair is, its captions, and a list of pairs that stays small: every loader process reads a million of them."""
-
-from __future__ import annotations
+"""What a pair is, its captions, which pairs are held out, and a list of them that stays small with a million."""
 
 import codecs
 import contextlib
+import hashlib
 import html
 import posixpath
 import unicodedata
@@ -12,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from train_clip.errors import BadSample
 
@@ -58,7 +56,6 @@ class FlatStrings(Sequence[str]):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        """String ``index``, from 0 on."""
         if not 0 <= index < len(self._ends):
             raise IndexError(index)
         start = self._ends[index - 1] if index else 0
@@ -68,13 +65,12 @@ class FlatStrings(Sequence[str]):
 class PairList(Sequence[Pair]):
     """Pairs in a few flat arrays, a hundred bytes or so each.
 
-    As objects they would take three times that, and again in every loader process, whose counts of references would
-    copy the pages that they share with this one.
+    Objects would take three times that, and be copied into every loader process by their counts of references.
 
     Args:
-        root: folder that names are relative to.
-        images: names of the images, POSIX paths below the root (or anywhere, where they are absolute).
-        captions: names of the files of captions, likewise; or IN_TABLE and the captions themselves, lines joined.
+        root: folder that names are relative to; they are POSIX paths, which may be absolute.
+        images: names of the images.
+        captions: names of the files of captions; or IN_TABLE and the captions themselves, lines joined.
         caches: names of the arrays that are read in place of the images, or empty; none at all where no image has one.
     """
 
@@ -87,25 +83,23 @@ class PairList(Sequence[Pair]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
-        """Pair ``index``, its paths whole."""
         image = posixpath.join(self.root, self.names[index])
         captions = self._captions[index]
-        cache = self._caches[index] if self.num_cached else ""
-        cache = cache and posixpath.join(self.root, cache)
+        name = self._caches[index] if self.num_cached else ""
+        cache = name and posixpath.join(self.root, name)
         if captions.startswith(IN_TABLE):
             return Pair(image, texts=tuple(captions[1:].split("\n")), cache=cache)
         return Pair(image, posixpath.join(self.root, captions), cache=cache)
 
     def __eq__(self, other: object) -> bool:
-        """Equal to any sequence of the same pairs in the same order."""
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    def take(self, indices: Sequence[int]) -> PairList:
+    def take(self, indices: Sequence[int]) -> "PairList":
         """Some of the pairs, in the order of the indices."""
         columns = (self.names, self._captions, self._caches)
         return PairList(self.root, *(map(column.__getitem__, indices) if column else () for column in columns))
 
-    def followed_by(self, other: PairList) -> PairList:
+    def followed_by(self, other: "PairList") -> "PairList":
         """These pairs and then the others, whatever their roots; names are whole paths then."""
         return PairList(
             "",
@@ -115,20 +109,33 @@ class PairList(Sequence[Pair]):
         )
 
 
-class CaptionLines(NamedTuple):
-    """The captions of a file, and what had to be mended to get them."""
+def split_pairs(pairs: PairList, share: float) -> tuple[PairList, PairList]:
+    """Hold out round(share · len(pairs)), chosen by a hash of the image's name; none in place of a single one.
 
-    captions: list[str]  # at least one, each without blanks at its ends
-    mended: tuple[str, ...]  # in words that are the same for every file that was mended alike
+    The choice depends on names alone: not on a seed, so that runs can be compared, nor on where the folder lies.
+    """
+    held_out = held_out_indices(pairs, share)
+    kept = set(held_out)
+    return pairs.take([index for index in range(len(pairs)) if index not in kept]), pairs.take(held_out)
+
+
+def held_out_indices(pairs: PairList, share: float) -> list[int]:
+    """The places of the pairs that ``split_pairs`` holds out, in order."""
+    number = round(share * len(pairs))
+    if number < 2:
+        return []
+    plain = (plain_name(name).encode("utf-8", "surrogateescape") for name in pairs.names)
+    hashes = [hashlib.sha256(name).digest() for name in plain]
+    return sorted(sorted(range(len(pairs)), key=hashes.__getitem__)[:number])
 
 
 def read_captions(path: str) -> list[str]:
     """Read every caption of a file, as ``read_caption_lines``, for who does not ask what was mended."""
-    return read_caption_lines(path).captions
+    return read_caption_lines(path)[0]
 
 
-def read_caption_lines(path: str) -> CaptionLines:
-    """Read every caption of a file in UTF-8, one a line, blank lines dropped.
+def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
+    """Read every caption of a file in UTF-8, one a line, without blanks around; and in the same words what was mended.
 
     Lines end in LF or CRLF and nowhere else: U+2028 and the other separators that ``str.splitlines`` knows belong to
     the caption.
@@ -154,7 +161,7 @@ def read_caption_lines(path: str) -> CaptionLines:
     if not captions:
         raise BadSample(path, "caption is empty")
     mended = {"byte order mark dropped": content.startswith(codecs.BOM_UTF8), "line ends CR LF": b"\r\n" in content}
-    return CaptionLines(captions, tuple(what for what, found in mended.items() if found))
+    return captions, tuple(what for what, found in mended.items() if found)
 
 
 def is_blank(caption: str) -> bool:
@@ -166,10 +173,9 @@ def is_blank(caption: str) -> bool:
     return not caption.strip()
 
 
-def shown(name: str | bytes) -> str:
+def shown(name: str) -> str:
     """A name that can be printed on one line: bytes that are not UTF-8 and control characters are escaped."""
-    key = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
-    return key.decode("utf-8", "backslashreplace").translate(CONTROL)
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").translate(CONTROL)
 
 
 def plain_name(name: str) -> str:

@@ -6,18 +6,14 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
@@ -52,18 +48,11 @@ MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the 
 class GlobalBatchSampler(DistributedSampler[Any]):
     """This process's (epoch, index) keys of as many global batches as an epoch has, from the next one on.
 
-    A ``DistributedSampler`` so that Lightning leaves it in place. The position is the count of consumed global batches
-    at the moment of ``iter()``; ``set_epoch``, which Lightning calls too late for a loader that has begun to prefetch,
-    is not heard. Iteration runs on into the next epoch where it began within one: the Trainer stops it by its own
-    count, also where that ends epochs early (``limit_train_batches``), and no batch is left out.
+    A ``DistributedSampler`` so that Lightning leaves it in place. The position is what was consumed at ``iter()``, not
+    ``set_epoch``'s, which comes too late for a loader that prefetches. Iteration that begins within an epoch runs on
+    into the next: the Trainer stops it by its own count, and no batch is left out.
 
-    Args:
-        dataset: sized N.
-        global_batch: G, a multiple of the number of processes.
-        consumed: how many global batches have been trained on since the run began.
-        shuffle: permute each epoch; otherwise in order.
-        seed: decides the permutations.
-        process: (rank, W).
+    ``global_batch`` is G, a multiple of W; ``consumed`` gives how many have been trained on; ``process`` is (rank, W).
     """
 
     def __init__(
@@ -80,14 +69,9 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         self.global_batch = global_batch
         self.consumed = consumed
         self.num_pairs = len(dataset)  # type: ignore[arg-type]
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """N // G."""
-        return self.num_pairs // self.global_batch
+        self.batches_per_epoch = self.num_pairs // global_batch
 
     def __len__(self) -> int:
-        """Keys of a whole epoch on this process."""
         return self.batches_per_epoch * (self.global_batch // self.num_replicas)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -95,18 +79,14 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 
     def _keys(self, first: int) -> Iterator[tuple[int, int]]:
         share = self.global_batch // self.num_replicas
-        current, order = -1, np.empty(0)
+        current, order = -1, np.empty(0, np.int64)
         for position in range(first, first + self.batches_per_epoch):
             epoch, batch = divmod(position, self.batches_per_epoch)
             if epoch != current:
-                current, order = epoch, self._order(epoch)
+                rng, current = np.random.default_rng((self.seed, epoch)), epoch
+                order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
             start = batch * self.global_batch + self.rank * share
             yield from ((epoch, int(index)) for index in order[start : start + share])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_pairs)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
 
 
 class Sample(NamedTuple):
@@ -128,13 +108,7 @@ class _Pairs(Dataset[Sample]):
 
 
 class TrainingPairs(_Pairs):
-    """A random crop and a random caption line of each pair.
-
-    Args:
-        pairs: at least one.
-        size: S.
-        resize_ratio: least share of the area that the crop keeps; None for the paper's crop.
-        seed: with epoch and index it decides crop and caption.
+    """A random crop and a random caption line of each pair, at least one; without a ratio the crop is the paper's.
 
     Raises:
         UserError: here or when a sample is drawn, arrays that do not fit: see ``read_square`` and ``PixelKind``.
@@ -145,10 +119,9 @@ class TrainingPairs(_Pairs):
         self.resize_ratio, self.seed = resize_ratio, seed
 
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
-        """Draw pair ``index`` as it is in ``epoch``; the epoch travels in the key because workers outlive epochs.
+        """Draw pair ``index`` as in ``epoch``, which comes in the key as workers outlive it; another where it is bad.
 
-        A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time. In the
-        place of a pair that is bad another one is drawn, so that every batch keeps its shape on every rank.
+        A plain index, which is what Lightning's ``overfit_batches`` asks for, is drawn as in epoch 0 each time.
         """
         epoch, index = (0, key) if isinstance(key, int) else key
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -168,7 +141,7 @@ class TrainingPairs(_Pairs):
 
 
 def draw(
-    pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: Generator
+    pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: np.random.Generator
 ) -> tuple[Tensor, str, str]:
     """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read."""
     pair = pairs[index]
@@ -211,7 +184,7 @@ class PixelKind(NamedTuple):
     example: str  # the file that it was taken from
 
     @classmethod
-    def of(cls, paths: Iterable[str], size: int) -> PixelKind:
+    def of(cls, paths: Iterable[str], size: int) -> Self:
         """What the first file that can be read holds; a picture where none can."""
         for path in paths:
             if not is_npz(path):
@@ -223,7 +196,7 @@ class PixelKind(NamedTuple):
         return cls(torch.uint8, "")
 
     def require(self, pixels: Tensor, path: str) -> Tensor:
-        """Return the pixels, or raise a ``UserError`` where they are of the other kind."""
+        """The pixels, or a ``UserError`` where they are of the other kind."""
         if pixels.dtype == self.dtype:
             return pixels
         found = {self.dtype: self.example, pixels.dtype: path}
@@ -236,23 +209,15 @@ class PixelKind(NamedTuple):
 class BatchTokenizer(Protocol):
     """CLIP's ``Tokenizer``, or another with its ``batch``."""
 
-    def batch(self, texts: list[str]) -> tuple[Any, int]:
-        """Tokens of captions, as the text encoder takes them, and how many captions were cut."""
-        ...
+    def batch(self, texts: list[str]) -> tuple[Any, int]: ...  # noqa: D102, tokens as the encoder takes them, and cuts
 
 
-@dataclass
-class Collate:
+def collate(tokenizer: BatchTokenizer, samples: Sequence[Sample]) -> Batch:
     """Stack the pixels, tokenize the captions by the text encoder's tokenizer."""
-
-    tokenizer: BatchTokenizer
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Return a ``Batch``: images (B, 3, S, S) of the samples' dtype, texts (B, L) int64 or a mapping."""
-        texts, num_cut = self.tokenizer.batch([sample.caption for sample in samples])
-        skips = tuple(sample.skips for sample in samples if sample.skips)
-        missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
-        return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
+    texts, num_cut = tokenizer.batch([sample.caption for sample in samples])
+    skips = tuple(sample.skips for sample in samples if sample.skips)
+    missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
+    return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
 
 
 def available_cores() -> int:

@@ -1,13 +1,11 @@
 """What there is to train on, as found by names alone: nothing is decoded here."""
 
-from __future__ import annotations
-
-import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from pkgutil import resolve_name
+from typing import Self
 
 from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
@@ -24,23 +22,15 @@ SHOWN = 3  # names of each of them
 EFFECTIVE = os.access in os.supports_effective_ids
 
 
-def scan_source(folder: Path | None, options: SourceOptions) -> Scan:
-    """Find the pairs of a folder, or of whichever other source the options give.
-
-    Raises:
-        UserError: as ``given_source``, or there is nothing of the kind.
-    """
+def scan_source(folder: Path | None, options: SourceOptions) -> "Scan":
+    """Find the pairs of a folder, or of whichever other source the options give."""
     name, path = given_source(folder, options)
-    scan: Callable[[Path, SourceOptions], Scan] = resolve_name(SOURCES[name])
-    return scan(path, options)
+    scan: Scan = resolve_name(SOURCES[name])(path, options)
+    return scan
 
 
 def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path]:
-    """The key in ``SOURCES`` and the path of the one source that is given.
-
-    Raises:
-        UserError: several are given or none, or one that is no folder is to be paired by number.
-    """
+    """The key in ``SOURCES`` and the path of the one source that is given, or a ``UserError``."""
     paths = vars(options) | {"folder": folder}
     given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if not given:
@@ -69,8 +59,8 @@ class Scan:
     folder_links: list[str] = field(default_factory=list)  # links to folders, which are not followed
     pair_by: str = "stem"
 
-    def require_pairs(self) -> Scan:
-        """Return itself, or raise a ``UserError`` of what is at fault, or of what was found in place of pairs."""
+    def require_pairs(self) -> Self:
+        """Itself, or a ``UserError`` of what is at fault, or of what was found in place of pairs."""
         if self.faults:
             more = len(self.faults) - NAMED
             named = "\n".join(self.faults[:NAMED])
@@ -78,12 +68,6 @@ class Scan:
         if not self.pairs:
             raise UserError("\n".join(self._no_pairs()))
         return self
-
-    def followed_by(self, other: Scan) -> Scan:
-        """This scan's pairs and then the other's, with what both found."""
-        joined = ("num_entries", "lone_images", "lone_captions", "faults")
-        both = {name: getattr(self, name) + getattr(other, name) for name in joined}
-        return dataclasses.replace(self, pairs=self.pairs.followed_by(other.pairs), **both)
 
     def _no_pairs(self) -> list[str]:
         table, by_number = self.source.is_file(), self.pair_by == "number"

@@ -1,10 +1,8 @@
-"""A table of images and captions → pairs, and back.
+"""A table of images and captions → pairs.
 
 A row is one image and one caption; further rows of the same image are its other captions. CSV and TSV are quoted as
 spreadsheets and pandas do it; a line of JSON is an object, whose caption may be a list.
 """
-
-from __future__ import annotations
 
 import contextlib
 import csv
@@ -14,7 +12,7 @@ import posixpath
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,19 +20,13 @@ from typing import Any, TextIO
 from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, is_blank, plain_name
 from train_clip.data.scan import DEFAULTS, Scan, may_read
 from train_clip.errors import UserError
-from train_clip.files import replacing
 from train_clip.options import SourceOptions
 
 
 def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
-    """Read a table's rows, and look whether its images are there.
+    """Read a table's rows, in UTF-8 with or without a byte order mark, and look whether its images are there.
 
-    Args:
-        table: ``.csv``, ``.tsv`` or ``.jsonl``, UTF-8 with or without a byte order mark.
-        options: which of its columns hold what.
-
-    Returns:
-        What was found. Its faults are rows that are not whole, and images that are no regular file or may not be read.
+    Faults are rows that are not whole, and images that are no regular file or may not be read.
 
     Raises:
         UserError: no such table, not of these kinds, not UTF-8, or without the columns.
@@ -58,25 +50,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
     return Scan(table, num_rows, pairs, [name for name in names if not there[name]], sorted(gone), faults)
 
 
-def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Write a CSV table, whole or not at all, of images and their captions; its folder is made."""
-    here = os.path.realpath(table.parent)
-    with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        # Lines end in CR LF, as RFC 4180 has it: only then is a name or caption that holds either put in quotes.
-        writer = csv.writer(file)
-        writer.writerow(["image", "caption"])
-        for image, texts in rows:
-            # Through links: ".." leads to the folder above the one that is linked to.
-            place, name = os.path.split(image)
-            name = Path(os.path.relpath(os.path.join(os.path.realpath(place), name), here)).as_posix()  # noqa: PTH118
-            try:
-                writer.writerows([name, text] for text in texts)
-            except UnicodeEncodeError:
-                raise UserError(f"{image!a}: its name is not UTF-8, so no table can hold it. Rename it.") from None
-
-
 def _read(table: Path, options: SourceOptions) -> tuple[dict[str, str], int, list[str]]:
-    """The captions of each image, a line each; the number of rows; and those that are not whole."""
     known, suffix = ", ".join(READERS), table.suffix.lower()
     names = options.image_column, options.caption_column
     captions: dict[str, str] = {}
@@ -109,7 +83,7 @@ def _read(table: Path, options: SourceOptions) -> tuple[dict[str, str], int, lis
 
 @contextlib.contextmanager
 def _long_cells() -> Iterator[None]:
-    """Let a cell hold as much as a caption file may. csv knows one limit for the whole process."""
+    # csv knows one limit for the whole process.
     limit = csv.field_size_limit(MAX_BYTES)
     try:
         yield
@@ -179,12 +153,12 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text that UTF-8 can hold: JSON can spell half of a character."""
+    # Text that UTF-8 can hold: JSON can spell half of a character.
     return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def _spellings(root: str, name: str) -> Iterator[str]:
-    """How a file may be called that a table calls so: by way of another folder, blanks around, accents apart."""
+    """What a file may be called: by way of another folder, blanks around, accents apart."""
     direct = posixpath.normpath(name)
     if direct != name:
         with contextlib.suppress(OSError):
@@ -198,7 +172,6 @@ GONE = "is gone"
 
 
 def _fault(path: str) -> str | None:
-    """What is wrong with an image; a pipe would block its reader for ever."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116, a quarter of the time
     except (FileNotFoundError, NotADirectoryError):

@@ -1,15 +1,13 @@
 """CLIP's byte-pair encoding: the ids of OpenAI's ``simple_tokenizer.py`` (github.com/openai/CLIP) for any text.
 
-A text is cleaned, put in lower case, cut into pieces (a run of letters, one digit, a run of signs, a contraction), and
-each piece's UTF-8 bytes are merged pair by pair, in the order in which the pairs were learned.
+A text is cleaned, put in lower case, cut into pieces, and each piece's UTF-8 bytes are merged pair by pair, in the
+order in which the pairs were learned.
 
 Which characters are letters depends on the age of the Unicode tables, here and in the reference: the two agree on every
 character of Unicode 16.0, which tokenizers 0.23 brings. A letter that is younger counts as a sign.
 
 B  captions      L  tokens of a row, start and end included
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
@@ -30,11 +28,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Captions to CLIP's tokens, and back.
-
-    It holds its length and nothing else: a process reads the merges once, at its first caption (0.1 s), so an instance
-    costs nothing to make or to send to a worker.
-    """
+    """Captions to CLIP's tokens, and back. It costs nothing to make or to send: a process reads the merges once."""
 
     context_length: int = 77  # tokens of a row, start and end included, at least 2; 77 in every CLIP by OpenAI
     vocab_size: ClassVar[int] = 49_408  # 256 bytes, the same ending a word, 48,894 merges, start and end
@@ -46,22 +40,22 @@ class Tokenizer:
             raise ValueError(f"context_length: found {self.context_length}, expected at least 2, for start and end.")
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Tokenize one caption or B into rows of the full length: start, ids, end, zeros.
+        """Tokenize one caption or B into (B, context_length) int64: start, ids (cut where too many), end, zeros."""
+        return self.batch([texts] if isinstance(texts, str) else texts, self.context_length)[0]
 
-        Returns:
-            (B, context_length) int64 in [0, vocab_size); what is too long is cut before its end token.
+    def batch(self, texts: list[str], length: int | None = None) -> tuple[Tensor, int]:
+        """Tokenize into (B, L) int64, L of the longest row or as given; and how many captions were cut.
+
+        No row needs to be of the full length: the text tower is causal, so zeros after the end change nothing.
         """
-        rows, _ = self._rows([texts] if isinstance(texts, str) else texts)
-        return _pad(rows, self.context_length)
-
-    def batch(self, texts: list[str]) -> tuple[Tensor, int]:
-        """Tokenize into rows as long as the longest: the text tower is causal, so zeros after it change nothing.
-
-        Returns:
-            (B, L) int64 in [0, vocab_size) with L ≤ context_length, and how many captions were cut.
-        """
-        rows, num_cut = self._rows(texts)
-        return _pad(rows, max(map(len, rows), default=0)), num_cut
+        room = self.context_length - 2
+        captions = self.encode(texts)
+        rows = [[self.start_token, *caption[:room], self.end_token] for caption in captions]
+        length = max(map(len, rows), default=0) if length is None else length
+        padded = [row + [0] * (length - len(row)) for row in rows]
+        # NumPy reads nested lists four times as fast as torch.tensor. The shape is for no rows at all.
+        tokens = torch.from_numpy(np.array(padded, dtype=np.int64).reshape(len(rows), length))
+        return tokens, sum(len(caption) > room for caption in captions)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Give each caption's ids, in [0, vocab_size), uncut, without start and end; none for a blank caption."""
@@ -80,14 +74,9 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Give the text of one row, as far as its first end token, without the start token.
+        """Give the text of one row, (L,), as far as its first end token, with a blank after each piece.
 
-        Args:
-            ids: (L,) integers in [0, vocab_size).
-
-        Returns:
-            The cleaned text with a blank after each piece ("a dog 's tail . "), as the reference gives it; bytes that
-            are not UTF-8, as a cut can leave them, become U+FFFD.
+        As the reference gives it: "a dog 's tail . "; bytes that are not UTF-8, as a cut can leave them, become U+FFFD.
 
         Raises:
             ValueError: more than one row, or an id before the end token that is not in the vocabulary.
@@ -105,12 +94,6 @@ class Tokenizer:
         byte_of = {letter: byte for byte, letter in _byte_letters().items()}
         return bytes(byte_of[letter] for letter in letters).decode("utf-8", errors="replace").replace("</w>", " ")
 
-    def _rows(self, texts: list[str]) -> tuple[list[list[int]], int]:
-        room = self.context_length - 2
-        captions = self.encode(texts)
-        rows = [[self.start_token, *caption[:room], self.end_token] for caption in captions]
-        return rows, sum(len(caption) > room for caption in captions)
-
 
 SPECIAL = {"<|startoftext|>": Tokenizer.start_token, "<|endoftext|>": Tokenizer.end_token}
 
@@ -123,13 +106,6 @@ PATTERN = r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſ]|'t|'re|'ve|'m|'ll|'d|[\
 # English and 50 MB in Chinese; a longer one (an address, a sentence of Chinese) hardly returns and could take any room.
 NUM_REMEMBERED = 2**15
 LONGEST_REMEMBERED = 16
-
-
-def _pad(rows: list[list[int]], length: int) -> Tensor:
-    """Fill B rows with zeros up to the length: (B, length) int64."""
-    padded = [row + [0] * (length - len(row)) for row in rows]
-    # NumPy reads nested lists four times as fast as torch.tensor. The shape is for no rows at all.
-    return torch.from_numpy(np.array(padded, dtype=np.int64).reshape(len(rows), length))
 
 
 def _words(text: str) -> list[str]:
@@ -145,7 +121,6 @@ def _words(text: str) -> list[str]:
 
 
 def _word_tokens(word: str) -> tuple[int, ...]:
-    """Give the ids of a word: of each of its pieces, a special one whole, any other merged."""
     split, bpe = _split_and_bpe()
     tokens: list[int] = []
     for piece, _ in split.pre_tokenize_str(word):
@@ -159,7 +134,6 @@ _remembered = functools.lru_cache(NUM_REMEMBERED)(_word_tokens)
 
 @functools.cache
 def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
-    """Build the two steps: a word into pieces of byte letters, a piece into tokens."""
     bpe = models.BPE(
         vocab={token: place for place, token in enumerate(vocabulary())},
         merges=list(merges()),
@@ -176,10 +150,7 @@ def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
 
 
 def vocabulary() -> list[str]:
-    """Every token as it is written in a vocabulary file, a byte by a letter, in the order of their ids.
-
-    The bytes, the bytes that end a piece, the merges in order, start and end.
-    """
+    """Every token as a vocabulary file has it, by id: the bytes, those that end a piece, the merges, start and end."""
     letters = list(_byte_letters().values())
     return [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges()), *SPECIAL]
 

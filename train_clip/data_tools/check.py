@@ -1,7 +1,6 @@
 """Look at every pair before training."""
 
-from __future__ import annotations
-
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,10 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     sources, val_pairs = [scan.source], None
     if options.val_pairs is not None:
         held_out = scan_table(options.val_pairs, options)
-        scan, val_pairs = scan.followed_by(held_out), len(held_out.pairs)
+        joined = ("num_entries", "lone_images", "lone_captions", "faults")
+        both = {name: getattr(scan, name) + getattr(held_out, name) for name in joined}
+        scan = dataclasses.replace(scan, pairs=scan.pairs.followed_by(held_out.pairs), **both)
+        val_pairs = len(held_out.pairs)
         sources.append(held_out.source)
     facts = look_at(scan.pairs, sources, options.num_workers, options.cache)
     report = build_report(scan, facts, options, val_pairs)

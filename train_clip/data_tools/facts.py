@@ -1,11 +1,10 @@
 """The facts of pairs: every file opened, decoded and hashed once, and what was found kept in the user's cache."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -99,9 +98,8 @@ def _about() -> str:
 
 
 def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, cache: bool) -> Facts:
-    """Look at all pairs but those whose files have not changed since they were last looked at.
+    """Look at all pairs but those whose files have not changed since; what is found is kept by the sources' names.
 
-    What is found is kept under the names of the ``sources``: the folder or table, and a table of pairs to validate on.
     Two processes at once repeat each other's work, no more.
     """
     facts = Facts(len(pairs))
@@ -121,8 +119,8 @@ def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, c
         print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last look.")
     due = KEPT_EVERY
     try:
-        audit = Audit(pairs, perceptual_hash())
-        for number, (place, one) in enumerate(in_workers(audit, places.tolist(), num_workers, "pairs"), 1):
+        found = in_workers(partial(audit, pairs), places.tolist(), num_workers, "pairs")
+        for number, (place, one) in enumerate(zip(places.tolist(), found, strict=True), 1):
             facts.add(place, keys[place], one)
             if number >= due:
                 due = number + max(KEPT_EVERY, number // 8)
@@ -156,32 +154,26 @@ def _stamp(path: str) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
-class Audit:
-    """Look at the pair at a place; ``look`` is a picture's perceptual hash."""
-
-    def __init__(self, pairs: PairList, look: Callable[[Image.Image], int] | None) -> None:
-        self.pairs, self.look, self.tokenizer = pairs, look, Tokenizer()
-
-    def __call__(self, place: int) -> tuple[int, PairFacts]:
-        """Give the place and its facts."""
-        pair, captions, bad, image_bad = self.pairs[place], [], "", ""
-        sides, content, look = (0, 0), "", 0
-        mended: tuple[str, ...] = ()
-        try:
-            texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
-            tokens = self.tokenizer.encode(texts)
-            digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
-            captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
-        except BadSample as error:
-            bad = error.reason
-        try:
-            picture, image_mended = read_picture(pair.pixels)
-            with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
-                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            sides, mended, look = picture.size, mended + image_mended, self.look(picture) if self.look else 0
-        except (BadSample, OSError) as error:
-            image_bad = error.reason if isinstance(error, BadSample) else "file is gone"
-        return place, PairFacts(sides, content, look, (bad, image_bad, *mended), captions)
+def audit(pairs: PairList, place: int) -> PairFacts:
+    """Look at the pair at a place."""
+    pair, captions, bad, image_bad = pairs[place], [], "", ""
+    sides, content, look, phash = (0, 0), "", 0, perceptual_hash()
+    mended: tuple[str, ...] = ()
+    try:
+        texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
+        tokens = Tokenizer().encode(texts)
+        digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
+        captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
+    except BadSample as error:
+        bad = error.reason
+    try:
+        picture, image_mended = read_picture(pair.pixels)
+        with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        sides, mended, look = picture.size, mended + image_mended, phash(picture) if phash else 0
+    except (BadSample, OSError) as error:
+        image_bad = error.reason if isinstance(error, BadSample) else "file is gone"
+    return PairFacts(sides, content, look, (bad, image_bad, *mended), captions)
 
 
 def words_digest(text: str) -> int:

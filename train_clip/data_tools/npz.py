@@ -1,10 +1,7 @@
 """Write the arrays of a folder's images, which training reads in their place: decoded and resized once, not each epoch.
 
-An array holds the whole picture, its shorter side the model's size (S): what every crop does first is done, the crop
-itself is still to be drawn.
+An array holds the whole picture, its shorter side the model's size: the crop is still to be drawn.
 """
-
-from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping

@@ -1,14 +1,11 @@
 """What was found, in figures: what is bad, mended, cut, repeated, or would be in training and validation."""
 
-from __future__ import annotations
-
 import contextlib
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,8 @@ from numpy.typing import NDArray
 
 from train_clip.data.crops import NORMALISED
 from train_clip.data.images import is_npz
-from train_clip.data.pairs import Pair, PairList, shown
+from train_clip.data.pairs import Pair, PairList, held_out_indices, shown
 from train_clip.data.scan import Scan
-from train_clip.data.split import held_out_indices
 from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
 from train_clip.errors import BadSample
 from train_clip.options import PairOptions, at_least, option
@@ -62,7 +58,7 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
         "folder_links": _listed(scan.folder_links),
         "faults": scan.faults,
         "bad_pairs": len({place for _, _, place in bad}),
-        "bad": {why: [shown(path) for _, path, _ in some] for why, some in groupby(sorted(bad), itemgetter(0))},
+        "bad": {why: [shown(path) for _, path, _ in some] for why, some in groupby(sorted(bad), lambda one: one[0])},
         "mended": {what: {"number": len(at), "examples": _first(pairs, at)} for what, at in sorted(mended.items())},
         "sizes": _sizes(facts.pairs["sides"], options.image_size),
         "captions": _captions(pairs, facts, options.context_length - 2),
@@ -74,9 +70,9 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
     return report | {"problems": [*problems, *arrays]}
 
 
-def _notes(pairs: PairList, facts: Facts) -> tuple[list[tuple[str, bytes, int]], dict[str, list[int]]]:
+def _notes(pairs: PairList, facts: Facts) -> tuple[list[tuple[str, str, int]], dict[str, list[int]]]:
     """Reason, path and place of each bad file, and the places of what is mended."""
-    bad: list[tuple[str, bytes, int]] = []
+    bad: list[tuple[str, str, int]] = []
     mended: dict[str, list[int]] = defaultdict(list)
     for (of_captions, of_image, *whats), code in facts.notes.items():
         places = np.flatnonzero(facts.pairs["note"] == code).tolist() if code else []
@@ -85,12 +81,8 @@ def _notes(pairs: PairList, facts: Facts) -> tuple[list[tuple[str, bytes, int]],
         for place in places if of_captions or of_image else []:
             pair = pairs[place]
             files = ((of_captions, pair.caption or pair.image), (of_image, pair.pixels))
-            bad += [(reason, _bytes(path), place) for reason, path in files if reason]
+            bad += [(reason, path, place) for reason, path in files if reason]
     return bad, mended
-
-
-def _bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _listed(names: Sequence[str]) -> Report:
@@ -98,11 +90,10 @@ def _listed(names: Sequence[str]) -> Report:
 
 
 def _first(pairs: PairList, places: Iterable[int]) -> list[str]:
-    return [shown(name) for name in heapq.nsmallest(EXAMPLES, (_bytes(pairs.names[at]) for at in places))]
+    return [shown(name) for name in heapq.nsmallest(EXAMPLES, (pairs.names[at] for at in places))]
 
 
 def _sizes(sides: NDArray[np.int32], image_size: int) -> Report | None:
-    """Upright images, at the quantiles."""
     sides = sides[sides[:, 0] > 0]
     if not len(sides):
         return None
@@ -117,7 +108,6 @@ def _sizes(sides: NDArray[np.int32], image_size: int) -> Report | None:
 
 
 def _captions(pairs: PairList, facts: Facts, room: int) -> Report | None:
-    """All lines of all pairs."""
     places, words, tokens, lengths = facts.captions.T
     if not len(places):
         return None
@@ -175,7 +165,6 @@ def find_repeats(pairs: PairList, facts: Facts, held_out: Flags) -> dict[str, Re
 
 
 def _near(looks: Places, content_of: Places, held: Flags) -> tuple[int | None, int | None, list[list[int]]]:
-    """How many images look like a different one, how many held-out ones like one of training, and some of them."""
     if perceptual_hash() is None:
         return None, None, []
     looks, first, look_of = np.unique(looks, return_index=True, return_inverse=True)
@@ -199,11 +188,10 @@ def _near(looks: Places, content_of: Places, held: Flags) -> tuple[int | None, i
 
 
 def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tuple[Places, Places]]:
-    """Find the hashes that differ in at most ``most`` bits, without comparing all with all.
+    """Find which of (U,) different hashes differ in at most ``most`` bits; a pair of places may come more than once.
 
     Two numbers that differ in at most K bits agree in one of K + 1 pieces that both are cut into. So only those that
-    share a piece are compared (multi-index hashing: Norouzi, Punjani, Fleet, CVPR 2012). The ``hashes``, (U,), are all
-    different; their places come as (n,) and (n,), a pair perhaps more than once.
+    share a piece are compared (multi-index hashing: Norouzi, Punjani, Fleet, CVPR 2012).
     """
     edges = np.linspace(0, 64, most + 2).astype(np.uint64)
     for low, high in pairwise(edges):
@@ -217,7 +205,8 @@ def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tu
             one, other = order[first], order[first + step]
             shared = pieces[one] == pieces[other]
             first, one, other = first[shared], one[shared], other[shared]
-            near = _count_bits(hashes[one] ^ hashes[other]) <= most
+            differing = (hashes[one] ^ hashes[other]).view(np.uint16)
+            near = _BITS[differing].reshape(-1, 4).sum(1) <= most
             yield one[near], other[near]
 
 
@@ -225,12 +214,7 @@ def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tu
 _BITS = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)
 
 
-def _count_bits(numbers: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    return _BITS[np.ascontiguousarray(numbers).view(np.uint16).reshape(*numbers.shape, 4)].sum(-1, dtype=np.uint8)
-
-
 def _problems(report: Report, max_bad: float, val_pairs: int | None) -> Iterator[str]:
-    """Why training would not begin, or would stop."""
     number, bad = report["pairs"], report["bad_pairs"]
     if report["faults"]:
         yield f"{len(report['faults']):,} faults, listed above."
@@ -245,7 +229,6 @@ def _problems(report: Report, max_bad: float, val_pairs: int | None) -> Iterator
 
 
 def _array_problems(pairs: PairList, facts: Facts, floats: list[int], size: int, division: int) -> Iterator[str]:
-    """Arrays of another size than the model's, and lists of both kinds of pixels."""
     if not pairs.num_cached and not any(map(is_npz, pairs.names)):
         return
     shorter = facts.pairs["sides"].min(axis=1)

@@ -1,7 +1,5 @@
 """Write a contact sheet: pairs as the model will see them, crops beside captions, tokens, and what is cut of them."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -10,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from train_clip.data.augment import augment, draw_batch
-from train_clip.data.crops import bytes_to_show
+from train_clip.data.crops import as_picture
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.samples import draw
 from train_clip.data.scan import scan_source
@@ -76,7 +73,6 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
 
 
 def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Tokenizer) -> str:
-    """One pair, with crops drawn as training draws them, or why it cannot be used."""
     pictures, lines = "", []
     try:
         lines = pairs[place].captions()
@@ -84,7 +80,7 @@ def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Token
         size, ratio = options.image_size, options.resize_ratio
         drawn = torch.stack([draw(pairs, place, size, ratio, rng)[0] for _ in range(options.crops)])
         draws = draw_batch(options, (options.seed, place), slice(None), options.crops)
-        crops = map(bytes_to_show, augment(drawn, options, draws))
+        crops = augment(drawn, options, draws)
         pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in crops)
     except BadSample as bad:
         pictures = f'<p class="bad">{html.escape(f"{shown(bad.path)}: {bad.reason}")}</p>'
@@ -94,12 +90,11 @@ def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Token
 
 def _data_uri(pixels: Tensor) -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    as_picture(pixels.numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _caption(caption: str, tokenizer: Tokenizer) -> str:
-    """The line, its tokens one by one, and how many there are."""
     ids = tokenizer.encode([caption])[0]
     room = tokenizer.context_length - 2
     tokens = "".join(

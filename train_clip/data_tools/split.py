@@ -1,8 +1,12 @@
 """Divide pairs into tables for training, validation and test."""
 
-from __future__ import annotations
-
+import contextlib
+import csv
 import hashlib
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +15,9 @@ from train_clip.commands.progress import with_progress
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.samples import available_cores
 from train_clip.data.scan import scan_source
-from train_clip.data.split import Shares, divide
-from train_clip.data.table import write_table
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
+from train_clip.files import replacing
 from train_clip.options import BELOW_ONE, SourceOptions, at_least, option
 
 NAMED = 5  # files on the screen
@@ -30,9 +33,7 @@ class SplitOptions(SourceOptions):
     test_share: float = option(0.05, "share of the pairs to test on", BELOW_ONE)
     seed: int = option(0, "decides which")
     max_per_class: int | None = option(
-        None,
-        "keep at most so many pairs of a class, which STEM.cls beside the image names, or its folder",
-        at_least(1),
+        None, "keep at most so many pairs of a class, which STEM.cls beside the image names, or its folder", at_least(1)
     )
 
 
@@ -58,8 +59,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
         raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
     pairs, digests = _readable(scan_source(folder, options).require_pairs().pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
-    shares = Shares(options.val_share, options.test_share, options.seed, options.max_per_class)
-    parts = divide(digests, classes, shares)
+    parts = divide(digests, classes, options)
     for part, table in tables.items():
         write_table(table, ((pairs[place].image, pairs[place].captions()) for place in parts[part]))
         print(f"{table}: {len(parts[part]):,} pairs")
@@ -90,9 +90,8 @@ def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
             pair.captions()
             kept.append(place)
         except UnicodeEncodeError:
-            raise UserError(
-                f"{shown(pair.image)}: its name is not UTF-8, so no table can hold it. Rename it."
-            ) from None
+            named = shown(pair.image)
+            raise UserError(f"{named}: its name is not UTF-8, so no table can hold it. Rename it.") from None
         except BadSample as error:
             bad.append(f"Left out: {error}")
     for line in bad[:NAMED]:
@@ -103,9 +102,44 @@ def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
 
 
 def _digest(path: str) -> bytes:
-    """Of the file's content; empty where it cannot be read."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123, a third of the time
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # noqa: PTH123, a third of the time
+        return hashlib.file_digest(file, "sha256").digest()
+    return b""
+
+
+def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOptions) -> dict[str, list[int]]:
+    """Divide pairs into ``train``, ``val`` and ``test``; those whose images are the same stay together.
+
+    Pairs are taken by a hash of the seed and their image's digest; a class that is capped keeps the first. Test and
+    validation hold the wanted number or, where a group of equal images does not fit, a little less.
+    """
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, content in enumerate(contents):
+        groups[content].append(index)
+    order = sorted(groups, key=lambda content: hashlib.sha256(b"%d:" % options.seed + content).digest())
+    taken = [groups[content] for content in order]
+    if (most := options.max_per_class) is not None:
+        seen: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        taken = [[index for index in group if next(seen[classes[index]]) < most] for group in taken]
+    total = sum(map(len, taken))
+    room = {"test": round(options.test_share * total), "val": round(options.val_share * total), "train": total}
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for group in filter(None, taken):
+        part = next(part for part, left in room.items() if len(group) <= left)
+        room[part] -= len(group)
+        parts[part] += group
+    return {part: sorted(indices) for part, indices in parts.items()}
+
+
+def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Write a CSV table, whole or not at all, of images and their captions; its folder is made."""
+    here = os.path.realpath(table.parent)
+    with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        # Lines end in CR LF, as RFC 4180 has it: only then is a name or caption that holds either put in quotes.
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for image, texts in rows:
+            # Through links: ".." leads to the folder above the one that is linked to.
+            place, name = os.path.split(image)
+            name = Path(os.path.relpath(os.path.join(os.path.realpath(place), name), here)).as_posix()  # noqa: PTH118
+            writer.writerows([name, text] for text in texts)

@@ -3,8 +3,6 @@
 N  images or captions      S  side of the image in pixels      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +43,8 @@ def embed_images(
 ) -> Tensor:
     """Embed images to (N, D) float32, unit norm, on the model's device.
 
-    ``images`` are paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-    uint8 or already normalised.
-
-    Raises:
-        BadSample: a file that cannot be read as an image.
+    ``images`` are paths (``BadSample`` where one cannot be read) or pictures, one or several, which are resized and
+    centre-cropped; or a tensor (N, 3, S, S), uint8 or already normalised.
     """
     images = [images] if isinstance(images, str | Path | Image.Image) else images
     device = model.logit_scale.device

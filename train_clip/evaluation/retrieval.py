@@ -3,8 +3,6 @@
 N  images      M  captions      D  embedding width      U  different captions
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,12 +55,8 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     An image counts as found when any caption that says the same as one of its own is among the first k, a caption when
     any image that has it is. Ties and NaN count against (``ranks``): a model that maps all to one point finds nothing.
 
-    Args:
-        images: (N, D) float, unit norm.
-        texts: (M, D) float, unit norm.
-        owners: (M,) int64, the image of each caption.
-        caption_ids: (M,) int64, equal for equal captions.
-        ks: the ranks at which recall is taken.
+    Images are (N, D), texts (M, D), of unit norm; ``owners``, (M,), are the captions' images, and ``caption_ids``,
+    (M,), are equal for equal captions.
     """
     different, ids = torch.unique(caption_ids, return_inverse=True)
     places = torch.arange(len(images), device=images.device)
@@ -83,7 +77,12 @@ def _search(
         matches.append(table.sum(dim=1).cpu())
     # On the CPU: some devices (MPS) have no float64.
     recall = {k: (torch.cat(found) < k).double().mean().item() for k in ks}
-    return recall, _chance(torch.cat(matches), len(candidates), ks)
+    # 1 - C(candidates - matches, k) / C(candidates, k), averaged over the queries.
+    number = len(candidates)
+    drawn = torch.arange(min(max(ks), number), dtype=torch.float64)
+    wrong = number - torch.cat(matches).double()[:, None]
+    missed = ((wrong - drawn) / (number - drawn)).clamp(min=0).cumprod(dim=1)
+    return recall, {k: (1 - missed[:, min(k, number) - 1]).mean().item() for k in ks}
 
 
 def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:
@@ -94,11 +93,3 @@ def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:
     table = torch.zeros(len(different), size, dtype=torch.bool, device=wanted.device)
     table[place[mine], right[mine]] = True
     return table[inverse]
-
-
-def _chance(matches: Tensor, candidates: int, ks: Sequence[int]) -> dict[int, float]:
-    """Mean over queries of 1 - C(candidates - matches, k) / C(candidates, k)."""
-    drawn = torch.arange(min(max(ks), candidates), dtype=torch.float64)
-    wrong = candidates - matches.double()[:, None]
-    missed = ((wrong - drawn) / (candidates - drawn)).clamp(min=0).cumprod(dim=1)
-    return {k: (1 - missed[:, min(k, candidates) - 1]).mean().item() for k in ks}

@@ -3,15 +3,12 @@
 N  images      C  classes      T  templates      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import Collection
@@ -60,17 +57,11 @@ def class_embeddings(
     """
     captions = [template.replace("{}", name) for name in classes for template in templates]
     embeddings = embed_texts(captions).unflatten(0, (len(classes), len(templates)))
-    return F.normalize(embeddings.mean(dim=1), dim=-1)
+    return torch.nn.functional.normalize(embeddings.mean(dim=1), dim=-1)
 
 
 def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
-    """Score images against classes. Ties and NaN count against (``ranks``).
-
-    Args:
-        images: (N, D) float, unit norm.
-        labels: (N,) int64 in [0, C).
-        classes: (C, D) float, unit norm.
-    """
+    """Score (N, D) images by their (N,) labels against (C, D) classes, of unit norm; ties and NaN count against."""
     right = labels[:, None] == torch.arange(len(classes), device=labels.device)
     # On the CPU: some devices (MPS) have no float64.
     places, labels = ranks(images, classes, right).cpu(), labels.cpu()
@@ -88,10 +79,9 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
 
 
 def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Look up the place of each image's class: what ``STEM.cls`` beside it says, or else the folder that it lies in.
+    """The place of each image's class: what ``STEM.cls`` says, by name or place from 0, or else its folder's name.
 
-    A ``.cls`` file holds a class's name, or its place counted from 0. Case, and underscores for blanks, make no
-    difference.
+    Case, and underscores for blanks, make no difference.
     """
     places: dict[str, int] = {}
     for place, name in enumerate(classes):

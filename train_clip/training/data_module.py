@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +14,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from train_clip.data.pairs import PairList, plain_name
+from train_clip.data.pairs import PairList, plain_name, split_pairs
 from train_clip.data.samples import (
     BatchTokenizer,
-    Collate,
     GlobalBatchSampler,
     TrainingPairs,
     ValidationPairs,
     available_cores,
+    collate,
 )
 from train_clip.data.scan import Scan, given_source, scan_source
-from train_clip.data.split import split_pairs
 from train_clip.data.table import scan_table
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
@@ -82,7 +82,7 @@ class TextImageDataModule(L.LightningDataModule):
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
         self.image_size, self.seed = image_size, seed
-        self.collate = Collate(_tokenizer(custom_tokenizer, context_length))
+        self.collate = functools.partial(collate, _tokenizer(custom_tokenizer, context_length))
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
