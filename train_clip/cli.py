@@ -3,8 +3,6 @@
 Nothing heavy is imported before a verb is known: ``train-clip --help`` takes a moment, not seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import inspect
@@ -14,14 +12,13 @@ import pkgutil
 import re
 import sys
 import typing
-from collections import OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from train_clip.errors import UserError
-from train_clip.options import Options, TrainerOptions
+from train_clip.options import TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
@@ -43,10 +40,7 @@ VERBS = {
     "models": ("train_clip.commands.models:models", "list the models, their sizes and their optimizer numbers"),
 }
 # Spellings that people know → the option's one name.
-ALIASES = {
-    **{"batchsize": "batch_size", "minibatchsize": "minibatch_size"},
-    **{"max_epochs": "epochs", "lr": "learning_rate"},
-}
+ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
 # Arguments of the Trainer that have another name here: --epochs and --output.
 OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}
 # System errors whose cause is a path that a user gave, or its disk.
@@ -118,23 +112,23 @@ def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
 def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Read the words that follow a verb; return its function, and what to call it with."""
     function = pkgutil.resolve_name(VERBS[verb][0])
-    hints, signature = typing.get_type_hints(function), inspect.signature(function)
+    hints, call = typing.get_type_hints(function), inspect.signature(function).bind_partial()
     parser, fields = _parser(verb, function, hints)
     words = normalise(words, verb)
+    _require_one_word(words, [f"--{name}" for name, one in fields.items() if "[" in str(one.type)])
     # Let --lock_image stand for --lock_image true.
-    flags = {f"--{one.name}" for one in fields if one.default is False}
+    flags = {f"--{name}" for name, one in fields.items() if one.default is False}
     pairs = itertools.pairwise([*words, "--"])
     words = [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
-    _require_one_word(words, {f"--{one.name}" for one in fields if "[" in str(one.type)})
     parsed = parser.parse_args(words).as_dict()
-    own = {"config", *signature.parameters, *(one.name for one in fields)}
-    trainer = TrainerOptions({name: value for name, value in parsed.items() if name not in own})
-    values = OrderedDict[str, Any]()
-    for name in signature.parameters:
+    own = {"config", *call.signature.parameters, *fields}
+    for name in call.signature.parameters:
         kind = hints[name]
-        given = kind.pick(parsed) if hasattr(kind, "pick") else parsed.get(name)
-        values[name] = trainer if kind is TrainerOptions else given
-    return function, inspect.BoundArguments(signature, values)
+        if kind is TrainerOptions:
+            call.arguments[name] = TrainerOptions({other: value for other, value in parsed.items() if other not in own})
+        else:
+            call.arguments[name] = kind.pick(parsed) if hasattr(kind, "pick") else parsed.get(name)
+    return function, call
 
 
 def normalise(words: Sequence[str], verb: str = "") -> list[str]:
@@ -144,10 +138,7 @@ def normalise(words: Sequence[str], verb: str = "") -> list[str]:
     which is passed on by its content. A run that is resumed (``--resume``) brings the options that it began with; one
     that another verb began is refused.
     """
-    rest: list[str] = []
-    configs: list[str] = []
-    values: dict[str, Any] = {}
-    queue = list(words)
+    queue, rest, configs, values = list(words), list[str](), list[str](), dict[str, Any]()
     while queue:
         word = queue.pop(0)
         option, equals, value = word.partition("=")
@@ -202,15 +193,13 @@ def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
     return ["--config", str(run / "config.yaml"), *model]
 
 
-def _require_one_word(words: list[str], lists: Set[str]) -> None:
+def _require_one_word(words: list[str], lists: list[str]) -> None:
     """Show the form of several numbers, which the parser would call something else."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
-        if option not in lists:
-            continue
         given = [value] * bool(equals) + list(itertools.takewhile(_is_number, words[place + 1 :]))
-        numbers = [number for some in given for number in some.split(",")]
-        if len(numbers) > 1 and all(map(_is_number, numbers)):
+        numbers = ",".join(given).split(",")
+        if option in lists and len(numbers) > 1 and all(map(_is_number, numbers)):
             raise UserError(
                 f'{option} {" ".join(given)}: several values are one word: {option} "[{", ".join(numbers)}]".'
             )
@@ -220,7 +209,9 @@ def _is_number(word: str) -> bool:
     return re.fullmatch(r"[\d.,e+-]*\d[\d.,e+-]*", word) is not None
 
 
-def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, list[dataclasses.Field[Any]]]:
+def _parser(
+    verb: str, function: Callable[..., Any], hints: dict[str, Any]
+) -> tuple[Any, dict[str, dataclasses.Field[Any]]]:
     """Build a verb's parser from its function's signature and docstring; return the fields of its options too.
 
     Options are added flat, a group each; a positional-only parameter is a positional argument; ``TrainerOptions`` bring
@@ -232,9 +223,8 @@ def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> t
     docstring = parse_docstring(function.__doc__ or "")
     help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
     parameters = inspect.signature(function).parameters
-    optional = {name: {"default": one.default} for name, one in parameters.items() if one.default is not one.empty}
-    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY]
-    shown = [f"[{name.upper()}]" if name in optional else name.upper() for name in positional]
+    positional = {name: one for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY}
+    shown = [name.upper() if one.default is one.empty else f"[{name.upper()}]" for name, one in positional.items()]
     parser = ArgumentParser(
         prog=f"train-clip {verb}",
         # The list of all options, which would bury an error below it, is what --help prints.
@@ -244,8 +234,8 @@ def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> t
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
-    fields: list[dataclasses.Field[Any]] = []
-    for name in parameters:
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for name, parameter in parameters.items():
         hint = hints[name]
         if hint is TrainerOptions:
             import lightning as L
@@ -254,23 +244,17 @@ def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> t
             parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
         elif hasattr(hint, "pick"):
             for kind in hint.groups().values():
-                fields += _add_options(parser, kind)
+                group = parser.add_argument_group((inspect.getdoc(kind) or "").splitlines()[0].rstrip("."))
+                for one in dataclasses.fields(kind):
+                    hint, text = kind.hints()[one.name], one.metadata["help"]
+                    group.add_argument(f"--{one.name}", type=hint, default=one.default, help=text)
+                    fields[one.name] = one
         else:
-            how = {"type": hint, "help": help_texts.get(name)} | optional.get(name, {})
-            if name in positional and name in optional:
-                how |= {"nargs": "?"}
+            how = {"type": hint, "help": help_texts.get(name)}
+            if parameter.default is not parameter.empty:
+                how |= {"default": parameter.default} | ({"nargs": "?"} if name in positional else {})
             parser.add_argument(name if name in positional else f"--{name}", **how)
     return parser, fields
-
-
-def _add_options(parser: Any, kind: type[Options]) -> tuple[dataclasses.Field[Any], ...]:
-    docstring = inspect.getdoc(kind) or ""
-    group = parser.add_argument_group(docstring.splitlines()[0].rstrip("."))
-    for one in dataclasses.fields(kind):
-        group.add_argument(
-            f"--{one.name}", type=kind.hints()[one.name], default=one.default, help=one.metadata.get("help")
-        )
-    return dataclasses.fields(kind)
 
 
 if __name__ == "__main__":

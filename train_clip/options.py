@@ -4,8 +4,6 @@ The command line adds these classes flat, the wrappers build them from keyword a
 and a run's ``config.yaml`` are their fields. Where a default is None, the model's preset or the verb decides.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -90,7 +88,7 @@ class Options:
         return hints
 
     @classmethod
-    def groups(cls) -> dict[str, type[Options]]:
+    def groups(cls) -> dict[str, type[Self]]:
         """The group itself, as ``TrainingOptions`` has several."""
         return {"": cls}
 
@@ -169,11 +167,6 @@ class AugmentationOptions(Options):
     def changes_colours(self) -> bool:
         """Whether any pixel changes its colour in place."""
         return self.color_jitter > 0 or self.grayscale > 0
-
-    @property
-    def flips(self) -> bool:
-        """Whether any image is mirrored."""
-        return self.horizontal_flip > 0 or self.vertical_flip > 0
 
 
 @dataclass(frozen=True)
@@ -288,35 +281,26 @@ class TrainingOptions:
     step: StepOptions = StepOptions()
 
     def __post_init__(self) -> None:
-        optimizer, towers = self.optimizer, self.towers
-        if optimizer.optimizer == "sgd" and optimizer.keeps_halves:
-            raise UserError(
-                f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {optimizer.half_weights!r} beside "
-                "optimizer 'sgd', which does not round stochastically; expected 'float32' and 'none', or 'adamw' or "
-                "'muon'."
-            )
-        if optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon":
-            raise UserError(
-                f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; "
-                "expected 'muon'."
-            )
-        if self.objective.mask_ratio and towers.lock_image:
-            raise UserError(
-                f"mask_ratio is {self.objective.mask_ratio} beside lock_image: a frozen tower sees whole images. Leave "
-                "one of the two out."
-            )
+        optimizer, towers, mask_ratio = self.optimizer, self.towers, self.objective.mask_ratio
+        refusals = {
+            f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {optimizer.half_weights!r} beside "
+            "optimizer 'sgd', which does not round stochastically; expected 'float32' and 'none', or 'adamw' or "
+            "'muon'.": optimizer.optimizer == "sgd" and optimizer.keeps_halves,
+            f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; expected "
+            "'muon'.": optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon",
+            f"mask_ratio is {mask_ratio} beside lock_image: a frozen tower sees whole images. Leave one of the two "
+            "out.": mask_ratio and towers.lock_image,
+        }
         for tower in ("image", "text"):
             rate, locked = getattr(towers, f"{tower}_learning_rate"), getattr(towers, f"lock_{tower}")
-            if rate is not None and locked:
-                raise UserError(
-                    f"{tower}_learning_rate is {rate} beside lock_{tower}: a frozen tower has no learning rate. Leave "
-                    f"one of the two out, a recipe's by --{tower}_learning_rate null."
-                )
-            if locked and optimizer.half_weights in (tower, "both"):
-                raise UserError(
-                    f"half_weights is {optimizer.half_weights!r} beside lock_{tower}: rounding would change a frozen "
-                    "tower. Leave one of the two out."
-                )
+            refusals |= {
+                f"{tower}_learning_rate is {rate} beside lock_{tower}: a frozen tower has no learning rate. Leave one "
+                f"of the two out, a recipe's by --{tower}_learning_rate null.": rate is not None and locked,
+                f"half_weights is {optimizer.half_weights!r} beside lock_{tower}: rounding would change a frozen "
+                "tower. Leave one of the two out.": locked and optimizer.half_weights in (tower, "both"),
+            }
+        for message in (message for message, refused in refusals.items() if refused):
+            raise UserError(message)
 
     @classmethod
     def groups(cls) -> dict[str, Any]:
@@ -343,8 +327,7 @@ class TrainingOptions:
 
     def flat(self) -> dict[str, Any]:
         """All options by their names, plain data."""
-        groups = dataclasses.asdict(self).values()
-        return {name: list(v) if isinstance(v, tuple) else v for group in groups for name, v in group.items()}
+        return flat(*vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -367,5 +350,6 @@ class TrainerOptions(dict[str, Any]):
 
 
 def flat(*groups: Any) -> dict[str, Any]:
-    """The fields of several groups by their names."""
-    return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    """The fields of several groups by their names, plain data but for paths."""
+    values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
