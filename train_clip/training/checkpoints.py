@@ -26,7 +26,7 @@ from typing_extensions import override
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint, root_cause
 from train_clip.errors import UserError
 from train_clip.files import link, replacing, sweep
-from train_clip.gather import host_group, largest
+from train_clip.gather import largest
 from train_clip.training.ema import ema_figure
 from train_clip.training.lightning_internals import log_step, steps_and_ends
 
@@ -121,7 +121,6 @@ class Checkpoints(Checkpoint):
         self._due: set[str] = set()  # which of the two are to be saved
         self._between_steps, self._epoch_is_whole = True, False
         self._saved_at = 0.0
-        self._hosts: Any = None
 
     @property
     def mean_is_better(self) -> bool:
@@ -136,7 +135,7 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_start(self, *_: Any) -> None:
-        self._hosts, self._saved_at = host_group(), time.monotonic()
+        self._saved_at = time.monotonic()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -146,7 +145,7 @@ class Checkpoints(Checkpoint):
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
         if self.every.seconds:
             # One clock decides for all.
-            due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)], self._hosts)[0] > 0
+            due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)])[0] > 0
         if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
             log_step(trainer)
             self.save(trainer)
@@ -201,7 +200,7 @@ class Checkpoints(Checkpoint):
                 self._give_names(target, trainer.global_step)
             except OSError as error:
                 failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is whole.")
-        if largest([int(failure is not None)], self._hosts)[0]:
+        if largest([int(failure is not None)])[0]:
             raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
