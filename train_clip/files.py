@@ -1,7 +1,5 @@
 """Files that are whole or absent: written beside the target, synced, renamed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

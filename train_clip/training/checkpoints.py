@@ -5,21 +5,18 @@ further names of such files (hard links, copies where the file system has none).
 new one is safe under all its names. With ``--ema`` the weights' EMA has a ``last.ckpt`` and a ``best.ckpt`` of its own.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import lightning
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -83,35 +80,27 @@ class Interval(NamedTuple):
     steps: int = 0  # optimizer steps
     seconds: float = 0.0  # of wall-clock time
 
-    @staticmethod
-    def parse(text: str) -> Interval:
+    @classmethod
+    def parse(cls, text: str) -> Self:
         """Read ``500`` (optimizer steps) or ``10m`` (minutes); anything else is a ``UserError``."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?|steps?|)", text.strip())
         number, unit = (float(found[1]), found[2]) if found else (0.0, "")
         minutes = unit.startswith("m")
         if number <= 0 or not (minutes or number.is_integer()):
             raise UserError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
-        return Interval(seconds=60 * number) if minutes else Interval(steps=int(number))
+        return cls(seconds=60 * number) if minutes else cls(steps=int(number))
 
 
 class Checkpoints(Checkpoint):
-    """Saves after each epoch, at an interval within it, and names the state that scores best.
-
-    Args:
-        folder: of the checkpoints.
-        every: how often within an epoch; None for only at its end.
-        keep: how many of the newest states to keep, beside the best one.
-        best_by: what the best state, and the best EMA at its own, is best at.
-        mean_folder: of the EMA's files; ``ema`` below the folder where None.
-    """
+    """Saves after each epoch, at an interval within it, and names the state that scores best."""
 
     def __init__(
         self,
         folder: str | Path,
-        every: Interval | None = None,
-        keep: int = 2,
-        best_by: Best = BY_RECALL,
-        mean_folder: Path | None = None,
+        every: Interval | None = None,  # within an epoch; None for only at its end
+        keep: int = 2,  # of the newest states, beside the best one
+        best_by: Best = BY_RECALL,  # of the best state, and of the best EMA, each at its own
+        mean_folder: Path | None = None,  # of the EMA's files; ``ema`` below the folder where None
     ) -> None:
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"
@@ -153,7 +142,7 @@ class Checkpoints(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         figures, name = trainer.callback_metrics, self.best_by.figure
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or name not in figures:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or name not in figures:
             return
         if not self._between_steps:
             rank_zero_warn(

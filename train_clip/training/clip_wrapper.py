@@ -1,7 +1,5 @@
 """CLIP from scratch: a preset or a configuration, and the module that trains it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, ClassVar
 

@@ -1,27 +1,18 @@
 """Folder or table → loaders, for one process or many."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from train_clip.data import samples
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.samples import (
-    BatchTokenizer,
-    Collate,
-    GlobalBatchSampler,
-    TrainingPairs,
-    ValidationPairs,
-    available_cores,
-)
 from train_clip.data.scan import Scan, given_source, scan_source
 from train_clip.data.split import split_pairs
 from train_clip.data.table import scan_table
@@ -82,7 +73,7 @@ class TextImageDataModule(L.LightningDataModule):
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
         self.image_size, self.seed = image_size, seed
-        self.collate = Collate(_tokenizer(custom_tokenizer, context_length))
+        self.collate = samples.Collate(_tokenizer(custom_tokenizer, context_length))
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
@@ -102,18 +93,18 @@ class TextImageDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset = TrainingPairs(self.training_pairs, self.image_size, self.options.resize_ratio, self.seed)
-        process = self._process()
-        sampler = GlobalBatchSampler(
-            dataset, self.batch_size, self._consumed_batches, self.options.shuffle, self.seed, process
+        how, process = self.options, self._process()
+        dataset = samples.TrainingPairs(self.training_pairs, self.image_size, how.resize_ratio, self.seed)
+        order = samples.GlobalBatchSampler(
+            dataset, self.batch_size, self._consumed_batches, how.shuffle, self.seed, process
         )
-        return self._loader(dataset, sampler=sampler, batch_size=self.batch_size // process[1], drop_last=True)
+        return self._loader(dataset, sampler=order, batch_size=self.batch_size // process[1], drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_pairs:
             return []
-        dataset = ValidationPairs(self.validation_pairs, self.image_size)
+        dataset = samples.ValidationPairs(self.validation_pairs, self.image_size)
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
     @override
@@ -162,7 +153,9 @@ class TextImageDataModule(L.LightningDataModule):
         workers = self.options.num_workers
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
-            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, available_cores() // self._process()[1]))
+            workers = (
+                0 if device == "cpu" else min(MAX_WORKERS, max(1, samples.available_cores() // self._process()[1]))
+            )
         if workers:
             end_loaders_at_exit()
         return DataLoader(
@@ -179,8 +172,7 @@ class TextImageDataModule(L.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _consumed_batches(self) -> int:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "consumed_batches", 0)
+        return getattr(getattr(self.trainer, "lightning_module", None), "consumed_batches", 0)
 
     def _summary(self, scan: Scan) -> str:
         left_out = len(self.training_pairs) % self.batch_size
@@ -191,8 +183,9 @@ class TextImageDataModule(L.LightningDataModule):
             + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
         ]
         if self.batch_size < self.options.batch_size:
-            shrinks = f"Fewer pairs than a batch: it shrinks from {self.options.batch_size} to {self.batch_size}."
-            lines.insert(0, shrinks)
+            lines.insert(
+                0, f"Fewer pairs than a batch: it shrinks from {self.options.batch_size} to {self.batch_size}."
+            )
         if cached := scan.pairs.num_cached:
             lines.append(f"  {cached:,} of {len(scan.pairs):,} images are read from npz/, in place of the image files.")
         if self.options.val_share and not self.validation_pairs:
@@ -208,14 +201,13 @@ class TextImageDataModule(L.LightningDataModule):
         return "\n".join(lines)
 
 
-def _tokenizer(custom: Any, context_length: int | None) -> BatchTokenizer:
-    """CLIP's where there is no other; one that has no ``batch``, of Hugging Face's form, is wrapped."""
+def _tokenizer(custom: Any, context_length: int | None) -> samples.BatchTokenizer:
     if custom is None:
-        return Tokenizer() if context_length is None else Tokenizer(context_length)
+        return Tokenizer(context_length or Tokenizer.context_length)
     if hasattr(custom, "batch"):
-        return cast(BatchTokenizer, custom)
-    wrapped: BatchTokenizer = resolve_name("train_clip.encoders.tokenizer:wrap_tokenizer")(custom, context_length)
-    return wrapped
+        return custom
+    # Of Hugging Face's form.
+    return resolve_name("train_clip.encoders.tokenizer:wrap_tokenizer")(custom, context_length)
 
 
 def pair_names(pairs: PairList) -> str:

@@ -1,7 +1,5 @@
 """What a run shows: its progress, its speed, its figures as ``metrics.csv``, and their curves as a picture."""
 
-from __future__ import annotations
-
 import csv
 import time
 from pathlib import Path
@@ -196,7 +194,7 @@ class MetricsLog(Logger):
                     earlier = [one for one in earlier if int(one["step"]) < self._first_step]
                 self._columns = sorted({*row, *(name for one in earlier for name in one)})
                 with replacing(self.file) as beside:
-                    self._write(beside, [dict(zip(self._columns, self._columns, strict=True)), *earlier, row])
+                    self._write(beside, [*earlier, row])
             else:
                 self._write(self.file, [row])
         except OSError as error:
@@ -208,7 +206,10 @@ class MetricsLog(Logger):
 
     def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
         with file.open("a", encoding="utf-8", newline="") as log:
-            csv.DictWriter(log, self._columns).writerows(rows)
+            writer = csv.DictWriter(log, self._columns)
+            if log.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

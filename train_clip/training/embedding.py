@@ -3,8 +3,6 @@
 N  images or captions      S  side of the image in pixels      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

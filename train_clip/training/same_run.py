@@ -1,7 +1,5 @@
 """Whether a run that goes on is the one that began: the same model, optimizer, data and start."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
