@@ -1,7 +1,5 @@
 """The folder of a run: what it was asked, what it ran on, its checkpoints, and from which of them it goes on."""
 
-from __future__ import annotations
-
 import itertools
 import platform
 import shlex
@@ -151,13 +149,15 @@ def write_run_files(
     """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later."""
     sweep(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    # Without what is not installed, as this package where it runs from its source.
+    versions = {name: metadata.version(name) for name in VERSIONS_OF if any(metadata.Distribution.discover(name=name))}
     about: dict[str, Any] = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "versions": {name: _version(name) for name in VERSIONS_OF},
+        "versions": versions,
     }
     if resumed is not None:
         about |= {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
@@ -179,13 +179,10 @@ def _newest_run() -> Path:
 
 def _newest_first(run: Path) -> list[Path]:
     """A run's checkpoints, each file by one of its names: last.ckpt, which is the newest, then by their times."""
-    files = sorted(
-        (run / "checkpoints").glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime_ns)
-    )
-    different: dict[int, Path] = {}
-    for file in reversed(files):
-        different.setdefault(file.stat().st_ino, file)
-    return list(different.values())
+    files = (run / "checkpoints").glob("*.ckpt")
+    oldest_first = sorted(files, key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime_ns))
+    # Of a file's names the newest wins, which stands last.
+    return sorted({file.stat().st_ino: file for file in oldest_first}.values(), key=oldest_first.index, reverse=True)
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
@@ -202,17 +199,10 @@ def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Re
 
 
 def _same_weights(asked: str | None, was: str | None) -> bool:
-    """Whether both name one file, or OpenAI's weights, which a run keeps by their model's name."""
+    # One file, or OpenAI's weights, which a run keeps by their model's name.
     if asked is None or was is None:
         return False
     return Path(asked).resolve() == Path(was).resolve() or (asked == OPENAI and openai_name(was) is not None)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _holds_run(folder: Path) -> bool:

@@ -1,7 +1,5 @@
 """Train a CLIP, from scratch or from weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
