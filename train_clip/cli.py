@@ -161,7 +161,7 @@ def _one_name(option: str) -> str:
 
 
 def _config(name: str, values: dict[str, Any]) -> list[str]:
-    """The words for a file of options; what it says is noted in ``values``, over which the command line wins."""
+    # What the file says is noted in ``values``, over which the command line wins.
     import yaml
 
     folder = resources.files("train_clip") / "recipes"
@@ -181,7 +181,6 @@ def _config(name: str, values: dict[str, Any]) -> list[str]:
 
 
 def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
-    """A run that is resumed brings its own options, before all others."""
     from train_clip.commands.run_folder import require_verb, run_to_resume
 
     run = run_to_resume(resume, None if output is None else Path(output))
@@ -194,7 +193,6 @@ def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
 
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:
-    """Show the form of several numbers, which the parser would call something else."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")
         given = [value] * bool(equals) + list(itertools.takewhile(_is_number, words[place + 1 :]))
@@ -212,11 +210,7 @@ def _is_number(word: str) -> bool:
 def _parser(
     verb: str, function: Callable[..., Any], hints: dict[str, Any]
 ) -> tuple[Any, dict[str, dataclasses.Field[Any]]]:
-    """Build a verb's parser from its function's signature and docstring; return the fields of its options too.
-
-    Options are added flat, a group each; a positional-only parameter is a positional argument; ``TrainerOptions`` bring
-    the Trainer's own arguments.
-    """
+    # Options are added flat, a group each; a positional-only parameter is a positional argument.
     from docstring_parser import parse as parse_docstring
     from jsonargparse import ArgumentParser
 

@@ -26,11 +26,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def require_place(target: Path) -> None:
-    """See to it that a file can stand there, and make its folder.
-
-    Raises:
-        FileExistsError: a folder or a device stands there, which would be replaced.
-    """
+    """See to it that a file can stand there, in the place of no folder or device, and make its folder."""
     if target.exists() and not target.is_file():
         raise FileExistsError(errno.EEXIST, "is no regular file", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ DISTILLATION = {
     "softmax": "train_clip.losses.distillation:softmax_targets",
 }
 
-MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+MOMENTUM: dict[Any, float] = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
 USUAL_MOMENTUM = 0.9
 PairBy = Literal["stem", "number"]
 
@@ -57,11 +57,7 @@ def option(default: Any, help: str, check: Check | None = None, choices: Mapping
 
 @dataclass(frozen=True)
 class Options:
-    """A group of options; its docstring's first line is the group's heading in ``--help``.
-
-    Raises:
-        UserError: a value that cannot work; the message has the option, the value and what was expected.
-    """
+    """A group of options; its docstring is the group's heading in ``--help``. A value that cannot work is refused."""
 
     def __post_init__(self) -> None:
         hints = self.hints()
@@ -268,11 +264,7 @@ class StepOptions(Options):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a module that trains has to know, group by group; flat, it is a checkpoint's ``hparams``.
-
-    Raises:
-        UserError: options that do not go together.
-    """
+    """What a module that trains has to know, group by group; flat, it is a checkpoint's ``hparams``."""
 
     optimizer: OptimizerOptions = OptimizerOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
@@ -314,15 +306,11 @@ class TrainingOptions:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], **defaults: Any) -> Self:
-        """Build the groups from flat values; ``defaults``, and a momentum, stand where a value is missing or None.
-
-        Raises:
-            TypeError: a name that is no option.
-        """
+        """Build the groups from flat values; ``defaults``, and a momentum, stand where a value is missing or None."""
         if unknown := sorted(set(values) - set(cls().flat())):
             raise TypeError(f"Unknown argument {unknown[0]!r}; expected the options of {', '.join(cls.groups())}.")
         given = defaults | {name: value for name, value in values.items() if value is not None}
-        given = {"momentum": MOMENTUM.get(given.get("optimizer", ""), USUAL_MOMENTUM)} | given
+        given = {"momentum": MOMENTUM.get(given.get("optimizer"), USUAL_MOMENTUM)} | given
         return cls.pick({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def flat(self) -> dict[str, Any]:

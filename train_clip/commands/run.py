@@ -82,11 +82,7 @@ def begin(run: RunOptions, seed: int) -> Resumption | None:
 
 
 def remake(kind: type[M], arguments: Mapping[str, Any], source: str, **how: Any) -> M:
-    """The module of a checkpoint's ``arguments``, before its weights are loaded, to be trained in another way.
-
-    Raises:
-        UserError: of a foreign or damaged file, whatever it raises; the message names the ``source``.
-    """
+    """The module of a checkpoint's ``arguments``, before its weights are loaded, to be trained in another way."""
     try:
         return kind(**{name: arguments[name] for name in kind.names_of_model}, **how)
     except UserError as error:
@@ -152,11 +148,7 @@ def default_precision(accelerator: Any) -> str:
 def build_trainer(
     options: TrainerOptions, folder: Path, run: RunOptions, best_by: Best = BY_RECALL, first_step: int = 0
 ) -> L.Trainer:
-    """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's.
-
-    Raises:
-        UserError: options that do not go together, or that need what is not there.
-    """
+    """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's."""
     asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
     callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
     if asked.get("enable_progress_bar", True):
@@ -244,7 +236,7 @@ def _listed(asked: Any) -> list[Any]:
 
 
 def _instantiate(value: Any) -> Any:
-    """Turn ``{class_path, init_args}`` into an object, also within a list; leave the rest as it is."""
+    # Of {class_path, init_args} an object, also within a list; the rest stays as it is.
     if isinstance(value, list):
         return [_instantiate(item) for item in value]
     if not isinstance(value, dict) or "class_path" not in value:

@@ -56,9 +56,6 @@ class Resumption:
         """Refuse another start than the run had: its state holds the model, and what is asked for would go unheard.
 
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
-
-        Raises:
-            UserError: the run's own ``config.yaml``, or else the checkpoint, has another value.
         """
         own = self.config
         if own is None:
@@ -75,11 +72,7 @@ class Resumption:
 
 
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
-    """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint.
-
-    Raises:
-        UserError: there is no such run or file, or a run without checkpoints.
-    """
+    """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint."""
     path = Path(resume) if resume != AUTO else _newest_run() if output is None else output
     path = path.parent if path.is_dir() and path.name == "checkpoints" else path
     if path.is_dir() or resume == AUTO:

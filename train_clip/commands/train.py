@@ -57,11 +57,7 @@ def recipe_for(num_pairs: int) -> str | None:
 
 
 def pretrained_weights(model: ModelOptions) -> Found | None:
-    """The weights that the options name; None where they name none.
-
-    Raises:
-        UserError: as ``find_weights``.
-    """
+    """The weights that the options name; None where they name none."""
     if model.pretrained is None:
         return None
     if model.pretrained != OPENAI:
@@ -73,11 +69,7 @@ def pretrained_weights(model: ModelOptions) -> Found | None:
 
 
 def choose_config(model: ModelOptions) -> ModelConfig:
-    """The model that the options name.
-
-    Raises:
-        UserError: there is none, it cannot be built, or CLIP's tokens are more than it has.
-    """
+    """The model that the options name; refused where it cannot be built, or CLIP's tokens are more than it has."""
     if model.activation is not None and model.pretrained is None:
         raise UserError(
             f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model of "

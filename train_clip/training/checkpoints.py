@@ -167,8 +167,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: Trainer) -> Path | None:
         """Save the state of the run, on all processes; None in a trial run (``fast_dev_run``), which leaves nothing.
 
-        Raises:
-            UserError: it cannot be written, on all processes; what was there is as it was.
+        Where it cannot be written, all processes raise a ``UserError``, and what was there is as it was.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
@@ -210,7 +209,7 @@ class Checkpoints(Checkpoint):
         return math.isfinite(value) and better
 
     def _write_ema(self, trainer: Trainer) -> None:
-        """Write a model whose weights are the EMA's; nothing where the run has none. Called on all processes."""
+        # On all processes: a model whose weights are the EMA's.
         module: Any = trainer.lightning_module
         if getattr(module, "ema", None) is None:
             return

@@ -37,9 +37,6 @@ class TextImageDataModule(L.LightningDataModule):
         custom_tokenizer: a Hugging Face tokenizer in place of CLIP's, or one whose ``batch`` gives tokens.
         seed: decides order, crops and captions.
         context_length: tokens of a caption at most; None for the tokenizer's own (CLIP's: 77).
-
-    Raises:
-        UserError: numbers that cannot work, or, from ``setup``, no pairs.
     """
 
     def __init__(  # noqa: PLR0913, people know these arguments
@@ -126,11 +123,7 @@ class TextImageDataModule(L.LightningDataModule):
             self.require_same_data(state_dict)
 
     def require_same_data(self, kept: Mapping[str, Any]) -> None:
-        """Hold the data against the ``state_dict`` that a run began with; other names are only warned of.
-
-        Raises:
-            UserError: the order of the data is another, so that there is no going on in it.
-        """
+        """Refuse another order of the data than the ``state_dict`` that a run began with; warn of other names."""
         own = self.state_dict()
         if kept and kept["pairs"] // kept["batch_size"] == own["pairs"] // own["batch_size"]:
             kept = {**kept, "pairs": own["pairs"]}
@@ -219,11 +212,7 @@ def pair_names(pairs: PairList) -> str:
 
 
 def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, source: Path) -> int:
-    """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer.
-
-    Raises:
-        UserError: the batch does not divide among the processes, or there are too few pairs for any.
-    """
+    """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer."""
     if wanted % num_processes:
         below = max(wanted - wanted % num_processes, num_processes)
         raise UserError(

@@ -150,10 +150,7 @@ class Throughput(Callback):
 class MetricsLog(Logger):
     """``logs/metrics.csv``: a row for each logged step, written at once; a resumed run goes on in it.
 
-    Args:
-        folder: of the run.
-        first_step: optimizer steps that the run has done. Rows from there on are dropped: they are of steps that were
-            lost, and come again.
+    Rows from the run's ``first_step`` on are dropped: they are of steps that were lost, and come again.
     """
 
     name, version = "", ""
@@ -178,11 +175,7 @@ class MetricsLog(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write a row, unless it was written just now, ahead of its time (``log_step``).
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
         row = metrics | {"step": step}
         if row["step"] == self._newest.get("step") and row.keys() == self._newest.keys():
             return

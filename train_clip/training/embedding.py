@@ -51,9 +51,6 @@ class EmbeddingModule(L.LightningModule):
         Returns:
             (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
             of their embeddings.
-
-        Raises:
-            BadSample: a file that cannot be read as an image.
         """
         with self._float32():
             return embed_images(self.model, images, batch_size)
