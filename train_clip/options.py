@@ -4,10 +4,9 @@ The command line adds these classes flat, the wrappers build them from keyword a
 and a run's ``config.yaml`` are their fields. Where a default is None, the model's preset or the verb decides.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
@@ -61,7 +60,7 @@ class Options:
 
     def __post_init__(self) -> None:
         hints = self.hints()
-        for one in dataclasses.fields(self):
+        for one in fields(self):
             value, check = getattr(self, one.name), one.metadata.get("check")
             if value is None:
                 continue
@@ -77,7 +76,7 @@ class Options:
     def hints(cls) -> dict[str, Any]:
         """Each option's type; that of a table's names is a Literal of them."""
         hints = get_type_hints(cls)
-        for one in dataclasses.fields(cls):
+        for one in fields(cls):
             if names := one.metadata.get("choices"):
                 named = Literal[names]  # type: ignore[valid-type]
                 hints[one.name] = named | None if one.default is None else named
@@ -91,7 +90,7 @@ class Options:
     @classmethod
     def pick(cls, values: Mapping[str, Any], **rest: Any) -> Self:
         """Build the group from those of the values that are its fields; ``rest`` wins."""
-        names = {one.name for one in dataclasses.fields(cls)}
+        names = {one.name for one in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names} | rest)
 
 
@@ -297,7 +296,7 @@ class TrainingOptions:
     @classmethod
     def groups(cls) -> dict[str, Any]:
         """The groups by their names."""
-        return {one.name: type(one.default) for one in dataclasses.fields(cls)}
+        return {one.name: type(one.default) for one in fields(cls)}
 
     @classmethod
     def pick(cls, values: Mapping[str, Any]) -> Self:
@@ -339,5 +338,5 @@ class TrainerOptions(dict[str, Any]):
 
 def flat(*groups: Any) -> dict[str, Any]:
     """The fields of several groups by their names, plain data but for paths."""
-    values = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    values = {name: value for group in groups for name, value in asdict(group).items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

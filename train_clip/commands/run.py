@@ -1,13 +1,12 @@
 """A training run, whatever verb asked for it: its Trainer, its folder, its length, and what it says."""
 
-import dataclasses
 import logging
 import math
 import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +107,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     options = TrainerOptions(options | {"precision": precision})
     # Without a word on epochs, as many as --max_steps takes, or the usual ones.
     usual = -1 if (options.get("max_steps") or -1) > 0 else job.epochs
-    run = dataclasses.replace(run, epochs=usual if run.epochs is None else run.epochs)
+    run = replace(run, epochs=usual if run.epochs is None else run.epochs)
     trainer = build_trainer(options, folder, run, job.best_by, first_step=resumed.step if resumed else 0)
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = trainer
@@ -253,7 +252,7 @@ def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
     A momentum that nobody asked for stays open, so that another optimizer beside that file has its own.
     """
     own = job.module.options.flat() | {"momentum": None}
-    given = job.options | flat(dataclasses.replace(run, output=None, resume=None))
+    given = job.options | flat(replace(run, output=None, resume=None))
     if job.own_model is not None:
         given["model_name"] = folder / OWN_MODEL
     values = {name: own.get(name) if value is None else value for name, value in given.items()}

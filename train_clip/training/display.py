@@ -75,8 +75,10 @@ class RunProgress(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-        limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
+        limits = (
+            trainer.num_training_batches * (trainer.max_epochs or 0),
+            trainer.max_steps * trainer.accumulate_grad_batches,
+        )
         total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
@@ -231,11 +233,10 @@ class Curves(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
-            draw_curves(rows, self.folder / "curves.png")
+            _draw(rows, self.folder / "curves.png")
 
 
-def draw_curves(rows: list[dict[str, str]], target: Path) -> None:
-    """Plot the rows of a metrics log as a PNG."""
+def _draw(rows: list[dict[str, str]], target: Path) -> None:
     # Matplotlib takes half a second to import: only where a picture is drawn. The object-oriented interface needs no
     # display and leaves a notebook's figures alone.
     from matplotlib.figure import Figure
