@@ -48,7 +48,6 @@ OF_FILES = (
     *(errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS),
 )
-OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as shells report it
     except OSError as error:
-        if error.errno in OF_FULL_DISKS:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
         elif error.errno in OF_FILES:
             expected = "a path that can be read or written"
@@ -193,18 +192,11 @@ def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
 
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:
-    for place, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        given = [value] * bool(equals) + list(itertools.takewhile(_is_number, words[place + 1 :]))
-        numbers = ",".join(given).split(",")
-        if option in lists and len(numbers) > 1 and all(map(_is_number, numbers)):
-            raise UserError(
-                f'{option} {" ".join(given)}: several values are one word: {option} "[{", ".join(numbers)}]".'
-            )
-
-
-def _is_number(word: str) -> bool:
-    return re.fullmatch(r"[\d.,e+-]*\d[\d.,e+-]*", word) is not None
+    number = r"[\d.e+-]*\d[\d.e+-]*"
+    for option, given in re.findall(rf"(--\w+)[ =]({number}(?:[ ,]{number})+)(?!\S)", " ".join(words)):
+        if option in lists:
+            numbers = ", ".join(re.split("[ ,]", given))
+            raise UserError(f'{option} {given}: several values are one word: {option} "[{numbers}]".')
 
 
 def _parser(

@@ -119,7 +119,7 @@ class SourceOptions(Options):
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
     pair_by: PairBy = option(
-        "stem", "what a pair's file names share: their stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)"
+        "stem", "what a pair shares: its stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)"
     )
 
 
@@ -188,9 +188,7 @@ class OptimizerOptions(Options):
     half_weights: Literal["none", "text", "image", "both"] = option(
         "none", "towers whose weights are kept in bfloat16, stochastically rounded at each update; the paper's is text"
     )
-    ema: float = option(
-        0.0, "momentum, such as 0.999, of an exponential moving average (EMA) of the weights; 0 for none", BELOW_ONE
-    )
+    ema: float = option(0.0, "momentum, such as 0.999, of an exponential moving average (EMA) of weights", BELOW_ONE)
 
     @property
     def has_half_weights(self) -> bool:
@@ -211,9 +209,7 @@ class ObjectiveOptions(Options):
     equal_captions: Literal["keep", "mask"] = option(
         "keep", "whether other pairs of an equal caption stay in the loss (keep) or leave it (mask)"
     )
-    mask_ratio: float = option(
-        0.0, "share of each image's patches that a step drops, such as 0.5 (FLIP); for CLIP's own ViTs", BELOW_ONE
-    )
+    mask_ratio: float = option(0.0, "share of patches that a step drops, as FLIP's 0.5; for CLIP's own ViTs", BELOW_ONE)
     unmasked_share: float = option(0.05, "last part of the run, which sees whole images again", PROBABILITY)
     stochastic_depth: float = option(
         0.0, "probability of skipping the last block of CLIP's transformers, falling to 0 at the first", BELOW_ONE
@@ -234,9 +230,7 @@ class TowerOptions(Options):
         choices=DISTILLATION | {"none": ""},
     )
     kl_coeff: float = option(1.0, "weight of the distillation term", at_least(0))
-    layer_decay: float = option(
-        1.0, "factor on the learning rate for each layer further from a tower's output, such as 0.75", UP_TO_ONE
-    )
+    layer_decay: float = option(1.0, "factor on the learning rate for each layer from a tower's output on", UP_TO_ONE)
 
     @property
     def distils(self) -> bool:
@@ -254,9 +248,7 @@ class StepOptions(Options):
         at_least(0),
     )
     kept_minibatches: int = option(0, "micro-batches whose activations are kept, not recomputed", at_least(0))
-    gradient_checkpointing: int = option(
-        0, "gradient (activation) checkpointing every so many blocks of a tower; 0 for none", at_least(0)
-    )
+    gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every so many blocks", at_least(0))
     compile: bool = option(False, "compile the towers (torch.compile); the first steps take a minute or two")
     seed: int = option(0, "of the initial weights, the order of the data, crops and captions", at_least(0))
 

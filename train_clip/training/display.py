@@ -179,7 +179,7 @@ class MetricsLog(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
         row = metrics | {"step": step}
-        if row["step"] == self._newest.get("step") and row.keys() == self._newest.keys():
+        if step == self._newest.get("step") and row.keys() == self._newest.keys():
             return
         try:
             if row.keys() - set(self._columns):
