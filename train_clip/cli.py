@@ -24,10 +24,7 @@ from train_clip.options import TrainerOptions
 VERBS = {
     "demo": ("train_clip.commands.demo:demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
     "train": ("train_clip.commands.train:train", "train a CLIP on images and captions, from scratch or from weights"),
-    "finetune": (
-        "train_clip.encoders.finetune:finetune",
-        "train two joined encoders, or a trained CLIP, on your pairs",
-    ),
+    "finetune": ("train_clip.encoders.finetune:finetune", "train two joined encoders, or a trained CLIP, on pairs"),
     "prompt-tune": ("train_clip.prompts.prompt_tune:prompt_tune", "tune visual prompts beside a pretrained CLIP"),
     "merge": ("train_clip.commands.merge:merge", "mix a fine-tuned model with its start, and score the mixtures"),
     "inspect": ("train_clip.commands.inspect:inspect", "tell what lies in a file of weights, in a moment"),

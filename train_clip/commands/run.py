@@ -268,13 +268,12 @@ def _fit(trainer: L.Trainer, job: Job, resumed: Resumption | None, folder: Path)
         raise
     except MisconfigurationException as error:
         raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
-    if resumed is not None and trainer.global_step == resumed.step:
+    before = 0 if resumed is None else resumed.step
+    if trainer.global_step == before:
         raise UserError(
-            f"{resumed.checkpoint}: not one step was trained after its {resumed.step:,}. Expected the Trainer's other "
-            "limits, such as --max_time, to leave something to do."
+            f"Not one step was trained{f' after the {before:,} of {resumed.checkpoint}' if resumed else ''}. Expected "
+            "--epochs, --max_steps and the Trainer's other limits, such as --max_time, to leave something to do."
         )
-    if trainer.global_step == 0:
-        raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
 
 
 def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:

@@ -144,20 +144,22 @@ def write_run_files(
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     # Without what is not installed, as this package where it runs from its source.
     versions = {name: metadata.version(name) for name in VERSIONS_OF if any(metadata.Distribution.discover(name=name))}
-    about: dict[str, Any] = {
+    resumption = {} if resumed is None else {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
+    about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions,
+        **resumption,
+        "output": str(folder),
+        **facts,
     }
-    if resumed is not None:
-        about |= {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
     file = folder / "run.yaml"
     # One document a start.
     earlier = file.read_text(encoding="utf-8") + "---\n" if file.is_file() else ""
-    write_text(file, earlier + yaml.safe_dump(about | {"output": str(folder)} | facts, sort_keys=False))
+    write_text(file, earlier + yaml.safe_dump(about, sort_keys=False))
 
 
 def _newest_run() -> Path:

@@ -41,26 +41,16 @@ class EmbeddingModule(L.LightningModule):
             return self.model(images, texts)
 
     def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed images for search and comparison, with the model in eval mode.
+        """Embed images, so many at a time, to (N, D) float32, unit norm, on this module's device.
 
-        Args:
-            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-                uint8 or already normalised.
-            batch_size: images at a time.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
-            of their embeddings.
+        ``images`` are paths or pictures, one or several, which are resized and centre-cropped, or a tensor
+        (N, 3, S, S), uint8 or already normalised. The similarity of an image and a caption is the product of their embeddings.
         """
         with self._float32():
             return embed_images(self.model, images, batch_size)
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed captions, one or several, so many at a time; what is over the context length is cut.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device.
-        """
+        """Embed captions likewise, one or several; what is over the context length is cut."""
         with self._float32():
             return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
 
