@@ -44,7 +44,8 @@ class EmbeddingModule(L.LightningModule):
         """Embed images, so many at a time, to (N, D) float32, unit norm, on this module's device.
 
         ``images`` are paths or pictures, one or several, which are resized and centre-cropped, or a tensor
-        (N, 3, S, S), uint8 or already normalised. The similarity of an image and a caption is the product of their embeddings.
+        (N, 3, S, S), uint8 or already normalised. An image and a caption are as similar as the product of their
+        embeddings says.
         """
         with self._float32():
             return embed_images(self.model, images, batch_size)
