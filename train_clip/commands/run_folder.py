@@ -115,9 +115,8 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
 
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
     """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
-    goes_on = None if resumed is None else resumed.run
-    if goes_on is not None and (output is None or (output.exists() and output.samefile(goes_on))):
-        return goes_on
+    if resumed and resumed.run and (output is None or (output.exists() and output.samefile(resumed.run))):
+        return resumed.run
     if output is None:
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
         return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"

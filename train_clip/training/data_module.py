@@ -168,17 +168,13 @@ class TextImageDataModule(L.LightningDataModule):
         return getattr(getattr(self.trainer, "lightning_module", None), "consumed_batches", 0)
 
     def _summary(self, scan: Scan) -> str:
-        left_out = len(self.training_pairs) % self.batch_size
-        lines = [
-            f"{self.source}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
-            f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
-            f"{self.batch_size:,} an epoch"
-            + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
-        ]
-        if self.batch_size < self.options.batch_size:
-            lines.insert(
-                0, f"Fewer pairs than a batch: it shrinks from {self.options.batch_size} to {self.batch_size}."
-            )
+        number, size, wanted = len(self.training_pairs), self.batch_size, self.options.batch_size
+        lines = [f"Fewer pairs than a batch: it shrinks from {wanted} to {size}."] if size < wanted else []
+        left_out = f", {number % size:,} pairs left out of an epoch, others each time." if number % size else "."
+        lines.append(
+            f"{self.source}: {len(scan.pairs):,} pairs, {number:,} to train on and {len(self.validation_pairs):,} held "
+            f"out; {number // size:,} batches of {size:,} an epoch{left_out}"
+        )
         if cached := scan.pairs.num_cached:
             lines.append(f"  {cached:,} of {len(scan.pairs):,} images are read from npz/, in place of the image files.")
         if self.options.val_share and not self.validation_pairs:
