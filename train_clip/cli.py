@@ -11,11 +11,10 @@ import os
 import pkgutil
 import re
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from train_clip.errors import UserError
 from train_clip.options import TrainerOptions
@@ -101,14 +100,14 @@ def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
             return " ".join(words[:number]), list(words[number:])
     groups = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
     # A group alone, or with --help, asks for the list of all verbs.
-    asks = bool(words) and words[0] in groups and (len(words) == 1 or words[1] in ("-h", "--help"))
+    asks = "".join(words[:1]) in groups and "".join(words[1:2]) in ("", "-h", "--help")
     return None, list(words[1:] if asks else words)
 
 
 def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Read the words that follow a verb; return its function, and what to call it with."""
     function = pkgutil.resolve_name(VERBS[verb][0])
-    hints, call = typing.get_type_hints(function), inspect.signature(function).bind_partial()
+    hints, call = get_type_hints(function), inspect.signature(function).bind_partial()
     parser, fields = _parser(verb, function, hints)
     words = normalise(words, verb)
     _require_one_word(words, [f"--{name}" for name, one in fields.items() if "[" in str(one.type)])

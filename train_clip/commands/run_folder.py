@@ -57,12 +57,20 @@ class Resumption:
 
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
         """
-        own = self.config
-        if own is None:
-            asked = {name: value for name, value in asked.items() if value is not None}
-        kept = {name: (known or {} if own is None else own).get(name) for name in asked}
-        if _same_weights(asked.get("pretrained"), kept.get("pretrained")):
-            kept |= {"pretrained": asked["pretrained"]}
+        if (own := self.config) is None:
+            own, asked = dict(known or {}), {name: value for name, value in asked.items() if value is not None}
+        kept = {name: own.get(name) for name in asked}
+        weights, of_run = asked.get("pretrained"), kept.get("pretrained")
+        # One file by two names, or OpenAI's weights, which a run keeps by their model's name.
+        if (
+            weights
+            and of_run
+            and (
+                Path(weights).resolve() == Path(of_run).resolve()
+                or (weights == OPENAI and openai_name(of_run) is not None)
+            )
+        ):
+            kept |= {"pretrained": weights}
         require_same(
             asked,
             kept,
@@ -192,16 +200,8 @@ def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Re
     return Resumption(run, file, small, passed_over)
 
 
-def _same_weights(asked: str | None, was: str | None) -> bool:
-    # One file, or OpenAI's weights, which a run keeps by their model's name.
-    if asked is None or was is None:
-        return False
-    return Path(asked).resolve() == Path(was).resolve() or (asked == OPENAI and openai_name(was) is not None)
-
-
 def _holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run; one that ended before its first checkpoint has nothing that would be lost."""
-    if any((folder / "checkpoints").glob("*.ckpt")):
-        return True
+    # One that ended before its first checkpoint has nothing that would be lost.
     config = folder / "config.yaml"
-    return config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
+    without = config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
+    return without or any((folder / "checkpoints").glob("*.ckpt"))

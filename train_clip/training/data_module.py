@@ -90,12 +90,10 @@ class TextImageDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        how, process = self.options, self._process()
+        how, size, process = self.options, self.batch_size, self._process()
         dataset = samples.TrainingPairs(self.training_pairs, self.image_size, how.resize_ratio, self.seed)
-        order = samples.GlobalBatchSampler(
-            dataset, self.batch_size, self._consumed_batches, how.shuffle, self.seed, process
-        )
-        return self._loader(dataset, sampler=order, batch_size=self.batch_size // process[1], drop_last=True)
+        order = samples.GlobalBatchSampler(dataset, size, self._consumed_batches, how.shuffle, self.seed, process)
+        return self._loader(dataset, sampler=order, batch_size=size // process[1], drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -146,9 +144,8 @@ class TextImageDataModule(L.LightningDataModule):
         workers = self.options.num_workers
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
-            workers = (
-                0 if device == "cpu" else min(MAX_WORKERS, max(1, samples.available_cores() // self._process()[1]))
-            )
+            cores = samples.available_cores() // self._process()[1]
+            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores))
         if workers:
             end_loaders_at_exit()
         return DataLoader(
