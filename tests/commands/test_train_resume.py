@@ -188,7 +188,7 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--epochs 3 --accumulate_grad_batches 3", r"the run has done 6 steps, and is to take 3 in all"),
         ("--epochs 3 --limit_train_batches 0.7", r"the run has done 6 steps, and is to take 6 in all"),
         ("--save_every often", r"--save_every often: expected optimizer steps"),
-        ("--keep 0", r"--keep 0: expected 1 or above"),
+        ("--keep 0", r"keep is 0; expected 1 or above"),
     ],
 )
 def test_what_a_resumed_run_cannot_change(here, capsys, words, message):
