@@ -61,15 +61,9 @@ class Resumption:
             own, asked = dict(known or {}), {name: value for name, value in asked.items() if value is not None}
         kept = {name: own.get(name) for name in asked}
         weights, of_run = asked.get("pretrained"), kept.get("pretrained")
-        # One file by two names, or OpenAI's weights, which a run keeps by their model's name.
-        if (
-            weights
-            and of_run
-            and (
-                Path(weights).resolve() == Path(of_run).resolve()
-                or (weights == OPENAI and openai_name(of_run) is not None)
-            )
-        ):
+        is_one_file = weights and of_run and Path(weights).resolve() == Path(of_run).resolve()
+        # Or OpenAI's weights, which a run keeps by their model's name.
+        if is_one_file or (weights == OPENAI and of_run and openai_name(of_run) is not None):
             kept |= {"pretrained": weights}
         require_same(
             asked,

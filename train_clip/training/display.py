@@ -75,10 +75,8 @@ class RunProgress(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        limits = (
-            trainer.num_training_batches * (trainer.max_epochs or 0),
-            trainer.max_steps * trainer.accumulate_grad_batches,
-        )
+        epochs = trainer.max_epochs or 0
+        limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
         total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
         for task in self.progress.task_ids:
             self.progress.remove_task(task)

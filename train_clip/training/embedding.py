@@ -41,11 +41,10 @@ class EmbeddingModule(L.LightningModule):
             return self.model(images, texts)
 
     def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed images, so many at a time, to (N, D) float32, unit norm, on this module's device.
+        """Embed images in eval mode, so many at a time, to (N, D) float32, unit norm, on this module's device.
 
         ``images`` are paths or pictures, one or several, which are resized and centre-cropped, or a tensor
-        (N, 3, S, S), uint8 or already normalised. An image and a caption are as similar as the product of their
-        embeddings says.
+        (N, 3, S, S), uint8 or already normalised. An image's embedding times a caption's is their similarity.
         """
         with self._float32():
             return embed_images(self.model, images, batch_size)
