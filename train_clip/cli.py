@@ -3,8 +3,6 @@
 Nothing heavy is imported before a verb is known: ``train-clip --help`` takes a moment, not seconds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import inspect
@@ -13,24 +11,19 @@ import os
 import pkgutil
 import re
 import sys
-import typing
-from collections import OrderedDict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from train_clip.errors import UserError
-from train_clip.options import Options, TrainerOptions
+from train_clip.options import TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
     "demo": ("train_clip.commands.demo:demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
     "train": ("train_clip.commands.train:train", "train a CLIP on images and captions, from scratch or from weights"),
-    "finetune": (
-        "train_clip.encoders.finetune:finetune",
-        "train two joined encoders, or a trained CLIP, on your pairs",
-    ),
+    "finetune": ("train_clip.encoders.finetune:finetune", "train two joined encoders, or a trained CLIP, on pairs"),
     "prompt-tune": ("train_clip.prompts.prompt_tune:prompt_tune", "tune visual prompts beside a pretrained CLIP"),
     "merge": ("train_clip.commands.merge:merge", "mix a fine-tuned model with its start, and score the mixtures"),
     "inspect": ("train_clip.commands.inspect:inspect", "tell what lies in a file of weights, in a moment"),
@@ -43,10 +36,7 @@ VERBS = {
     "models": ("train_clip.commands.models:models", "list the models, their sizes and their optimizer numbers"),
 }
 # Spellings that people know → the option's one name.
-ALIASES = {
-    **{"batchsize": "batch_size", "minibatchsize": "minibatch_size"},
-    **{"max_epochs": "epochs", "lr": "learning_rate"},
-}
+ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
 # Arguments of the Trainer that have another name here: --epochs and --output.
 OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}
 # System errors whose cause is a path that a user gave, or its disk.
@@ -54,7 +44,6 @@ OF_FILES = (
     *(errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EPERM),
     *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EROFS),
 )
-OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as shells report it
     except OSError as error:
-        if error.errno in OF_FULL_DISKS:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
         elif error.errno in OF_FILES:
             expected = "a path that can be read or written"
@@ -111,30 +100,30 @@ def split_verb(words: Sequence[str]) -> tuple[str | None, list[str]]:
             return " ".join(words[:number]), list(words[number:])
     groups = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
     # A group alone, or with --help, asks for the list of all verbs.
-    asks = bool(words) and words[0] in groups and (len(words) == 1 or words[1] in ("-h", "--help"))
+    asks = "".join(words[:1]) in groups and "".join(words[1:2]) in ("", "-h", "--help")
     return None, list(words[1:] if asks else words)
 
 
 def parse(verb: str, words: Sequence[str]) -> tuple[Callable[..., Any], inspect.BoundArguments]:
     """Read the words that follow a verb; return its function, and what to call it with."""
     function = pkgutil.resolve_name(VERBS[verb][0])
-    hints, signature = typing.get_type_hints(function), inspect.signature(function)
+    hints, call = get_type_hints(function), inspect.signature(function).bind_partial()
     parser, fields = _parser(verb, function, hints)
     words = normalise(words, verb)
+    _require_one_word(words, [f"--{name}" for name, one in fields.items() if "[" in str(one.type)])
     # Let --lock_image stand for --lock_image true.
-    flags = {f"--{one.name}" for one in fields if one.default is False}
+    flags = {f"--{name}" for name, one in fields.items() if one.default is False}
     pairs = itertools.pairwise([*words, "--"])
     words = [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
-    _require_one_word(words, {f"--{one.name}" for one in fields if "[" in str(one.type)})
     parsed = parser.parse_args(words).as_dict()
-    own = {"config", *signature.parameters, *(one.name for one in fields)}
-    trainer = TrainerOptions({name: value for name, value in parsed.items() if name not in own})
-    values = OrderedDict[str, Any]()
-    for name in signature.parameters:
+    own = {"config", *call.signature.parameters, *fields}
+    for name in call.signature.parameters:
         kind = hints[name]
-        given = kind.pick(parsed) if hasattr(kind, "pick") else parsed.get(name)
-        values[name] = trainer if kind is TrainerOptions else given
-    return function, inspect.BoundArguments(signature, values)
+        if kind is TrainerOptions:
+            call.arguments[name] = TrainerOptions({other: value for other, value in parsed.items() if other not in own})
+        else:
+            call.arguments[name] = kind.pick(parsed) if hasattr(kind, "pick") else parsed.get(name)
+    return function, call
 
 
 def normalise(words: Sequence[str], verb: str = "") -> list[str]:
@@ -144,10 +133,7 @@ def normalise(words: Sequence[str], verb: str = "") -> list[str]:
     which is passed on by its content. A run that is resumed (``--resume``) brings the options that it began with; one
     that another verb began is refused.
     """
-    rest: list[str] = []
-    configs: list[str] = []
-    values: dict[str, Any] = {}
-    queue = list(words)
+    queue, rest, configs, values = list(words), list[str](), list[str](), dict[str, Any]()
     while queue:
         word = queue.pop(0)
         option, equals, value = word.partition("=")
@@ -170,7 +156,7 @@ def _one_name(option: str) -> str:
 
 
 def _config(name: str, values: dict[str, Any]) -> list[str]:
-    """The words for a file of options; what it says is noted in ``values``, over which the command line wins."""
+    # What the file says is noted in ``values``, over which the command line wins.
     import yaml
 
     folder = resources.files("train_clip") / "recipes"
@@ -190,7 +176,6 @@ def _config(name: str, values: dict[str, Any]) -> list[str]:
 
 
 def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
-    """A run that is resumed brings its own options, before all others."""
     from train_clip.commands.run_folder import require_verb, run_to_resume
 
     run = run_to_resume(resume, None if output is None else Path(output))
@@ -202,39 +187,26 @@ def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
     return ["--config", str(run / "config.yaml"), *model]
 
 
-def _require_one_word(words: list[str], lists: Set[str]) -> None:
-    """Show the form of several numbers, which the parser would call something else."""
-    for place, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option not in lists:
-            continue
-        given = [value] * bool(equals) + list(itertools.takewhile(_is_number, words[place + 1 :]))
-        numbers = [number for some in given for number in some.split(",")]
-        if len(numbers) > 1 and all(map(_is_number, numbers)):
-            raise UserError(
-                f'{option} {" ".join(given)}: several values are one word: {option} "[{", ".join(numbers)}]".'
-            )
+def _require_one_word(words: list[str], lists: list[str]) -> None:
+    number = r"[\d.e+-]*\d[\d.e+-]*"
+    for option, given in re.findall(rf"(--\w+)[ =]({number}(?:[ ,]{number})+)(?!\S)", " ".join(words)):
+        if option in lists:
+            numbers = ", ".join(re.split("[ ,]", given))
+            raise UserError(f'{option} {given}: several values are one word: {option} "[{numbers}]".')
 
 
-def _is_number(word: str) -> bool:
-    return re.fullmatch(r"[\d.,e+-]*\d[\d.,e+-]*", word) is not None
-
-
-def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, list[dataclasses.Field[Any]]]:
-    """Build a verb's parser from its function's signature and docstring; return the fields of its options too.
-
-    Options are added flat, a group each; a positional-only parameter is a positional argument; ``TrainerOptions`` bring
-    the Trainer's own arguments.
-    """
+def _parser(
+    verb: str, function: Callable[..., Any], hints: dict[str, Any]
+) -> tuple[Any, dict[str, dataclasses.Field[Any]]]:
+    # Options are added flat, a group each; a positional-only parameter is a positional argument.
     from docstring_parser import parse as parse_docstring
     from jsonargparse import ArgumentParser
 
     docstring = parse_docstring(function.__doc__ or "")
     help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
     parameters = inspect.signature(function).parameters
-    optional = {name: {"default": one.default} for name, one in parameters.items() if one.default is not one.empty}
-    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY]
-    shown = [f"[{name.upper()}]" if name in optional else name.upper() for name in positional]
+    positional = {name: one for name, one in parameters.items() if one.kind is one.POSITIONAL_ONLY}
+    shown = [name.upper() if one.default is one.empty else f"[{name.upper()}]" for name, one in positional.items()]
     parser = ArgumentParser(
         prog=f"train-clip {verb}",
         # The list of all options, which would bury an error below it, is what --help prints.
@@ -244,8 +216,8 @@ def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> t
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
-    fields: list[dataclasses.Field[Any]] = []
-    for name in parameters:
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for name, parameter in parameters.items():
         hint = hints[name]
         if hint is TrainerOptions:
             import lightning as L
@@ -254,23 +226,17 @@ def _parser(verb: str, function: Callable[..., Any], hints: dict[str, Any]) -> t
             parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
         elif hasattr(hint, "pick"):
             for kind in hint.groups().values():
-                fields += _add_options(parser, kind)
+                group = parser.add_argument_group((inspect.getdoc(kind) or "").splitlines()[0].rstrip("."))
+                for one in dataclasses.fields(kind):
+                    hint, text = kind.hints()[one.name], one.metadata["help"]
+                    group.add_argument(f"--{one.name}", type=hint, default=one.default, help=text)
+                    fields[one.name] = one
         else:
-            how = {"type": hint, "help": help_texts.get(name)} | optional.get(name, {})
-            if name in positional and name in optional:
-                how |= {"nargs": "?"}
+            how = {"type": hint, "help": help_texts.get(name)}
+            if parameter.default is not parameter.empty:
+                how |= {"default": parameter.default} | ({"nargs": "?"} if name in positional else {})
             parser.add_argument(name if name in positional else f"--{name}", **how)
     return parser, fields
-
-
-def _add_options(parser: Any, kind: type[Options]) -> tuple[dataclasses.Field[Any], ...]:
-    docstring = inspect.getdoc(kind) or ""
-    group = parser.add_argument_group(docstring.splitlines()[0].rstrip("."))
-    for one in dataclasses.fields(kind):
-        group.add_argument(
-            f"--{one.name}", type=kind.hints()[one.name], default=one.default, help=one.metadata.get("help")
-        )
-    return dataclasses.fields(kind)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Files that are whole or absent: written beside the target, synced, renamed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -32,11 +30,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def require_place(target: Path) -> None:
-    """See to it that a file can stand there, and make its folder.
-
-    Raises:
-        FileExistsError: a folder or a device stands there, which would be replaced.
-    """
+    """See to it that a file can stand there, in the place of no folder or device, and make its folder."""
     if target.exists() and not target.is_file():
         raise FileExistsError(errno.EEXIST, "is no regular file", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)

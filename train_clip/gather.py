@@ -5,6 +5,7 @@ B  rows on this process      W  processes      D  width
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -59,33 +60,28 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def host_group() -> Any:
-    """A group of all ranks whose collectives run between the hosts, so that no one waits for a device.
-
-    None, which stands for the default group, where that is gloo already or nothing is distributed. Making a group is
-    itself a collective.
-    """
-    if world()[1] == 1 or distributed.get_backend() == "gloo":
-        return None
-    return distributed.new_group(backend="gloo")
-
-
-def largest(values: Sequence[int], group: Any = None) -> list[int]:
-    """The largest of each value over all ranks, as many on each; ``group`` is ``host_group``'s."""
+def largest(values: Sequence[int]) -> list[int]:
+    """The largest of each value over all ranks, as many on each, between the hosts: no one waits for a device."""
     if world()[1] == 1:
         return list(values)
     everyones = torch.tensor(values, dtype=torch.int64)
-    distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=group)
+    distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=_host_group(distributed.group.WORLD))
     return [int(value) for value in everyones]
 
 
-def total(number: int, group: Any = None) -> int:
-    """The sum of a number over all ranks; ``group`` is ``host_group``'s."""
+def total(number: int) -> int:
+    """The sum of a number over all ranks, likewise."""
     if world()[1] == 1:
         return number
     everyones = torch.tensor(number, dtype=torch.int64)
-    distributed.all_reduce(everyones, group=group)
+    distributed.all_reduce(everyones, group=_host_group(distributed.group.WORLD))
     return int(everyones)
+
+
+@functools.lru_cache(1)
+def _host_group(everyone: Any) -> Any:
+    # All ranks make it at once, since making a group is itself a collective: at the first number that they agree on.
+    return everyone if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
 
 def on_any(flag: Tensor) -> Tensor:

@@ -4,12 +4,9 @@ The command line adds these classes flat, the wrappers build them from keyword a
 and a run's ``config.yaml`` are their fields. Where a default is None, the model's preset or the verb decides.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
@@ -27,7 +24,7 @@ DISTILLATION = {
     "softmax": "train_clip.losses.distillation:softmax_targets",
 }
 
-MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+MOMENTUM: dict[Any, float] = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
 USUAL_MOMENTUM = 0.9
 PairBy = Literal["stem", "number"]
 
@@ -59,15 +56,11 @@ def option(default: Any, help: str, check: Check | None = None, choices: Mapping
 
 @dataclass(frozen=True)
 class Options:
-    """A group of options; its docstring's first line is the group's heading in ``--help``.
-
-    Raises:
-        UserError: a value that cannot work; the message has the option, the value and what was expected.
-    """
+    """A group of options; its docstring is the group's heading in ``--help``. A value that cannot work is refused."""
 
     def __post_init__(self) -> None:
         hints = self.hints()
-        for one in dataclasses.fields(self):
+        for one in fields(self):
             value, check = getattr(self, one.name), one.metadata.get("check")
             if value is None:
                 continue
@@ -83,21 +76,21 @@ class Options:
     def hints(cls) -> dict[str, Any]:
         """Each option's type; that of a table's names is a Literal of them."""
         hints = get_type_hints(cls)
-        for one in dataclasses.fields(cls):
+        for one in fields(cls):
             if names := one.metadata.get("choices"):
                 named = Literal[names]  # type: ignore[valid-type]
                 hints[one.name] = named | None if one.default is None else named
         return hints
 
     @classmethod
-    def groups(cls) -> dict[str, type[Options]]:
+    def groups(cls) -> dict[str, type[Self]]:
         """The group itself, as ``TrainingOptions`` has several."""
         return {"": cls}
 
     @classmethod
     def pick(cls, values: Mapping[str, Any], **rest: Any) -> Self:
         """Build the group from those of the values that are its fields; ``rest`` wins."""
-        names = {one.name for one in dataclasses.fields(cls)}
+        names = {one.name for one in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in names} | rest)
 
 
@@ -126,7 +119,7 @@ class SourceOptions(Options):
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
     pair_by: PairBy = option(
-        "stem", "what a pair's file names share: their stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)"
+        "stem", "what a pair shares: its stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)"
     )
 
 
@@ -170,11 +163,6 @@ class AugmentationOptions(Options):
         """Whether any pixel changes its colour in place."""
         return self.color_jitter > 0 or self.grayscale > 0
 
-    @property
-    def flips(self) -> bool:
-        """Whether any image is mirrored."""
-        return self.horizontal_flip > 0 or self.vertical_flip > 0
-
 
 @dataclass(frozen=True)
 class OptimizerOptions(Options):
@@ -200,9 +188,7 @@ class OptimizerOptions(Options):
     half_weights: Literal["none", "text", "image", "both"] = option(
         "none", "towers whose weights are kept in bfloat16, stochastically rounded at each update; the paper's is text"
     )
-    ema: float = option(
-        0.0, "momentum, such as 0.999, of an exponential moving average (EMA) of the weights; 0 for none", BELOW_ONE
-    )
+    ema: float = option(0.0, "momentum, such as 0.999, of an exponential moving average (EMA) of weights", BELOW_ONE)
 
     @property
     def has_half_weights(self) -> bool:
@@ -223,9 +209,7 @@ class ObjectiveOptions(Options):
     equal_captions: Literal["keep", "mask"] = option(
         "keep", "whether other pairs of an equal caption stay in the loss (keep) or leave it (mask)"
     )
-    mask_ratio: float = option(
-        0.0, "share of each image's patches that a step drops, such as 0.5 (FLIP); for CLIP's own ViTs", BELOW_ONE
-    )
+    mask_ratio: float = option(0.0, "share of patches that a step drops, as FLIP's 0.5; for CLIP's own ViTs", BELOW_ONE)
     unmasked_share: float = option(0.05, "last part of the run, which sees whole images again", PROBABILITY)
     stochastic_depth: float = option(
         0.0, "probability of skipping the last block of CLIP's transformers, falling to 0 at the first", BELOW_ONE
@@ -246,9 +230,7 @@ class TowerOptions(Options):
         choices=DISTILLATION | {"none": ""},
     )
     kl_coeff: float = option(1.0, "weight of the distillation term", at_least(0))
-    layer_decay: float = option(
-        1.0, "factor on the learning rate for each layer further from a tower's output, such as 0.75", UP_TO_ONE
-    )
+    layer_decay: float = option(1.0, "factor on the learning rate for each layer from a tower's output on", UP_TO_ONE)
 
     @property
     def distils(self) -> bool:
@@ -266,20 +248,14 @@ class StepOptions(Options):
         at_least(0),
     )
     kept_minibatches: int = option(0, "micro-batches whose activations are kept, not recomputed", at_least(0))
-    gradient_checkpointing: int = option(
-        0, "gradient (activation) checkpointing every so many blocks of a tower; 0 for none", at_least(0)
-    )
+    gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every so many blocks", at_least(0))
     compile: bool = option(False, "compile the towers (torch.compile); the first steps take a minute or two")
     seed: int = option(0, "of the initial weights, the order of the data, crops and captions", at_least(0))
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a module that trains has to know, group by group; flat, it is a checkpoint's ``hparams``.
-
-    Raises:
-        UserError: options that do not go together.
-    """
+    """What a module that trains has to know, group by group; flat, it is a checkpoint's ``hparams``."""
 
     optimizer: OptimizerOptions = OptimizerOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
@@ -288,40 +264,31 @@ class TrainingOptions:
     step: StepOptions = StepOptions()
 
     def __post_init__(self) -> None:
-        optimizer, towers = self.optimizer, self.towers
-        if optimizer.optimizer == "sgd" and optimizer.keeps_halves:
-            raise UserError(
-                f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {optimizer.half_weights!r} beside "
-                "optimizer 'sgd', which does not round stochastically; expected 'float32' and 'none', or 'adamw' or "
-                "'muon'."
-            )
-        if optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon":
-            raise UserError(
-                f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; "
-                "expected 'muon'."
-            )
-        if self.objective.mask_ratio and towers.lock_image:
-            raise UserError(
-                f"mask_ratio is {self.objective.mask_ratio} beside lock_image: a frozen tower sees whole images. Leave "
-                "one of the two out."
-            )
+        optimizer, towers, mask_ratio = self.optimizer, self.towers, self.objective.mask_ratio
+        refusals = {
+            f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {optimizer.half_weights!r} beside "
+            "optimizer 'sgd', which does not round stochastically; expected 'float32' and 'none', or 'adamw' or "
+            "'muon'.": optimizer.optimizer == "sgd" and optimizer.keeps_halves,
+            f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; expected "
+            "'muon'.": optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon",
+            f"mask_ratio is {mask_ratio} beside lock_image: a frozen tower sees whole images. Leave one of the two "
+            "out.": mask_ratio and towers.lock_image,
+        }
         for tower in ("image", "text"):
             rate, locked = getattr(towers, f"{tower}_learning_rate"), getattr(towers, f"lock_{tower}")
-            if rate is not None and locked:
-                raise UserError(
-                    f"{tower}_learning_rate is {rate} beside lock_{tower}: a frozen tower has no learning rate. Leave "
-                    f"one of the two out, a recipe's by --{tower}_learning_rate null."
-                )
-            if locked and optimizer.half_weights in (tower, "both"):
-                raise UserError(
-                    f"half_weights is {optimizer.half_weights!r} beside lock_{tower}: rounding would change a frozen "
-                    "tower. Leave one of the two out."
-                )
+            refusals |= {
+                f"{tower}_learning_rate is {rate} beside lock_{tower}: a frozen tower has no learning rate. Leave one "
+                f"of the two out, a recipe's by --{tower}_learning_rate null.": rate is not None and locked,
+                f"half_weights is {optimizer.half_weights!r} beside lock_{tower}: rounding would change a frozen "
+                "tower. Leave one of the two out.": locked and optimizer.half_weights in (tower, "both"),
+            }
+        for message in (message for message, refused in refusals.items() if refused):
+            raise UserError(message)
 
     @classmethod
     def groups(cls) -> dict[str, Any]:
         """The groups by their names."""
-        return {one.name: type(one.default) for one in dataclasses.fields(cls)}
+        return {one.name: type(one.default) for one in fields(cls)}
 
     @classmethod
     def pick(cls, values: Mapping[str, Any]) -> Self:
@@ -330,21 +297,16 @@ class TrainingOptions:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], **defaults: Any) -> Self:
-        """Build the groups from flat values; ``defaults``, and a momentum, stand where a value is missing or None.
-
-        Raises:
-            TypeError: a name that is no option.
-        """
+        """Build the groups from flat values; ``defaults``, and a momentum, stand where a value is missing or None."""
         if unknown := sorted(set(values) - set(cls().flat())):
             raise TypeError(f"Unknown argument {unknown[0]!r}; expected the options of {', '.join(cls.groups())}.")
         given = defaults | {name: value for name, value in values.items() if value is not None}
-        given = {"momentum": MOMENTUM.get(given.get("optimizer", ""), USUAL_MOMENTUM)} | given
+        given = {"momentum": MOMENTUM.get(given.get("optimizer"), USUAL_MOMENTUM)} | given
         return cls.pick({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def flat(self) -> dict[str, Any]:
         """All options by their names, plain data."""
-        groups = dataclasses.asdict(self).values()
-        return {name: list(v) if isinstance(v, tuple) else v for group in groups for name, v in group.items()}
+        return flat(*vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -367,5 +329,6 @@ class TrainerOptions(dict[str, Any]):
 
 
 def flat(*groups: Any) -> dict[str, Any]:
-    """The fields of several groups by their names."""
-    return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    """The fields of several groups by their names, plain data but for paths."""
+    values = {name: value for group in groups for name, value in asdict(group).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from two_processes import run
 
-from train_clip.gather import gather_all, gather_with_gradient, host_group, largest, on_any, total, world
+from train_clip.gather import gather_all, gather_with_gradient, largest, on_any, total, world
 
 W, B = 2, 4
 LENGTHS = (3, 5)  # rows that each rank brings to gather_all
@@ -31,8 +31,8 @@ def everything() -> dict[str, Any]:
         "gathered": gathered_gradient(),
         "beside": gradient_beside_the_gathered(),
         "unequal": [gather_all(rows) for rows in unequal(world()[0])],
-        "largest": largest([world()[0], -world()[0], 2**40], host_group()),
-        "total": total(3 + world()[0], host_group()),
+        "largest": largest([world()[0], -world()[0], 2**40]),
+        "total": total(3 + world()[0]),
         "on_any": [on_any(torch.tensor(flag)).item() for flag in FLAGS[world()[0]]],
     }
 
@@ -118,4 +118,3 @@ def test_alone():
     assert largest([3, -4]) == [3, -4]
     assert total(3) == 3
     assert [on_any(torch.tensor(flag)).item() for flag in (False, True)] == [0.0, 1.0]
-    assert host_group() is None

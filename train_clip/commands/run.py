@@ -1,15 +1,12 @@
 """A training run, whatever verb asked for it: its Trainer, its folder, its length, and what it says."""
 
-from __future__ import annotations
-
-import dataclasses
 import logging
 import math
 import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +16,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
 
 from train_clip.commands.run_folder import Resumption, choose_run_folder, find_checkpoint, write_run_files
@@ -52,19 +49,10 @@ WARNINGS_BY_DESIGN = (
     r"|Found \d+ module\(s\) in eval mode at the start of training|.*your dataloader is not resumable"
 )
 
-
 M = TypeVar("M", bound=ContrastiveModule)
 OWN_MODEL = "model.yaml"
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
-
-
-def quiet() -> None:
-    """Drop those messages for the rest of the process."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
-    )
-    warnings.filterwarnings("ignore", message=WARNINGS_BY_DESIGN)
 
 
 @dataclass(frozen=True)
@@ -83,18 +71,17 @@ class Job:
 
 def begin(run: RunOptions, seed: int) -> Resumption | None:
     """What comes before a model is made: signals, seed, and the checkpoint that the run goes on from, if any."""
-    quiet()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
+    )
+    warnings.filterwarnings("ignore", message=WARNINGS_BY_DESIGN)
     end_with_starter()
     L.seed_everything(seed, verbose=False)
     return None if run.resume is None else find_checkpoint(run.resume, run.output)
 
 
 def remake(kind: type[M], arguments: Mapping[str, Any], source: str, **how: Any) -> M:
-    """The module of a checkpoint's ``arguments``, before its weights are loaded, to be trained in another way.
-
-    Raises:
-        UserError: of a foreign or damaged file, whatever it raises; the message names the ``source``.
-    """
+    """The module of a checkpoint's ``arguments``, before its weights are loaded, to be trained in another way."""
     try:
         return kind(**{name: arguments[name] for name in kind.names_of_model}, **how)
     except UserError as error:
@@ -120,7 +107,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     options = TrainerOptions(options | {"precision": precision})
     # Without a word on epochs, as many as --max_steps takes, or the usual ones.
     usual = -1 if (options.get("max_steps") or -1) > 0 else job.epochs
-    run = dataclasses.replace(run, epochs=usual if run.epochs is None else run.epochs)
+    run = replace(run, epochs=usual if run.epochs is None else run.epochs)
     trainer = build_trainer(options, folder, run, job.best_by, first_step=resumed.step if resumed else 0)
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = trainer
@@ -131,7 +118,13 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     module.require_precision(trainer.precision)
     num_steps = _num_steps(data, trainer)
     if resumed is not None:
-        _require_same_run(module, data, resumed, num_steps)
+        module.require_same_model(resumed.arguments)
+        data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
+        if num_steps <= resumed.step:
+            raise UserError(
+                f"{resumed.checkpoint}: the run has done {resumed.step:,} steps, and is to take {num_steps:,} in all. "
+                "To train on give more --epochs or --max_steps."
+            )
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
     facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
@@ -154,44 +147,42 @@ def default_precision(accelerator: Any) -> str:
 def build_trainer(
     options: TrainerOptions, folder: Path, run: RunOptions, best_by: Best = BY_RECALL, first_step: int = 0
 ) -> L.Trainer:
-    """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's.
-
-    Raises:
-        UserError: options that do not go together, or that need what is not there.
-    """
-    made = {name: _instantiate(value) for name, value in options.items()}
+    """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's."""
+    asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
     callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
-    if made.get("enable_progress_bar") is not False:
+    if asked.get("enable_progress_bar", True):
         callbacks.append(RunProgress())
-        made["enable_progress_bar"] = False
-    if made.get("enable_checkpointing") is not False:
+    if asked.get("enable_checkpointing", True):
         interval = None if run.save_every is None else Interval.parse(str(run.save_every))
         callbacks.append(Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))
-    made["callbacks"] = callbacks + _listed(made.get("callbacks"))
-    made["plugins"] = [AtomicCheckpointIO(), *_listed(made.get("plugins"))]
-    if (asked := made.get("logger")) is not False:
+    loggers: Any = asked.get("logger", True)
+    if loggers is not False:
         # CSV always, for the curves; TensorBoard where the user names no other logger.
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)
-        made["logger"] = [MetricsLog(folder, first_step), *([board] if asked in (None, True) else _listed(asked))]
-    if made.get("enable_model_summary") is None:
-        made["enable_model_summary"] = False
+        loggers = [MetricsLog(folder, first_step), *([board] if loggers is True else _listed(loggers))]
+    own = {
+        "callbacks": callbacks + _listed(asked.get("callbacks", [])),
+        "plugins": [AtomicCheckpointIO(), *_listed(asked.get("plugins", []))],
+        "logger": loggers,
+        "enable_progress_bar": False,
+        "max_epochs": run.epochs,
+        "default_root_dir": folder,
+    }
     try:
-        return L.Trainer(**made, max_epochs=run.epochs, default_root_dir=folder)
+        return L.Trainer(**{"enable_model_summary": False} | asked | own)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
 
 
+@rank_zero_only
 def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resumed: Resumption | None) -> None:
     """Name the model, its size, the device and the run's folder, and what the run goes on from."""
-    if not trainer.is_global_zero:
-        return
     if resumed is not None:
         for reason in resumed.passed_over:
             print(f"Passed over {reason}")
         batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
         print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
-    device, model = trainer.strategy.root_device.type, module.model
-    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    device, model, trained = trainer.strategy.root_device.type, module.model, count(module, trained=True)
     share = "" if trained >= count(model) else f" ({trained:,} of them trained)"
     print(
         f"{model.name}: {count(model):,} parameters{share}, {model.image_size}×{model.image_size} pixels; "
@@ -199,23 +190,20 @@ def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resum
     )
 
 
+@rank_zero_only
 def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None:
     """Name the output files, and the command that evaluates them."""
-    if not trainer.is_global_zero:
-        return
     print(f"Done after {trainer.global_step:,} steps. The output files are in {folder}/.")
     checkpoints = {file.stem: file for file in (folder / "checkpoints").glob("*.ckpt")}
     if not checkpoints:
         return
     options = data.options
-    given: dict[str, Any] = {"pairs": options.val_pairs or options.pairs}
-    if given["pairs"] is not None:
-        given |= {name: getattr(options, name) for name in ("image_column", "caption_column")}
-    else:
-        given |= {"folder": options.folder, "pair_by": options.pair_by}
+    table = options.val_pairs or options.pairs
+    names = ["folder", "pair_by"] if table is None else ["image_column", "caption_column"]
+    given = {"pairs": table} | {name: getattr(options, name) for name in names}
     if data.validation_pairs and options.val_pairs is None:
         given |= {"split": "held_out", "val_share": options.val_share}
-    usual = {one.name: one.default for one in dataclasses.fields(options) if one.name != "val_share"}
+    usual = vars(DataOptions()) | {"val_share": None}
     command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
     for name, value in given.items():
         command += [f"--{name}", str(value)] if value != usual.get(name) else []
@@ -237,17 +225,17 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
             )
 
 
-def count(module: nn.Module) -> int:
-    """All numbers that the module's parameters hold."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def count(module: nn.Module, trained: bool = False) -> int:
+    """All numbers that the module's parameters hold, or those that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
 
 
 def _listed(asked: Any) -> list[Any]:
-    return asked if isinstance(asked, list) else [] if asked is None else [asked]
+    return asked if isinstance(asked, list) else [asked]
 
 
 def _instantiate(value: Any) -> Any:
-    """Turn ``{class_path, init_args}`` into an object, also within a list; leave the rest as it is."""
+    # Of {class_path, init_args} an object, also within a list; the rest stays as it is.
     if isinstance(value, list):
         return [_instantiate(item) for item in value]
     if not isinstance(value, dict) or "class_path" not in value:
@@ -264,28 +252,14 @@ def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
     A momentum that nobody asked for stays open, so that another optimizer beside that file has its own.
     """
     own = job.module.options.flat() | {"momentum": None}
-    given = job.options | flat(dataclasses.replace(run, output=None, resume=None))
+    given = job.options | flat(replace(run, output=None, resume=None))
     if job.own_model is not None:
         given["model_name"] = folder / OWN_MODEL
     values = {name: own.get(name) if value is None else value for name, value in given.items()}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _require_same_run(
-    module: ContrastiveModule, data: TextImageDataModule, resumed: Resumption, num_steps: float
-) -> None:
-    """Refuse a checkpoint of another model, optimizer or order of the data, or of a run that is over."""
-    module.require_same_model(resumed.arguments)
-    data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
-    if num_steps <= resumed.step:
-        raise UserError(
-            f"{resumed.checkpoint}: the run has done {resumed.step:,} steps, and is to take {num_steps:,} in all. To "
-            "train on give more --epochs or --max_steps."
-        )
-
-
 def _fit(trainer: L.Trainer, job: Job, resumed: Resumption | None, folder: Path) -> None:
-    """Train, and say how to go on where the run is stopped."""
     try:
         trainer.fit(job.module, job.data, ckpt_path=None if resumed is None else resumed.checkpoint, weights_only=True)
     except Stopped:
@@ -294,20 +268,18 @@ def _fit(trainer: L.Trainer, job: Job, resumed: Resumption | None, folder: Path)
         raise
     except MisconfigurationException as error:
         raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
-    if resumed is not None and trainer.global_step == resumed.step:
+    before = 0 if resumed is None else resumed.step
+    if trainer.global_step == before:
         raise UserError(
-            f"{resumed.checkpoint}: not one step was trained after its {resumed.step:,}. Expected the Trainer's other "
-            "limits, such as --max_time, to leave something to do."
+            f"Not one step was trained{f' after the {before:,} of {resumed.checkpoint}' if resumed else ''}. Expected "
+            "--epochs, --max_steps and the Trainer's other limits, such as --max_time, to leave something to do."
         )
-    if trainer.global_step == 0:
-        raise UserError("Not one step was trained. Expected --epochs, --max_steps and the Trainer's limits above 0.")
 
 
 def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:
     """Optimizer steps of the whole run, as the Trainer's limits have it; infinity where they have none."""
-    batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+    batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches or 0
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
     # -1 is no limit, as in the Trainer.
     return min((limit for limit in (by_epochs, trainer.max_steps) if limit >= 0), default=math.inf)

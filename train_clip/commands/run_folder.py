@@ -1,7 +1,5 @@
 """The folder of a run: what it was asked, what it ran on, its checkpoints, and from which of them it goes on."""
 
-from __future__ import annotations
-
 import itertools
 import platform
 import shlex
@@ -58,16 +56,15 @@ class Resumption:
         """Refuse another start than the run had: its state holds the model, and what is asked for would go unheard.
 
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
-
-        Raises:
-            UserError: the run's own ``config.yaml``, or else the checkpoint, has another value.
         """
-        own = self.config
-        if own is None:
-            asked = {name: value for name, value in asked.items() if value is not None}
-        kept = {name: (known or {} if own is None else own).get(name) for name in asked}
-        if _same_weights(asked.get("pretrained"), kept.get("pretrained")):
-            kept |= {"pretrained": asked["pretrained"]}
+        if (own := self.config) is None:
+            own, asked = dict(known or {}), {name: value for name, value in asked.items() if value is not None}
+        kept = {name: own.get(name) for name in asked}
+        weights, of_run = asked.get("pretrained"), kept.get("pretrained")
+        is_one_file = weights and of_run and Path(weights).resolve() == Path(of_run).resolve()
+        # Or OpenAI's weights, which a run keeps by their model's name.
+        if is_one_file or (weights == OPENAI and of_run and openai_name(of_run) is not None):
+            kept |= {"pretrained": weights}
         require_same(
             asked,
             kept,
@@ -77,11 +74,7 @@ class Resumption:
 
 
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
-    """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint.
-
-    Raises:
-        UserError: there is no such run or file, or a run without checkpoints.
-    """
+    """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint."""
     path = Path(resume) if resume != AUTO else _newest_run() if output is None else output
     path = path.parent if path.is_dir() and path.name == "checkpoints" else path
     if path.is_dir() or resume == AUTO:
@@ -124,9 +117,8 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
 
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
     """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
-    goes_on = None if resumed is None else resumed.run
-    if goes_on is not None and (output is None or (output.exists() and output.samefile(goes_on))):
-        return goes_on
+    if resumed and resumed.run and (output is None or (output.exists() and output.samefile(resumed.run))):
+        return resumed.run
     if output is None:
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
         return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -151,20 +143,24 @@ def write_run_files(
     """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later."""
     sweep(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    about: dict[str, Any] = {
+    # Without what is not installed, as this package where it runs from its source.
+    versions = {name: metadata.version(name) for name in VERSIONS_OF if any(metadata.Distribution.discover(name=name))}
+    resumption = {} if resumed is None else {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
+    about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "versions": {name: _version(name) for name in VERSIONS_OF},
+        "versions": versions,
+        **resumption,
+        "output": str(folder),
+        **facts,
     }
-    if resumed is not None:
-        about |= {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
     file = folder / "run.yaml"
     # One document a start.
     earlier = file.read_text(encoding="utf-8") + "---\n" if file.is_file() else ""
-    write_text(file, earlier + yaml.safe_dump(about | {"output": str(folder)} | facts, sort_keys=False))
+    write_text(file, earlier + yaml.safe_dump(about, sort_keys=False))
 
 
 def _newest_run() -> Path:
@@ -179,13 +175,10 @@ def _newest_run() -> Path:
 
 def _newest_first(run: Path) -> list[Path]:
     """A run's checkpoints, each file by one of its names: last.ckpt, which is the newest, then by their times."""
-    files = sorted(
-        (run / "checkpoints").glob("*.ckpt"), key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime_ns)
-    )
-    different: dict[int, Path] = {}
-    for file in reversed(files):
-        different.setdefault(file.stat().st_ino, file)
-    return list(different.values())
+    files = (run / "checkpoints").glob("*.ckpt")
+    oldest_first = sorted(files, key=lambda file: (file.name == "last.ckpt", file.stat().st_mtime_ns))
+    # Of a file's names the newest wins, which stands last.
+    return sorted({file.stat().st_ino: file for file in oldest_first}.values(), key=oldest_first.index, reverse=True)
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
@@ -201,23 +194,8 @@ def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Re
     return Resumption(run, file, small, passed_over)
 
 
-def _same_weights(asked: str | None, was: str | None) -> bool:
-    """Whether both name one file, or OpenAI's weights, which a run keeps by their model's name."""
-    if asked is None or was is None:
-        return False
-    return Path(asked).resolve() == Path(was).resolve() or (asked == OPENAI and openai_name(was) is not None)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def _holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run; one that ended before its first checkpoint has nothing that would be lost."""
-    if any((folder / "checkpoints").glob("*.ckpt")):
-        return True
+    # One that ended before its first checkpoint has nothing that would be lost.
     config = folder / "config.yaml"
-    return config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
+    without = config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
+    return without or any((folder / "checkpoints").glob("*.ckpt"))

@@ -1,8 +1,6 @@
 """Train a CLIP, from scratch or from weights."""
 
-from __future__ import annotations
-
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 from train_clip.checkpoints.found import Found, find_weights
@@ -33,10 +31,10 @@ def train(
     module = CLIPWrapper(config.name, config, **training.flat())
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
-        model = dataclasses.replace(model, pretrained=weights.source)
+        model = replace(model, pretrained=weights.source)
     # Weights, or a file of the user's own: no preset's name builds the model again.
     is_own = model.pretrained is not None or (model.model_name or "").endswith((".yaml", ".yml"))
-    model = dataclasses.replace(model, model_name=model.model_name or DEFAULT_MODEL)
+    model = replace(model, model_name=model.model_name or DEFAULT_MODEL)
     job = Job(
         "train",
         module,
@@ -59,11 +57,7 @@ def recipe_for(num_pairs: int) -> str | None:
 
 
 def pretrained_weights(model: ModelOptions) -> Found | None:
-    """The weights that the options name; None where they name none.
-
-    Raises:
-        UserError: as ``find_weights``.
-    """
+    """The weights that the options name; None where they name none."""
     if model.pretrained is None:
         return None
     if model.pretrained != OPENAI:
@@ -71,15 +65,11 @@ def pretrained_weights(model: ModelOptions) -> Found | None:
     name = model.model_name or DEFAULT_MODEL
     if openai_name(name) is None:
         raise UserError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has published no such model.")
-    return find_weights(name, dataclasses.replace(model, model_name=None, pretrained=None))
+    return find_weights(name, replace(model, model_name=None, pretrained=None))
 
 
 def choose_config(model: ModelOptions) -> ModelConfig:
-    """The model that the options name.
-
-    Raises:
-        UserError: there is none, it cannot be built, or CLIP's tokens are more than it has.
-    """
+    """The model that the options name; refused where it cannot be built, or CLIP's tokens are more than it has."""
     if model.activation is not None and model.pretrained is None:
         raise UserError(
             f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model of "

@@ -5,28 +5,25 @@ further names of such files (hard links, copies where the file system has none).
 new one is safe under all its names. With ``--ema`` the weights' EMA has a ``last.ckpt`` and a ``best.ckpt`` of its own.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import lightning
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint, root_cause
 from train_clip.errors import UserError
 from train_clip.files import link, replacing, sweep
-from train_clip.gather import host_group, largest
+from train_clip.gather import largest
 from train_clip.training.ema import ema_figure
 from train_clip.training.lightning_internals import log_step, steps_and_ends
 
@@ -83,35 +80,27 @@ class Interval(NamedTuple):
     steps: int = 0  # optimizer steps
     seconds: float = 0.0  # of wall-clock time
 
-    @staticmethod
-    def parse(text: str) -> Interval:
+    @classmethod
+    def parse(cls, text: str) -> Self:
         """Read ``500`` (optimizer steps) or ``10m`` (minutes); anything else is a ``UserError``."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(m|min|minutes?|steps?|)", text.strip())
         number, unit = (float(found[1]), found[2]) if found else (0.0, "")
         minutes = unit.startswith("m")
         if number <= 0 or not (minutes or number.is_integer()):
             raise UserError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
-        return Interval(seconds=60 * number) if minutes else Interval(steps=int(number))
+        return cls(seconds=60 * number) if minutes else cls(steps=int(number))
 
 
 class Checkpoints(Checkpoint):
-    """Saves after each epoch, at an interval within it, and names the state that scores best.
-
-    Args:
-        folder: of the checkpoints.
-        every: how often within an epoch; None for only at its end.
-        keep: how many of the newest states to keep, beside the best one.
-        best_by: what the best state, and the best EMA at its own, is best at.
-        mean_folder: of the EMA's files; ``ema`` below the folder where None.
-    """
+    """Saves after each epoch, at an interval within it, and names the state that scores best."""
 
     def __init__(
         self,
         folder: str | Path,
-        every: Interval | None = None,
-        keep: int = 2,
-        best_by: Best = BY_RECALL,
-        mean_folder: Path | None = None,
+        every: Interval | None = None,  # within an epoch; None for only at its end
+        keep: int = 2,  # of the newest states, beside the best one
+        best_by: Best = BY_RECALL,  # of the best state, and of the best EMA, each at its own
+        mean_folder: Path | None = None,  # of the EMA's files; ``ema`` below the folder where None
     ) -> None:
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"
@@ -121,7 +110,6 @@ class Checkpoints(Checkpoint):
         self._due: set[str] = set()  # which of the two are to be saved
         self._between_steps, self._epoch_is_whole = True, False
         self._saved_at = 0.0
-        self._hosts: Any = None
 
     @property
     def mean_is_better(self) -> bool:
@@ -136,7 +124,7 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_start(self, *_: Any) -> None:
-        self._hosts, self._saved_at = host_group(), time.monotonic()
+        self._saved_at = time.monotonic()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -146,7 +134,7 @@ class Checkpoints(Checkpoint):
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
         if self.every.seconds:
             # One clock decides for all.
-            due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)], self._hosts)[0] > 0
+            due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)])[0] > 0
         if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
             log_step(trainer)
             self.save(trainer)
@@ -154,7 +142,7 @@ class Checkpoints(Checkpoint):
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         figures, name = trainer.callback_metrics, self.best_by.figure
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or name not in figures:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or name not in figures:
             return
         if not self._between_steps:
             rank_zero_warn(
@@ -179,8 +167,7 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: Trainer) -> Path | None:
         """Save the state of the run, on all processes; None in a trial run (``fast_dev_run``), which leaves nothing.
 
-        Raises:
-            UserError: it cannot be written, on all processes; what was there is as it was.
+        Where it cannot be written, all processes raise a ``UserError``, and what was there is as it was.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
@@ -201,7 +188,7 @@ class Checkpoints(Checkpoint):
                 self._give_names(target, trainer.global_step)
             except OSError as error:
                 failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is whole.")
-        if largest([int(failure is not None)], self._hosts)[0]:
+        if largest([int(failure is not None)])[0]:
             raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
             logger.save()
@@ -222,7 +209,7 @@ class Checkpoints(Checkpoint):
         return math.isfinite(value) and better
 
     def _write_ema(self, trainer: Trainer) -> None:
-        """Write a model whose weights are the EMA's; nothing where the run has none. Called on all processes."""
+        # On all processes: a model whose weights are the EMA's.
         module: Any = trainer.lightning_module
         if getattr(module, "ema", None) is None:
             return

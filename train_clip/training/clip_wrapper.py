@@ -1,7 +1,5 @@
 """CLIP from scratch: a preset or a configuration, and the module that trains it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, ClassVar
 
@@ -24,9 +22,6 @@ class CLIPWrapper(ContrastiveModule):
         config: the model itself, as a ``ModelConfig``, as a dict in a preset's form, or in the flat form of
             train-CLIP's configuration files.
         options: of ``train_clip.options.TrainingOptions``, as ``minibatch_size``.
-
-    Raises:
-        UserError: an unknown preset, or a configuration that does not fit together.
     """
 
     names_of_model: ClassVar[tuple[str, ...]] = ("model_name", "config")

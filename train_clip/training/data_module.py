@@ -1,28 +1,19 @@
 """Folder or table → loaders, for one process or many."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from train_clip.data import samples
 from train_clip.data.pairs import PairList, plain_name, split_pairs
-from train_clip.data.samples import (
-    BatchTokenizer,
-    GlobalBatchSampler,
-    TrainingPairs,
-    ValidationPairs,
-    available_cores,
-    collate,
-)
 from train_clip.data.scan import Scan, given_source, scan_source
 from train_clip.data.table import scan_table
 from train_clip.data.tokenizer import Tokenizer
@@ -46,9 +37,6 @@ class TextImageDataModule(L.LightningDataModule):
         custom_tokenizer: a Hugging Face tokenizer in place of CLIP's, or one whose ``batch`` gives tokens.
         seed: decides order, crops and captions.
         context_length: tokens of a caption at most; None for the tokenizer's own (CLIP's: 77).
-
-    Raises:
-        UserError: numbers that cannot work, or, from ``setup``, no pairs.
     """
 
     def __init__(  # noqa: PLR0913, people know these arguments
@@ -82,7 +70,7 @@ class TextImageDataModule(L.LightningDataModule):
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
         self.image_size, self.seed = image_size, seed
-        self.collate = functools.partial(collate, _tokenizer(custom_tokenizer, context_length))
+        self.collate = functools.partial(samples.collate, _tokenizer(custom_tokenizer, context_length))
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
@@ -102,18 +90,16 @@ class TextImageDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset = TrainingPairs(self.training_pairs, self.image_size, self.options.resize_ratio, self.seed)
-        process = self._process()
-        sampler = GlobalBatchSampler(
-            dataset, self.batch_size, self._consumed_batches, self.options.shuffle, self.seed, process
-        )
-        return self._loader(dataset, sampler=sampler, batch_size=self.batch_size // process[1], drop_last=True)
+        how, size, process = self.options, self.batch_size, self._process()
+        dataset = samples.TrainingPairs(self.training_pairs, self.image_size, how.resize_ratio, self.seed)
+        order = samples.GlobalBatchSampler(dataset, size, self._consumed_batches, how.shuffle, self.seed, process)
+        return self._loader(dataset, sampler=order, batch_size=size // process[1], drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_pairs:
             return []
-        dataset = ValidationPairs(self.validation_pairs, self.image_size)
+        dataset = samples.ValidationPairs(self.validation_pairs, self.image_size)
         return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
 
     @override
@@ -135,11 +121,7 @@ class TextImageDataModule(L.LightningDataModule):
             self.require_same_data(state_dict)
 
     def require_same_data(self, kept: Mapping[str, Any]) -> None:
-        """Hold the data against the ``state_dict`` that a run began with; other names are only warned of.
-
-        Raises:
-            UserError: the order of the data is another, so that there is no going on in it.
-        """
+        """Refuse another order of the data than the ``state_dict`` that a run began with; warn of other names."""
         own = self.state_dict()
         if kept and kept["pairs"] // kept["batch_size"] == own["pairs"] // own["batch_size"]:
             kept = {**kept, "pairs": own["pairs"]}
@@ -162,7 +144,8 @@ class TextImageDataModule(L.LightningDataModule):
         workers = self.options.num_workers
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
-            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, available_cores() // self._process()[1]))
+            cores = samples.available_cores() // self._process()[1]
+            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores))
         if workers:
             end_loaders_at_exit()
         return DataLoader(
@@ -179,20 +162,16 @@ class TextImageDataModule(L.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _consumed_batches(self) -> int:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "consumed_batches", 0)
+        return getattr(getattr(self.trainer, "lightning_module", None), "consumed_batches", 0)
 
     def _summary(self, scan: Scan) -> str:
-        left_out = len(self.training_pairs) % self.batch_size
-        lines = [
-            f"{self.source}: {len(scan.pairs):,} pairs, {len(self.training_pairs):,} to train on and "
-            f"{len(self.validation_pairs):,} held out; {len(self.training_pairs) // self.batch_size:,} batches of "
-            f"{self.batch_size:,} an epoch"
-            + (f", {left_out:,} pairs left out of an epoch, others each time." if left_out else ".")
-        ]
-        if self.batch_size < self.options.batch_size:
-            shrinks = f"Fewer pairs than a batch: it shrinks from {self.options.batch_size} to {self.batch_size}."
-            lines.insert(0, shrinks)
+        number, size, wanted = len(self.training_pairs), self.batch_size, self.options.batch_size
+        lines = [f"Fewer pairs than a batch: it shrinks from {wanted} to {size}."] if size < wanted else []
+        left_out = f", {number % size:,} pairs left out of an epoch, others each time." if number % size else "."
+        lines.append(
+            f"{self.source}: {len(scan.pairs):,} pairs, {number:,} to train on and {len(self.validation_pairs):,} held "
+            f"out; {number // size:,} batches of {size:,} an epoch{left_out}"
+        )
         if cached := scan.pairs.num_cached:
             lines.append(f"  {cached:,} of {len(scan.pairs):,} images are read from npz/, in place of the image files.")
         if self.options.val_share and not self.validation_pairs:
@@ -208,14 +187,13 @@ class TextImageDataModule(L.LightningDataModule):
         return "\n".join(lines)
 
 
-def _tokenizer(custom: Any, context_length: int | None) -> BatchTokenizer:
-    """CLIP's where there is no other; one that has no ``batch``, of Hugging Face's form, is wrapped."""
+def _tokenizer(custom: Any, context_length: int | None) -> samples.BatchTokenizer:
     if custom is None:
-        return Tokenizer() if context_length is None else Tokenizer(context_length)
+        return Tokenizer(context_length or Tokenizer.context_length)
     if hasattr(custom, "batch"):
-        return cast(BatchTokenizer, custom)
-    wrapped: BatchTokenizer = resolve_name("train_clip.encoders.tokenizer:wrap_tokenizer")(custom, context_length)
-    return wrapped
+        return custom
+    # Of Hugging Face's form.
+    return resolve_name("train_clip.encoders.tokenizer:wrap_tokenizer")(custom, context_length)
 
 
 def pair_names(pairs: PairList) -> str:
@@ -227,11 +205,7 @@ def pair_names(pairs: PairList) -> str:
 
 
 def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, source: Path) -> int:
-    """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer.
-
-    Raises:
-        UserError: the batch does not divide among the processes, or there are too few pairs for any.
-    """
+    """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer."""
     if wanted % num_processes:
         below = max(wanted - wanted % num_processes, num_processes)
         raise UserError(

@@ -1,7 +1,5 @@
 """What a run shows: its progress, its speed, its figures as ``metrics.csv``, and their curves as a picture."""
 
-from __future__ import annotations
-
 import csv
 import time
 from pathlib import Path
@@ -77,7 +75,7 @@ class RunProgress(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        epochs = trainer.max_epochs or 0
         limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
         total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
         for task in self.progress.task_ids:
@@ -152,10 +150,7 @@ class Throughput(Callback):
 class MetricsLog(Logger):
     """``logs/metrics.csv``: a row for each logged step, written at once; a resumed run goes on in it.
 
-    Args:
-        folder: of the run.
-        first_step: optimizer steps that the run has done. Rows from there on are dropped: they are of steps that were
-            lost, and come again.
+    Rows from the run's ``first_step`` on are dropped: they are of steps that were lost, and come again.
     """
 
     name, version = "", ""
@@ -180,13 +175,9 @@ class MetricsLog(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Write a row, unless it was written just now, ahead of its time (``log_step``).
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
         row = metrics | {"step": step}
-        if row["step"] == self._newest.get("step") and row.keys() == self._newest.keys():
+        if step == self._newest.get("step") and row.keys() == self._newest.keys():
             return
         try:
             if row.keys() - set(self._columns):
@@ -196,7 +187,7 @@ class MetricsLog(Logger):
                     earlier = [one for one in earlier if int(one["step"]) < self._first_step]
                 self._columns = sorted({*row, *(name for one in earlier for name in one)})
                 with replacing(self.file) as beside:
-                    self._write(beside, [dict(zip(self._columns, self._columns, strict=True)), *earlier, row])
+                    self._write(beside, [*earlier, row])
             else:
                 self._write(self.file, [row])
         except OSError as error:
@@ -208,7 +199,10 @@ class MetricsLog(Logger):
 
     def _write(self, file: Path, rows: list[dict[str, Any]]) -> None:
         with file.open("a", encoding="utf-8", newline="") as log:
-            csv.DictWriter(log, self._columns).writerows(rows)
+            writer = csv.DictWriter(log, self._columns)
+            if log.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
@@ -237,11 +231,10 @@ class Curves(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
-            draw_curves(rows, self.folder / "curves.png")
+            _draw(rows, self.folder / "curves.png")
 
 
-def draw_curves(rows: list[dict[str, str]], target: Path) -> None:
-    """Plot the rows of a metrics log as a PNG."""
+def _draw(rows: list[dict[str, str]], target: Path) -> None:
     # Matplotlib takes half a second to import: only where a picture is drawn. The object-oriented interface needs no
     # display and leaves a notebook's figures alone.
     from matplotlib.figure import Figure

@@ -3,8 +3,6 @@
 N  images or captions      S  side of the image in pixels      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,29 +41,16 @@ class EmbeddingModule(L.LightningModule):
             return self.model(images, texts)
 
     def embed_images(self, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed images for search and comparison, with the model in eval mode.
+        """Embed images in eval mode, so many at a time, to (N, D) float32, unit norm, on this module's device.
 
-        Args:
-            images: paths or pictures, one or several, which are resized and centre-cropped; or a tensor (N, 3, S, S),
-                uint8 or already normalised.
-            batch_size: images at a time.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device. The similarity of an image and a caption is the product
-            of their embeddings.
-
-        Raises:
-            BadSample: a file that cannot be read as an image.
+        ``images`` are paths or pictures, one or several, which are resized and centre-cropped, or a tensor
+        (N, 3, S, S), uint8 or already normalised. An image's embedding times a caption's is their similarity.
         """
         with self._float32():
             return embed_images(self.model, images, batch_size)
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = EMBED_AT_ONCE) -> Tensor:
-        """Embed captions, one or several, so many at a time; what is over the context length is cut.
-
-        Returns:
-            (N, D) float32, unit norm, on this module's device.
-        """
+        """Embed captions likewise, one or several; what is over the context length is cut."""
         with self._float32():
             return embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
 

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from train_clip.errors import UserError
-from train_clip.gather import host_group, largest, on_any
+from train_clip.gather import largest, on_any
 from train_clip.training import lightning_internals as internals
 from train_clip.training.checkpoints import Checkpoints
 from train_clip.training.signals import Stopped, StopSignals
@@ -59,7 +59,6 @@ class EndOfStep(Callback):
         self.signals = StopSignals()
         self._scaler: Any = None
         self._epoch_is_whole = False
-        self._hosts: Any = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -77,7 +76,7 @@ class EndOfStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install()
         internals.begin_next_epoch(trainer)
-        self._hosts, self._scaler = host_group(), internals.gradient_scaler(trainer)
+        self._scaler = internals.gradient_scaler(trainer)
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
             self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
@@ -89,7 +88,7 @@ class EndOfStep(Callback):
 
     def require_equal_shares(self, number: int, message: str = UNEVEN_SHARES) -> None:
         """Stop, on all processes, where they hold unequal shares of a batch: embeddings are gathered by equal ones."""
-        most, negative_least = largest([number, -number], self._hosts)
+        most, negative_least = largest([number, -number])
         if most != -negative_least:
             raise UserError(message.format(least=-negative_least, most=most))
 
@@ -161,7 +160,7 @@ class EndOfStep(Callback):
         )
 
     def _stop_if_asked(self, trainer: Trainer, within_epoch: bool) -> None:
-        number = largest([self.signals.received], self._hosts)[0]
+        number = largest([self.signals.received])[0]
         if number:
             saved = save_now(trainer, within_epoch)
             rank_zero_info(

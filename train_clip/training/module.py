@@ -95,7 +95,7 @@ class ContrastiveModule(EmbeddingModule):
         build_optimizer(self, model, options)  # refuses a model that has no layers, or nothing for Muon
         self._towers = Towers(model, options)
         self._end_of_step = EndOfStep()
-        self._augments = options.augmentation.changes_colours or options.augmentation.flips
+        self._augments = options.augmentation != AugmentationOptions()
         self._mask_equal = objective.equal_captions == "mask"
         self._loss = loss_named(objective.loss)
         scored = [model] if self.ema is None else [model, self.ema.model]

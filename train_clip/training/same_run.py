@@ -1,7 +1,5 @@
 """Whether a run that goes on is the one that began: the same model, optimizer, data and start."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,8 +12,7 @@ MOST_NAMED = 4  # values in a message
 def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, free: Collection[str] = ()) -> None:
     """Refuse to go on with other values, nested or not, than the run's: ``kept``, but for what is ``free`` to differ.
 
-    Raises:
-        UserError: something else differs; the ``message``, with both values in place of ``{found}``.
+    The message has both values in place of ``{found}``.
     """
     now, then = (dict(_flat({name: values[name] for name in values if name not in free})) for values in (own, kept))
     differ = [name for name in now | then if now.get(name) != then.get(name)]

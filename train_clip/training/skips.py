@@ -12,7 +12,7 @@ from typing_extensions import override
 from train_clip.data.pairs import shown
 from train_clip.data.samples import Batch
 from train_clip.errors import UserError
-from train_clip.gather import gather_objects, host_group, total, world
+from train_clip.gather import gather_objects, total, world
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.end_of_step import save_now
 from train_clip.training.lightning_internals import steps_and_ends
@@ -33,7 +33,6 @@ class SkipReport(Callback):
         self.met: dict[str, str] = {}  # by this process in this fit: an earlier one's files may have been mended
         self.known: dict[str, str] = {}
         self.log_file = Path()
-        self._hosts: Any = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -46,10 +45,6 @@ class SkipReport(Callback):
         if trainer.is_global_zero and self.log_file.is_file():
             lines = self.log_file.read_text(encoding="utf-8").split("\n")
             self.known = dict(line.split("\t", 1) for line in lines if "\t" in line)
-
-    @override
-    def on_train_start(self, *_: Any) -> None:
-        self._hosts = host_group()
 
     @override
     def on_train_batch_end(
@@ -93,7 +88,7 @@ class SkipReport(Callback):
             return
         pairs = len(data.training_pairs) + len(data.validation_pairs)
         # Two processes can meet one file: this sum is only the cheap question.
-        if total(len(self.met), self._hosts) <= data.options.max_bad * pairs:
+        if total(len(self.met)) <= data.options.max_bad * pairs:
             return
         bad = {path: reason for met in gather_objects(self.met) for path, reason in met.items()}
         if len(bad) <= data.options.max_bad * pairs:
