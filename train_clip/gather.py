@@ -3,8 +3,6 @@
 B  rows on this process      W  processes      D  width
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

@@ -7,8 +7,6 @@ transport weighs columns over all rows; a process takes its own rows of it. Numb
 B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

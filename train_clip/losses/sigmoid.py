@@ -6,8 +6,6 @@ column by itself, one direction is both.
 B  pairs on this process      N  pairs of the global batch
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Pure functions of tensors: no rank, no device, no cache. Gathering is the caller
 B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -6,8 +6,6 @@ the whole matrix takes O(B · N); the idea is that of Inf-CL (Cheng et al. 2024,
 B  pairs on this process      N  pairs of the global batch      D  embedding width      b  rows of a tile
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

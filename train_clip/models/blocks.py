@@ -5,8 +5,6 @@ Names of parameters are the field's (OpenAI's and open_clip's state dicts), so t
 B  sequences      L  positions      W  width      H  heads      E  width of a head (W / H)
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

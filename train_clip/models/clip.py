@@ -3,8 +3,6 @@
 B  pairs      L  tokens, at most the context      S  side of the image in pixels      D  embedding width
 """
 
-from __future__ import annotations
-
 import math
 import pkgutil
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ Three differences from He et al.: a stem of three 3×3 convolutions, an average 
 B  images      S  side of the image in pixels      C  channels      L  positions of the last map      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -3,8 +3,6 @@
 Each is a number of ``Blocks`` or ``VisionTransformer``, which act on it; here is what a tower cannot do.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

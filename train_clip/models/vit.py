@@ -4,8 +4,6 @@ B  images      S  side of the image in pixels      P  patches      K  patches th
 D  embedding width
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

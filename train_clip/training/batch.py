@@ -3,8 +3,6 @@
 B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -7,8 +7,6 @@ memory is a chunk's (the idea of GradCache, Gao et al. 2021, arXiv 2101.06983).
 B  rows of the batch on this process      D  embedding width      n_k  elements a channel in chunk k      n  Σ n_k
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext

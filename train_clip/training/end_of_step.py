@@ -9,8 +9,6 @@ once on a CPU; on a GPU when figures are logged, and before anything is saved. U
 such steps by itself, as it must while it looks for a scale: there they are counted.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ OpenAI trained CLIP with weights that are "rounded up or down at random by their
 has one dimension or none, a thousandth of a model, stays float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

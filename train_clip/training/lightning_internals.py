@@ -1,7 +1,5 @@
 """All that reaches into private parts of Lightning, and what the callbacks ask of a Trainer alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning import LightningModule, Trainer

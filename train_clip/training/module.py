@@ -3,8 +3,6 @@
 B  pairs on this process      W  processes      N  pairs of the global batch (W · B)      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 

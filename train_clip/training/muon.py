@@ -10,8 +10,6 @@ section 2.2: at one rate a matrix moves by as much as under AdamW.) The same as
 A, B  rows and columns of a matrix      K  matrices of one shape
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -45,7 +43,7 @@ BUFFER = "momentum_buffer"  # as torch.optim.Muon calls it
 STREAM = 2  # parts its random numbers from those of the other optimizer
 
 
-def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Muon:
+def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
     """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest."""
     matrices = {matrix for matrix in hidden_matrices(model) if matrix.requires_grad}
     if not matrices:

@@ -1,7 +1,5 @@
 """The optimizer, its groups of parameters, and a warm-up and cosine over the whole run (CLIP paper, section 2.5)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pkgutil import resolve_name

@@ -1,7 +1,5 @@
 """Stopping a run from outside: the first SIGTERM or Ctrl-C asks, the second insists."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

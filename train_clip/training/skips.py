@@ -1,7 +1,5 @@
 """Counts samples that could not be read and captions that were cut, over all processes; says so, and stops a run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 n  rows of one process's batch      N  pairs of the split      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
