@@ -1,9 +1,5 @@
-"""This process's embeddings → everyone's, in the order of the ranks; and what the processes have to agree on.
+"""This process's embeddings → everyone's, in the order of the ranks; and what the processes have to agree on."""
 
-B  rows on this process      W  processes      D  width
-"""
-
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +17,10 @@ def world() -> tuple[int, int]:
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Everyone's rows, with a gradient that flows back to the process that each came from.
+    """Gather (B, D) rows, the same B on each of W processes → (W · B, D), with a gradient that flows back.
 
-    Of (B, D), the same B on each: (W · B, D), rank r's rows at r · B and after. The gradient of a row is the sum of
-    what all processes send it. Where each takes the mean over its own rows and the parameters' gradients are averaged
-    (DDP), the result is one process's gradient on the global batch.
+    The gradient of a row is the sum of what all processes send it. Where each takes the mean over its own rows and the
+    parameters' gradients are averaged (DDP), the result is one process's gradient on the global batch.
     """
     return rows if world()[1] == 1 else _Gather.apply(rows)
 
@@ -33,56 +28,45 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_all(rows: Tensor) -> list[Tensor]:
     """Everyone's (B, …) rows, one tensor a rank, without gradient; B may differ, the other sizes and the dtype not."""
-    _, size = world()
-    if size == 1:
+    if world()[1] == 1:
         return [rows]
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(size)]
-    distributed.all_gather(counts, count)
-    longest = int(torch.cat(counts).max())
-    padded = rows.new_zeros(longest, *rows.shape[1:])
+    counts = gather_objects(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    everyone = [torch.empty_like(padded) for _ in range(size)]
+    everyone = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(everyone, padded)
-    return [part[: int(length)] for part, length in zip(everyone, counts, strict=True)]
+    return [part[:count] for part, count in zip(everyone, counts, strict=True)]
 
 
 def gather_objects(value: T) -> list[T]:
     """Everyone's value, any object that pickles, in the order of the ranks. Small ones: they travel as bytes."""
-    _, size = world()
-    if size == 1:
+    values: list[Any] = [None] * world()[1]
+    if len(values) == 1:
         return [value]
-    values: list[Any] = [None] * size
     distributed.all_gather_object(values, value)
     return values
 
 
 def host_group() -> Any:
-    """A group of all ranks whose collectives run between the hosts, so that no one waits for a device.
-
-    None, which stands for the default group, where that is gloo already or nothing is distributed. Making a group is
-    itself a collective.
-    """
+    """Make a group of all ranks that waits for no device, by a collective; None, the default one, where that does."""
     if world()[1] == 1 or distributed.get_backend() == "gloo":
         return None
     return distributed.new_group(backend="gloo")
 
 
-def largest(values: Sequence[int], group: Any = None) -> list[int]:
+def largest(values: list[int], group: Any = None) -> list[int]:
     """The largest of each value over all ranks, as many on each; ``group`` is ``host_group``'s."""
-    if world()[1] == 1:
-        return list(values)
-    everyones = torch.tensor(values, dtype=torch.int64)
-    distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=group)
-    return [int(value) for value in everyones]
+    everyones = torch.tensor(values)
+    if world()[1] > 1:
+        distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=group)
+    return everyones.tolist()
 
 
 def total(number: int, group: Any = None) -> int:
     """The sum of a number over all ranks; ``group`` is ``host_group``'s."""
-    if world()[1] == 1:
-        return number
-    everyones = torch.tensor(number, dtype=torch.int64)
-    distributed.all_reduce(everyones, group=group)
+    everyones = torch.tensor(number)
+    if world()[1] > 1:
+        distributed.all_reduce(everyones, group=group)
     return int(everyones)
 
 
@@ -108,8 +92,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # All-reduce and cut rather than reduce-scatter: gloo has no reduce-scatter.
-        # A copy, since others may hold the same gradient.
+        # All-reduce and cut, since gloo has no reduce-scatter; of a copy, since others may hold the same gradient.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient)
         return gradient[ctx.rank * ctx.length : (ctx.rank + 1) * ctx.length]
