@@ -3,8 +3,6 @@
 B  rows on this process      W  processes      D  width
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -24,11 +22,10 @@ def world() -> tuple[int, int]:
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Everyone's rows, with a gradient that flows back to the process that each came from.
+    """Gather (B, D) rows, the same B on each of W processes → (W · B, D), with a gradient that flows back.
 
-    Of (B, D), the same B on each: (W · B, D), rank r's rows at r · B and after. The gradient of a row is the sum of
-    what all processes send it. Where each takes the mean over its own rows and the parameters' gradients are averaged
-    (DDP), the result is one process's gradient on the global batch.
+    The gradient of a row is the sum of what all processes send it. Where each takes the mean over its own rows and the
+    parameters' gradients are averaged (DDP), the result is one process's gradient on the global batch.
     """
     return rows if world()[1] == 1 else _Gather.apply(rows)
 
@@ -36,26 +33,21 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_all(rows: Tensor) -> list[Tensor]:
     """Everyone's (B, …) rows, one tensor a rank, without gradient; B may differ, the other sizes and the dtype not."""
-    _, size = world()
-    if size == 1:
+    if world()[1] == 1:
         return [rows]
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(size)]
-    distributed.all_gather(counts, count)
-    longest = int(torch.cat(counts).max())
-    padded = rows.new_zeros(longest, *rows.shape[1:])
+    counts = gather_objects(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    everyone = [torch.empty_like(padded) for _ in range(size)]
+    everyone = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(everyone, padded)
-    return [part[: int(length)] for part, length in zip(everyone, counts, strict=True)]
+    return [part[:count] for part, count in zip(everyone, counts, strict=True)]
 
 
 def gather_objects(value: T) -> list[T]:
     """Everyone's value, any object that pickles, in the order of the ranks. Small ones: they travel as bytes."""
-    _, size = world()
-    if size == 1:
+    values: list[Any] = [None] * world()[1]
+    if len(values) == 1:
         return [value]
-    values: list[Any] = [None] * size
     distributed.all_gather_object(values, value)
     return values
 
@@ -106,8 +98,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # All-reduce and cut rather than reduce-scatter: gloo has no reduce-scatter.
-        # A copy, since others may hold the same gradient.
+        # All-reduce and cut, since gloo has no reduce-scatter; of a copy, since others may hold the same gradient.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient)
         return gradient[ctx.rank * ctx.length : (ctx.rank + 1) * ctx.length]

@@ -1,7 +1,5 @@
 """From the host to a device; seeds of random streams; what of a tensor that is sharded (FSDP2) lies on this process."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Losses: pure functions of tensors. ``options.LOSSES`` names them, each a ``Loss`` in a file of its own."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple, cast

@@ -1,13 +1,10 @@
 """Targets out of a teacher's similarities, and how far a student is from them (OTTER, arXiv 2112.09445, section 3).
 
-Pure functions of tensors: no rank, no device, no cache. A target needs all pairs of the global batch, since optimal
-transport weighs columns over all rows; a process takes its own rows of it. Numbers are those of OTTER's code
-(github.com/facebookresearch/OTTER) unless another source stands beside them.
+A target needs all pairs of the global batch, since optimal transport weighs columns over all rows. Numbers are those of
+OTTER's code (github.com/facebookresearch/OTTER) unless another source stands beside them.
 
 B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,11 +48,7 @@ def divergence(rows: Tensor, columns: Tensor, scale: Tensor, log_target: Tensor)
 
         L = mean over i of Σ_j Q_ij (ln Q_ij - ln P_ij)            P = softmax(scale · rows columnsᵀ)
 
-    Args:
-        rows: (B, D) float, unit norm: this process's student embeddings of one side.
-        columns: (N, D) float, unit norm: everyone's of the other side.
-        scale: () float, exp of the temperature of distillation.
-        log_target: (B, N) float32: ln Q of this process's rows.
+    Of (B, D) rows and (N, D) columns, float, unit norm, the student's; () scale; and ln Q, (B, N) float32.
     """
     similarity = scale * rows @ columns.T
     log_student = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).log_softmax(dim=1)

@@ -1,12 +1,7 @@
 """A yes or no for each image with each caption: do they belong together (SigLIP, arXiv 2303.15343, section 3.2).
 
-Pure functions of tensors: no rank, no device, no cache. Gathering is the caller's. Since no sum runs over a row or a
-column by itself, one direction is both.
-
-B  pairs on this process      N  pairs of the global batch
+Since no sum runs over a row or a column by itself, one direction is both.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -16,12 +11,11 @@ from train_clip.losses.tiles import tiled_loss
 
 
 def sigmoid_loss(pairs: Pairs, scale: Tensor, bias: Tensor | None, mask_equal: bool = False) -> Tensor:
-    """The loss of this process's images with everyone's texts. Its mean over equal shares is the global batch's loss.
+    """The loss of this process's images with everyone's texts, () float32 or wider; to be differentiated once.
 
         S = scale · images textsᵀ + bias            L = -mean over i of Σ_j ln σ(z_ij S_ij)
 
-    with z = 1 for the own pair and -1 for every other. With ``mask_equal`` the other pairs of an equal caption leave
-    the sum. () float32, or wider; its gradient cannot be differentiated again.
+    z = 1 for the own pair and -1 for others; with ``mask_equal`` other pairs of an equal caption leave the sum.
     """
     assert bias is not None
     inputs = (pairs.images, pairs.all_texts, scale, bias)

@@ -1,11 +1,7 @@
 """Symmetric cross-entropy between images and captions (CLIP, arXiv 2103.00020, figure 3).
 
-Pure functions of tensors: no rank, no device, no cache. Gathering is the caller's.
-
 B  pairs on this process      N  pairs of the global batch      D  embedding width
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -16,11 +12,9 @@ from train_clip.losses.tiles import TILE, tiled_loss
 
 
 def clip_loss(pairs: Pairs, scale: Tensor, _bias: Tensor | None = None, mask_equal: bool = False) -> Tensor:
-    """The mean of both directions, over this process's rows. Its mean over equal shares is the global batch's loss.
+    """Mean of both directions over this process's rows, () float32 or wider: ½ (InfoNCE(V → T) + InfoNCE(T → V)).
 
-        L = ½ (InfoNCE(images → texts) + InfoNCE(texts → images))
-
-    With ``mask_equal`` the other pairs of an equal caption leave the denominators. () float32, or wider.
+    With ``mask_equal`` the other pairs of an equal caption leave the denominators.
     """
     groups = pairs.captions if mask_equal else None
     image_to_text = info_nce(pairs.images, pairs.all_texts, scale, pairs.offset, groups)
@@ -33,12 +27,7 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, grou
 
         S = scale · rows columnsᵀ            L = mean over i of CE(S_i, i + offset)
 
-    Args:
-        rows: (B, D) float, unit norm: this process's embeddings of one side.
-        columns: (N, D) float, unit norm: everyone's embeddings of the other side.
-        scale: () float, exp of the learned temperature, at most 100.
-        offset: column of this process's first pair.
-        groups: (N,) int64: columns equal to a row's own leave its denominator, the own one stays. None for all to stay.
+    Arguments are those of ``tiled_loss``; without ``groups`` all columns stay.
     """
     if len(rows) * len(columns) > TILE:
         return tiled_loss(softmax_tile, (rows, columns, scale, None), offset, groups)
@@ -86,17 +75,9 @@ def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | No
 def ranks(rows: Tensor, columns: Tensor, right: Tensor) -> Tensor:
     """How many wrong columns stand before each row's best right one. Ties and NaN count against.
 
-    Similarities closer than D · eps are a tie. A computed product of two unit vectors is off by up to D · eps / 2, in
-    whatever order its D terms are added (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1);
-    and in which order a kernel adds them depends on the processor and on the place in the matrix.
-
-    Args:
-        rows: (B, D) float, unit norm.
-        columns: (N, D) float, unit norm.
-        right: (B, N) bool.
-
-    Returns:
-        (B,) int64 in [0, N].
+    Of (B, D) rows and (N, D) columns, unit norm, and (B, N) bool: (B,) int64 in [0, N]. Similarities closer than
+    D · eps are a tie: a computed product is off by up to D · eps / 2 (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2002, section 3.1), by the order of its sum, which depends on the processor and the place in the matrix.
     """
     dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
     with torch.autocast(rows.device.type, enabled=False):

@@ -6,8 +6,6 @@ the whole matrix takes O(B · N); the idea is that of Inf-CL (Cheng et al. 2024,
 B  pairs on this process      N  pairs of the global batch      D  embedding width      b  rows of a tile
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +30,8 @@ def tiled_loss(
 
     Args:
         tile_loss: of a tile's logits, scale · rows columnsᵀ + bias.
-        inputs: (B, D) rows and (N, D) columns, float, of unit norm; () scale; () bias or None.
+        inputs: (B, D) rows, this process's of one side, and (N, D) columns, everyone's of the other, float, of unit
+            norm; () scale, exp of the learned temperature, at most 100; () bias or None.
         offset: column of this process's first pair.
         groups: (N,) int64: columns equal to a row's own leave its loss, the own one stays. None for all to stay.
     """
@@ -62,7 +61,7 @@ class _Tiled(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
-        loss, of_bias = torch.zeros(2, dtype=dtype, device=rows.device).unbind()
+        loss = of_bias = torch.zeros((), dtype=dtype, device=rows.device)
         of_rows, of_columns = (torch.zeros_like(side) if wants_gradient else side for side in (wide_rows, wide_columns))
         at_once = max(1, TILE // max(1, len(columns)))
         for start in range(0, len(rows), at_once):

@@ -1,11 +1,7 @@
-"""The transformer block that both towers are made of, and how a tower's blocks are run.
-
-Names of parameters are the field's (OpenAI's and open_clip's state dicts), so that weights pass both ways with no map.
+"""The transformer block that both towers are made of, named as in OpenAI's state dicts, and how blocks are run.
 
 B  sequences      L  positions      W  width      H  heads      E  width of a head (W / H)
 """
-
-from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,11 +37,7 @@ class Blocks(nn.Sequential):
 
 
 class Transformer(nn.Module):
-    """Pre-norm residual blocks (CLIP paper, section 2.4); where it is causal a position sees itself and those before.
-
-    Raises:
-        UserError: the activation is none of ``ACTIVATIONS``.
-    """
+    """Pre-norm residual blocks (CLIP paper, section 2.4); where it is causal a position sees none after it."""
 
     def __init__(self, width: int, layers: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
@@ -116,10 +108,7 @@ class SelfAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Scaled dot-product attention, softmax(q kᵀ / √E) v, by whichever way is faster.
-
-    Of (B, H, L, E) q, (B, H, M, E) k and v: (B, H, L, E). Where it is causal, position i sees positions 0 to i.
-    """
+    """Scaled dot-product attention, softmax(q kᵀ / √E) v, of (B, H, L, E) q, (B, H, M, E) k and v: (B, H, L, E)."""
     if q.device.type != "cpu" or k.shape[-2] > PLAIN_UP_TO:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -154,27 +143,18 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of a class and nothing hooks its call (pruning is such a hook).
-
-    Then a faster form of the same may take the place of the call.
-    """
+    """Whether a faster form may take the place of a call: the class is that, and nothing (pruning) hooks it."""
     return type(module) is kind and not (
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )
 
 
 def run_blocks(blocks: Sequence[Block], x: Tensor, group: int, skipping: float = 0.0) -> Tensor:
-    """Map x through blocks, one after the other, with gradient checkpointing and stochastic depth where asked for.
+    """Map x through blocks, the last of them left out for a share ``skipping`` of the rows, the others for less.
 
-    Of a group of blocks only the input is kept; the rest is computed again in the backward pass (Chen et al. 2016,
-    arXiv 1604.06174; CLIP paper, section 2.5). The gradient is the same: dropout and stochastic depth meet the same
-    random state again, and running statistics of BatchNorms are updated once.
-
-    Args:
-        blocks: each maps what the one before it gives.
-        x: what the first one takes.
-        group: blocks that are recomputed together; 0 to keep everything.
-        skipping: share of the rows that the last block is left out for; 0 for none.
+    Of a ``group`` of blocks, if not 0, only the input is kept; the rest is computed again in the backward pass (Chen et
+    al. 2016, arXiv 1604.06174; CLIP paper, section 2.5). The gradient is the same: dropout and stochastic depth meet
+    the same random state again, and running statistics of BatchNorms are updated once.
     """
 
     def run(x: Tensor, steps: Sequence[tuple[Block, float]]) -> Tensor:
@@ -188,8 +168,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, group: int, skipping: float =
     for start in range(0, len(steps), group):
         some = steps[start : start + group]
         norms = [norm for block, _ in some if isinstance(block, nn.Module) for norm in training_norms(block)]
-        contexts = partial(recomputing, norms)
-        x = cast(Tensor, checkpoint(run, x, some, use_reentrant=False, context_fn=contexts))
+        x = cast(Tensor, checkpoint(run, x, some, use_reentrant=False, context_fn=partial(recomputing, norms)))
     return x
 
 
@@ -203,13 +182,8 @@ def through_some_rows(block: Block, x: Tensor, rate: float) -> Tensor:
 
         y_i = x_i + (B / K) (block(x_i) - x_i)  for K rows,  x_i for the others        K = round((1 - rate) · B)
 
-    Stochastic depth (Huang et al. 2016, arXiv 1603.09382) of a fixed number of rows, as DINOv2 has it (arXiv
-    2304.07193, section 5), so that what is left out costs nothing.
-
-    Args:
-        block: maps rows to rows of the same shape, each by itself.
-        x: (B, …).
-        rate: from 0 to below 1; at least one row goes through.
+    Stochastic depth (Huang et al. 2016, arXiv 1603.09382) of a fixed number of rows, one at least, as DINOv2 has it
+    (arXiv 2304.07193, section 5), so that what is left out costs nothing. ``block`` maps rows each by itself.
     """
     kept = max(1, round((1 - rate) * len(x)))
     if kept == len(x):

@@ -3,8 +3,7 @@
 B  pairs      L  tokens, at most the context      S  side of the image in pixels      D  embedding width
 """
 
-from __future__ import annotations
-
+import itertools
 import math
 import pkgutil
 from collections.abc import Mapping
@@ -55,9 +54,9 @@ class PixelNorm(nn.Module):
 
     def __init__(self, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> None:
         super().__init__()
-        # Not persistent: the state dict holds the field's names and nothing else.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            # Not persistent: the state dict holds the field's names and nothing else.
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -119,9 +118,8 @@ class DualEncoder(nn.Module):
     @override
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption: (B, B) logits, scaled cosines plus the bias, and their transpose."""
-        image_embeddings = F.normalize(self.encode_image(images), dim=-1)
-        text_embeddings = F.normalize(self.encode_text(texts), dim=-1)
-        logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
+        rows, columns = (F.normalize(side, dim=-1) for side in (self.encode_image(images), self.encode_text(texts)))
+        logits = self.logit_scale.exp() * rows @ columns.T
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
         return logits, logits.T
@@ -133,17 +131,15 @@ class DualEncoder(nn.Module):
     def lock(self, image: bool, text: bool) -> None:
         """Keep towers as they are: no gradient, no graph, and eval mode whatever ``train`` asks for."""
         self._locked, self.text_is_fixed = (image, text), text
-        for locked, parameters in zip(self._locked, self.towers(), strict=True):
-            for parameter in parameters if locked else ():
-                parameter.requires_grad_(False)
+        for parameter in itertools.chain(*itertools.compress(self.towers(), self._locked)):
+            parameter.requires_grad_(False)
         self.train(self.training)
 
     @override
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for locked, tower in zip(self._locked, (self.visual, self.transformer), strict=True):
-            if locked:
-                tower.eval()
+        for tower in itertools.compress((self.visual, self.transformer), self._locked):
+            tower.eval()
         return self
 
     @torch.no_grad()
@@ -185,13 +181,9 @@ class CLIP(DualEncoder):
 
     @override
     def encode_text(self, texts: Texts) -> Tensor:
-        """Embed (B, L) int64 tokens → (B, D), not normalised: the output at the end token, the largest id of each row.
-
-        What follows the end token is never looked at (the tower is causal), so rows may be cut after the longest.
-        """
+        # The output at the end token. What follows is never looked at, so rows may be cut after the longest.
         tokens = cast(Tensor, texts)
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x)
+        x = self.transformer(self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]])
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
         return self.ln_final(ends) @ self.text_projection
 
@@ -208,11 +200,12 @@ class CLIP(DualEncoder):
     def _initialize_text(self) -> None:
         # As openai/CLIP, ``initialize_parameters``; attention biases stay 0, the other biases PyTorch's default.
         width, layers = self.config.text.width, self.config.text.layers
+        residual = width**-0.5 * (2 * layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in cast(list[ResidualBlock], list(self.transformer.resblocks)):
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
         nn.init.normal_(self.text_projection, std=width**-0.5)

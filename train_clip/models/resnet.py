@@ -6,8 +6,6 @@ Three differences from He et al.: a stem of three 3×3 convolutions, an average 
 B  images      S  side of the image in pixels      C  channels      L  positions of the last map      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch
@@ -27,18 +25,17 @@ class ModifiedResNet(nn.Module):
     def __init__(self, config: ResNetConfig, embed_dim: int, _activation: str = "relu") -> None:
         super().__init__()
         width = config.width
-        self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        channels = [width, *(width * 2**stage * EXPANSION for stage in range(4))]
+        self.conv1, self.bn1 = _conv(3, width // 2, 3, stride=2), nn.BatchNorm2d(width // 2)
+        self.conv2, self.bn2 = _conv(width // 2, width // 2, 3), nn.BatchNorm2d(width // 2)
+        self.conv3, self.bn3 = _conv(width // 2, width, 3), nn.BatchNorm2d(width)
+        inputs = width
         for stage, blocks in enumerate(config.blocks):
-            layer = _stage(channels[stage], width * 2**stage, blocks, stride=2 if stage else 1)
-            self.add_module(f"layer{stage + 1}", layer)
+            channels, stride = width * 2**stage, 2 if stage else 1
+            later = [Bottleneck(channels * EXPANSION, channels) for _ in range(1, blocks)]
+            self.add_module(f"layer{stage + 1}", Blocks(Bottleneck(inputs, channels, stride), *later))
+            inputs = channels * EXPANSION
         # Heads of 64 channels: 32 · width / 64 (openai/CLIP, model.py).
-        self.attnpool = AttentionPool(config.size // 32, channels[4], heads=width // 2, embed_dim=embed_dim)
+        self.attnpool = AttentionPool(config.size // 32, inputs, heads=width // 2, embed_dim=embed_dim)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -60,30 +57,25 @@ class ModifiedResNet(nn.Module):
         return x
 
 
-def _stage(inputs: int, channels: int, blocks: int, stride: int) -> Blocks:
-    later = [Bottleneck(channels * EXPANSION, channels, stride=1) for _ in range(1, blocks)]
-    return Blocks(Bottleneck(inputs, channels, stride), *later)
+def _conv(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
 class Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 convolutions around a shortcut; a stride is an average pool after the 3×3."""
 
-    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+    def __init__(self, inputs: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         outputs = channels * EXPANSION
-        self.conv1 = nn.Conv2d(inputs, channels, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1, self.bn1 = _conv(inputs, channels), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = _conv(channels, channels, 3), nn.BatchNorm2d(channels)
         self.avgpool = nn.AvgPool2d(stride)
-        self.conv3 = nn.Conv2d(channels, outputs, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.conv3, self.bn3 = _conv(channels, outputs), nn.BatchNorm2d(outputs)
         # The residual branch starts at zero (openai/CLIP, initialize_parameters).
         nn.init.zeros_(self.bn3.weight)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
-            shortcut = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
-            parts = [("-1", nn.AvgPool2d(stride)), ("0", shortcut), ("1", nn.BatchNorm2d(outputs))]
+            parts = [("-1", nn.AvgPool2d(stride)), ("0", _conv(inputs, outputs)), ("1", nn.BatchNorm2d(outputs))]
             self.downsample = nn.Sequential(OrderedDict(parts))
 
     @override
@@ -102,9 +94,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, channels) / channels**0.5)
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = nn.Linear(channels, embed_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
             nn.init.normal_(projection.weight, std=channels**-0.5)

@@ -1,9 +1,4 @@
-"""What options switch on in a tower: gradient checkpointing, stochastic depth, dropped patches, the compiler.
-
-Each is a number of ``Blocks`` or ``VisionTransformer``, which act on it; here is what a tower cannot do.
-"""
-
-from __future__ import annotations
+"""What options switch on in a tower: gradient checkpointing, stochastic depth, dropped patches, the compiler."""
 
 from typing import Any
 
@@ -15,16 +10,9 @@ from train_clip.errors import UserError
 from train_clip.models.blocks import Blocks, ResidualBlock, Transformer
 from train_clip.models.vit import VisionTransformer
 
-# Compiled forms of a block at most: by tower, training or not, and by batch. PyTorch gives up after 8.
-MOST_VERSIONS = 64
-
 
 def recompute_blocks(tower: nn.Module, group: int) -> None:
-    """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one.
-
-    Raises:
-        UserError: the tower offers no such thing.
-    """
+    """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one."""
     stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
     for blocks in stacks:
         blocks.recompute = group
@@ -47,11 +35,7 @@ def recompute_blocks(tower: nn.Module, group: int) -> None:
 
 
 def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
-    """Have the last block of a tower, image or text, left out for that share of the rows in training, others for less.
-
-    Raises:
-        UserError: the tower has no transformer of this package.
-    """
+    """Have the last block of a tower, image or text, left out for that share of the rows in training."""
     stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
     if highest and not stacks:
         raise UserError(
@@ -66,12 +50,11 @@ def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
 def compile_tower(tower: nn.Module, dynamic: bool) -> None:
     """Compile a tower in place: names of parameters, and checkpoints, stay as they are; copies are not compiled.
 
-    A transformer is compiled block by block: all its blocks share one compiled form, in a fraction of the whole tower's
-    time. So is a ResNet that recomputes its blocks, which the compiler cannot see through. One form serves all shapes
-    where ``dynamic``, as of captions, or blocks are left out for other numbers of rows; else each shape has its own.
-    What is compiled again once shapes turn out to change would part a chunk from its recomputation.
+    A transformer is compiled block by block: all its blocks share one form, in a fraction of the whole tower's time. So
+    is a ResNet that recomputes its blocks. One form serves all shapes where ``dynamic``, or blocks are left out for
+    some rows; else each shape has its own: one compiled again would part a chunk from its recomputation.
     """
-    torch._dynamo.config.recompile_limit = MOST_VERSIONS
+    torch._dynamo.config.recompile_limit = 64  # forms of a block: by tower, training or not, and batch; not 8
     # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
     # met in the first one's recomputation (tests/training/test_economy.py).
     shapes.use_duck_shape = False
@@ -83,11 +66,7 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
 
 
 def patches_to_keep(tower: nn.Module, mask_ratio: float) -> int:
-    """K = round((1 - mask_ratio) · P), for ``kept_patches``; 0 where none are dropped.
-
-    Raises:
-        UserError: the tower is no vision transformer of this package, or would have no patch to look at.
-    """
+    """K = round((1 - mask_ratio) · P), for ``kept_patches``; 0 where none are dropped."""
     if not mask_ratio:
         return 0
     if not isinstance(tower, VisionTransformer):

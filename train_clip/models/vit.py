@@ -1,10 +1,7 @@
 """CLIP's vision transformer (CLIP paper, section 2.4; openai/CLIP, model.py).
 
-B  images      S  side of the image in pixels      P  patches      K  patches that are kept      W  width
-D  embedding width
+B  images      S  side of the image in pixels      P  patches      K  patches kept      W  width      D  embedding width
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +19,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: ViTConfig, embed_dim: int, activation: str) -> None:
         super().__init__()
-        width = config.width
-        patches = (config.size // config.patch) ** 2
-        deviation = width**-0.5
+        width, patches, deviation = config.width, (config.size // config.patch) ** 2, config.width**-0.5
         self.patch = config.patch
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch, stride=config.patch, bias=False)
         self.class_embedding = nn.Parameter(deviation * torch.randn(width))
@@ -46,9 +41,8 @@ class VisionTransformer(nn.Module):
         """
         as_product = is_plain(self.conv1, nn.Conv2d)
         if as_product:
-            # A convolution that does not overlap is a product of its squares, and so is its weight's gradient, for
-            # which PyTorch's convolution takes many times as long on a CPU. What is left over at the right and at the
-            # bottom is dropped by both.
+            # A convolution that does not overlap is a product of its squares. Of PyTorch's, the weight's gradient takes
+            # many times as long on a CPU. Both drop what is left over at the right and at the bottom.
             squares = images.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)  # (B, 3, …, …, p, p)
             patches = squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, P, 3 · p²), row by row
         else:
@@ -67,8 +61,7 @@ class VisionTransformer(nn.Module):
 def choose_patches(patches: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Keep K of the (B, P, …) patches of each image, any as likely as any other (FLIP, arXiv 2212.00794, section 3).
 
-    Returns:
-        The patches (B, K, …), and their places (B, K) int64, each in [0, P), in no order.
+    Gives (B, K, …) patches, and their places (B, K) int64, each in [0, P), in no order.
     """
     chances = torch.rand(patches.shape[:2], device=patches.device, dtype=torch.float32)
     places = chances.topk(number, dim=1, sorted=False).indices

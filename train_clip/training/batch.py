@@ -3,8 +3,6 @@
 B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,10 +38,7 @@ class BatchReader:
         self._lengths: NDArray[np.int64] | None = None
 
     def measure(self, batch: Any) -> None:
-        """Note the lengths of the captions of the batch that is read next, while it is on the host.
-
-        Without it ``read`` finds them, and has to wait for the device. What the batch holds is checked when it is read.
-        """
+        """Note the lengths of the captions of the batch that is read next while it is on the host."""
         self._lengths = None
         texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
         tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
@@ -63,11 +58,7 @@ class BatchReader:
         return lengths
 
     def read(self, batch: Any, device: torch.device) -> Inputs:
-        """Images and tokens on a device, of a batch that starts with images and with tokens, a mapping or strings.
-
-        Raises:
-            UserError: it is no such batch, or not one for this model.
-        """
+        """Images and tokens on a device, of a batch that starts with images and with tokens, a mapping or strings."""
         if not isinstance(batch, Sequence) or len(batch) < 2:
             raise UserError(
                 f"A batch is a {type(batch).__name__}; expected a tuple or list that starts with images and texts. "
@@ -84,11 +75,7 @@ class BatchReader:
         return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths, captions)
 
     def tokens(self, texts: Any, device: torch.device) -> Texts:
-        """Tokens in the form that the model takes, on a device, of tokens, a tokenizer's mapping or strings.
-
-        Raises:
-            UserError: a mapping without ids, or strings where there is no tokenizer.
-        """
+        """Tokens in the form that the model takes, on a device, of tokens, a tokenizer's mapping or strings."""
         if not isinstance(texts, Mapping | Tensor):
             if self.tokenizer is None:
                 raise UserError(
@@ -108,16 +95,13 @@ class BatchReader:
         return texts_on(device, self._taken(texts))
 
     def _taken(self, texts: Texts) -> Texts:
-        """What the model takes of a tokenizer's mapping."""
         return texts["input_ids"] if isinstance(self.model, CLIP) and isinstance(texts, Mapping) else texts
 
 
 def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
     """A number for each caption, (B,) int64, equal for equal captions: a random linear hash of its tokens.
 
-    Args:
-        ids: (B, L) int64, at least 0.
-        mask: (B, L) bool, which of them make up the caption; padding may stand on either side.
+    Of (B, L) int64 ids, and (B, L) bool, which of them make up the caption; padding may stand on either side.
     """
     # Products wrap around: two captions collide once in about 2⁶³ pairs.
     generator = torch.Generator().manual_seed(0)

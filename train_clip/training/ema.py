@@ -1,9 +1,4 @@
-"""The exponential moving average (EMA) of a model's weights: what ``--ema`` keeps, and self-distillation from it.
-
-B  pairs on this process      N  pairs of the global batch      D  embedding width
-"""
-
-from __future__ import annotations
+"""The exponential moving average (EMA) of a model's weights: what ``--ema`` keeps, and self-distillation from it."""
 
 import copy
 import math
@@ -28,9 +23,8 @@ class WeightsEMA(nn.Module):
 
         m = min(momentum, (1 + n) / (10 + n))            ema ← m · ema + (1 - m) · model
 
-    The warm-up is that of OTTER's code (github.com/facebookresearch/OTTER). The EMA is float32 even where the model is
-    kept in bfloat16. Buffers, BatchNorm's statistics among them, are copied. What is frozen when the EMA is made is
-    held once, for both.
+    (OTTER's code, github.com/facebookresearch/OTTER.) Float32 even where the model is kept in bfloat16. Buffers are
+    copied; what is frozen when the EMA is made is held once, for both.
     """
 
     def __init__(self, model: DualEncoder, momentum: float) -> None:

@@ -1,13 +1,10 @@
 """Both towers at work on a batch: in chunks, with the gradient, seeds and running statistics of the whole batch.
 
-Captions are taken in the order of their lengths, each chunk cut at its longest. Micro-batches are activation
-checkpointing: one ordinary backward pass recomputes chunk by chunk, so the gradient is the full batch's while the
-memory is a chunk's (the idea of GradCache, Gao et al. 2021, arXiv 2101.06983).
+Captions are taken in the order of their lengths, each chunk cut at its longest. One ordinary backward pass recomputes
+chunk by chunk: the gradient is the full batch's, the memory a chunk's (GradCache, Gao et al. 2021, arXiv 2101.06983).
 
 B  rows of the batch on this process      D  embedding width      n_k  elements a channel in chunk k      n  Σ n_k
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +24,7 @@ from typing_extensions import override
 
 from train_clip.gather import gather_with_gradient, world
 from train_clip.losses import Pairs
-from train_clip.models.blocks import SelfAttention, scratch_statistics, training_norms
+from train_clip.models.blocks import SelfAttention, recomputing, scratch_statistics, training_norms
 from train_clip.models.clip import CLIP, DualEncoder, Texts, unit_norm
 from train_clip.options import TrainingOptions
 from train_clip.tensors import seed_of, sent
@@ -113,13 +110,9 @@ def encode_in_chunks(
 ) -> Tensor:
     """Encode B rows to (B, D), in their order, holding the activations of few chunks at a time.
 
-    Args:
-        encode: maps (b, …) rows to (b, D) embeddings.
-        batch: B rows.
-        chunks: how it is cut.
-        encoder: the module that ``encode`` runs. Its BatchNorms normalise chunk by chunk, with one update of their
-            running statistics a batch. Where nothing of it is trained, nothing is recomputed.
-        lengths: (B,) tokens of each row, the rest of which makes no difference; None where all are looked at.
+    ``encode`` runs ``encoder``, whose BatchNorms normalise chunk by chunk, with one update of their running statistics
+    a batch; where nothing of it is trained, nothing is recomputed. What comes after ``lengths``, (B,) tokens of each
+    row, makes no difference; None where all are looked at.
     """
     norms = training_norms(encoder)
     # With a BatchNorm among the words the captions that meet in a chunk, and their padding, would make a difference.
@@ -133,23 +126,18 @@ def encode_in_chunks(
     trained = any(parameter.requires_grad for parameter in encoder.parameters())
     recomputed = -(-max(0, asked - chunks.kept) * number // asked) if trained and asked > 1 else 0
     parts, order = _cut(batch, number, lengths)
-    seeds = [seed_of(*chunks.seed, place) for place in range(number)]
     if number == 1:
-        return _seeded(encode, parts[0], seeds[0])
+        return _seeded(encode, parts[0], seed_of(*chunks.seed, 0))
 
-    def contexts() -> tuple[Any, Any]:
-        return nullcontext(), scratch_statistics(norms) if norms else nullcontext()
-
-    embeddings = []
+    # The random state is set within: checkpoint saves CUDA's only when an argument lies there.
+    how: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    how |= {"context_fn": partial(recomputing, norms)} if norms else {}
+    embeddings: list[Any] = []
     statistics: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in norms]
-    for place, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
+    for place, part in enumerate(parts):
+        run = partial(checkpoint, _seeded, **how) if place < recomputed else _seeded
         with _recording(norms, statistics) if norms else nullcontext():
-            if place < recomputed:
-                # The random state is set within: checkpoint saves CUDA's only when an argument lies there.
-                how: dict[str, Any] = {"preserve_rng_state": False, "context_fn": contexts}
-                embeddings.append(cast(Tensor, checkpoint(_seeded, encode, part, seed, use_reentrant=False, **how)))
-            else:
-                embeddings.append(_seeded(encode, part, seed))
+            embeddings.append(run(encode, part, seed_of(*chunks.seed, place)))
     for norm, seen in zip(norms, statistics, strict=True):
         if seen:
             _update(norm, seen)
@@ -229,14 +217,9 @@ def _update(norm: _BatchNorm, chunks: Sequence[tuple[int, Tensor, Tensor]]) -> N
 class WeightSubstitutes:
     """Tensors in the places of a model's weights while it encodes, so that gradients of many chunks add up well.
 
-    A bfloat16 weight is replaced by a float32 copy, or where autocast would cast that back for a product by itself with
-    a float32 sum of gradients, which is rounded once. Of a table of tokens each chunk's gradient is that of the rows
-    which it looked up; the whole table's is made once a step.
-
-    Args:
-        model: its parameters have to be what they are for as long as this is used.
-        halves: whether weights in bfloat16 are kept so on purpose; those of bf16-true precision are not.
-        tables: whether the gradients of tables are to come by their rows, which compiled look-ups cannot give.
+    With ``halves``, a bfloat16 weight is replaced by a float32 copy, or where autocast would cast that back for a
+    product by itself with a float32 sum of gradients, which is rounded once. With ``tables``, which compiled look-ups
+    do not bear, a chunk's gradient of a table of tokens is that of the rows it looked up; the whole's is made once.
     """
 
     def __init__(self, model: nn.Module, halves: bool, tables: bool = False) -> None:
@@ -283,10 +266,9 @@ class WeightSubstitutes:
     def around(self, encode: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         """Wrap what encodes (b, …) rows of a chunk, so that chunks meet in the substitutes.
 
-        That has to hold in the recomputation of a chunk too, which runs within the backward pass; hence no block around
-        the step. Autocast goes without its cache of weights: with it all chunks share one half-precision copy of a
-        weight, at which their gradients are added in half precision. Over 128 chunks of a small model in bfloat16 that
-        is off by 2 to 4% (tests/training/test_half_weights.py).
+        In the recomputation of a chunk too, within the backward pass. Autocast goes without its cache of weights: with
+        it all chunks share one half-precision copy of a weight, at which their gradients are added in half precision.
+        Over 128 chunks of a small model in bfloat16 that is off by 2 to 4% (tests/training/test_half_weights.py).
         """
 
         def encode_in_place(rows: Any) -> Tensor:
@@ -309,7 +291,7 @@ def _autocast_type(tensor: Tensor) -> torch.dtype | None:
 
 
 class _Carrier(Function):
-    """A weight → float32 of its shape and of no memory, at which gradients of the chunks are added in float32."""
+    # A weight → float32 of its shape and of no memory, at which gradients of the chunks are added in float32.
 
     @staticmethod
     @override
@@ -323,7 +305,7 @@ class _Carrier(Function):
 
 
 class _Carried(Function):
-    """The weight itself, for one chunk, whose gradient goes to the carrier."""
+    # The weight itself, for one chunk, whose gradient goes to the carrier.
 
     @staticmethod
     @override
@@ -337,7 +319,7 @@ class _Carried(Function):
 
 
 class _RowsToTable(Function):
-    """A table, at which the rows of all chunks' gradients are gathered, and added into one gradient of the whole."""
+    # A table, at which the rows of all chunks' gradients are gathered, and added into one gradient of the whole.
 
     @staticmethod
     @override

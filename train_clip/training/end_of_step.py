@@ -9,8 +9,6 @@ once on a CPU; on a GPU when figures are logged, and before anything is saved. U
 such steps by itself, as it must while it looks for a scale: there they are counted.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -46,10 +44,9 @@ OTHER_CHECKPOINTS = (
 
 
 class EndOfStep(Callback):
-    """Counts the global batches that have been trained on, watches over the steps, and ends a run on a signal.
+    """Counts global batches, the position in the data; watches over the steps; and ends a run on a signal.
 
-    The count, which is the position in the data, is part of a run, not of a model: a checkpoint restores it only where
-    the run is resumed from it (``fit(ckpt_path=…)``), and every other ``fit`` starts at 0.
+    A checkpoint restores the count only where the run is resumed from it (``fit(ckpt_path=…)``).
     """
 
     def __init__(self) -> None:
@@ -62,10 +59,8 @@ class EndOfStep(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        # Lightning restores a resumed run's count after this.
         if stage == "fit":
-            self.consumed_batches = self.num_steps = 0
-            self.finite, self.signals = FiniteSteps(), StopSignals()
+            EndOfStep.__init__(self)  # Lightning restores a resumed run's count after this
 
     @override
     def on_sanity_check_start(self, *_: Any) -> None:
@@ -193,12 +188,7 @@ class FiniteSteps:
         self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def before_update(self, optimizer: torch.optim.Optimizer, scaler: Any, batch: int) -> None:
-        """Look at a step's gradient, unscaled by now, between the backward pass and the update.
-
-        Raises:
-            UserError: the step is not finite, where that is known at once, or too many were skipped; with the number of
-                its last batch, from 1.
-        """
+        """Look at a step's gradient, unscaled by now; ``batch`` is the number of the step's last batch, from 1."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = get_total_norm(gradients)
         bad = on_any(~self.gradient_norm.isfinite())
@@ -249,12 +239,9 @@ def known_at_once(flag: Tensor) -> bool:
 
 
 def save_now(trainer: Trainer, within_epoch: bool) -> Path | None:
-    """Save the state of the run beside its other checkpoints, on all processes; None where it has none.
-
-    No gradient may be pending. Within an epoch the figures of the last step are still to be logged.
-    """
+    """Save the run beside its other checkpoints, on all processes, no gradient pending; None where it has none."""
     if within_epoch:
-        internals.log_step(trainer)
+        internals.log_step(trainer)  # its last step's figures are still to be logged
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, Checkpoints):
             return callback.save(trainer)

@@ -5,8 +5,6 @@ OpenAI trained CLIP with weights that are "rounded up or down at random by their
 has one dimension or none, a thousandth of a model, stays float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,11 +50,7 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
         P(b) = (x - a) / (b - a)
 
     bfloat16 is the upper half of float32's bits: adding u, uniform in [0, 2^16), carries into it with the probability
-    that the lower half has. Numbers of bfloat16, infinities and NaN stay.
-
-    Args:
-        values: (…) float32.
-        noise: (…) int16, u - 2^15, uniform over its whole range.
+    that the lower half has. ``noise`` is int16, u - 2^15. Numbers of bfloat16, infinities and NaN stay.
     """
     carried = (values.view(torch.int32) + noise).add_(HALF_STEP).bitwise_and_(TOP_16_BITS)
     # Clamped to 1, a number is 1 and NaN is NaN, of which a carry into the sign could have made a number.
@@ -109,14 +103,10 @@ class HalfOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         # PyTorch gives state the type of its weights: back to the type that it was saved in.
-        saved, own = (
-            [p for group in groups for p in group["params"]]
-            for groups in (state_dict["param_groups"], self.param_groups)
-        )
-        for place, parameter in zip(saved, own, strict=True):
-            for name, kept in state_dict["state"].get(place, {}).items():
+        for place, state in self.state_dict()["state"].items():
+            for name, kept in state_dict["state"][place].items():
                 if isinstance(kept, Tensor) and name != "step":
-                    self.state[parameter][name] = kept.to(parameter.device, copy=True)
+                    state[name] = kept.to(state[name].device, copy=True)
 
     def next_state(self, parameter: Tensor, *names: str) -> dict[str, Any]:
         """The state of a parameter, in the step that begins; zeros at first."""
@@ -182,13 +172,10 @@ class HalfAdamW(HalfOptimizer):
 def adamw_step(
     kept: Sequence[Tensor], gradient: Tensor, numbers: tuple[float, ...], noise: Tensor
 ) -> tuple[Tensor, ...]:
-    """The next w, m, v, computed in float32, each rounded once where it is kept in bfloat16.
+    """The next w, m, v of ``kept``, (n,) each, computed in float32, rounded once where they are kept in bfloat16.
 
-    Args:
-        kept: w, m, v, each (n,) float32 or bfloat16.
-        gradient: g, (n,) float.
-        numbers: 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε.
-        noise: (k, n) int16, a row for each of the kept that is bfloat16.
+    The numbers are 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε; of the noise, (k, n) int16, there is a
+    row for each of the kept that is bfloat16.
     """
     shrink, rate, new_first, keep_second, new_second, root, eps = numbers
     weights, first, second = (tensor.float() for tensor in kept)

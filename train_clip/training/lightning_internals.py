@@ -1,7 +1,5 @@
 """All that reaches into private parts of Lightning, and what the callbacks ask of a Trainer alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -27,9 +25,8 @@ def gradient_scaler(trainer: Trainer) -> Any:
 def begin_next_epoch(trainer: Trainer) -> None:
     """Where a run is resumed at the end of an epoch, begin with the next one, from ``on_train_start``.
 
-    With ``max_steps`` set, Lightning (2.6.6, ``FitLoop.restarting``) takes every epoch for one to be gone on with,
-    finds no batch left in it and counts it once more, so that ``max_epochs`` ends the run an epoch early. Without
-    ``max_steps`` it does what is done here.
+    With ``max_steps`` set, Lightning (2.6.6, ``FitLoop.restarting``) goes on with any epoch, finds no batch left in it
+    and counts it once more, so that ``max_epochs`` ends the run an epoch early. Without, it does what is done here.
     """
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:

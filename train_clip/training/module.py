@@ -3,8 +3,6 @@
 B  pairs on this process      W  processes      N  pairs of the global batch (W · B)      D  embedding width
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -49,19 +47,13 @@ FLOAT32_WEIGHTS, HALF = ("32-true", "16-mixed", "bf16-mixed"), ("bf16-true", "16
 
 
 class ContrastiveModule(EmbeddingModule):
-    """Trains a model of two towers on batches that start with images and texts.
+    """Trains a model of two towers on batches that start with images and texts, under any ``Trainer``, with any loader.
 
-    Works under any ``Trainer`` and with any loader. Images are uint8, or float that is already normalised; texts are
-    token tensors (B, L), lists of strings, or a tokenizer's mapping with ``input_ids``.
-
-    Args:
-        model: both towers and the temperature.
-        preset: what the optimizer options leave open, and the warm-up.
-        options: how it is trained; with the preset's values in ``self.options``.
+    Images are uint8, or float that is already normalised; texts are token tensors (B, L), lists of strings, or a
+    tokenizer's mapping with ``input_ids``. ``preset`` fills in what the options leave open.
     """
 
-    # Arguments that say what model it is; the others say how it is trained.
-    names_of_model: ClassVar[tuple[str, ...]] = ()
+    names_of_model: ClassVar[tuple[str, ...]] = ()  # arguments; the others say how it is trained
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
     free_to_change: ClassVar[tuple[str, ...]] = (
         *("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile"),
@@ -79,8 +71,7 @@ class ContrastiveModule(EmbeddingModule):
         )
         towers, objective = options.towers, options.objective
         model.lock(towers.lock_image, towers.lock_text)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if {id(parameter) for parameter in trained} <= {id(parameter) for parameter in model.temperature()}:
+        if {parameter for parameter in model.parameters() if parameter.requires_grad} <= {*model.temperature()}:
             raise UserError(
                 "Both towers are locked and nothing joins them: only the temperature would be trained. Leave out "
                 "lock_image or lock_text."
@@ -177,17 +168,14 @@ class ContrastiveModule(EmbeddingModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _fuses(self) -> bool:
-        """Whether the update is fused: under a scaler it would unscale after the gradient was looked at and clipped."""
+        # Under a scaler a fused update would unscale after the gradient was looked at and clipped.
         return self.trainer.strategy.root_device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
 
     @override
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip as Lightning does, which refuses to clip for fused optimizers in any mixed precision."""
+        # As Lightning does, which refuses to clip for fused optimizers in any mixed precision.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -260,8 +248,8 @@ class ContrastiveModule(EmbeddingModule):
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Measure the captions while they are on the host, unless someone changes the batch on its way.
-        owners = [owner for owner in (self, getattr(self.trainer, "datamodule", None)) if owner is not None]
-        if not any(is_overridden(hook, owner) for hook in LATER_HOOKS for owner in owners):
+        owners = self, getattr(self.trainer, "datamodule", None)
+        if not any(is_overridden(hook, owner) for owner in owners if owner is not None for hook in LATER_HOOKS):
             self._reader.measure(batch)
         return batch
 
@@ -282,15 +270,7 @@ class ContrastiveModule(EmbeddingModule):
         self._end_of_step.finite.read()  # no state is saved after a step that was not finite
 
     def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Begin with a state dict of the model, which fits but for the bias of another loss; EMAs begin with it too.
-
-        Args:
-            weights: of the model.
-            source: named in messages.
-
-        Raises:
-            UserError: it does not fit.
-        """
+        """Begin with a state dict of the model, which fits but for the bias of another loss; EMAs begin with it too."""
         if self.model.logit_bias is not None and BIAS not in weights:
             rank_zero_info(
                 f"{source}: has no {BIAS}, so that it was not trained with the sigmoid loss. Temperature and bias "
@@ -306,8 +286,7 @@ class ContrastiveModule(EmbeddingModule):
             mean.model.load_state_dict(weights)
 
     def _means(self) -> list[WeightsEMA]:
-        teacher = None if self.distillation is None else self.distillation.teacher
-        return [mean for mean in (teacher, self.ema) if mean is not None]
+        return [module for module in self.modules() if isinstance(module, WeightsEMA)]
 
     def require_batch_size(self, num_pairs: int) -> None:
         """Refuse a global batch of N pairs for which distillation would need matrices that are too large."""
@@ -347,7 +326,7 @@ class ContrastiveModule(EmbeddingModule):
 
 @rank_zero_only
 def _warn_of_flips(how: AugmentationOptions, data: Any) -> None:
-    """Say where training captions, of this package's data module, name what a flip turns round."""
+    # Of this package's data module.
     pairs = getattr(data, "training_pairs", None)
     flips = [flip for flip in WORDS if getattr(how, flip)]
     captions = some_captions(pairs) if flips and isinstance(pairs, PairList) else []

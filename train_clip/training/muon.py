@@ -10,8 +10,6 @@ section 2.2: at one rate a matrix moves by as much as under AdamW.) The same as
 A, B  rows and columns of a matrix      K  matrices of one shape
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -45,7 +43,7 @@ BUFFER = "momentum_buffer"  # as torch.optim.Muon calls it
 STREAM = 2  # parts its random numbers from those of the other optimizer
 
 
-def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Muon:
+def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
     """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest."""
     matrices = {matrix for matrix in hidden_matrices(model) if matrix.requires_grad}
     if not matrices:
@@ -79,10 +77,7 @@ def hidden_matrices(model: DualEncoder) -> set[nn.Parameter]:
 
 
 class Muon(HalfOptimizer):
-    """Updates matrices by Muon, and leaves the rest to an optimizer that was made for it.
-
-    Both share one list of groups and one state, so that schedules, checkpoints and clipping meet one optimizer.
-    """
+    """Updates matrices by Muon, and leaves the rest to another optimizer, with which it shares its groups and state."""
 
     def __init__(
         self, groups: Groups, rest: Optimizer, options: OptimizerOptions, seed: int = 0, held_back: bool = False
@@ -123,7 +118,7 @@ class Muon(HalfOptimizer):
                     self._move(parameter, blocks, group, places[parameter])
 
     def _follow(self, parameter: Tensor, momentum: float, place: int) -> Tensor:
-        """Let the momentum follow a gradient; Nesterov's mixture of both, (A, B) float32, whole also of a shard."""
+        # Nesterov's mixture of momentum and gradient, (A, B) float32, whole also of a shard.
         buffer = self.next_state(parameter, BUFFER)[BUFFER]
         assert parameter.grad is not None
         gradient = local(parameter.grad).float()
@@ -136,7 +131,6 @@ class Muon(HalfOptimizer):
         return DTensor.from_local(update, mesh, parameter.placements, shape=shape, stride=stride).full_tensor()
 
     def _move(self, parameter: Tensor, blocks: Tensor, group: dict[str, Any], place: int) -> None:
-        """Let a parameter decay and go in the direction of its matrices, as ``_lying`` has them."""
         rows, columns = _block_shape(parameter)
         direction = (blocks.mT if rows > columns else blocks).reshape(parameter.shape)
         if isinstance(parameter, DTensor):
@@ -156,12 +150,9 @@ class Muon(HalfOptimizer):
 
 
 def orthogonalise(blocks: Tensor) -> Tensor:
-    """Move singular values near 1 (0.7 to 1.2, Jordan et al. 2024) by a polynomial: U S Vᵀ → about U Vᵀ.
+    """Move singular values of (K, A, B), A ≤ B, near 1 (0.7 to 1.2, Jordan et al. 2024): U S Vᵀ → about U Vᵀ.
 
-        X ← X / ‖X‖        five times:  X ← a X + (b G + c G²) X,   G = X Xᵀ
-
-    Args:
-        blocks: (K, A, B) bfloat16 or wider, A ≤ B.
+    X ← X / ‖X‖        five times:  X ← a X + (b G + c G²) X,   G = X Xᵀ
     """
     a, b, c = COEFFICIENTS
     blocks = blocks / blocks.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
@@ -173,10 +164,7 @@ def orthogonalise(blocks: Tensor) -> Tensor:
 
 
 def row_blocks(matrix: Tensor) -> int:
-    """How many matrices lie one upon the other in a parameter: three where it is three times as high as it is wide.
-
-    Such are the fused projections to query, key and value. Orthogonalised as one, the three would share one norm.
-    """
+    """Matrices that lie one upon the other in a parameter: three in a fused projection to query, key and value."""
     rows, columns = matrix.shape
     return 3 if rows == 3 * columns else 1
 
@@ -187,7 +175,7 @@ def _block_shape(matrix: Tensor) -> tuple[int, int]:
 
 
 def _lying(update: Tensor) -> Tensor:
-    """Map (A or 3 A, B) to its matrices, (1 or 3, A, B), or (…, B, A) where that is wider than high; bfloat16."""
+    # (A or 3 A, B) → its matrices, (1 or 3, A, B), or (…, B, A) where that is wider than high; bfloat16.
     blocks = update.bfloat16().view(row_blocks(update), *_block_shape(update))
     return blocks.mT if blocks.shape[-2] > blocks.shape[-1] else blocks
 

@@ -1,7 +1,5 @@
 """The optimizer, its groups of parameters, and a warm-up and cosine over the whole run (CLIP paper, section 2.5)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pkgutil import resolve_name
@@ -24,19 +22,14 @@ LAST = ("proj", "ln_post", "text_projection", "ln_final")  # follow the blocks i
 
 
 def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOptions, fused: bool = False) -> Optimizer:
-    """Make the optimizer that the options name, one of ``options.OPTIMIZERS``, for what is trained of a module.
+    """Make the optimizer that the options name for what is trained of a module: the model's, and what is beside it.
 
-    Args:
-        module: whose parameters: the model's, and what is trained beside it.
-        model: whose towers they are.
-        options: with the preset's numbers filled in.
-        fused: one kernel for the whole update, which a flag on the device (``found_inf``) can hold back.
+    With ``fused``, one kernel makes the whole update, which a flag on the device (``found_inf``) can hold back.
     """
     numbers = options.optimizer
-    rates = peak_rates(model, options.towers, numbers.learning_rate)
-    build = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
-    optimizer: Optimizer = build(parameter_groups(module, numbers, rates), model, numbers, fused, options.step.seed)
-    return optimizer
+    groups = parameter_groups(module, numbers, peak_rates(model, options.towers, numbers.learning_rate))
+    build: Callable[..., Optimizer] = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
+    return build(groups, model, numbers, fused, options.step.seed)
 
 
 def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
@@ -121,10 +114,10 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
 
 
 def blocks_of(tower: nn.Module) -> list[nn.Module]:
-    """The blocks of a tower, or its stages where it is made of such, first to last; none where it has no such thing.
+    """The blocks of a tower, or its stages, first to last; none where it has no such thing.
 
-    They are those of this package's transformers; else what holds the most parameters among modules of one class beside
-    each other, layers without parts of their own left out, and of those that hold as many the outermost.
+    Of a library's tower, what holds the most parameters among modules of one class beside each other that have parts of
+    their own, and of those that hold as many the outermost.
     """
     for module in tower.modules():
         if isinstance(module, Transformer):
@@ -147,8 +140,7 @@ def _alike(tower: nn.Module) -> Iterator[list[nn.Module]]:
 def usual_rate(optimizer: Optimizer, peak: float | None) -> float:
     """The learning rate, at this step, of what has none of its own, the temperature among it."""
     groups = optimizer.param_groups
-    rate: float = next((group["lr"] for group in groups if group["initial_lr"] == peak), groups[0]["lr"])
-    return rate
+    return next((group["lr"] for group in groups if group["initial_lr"] == peak), groups[0]["lr"])
 
 
 def warmup_for(num_steps: int, config: OptimizerConfig) -> int:
@@ -159,9 +151,7 @@ def warmup_for(num_steps: int, config: OptimizerConfig) -> int:
 def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], float]:
     """Share of the peak rate at each optimizer step: a line up to 1, then half a cosine down to 0.
 
-        step < w:  (step + 1) / w            otherwise:  ½ (1 + cos(π (step - w) / (num_steps - w)))
-
-    It would be 0 on the step after the last.
+    step < w:  (step + 1) / w            otherwise:  ½ (1 + cos(π (step - w) / (num_steps - w)))
     """
 
     def share(step: int) -> float:

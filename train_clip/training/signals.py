@@ -1,7 +1,5 @@
 """Stopping a run from outside: the first SIGTERM or Ctrl-C asks, the second insists."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os
@@ -41,8 +39,7 @@ class StopSignals:
 def end_with_starter() -> None:
     """Of the processes that Lightning starts, end each some seconds after the first one, should that be killed.
 
-    No signal tells them of it, and they might wait for ever. The first process leaves its number in the environment;
-    torchrun looks after its own.
+    The first process leaves its number in the environment. torchrun looks after its own.
     """
     starter = int(os.environ.get(STARTER, os.getpid()))
     if "LOCAL_RANK" not in os.environ or starter == os.getpid():

@@ -1,7 +1,5 @@
 """Counts samples that could not be read and captions that were cut, over all processes; says so, and stops a run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,19 +84,19 @@ class SkipReport(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TextImageDataModule):
             return
-        pairs = len(data.training_pairs) + len(data.validation_pairs)
+        pairs, share = len(data.training_pairs) + len(data.validation_pairs), data.options.max_bad
         # Two processes can meet one file: this sum is only the cheap question.
-        if total(len(self.met)) <= data.options.max_bad * pairs:
+        if total(len(self.met)) <= share * pairs:
             return
         bad = {path: reason for met in gather_objects(self.met) for path, reason in met.items()}
-        if len(bad) <= data.options.max_bad * pairs:
+        if len(bad) <= share * pairs:
             return
         if trainer.is_global_zero:
             self._log(bad)
         saved = save_now(trainer, within_epoch)
         raise UserError(
             f"{data.source}: {len(bad):,} of {pairs:,} pairs ({len(bad) / pairs:.1%}) could not be used so far, more "
-            f"than --max_bad {data.options.max_bad:g} ({_tally(bad)}). Their names are in {self.log_file}; "
+            f"than --max_bad {share:g} ({_tally(bad)}). Their names are in {self.log_file}; "
             "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad."
             + (f" The state of the run is saved in {saved}." if saved else "")
         )
@@ -113,7 +111,7 @@ class SkipReport(Callback):
                     self._log(new)
 
     def _log(self, reasons: dict[str, str]) -> None:
-        """Name the files that are not known yet, the first few on the screen and each in the log."""
+        # Of those that are not known yet the first few on the screen, and each in the log.
         new = {name: reason for path, reason in reasons.items() if (name := shown(path)) not in self.known}
         for name, reason in new.items():
             self.known[name] = reason

@@ -1,9 +1,4 @@
-"""The validation split, scored as a whole: the figures are one process's whatever the number of processes.
-
-n  rows of one process's batch      N  pairs of the split      D  embedding width
-"""
-
-from __future__ import annotations
+"""The validation split, scored as a whole: the figures are one process's whatever the number of processes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,15 +32,9 @@ class ValidationSplit:
     def score(self, scale: Tensor, dataset: Any = None, bias: Tensor | None = None) -> dict[str, float]:
         """Compute the loss and recalls of everything that was added on all processes, and forget it.
 
-        Args:
-            scale: () float, exp of the learned temperature.
-            dataset: what the loader read; where it has a length, a sampler's repetitions are dropped.
-            bias: () float, where the loss has one.
-
-        Returns:
-            ``val/loss``, over global batches as large as the first, the remainder weighted by its size;
-            ``val/loss_above_floor``, what it is above the least that equal captions leave possible;
-            ``val/R@k_…`` both ways for k = 1, 5, 10; and ``val/mean_recall``, the mean of those six.
+        ``val/loss`` is over global batches as large as the first, the remainder weighted by its size, and
+        ``val/loss_above_floor`` what it is above the least that equal captions leave possible. A sampler's repetitions
+        are dropped where the data set has a length. The scale is exp of the learned temperature.
         """
         first = torch.tensor([len(self._batches[0][0]) if self._batches else 0], device=scale.device)
         batch = int(torch.cat(gather_all(first)).max()) * world()[1]
