@@ -103,10 +103,14 @@ class HalfOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         # PyTorch gives state the type of its weights: back to the type that it was saved in.
-        for place, state in self.state_dict()["state"].items():
-            for name, kept in state_dict["state"][place].items():
+        saved, own = (
+            [p for group in groups for p in group["params"]]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        for place, parameter in zip(saved, own, strict=True):
+            for name, kept in state_dict["state"].get(place, {}).items():
                 if isinstance(kept, Tensor) and name != "step":
-                    state[name] = kept.to(state[name].device, copy=True)
+                    self.state[parameter][name] = kept.to(parameter.device, copy=True)
 
     def next_state(self, parameter: Tensor, *names: str) -> dict[str, Any]:
         """The state of a parameter, in the step that begins; zeros at first."""
