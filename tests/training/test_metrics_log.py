@@ -55,6 +55,19 @@ def test_a_resumed_run_goes_on_in_its_file(tmp_path: Path, cut: int) -> None:
     assert list((tmp_path / "logs").iterdir()) == [again.file]
 
 
+def test_rows_that_came_again_stay_when_a_column_joins(tmp_path: Path) -> None:
+    """Lost rows are dropped once: a validation's new column leaves those of the resumed run where they are."""
+    log = MetricsLog(tmp_path, 0)
+    for step in range(3):
+        log.log_metrics({"a": step}, step)
+    again = MetricsLog(tmp_path, 1)
+    for step, figures in ((1, {"a": 11}), (2, {"a": 12}), (2, {"val": 5})):
+        again.log_metrics(figures, step)
+    assert [(row["step"], row["a"], row["val"]) for row in rows(again)] == [
+        ("0", "0", ""), ("1", "11", ""), ("2", "12", ""), ("2", "", "5"),
+    ]  # fmt: skip
+
+
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a row is added and while the file is written anew: the file and the reason; what was there stays."""
     log = MetricsLog(tmp_path, 0)

@@ -244,6 +244,33 @@ def test_matrices_of_two_groups_are_rounded_each_by_its_own_chance() -> None:
     assert not torch.equal(*(optimizer.state[matrix][BUFFER] for matrix in pair))
 
 
+@pytest.mark.parametrize("shard", [(0,), ()], ids=["whole", "replica"])
+def test_no_two_numbers_share_their_noise(monkeypatch: pytest.MonkeyPatch, shard: tuple[int, ...]) -> None:
+    """A matrix and its momentum, and AdamW's weights and moments at the same place of their list, are rounded apart.
+
+    Of a replica on a mesh too, whose key ends earlier: zeros at the end of a short key change nothing (NumPy).
+    """
+    drawn: list[Tensor] = []
+    draw = half_adamw.draw
+
+    def noted(*arguments: Any) -> Tensor:
+        noise = draw(*arguments)
+        drawn.extend(noise.unbind())
+        return noise
+
+    monkeypatch.setattr(half_adamw, "shard_of", lambda _: shard)
+    for module in (half_adamw, muon):
+        monkeypatch.setattr(module, "draw", noted)
+    matrix, other = (nn.Parameter(seeded(24, 24).bfloat16()) for _ in range(2))
+    options = OptimizerOptions(**MUON, **HALF)
+    rest = half_adamw.HalfAdamW([{"params": [other]}], options)
+    optimizer = Muon([{"params": [matrix], "lr": RATE, "weight_decay": DECAY}], rest, options)
+    for one in (matrix, other):
+        one.grad = seeded(24, 24, seed=1).bfloat16()
+    optimizer.step()
+    assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == len(drawn) == 5
+
+
 def test_what_is_added_later_is_trained() -> None:
     """As a callback that unfreezes adds it: the other optimizer updates it, and its state is kept and restored."""
     matrix, later = nn.Parameter(seeded(6, 6)), nn.Parameter(seeded(6, 6, seed=1))
