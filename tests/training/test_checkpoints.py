@@ -204,6 +204,16 @@ def test_the_older_one_goes_only_when_the_new_one_is_safe(tmp_path: Path, monkey
     assert run.states() == {"last.ckpt": 3, "step-00000003.ckpt": 3}
 
 
+def test_the_older_one_stays_until_the_new_one_has_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With keep=1 the second state is whole, and cannot be called by its step: the first is still there."""
+    run = Run(tmp_path, Interval(steps=1), keep=1)
+    run.step()
+    monkeypatch.setattr(module, "link", _full)
+    with pytest.raises(UserError, match=r"No space left on device\. .*last\.ckpt is whole\."):
+        run.step()
+    assert run.states() == {"last.ckpt": 2, "step-00000001.ckpt": 1}
+
+
 def _full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
