@@ -130,12 +130,13 @@ def encode_in_chunks(
         return _seeded(encode, parts[0], seed_of(*chunks.seed, 0))
 
     # The random state is set within: checkpoint saves CUDA's only when an argument lies there.
-    how: Any = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": partial(recomputing, norms)}
+    how: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    how |= {"context_fn": partial(recomputing, norms)} if norms else {}
     embeddings: list[Any] = []
     statistics: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in norms]
     for place, part in enumerate(parts):
         run = partial(checkpoint, _seeded, **how) if place < recomputed else _seeded
-        with _recording(norms, statistics):
+        with _recording(norms, statistics) if norms else nullcontext():
             embeddings.append(run(encode, part, seed_of(*chunks.seed, place)))
     for norm, seen in zip(norms, statistics, strict=True):
         if seen:
