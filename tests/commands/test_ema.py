@@ -108,7 +108,7 @@ def test_each_file_holds_what_it_should(here: Path) -> None:
 def test_every_verb_reads_the_mean(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``inspect``, ``convert``, ``merge``, and ``--pretrained`` of ``train`` and ``finetune``, with another mean."""
     cli.main(["inspect", str(MEAN)])
-    assert re.search(r"running mean of weights +momentum 0\.6, 12 updates\n", capsys.readouterr().out)
+    assert re.search(r"EMA of weights +momentum 0\.6, 12 updates\n", capsys.readouterr().out)
     cli.main(["convert", str(MEAN), str(tmp_path / "mean.safetensors"), "--to", "safetensors"])
     expected = weights(MEAN, "model.")
     assert same(train_clip.load(tmp_path / "mean.safetensors").model.state_dict(), expected)
@@ -127,7 +127,7 @@ def test_every_verb_reads_the_mean(here: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
 def test_no_run_goes_on_from_the_mean(here: Path, name: str) -> None:
     """What it is, what was expected, and what else it may be for."""
-    expected = rf"run/ema/{name}: holds the running mean of a run's weights \(--ema\), and no state to go on from\."
+    expected = rf"run/ema/{name}: holds the EMA of a run's weights \(--ema\), and no state to go on from\."
     with pytest.raises(SystemExit, match=expected):
         cli.main(["train", "--resume", f"run/ema/{name}"])
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 METADATA = "train_clip"  # under it a .safetensors file holds the model's configuration
 LIGHTNING = "pytorch-lightning_version"
 MODEL = "model."  # before the names of a module's model
-RUNNING_MEAN = "running_mean"  # in a file that holds the running mean of a run's weights: what it followed
+RUNNING_MEAN = "running_mean"  # in a file that holds the EMA of a run's weights: what it followed
 NO_STATE = (
-    "holds the running mean of a run's weights (--ema), and no state to go on from. Expected one of RUN/checkpoints/. "
+    "holds the EMA of a run's weights (--ema), and no state to go on from. Expected one of RUN/checkpoints/. "
     "To begin a run with these weights: --pretrained FILE."
 )
 # Arguments whose tensors are a part of a run and not of the model, as they are in a file that holds a model alone.
@@ -73,7 +73,7 @@ def of_lightning(contents: Contents) -> dict[str, Any]:
     """What a checkpoint of Lightning's says of any model: tensors, the module's arguments, how far the run had come."""
     data, about = contents.data, {}
     if isinstance(mean := data.get(RUNNING_MEAN), Mapping):
-        about["running mean of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
+        about["EMA of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
     about |= {shown: data[name] for name, shown in names.items() if name in data}
     arguments = data.get("hyper_parameters")

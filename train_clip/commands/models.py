@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import yaml
@@ -18,12 +17,12 @@ from train_clip.training.muon import HIDDEN, row_blocks
 from train_clip.training.optimizer import build_optimizer
 
 WIDTH = 200  # characters, what the widest row takes
-NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}
+NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}  # of others, the option's own
 
 
 def models(
     show: str | None = None,
-    optimizer: Literal["adamw", "sgd", "muon"] | None = None,
+    optimizer: str | None = None,
     model_name: str = DEFAULT_MODEL,
 ) -> None:
     """List the models, their parameters, sizes and optimizer numbers; or what an optimizer does with each parameter.
@@ -60,7 +59,8 @@ def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:
     for name, parameter in model.named_parameters():
         group = of_group[parameter]
         of_muon = group.get(HIDDEN, False)
-        by = NAMES["adamw" if optimizer == "muon" and not of_muon else optimizer]
+        key = "adamw" if optimizer == "muon" and not of_muon else optimizer
+        by = NAMES.get(key, key)
         if of_muon and (together := row_blocks(parameter)) > 1:
             by += f", as {together} matrices"
         shape = "×".join(map(str, parameter.shape)) or "1"

@@ -113,6 +113,6 @@ class PromptCLIPWrapper(ContrastiveModule):
         checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
 
     def _kept(self) -> set[str]:
-        """What is trained, and the running mean of it."""
+        """What is trained, and the EMA of it."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return trained | {f"ema.{name}" for name in trained} | {"ema._extra_state"}

@@ -2,6 +2,7 @@
 
 import csv
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,10 @@ class RunProgress(Callback):
         # The time left stands before the figures, which a narrow terminal cuts at their end.
         columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
         in_file = not self.console.is_terminal
-        self.progress = Progress(*columns, console=self.console, refresh_per_second=4, disable=in_file)
-        self.last_shown = 0.0
+        # Some steps take longer than the half minute over which rich looks back by itself.
+        how: dict[str, Any] = {"console": self.console, "refresh_per_second": 4, "speed_estimate_period": 3600}
+        self.progress = Progress(*columns, disable=in_file, **how)
+        self.last_shown = self.done_before = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
@@ -80,7 +83,8 @@ class RunProgress(Callback):
         total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
-        self.progress.add_task("", total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        self.done_before = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self.progress.add_task("", total=total, completed=self.done_before)
         if trainer.is_global_zero:
             self.progress.start()
 
@@ -91,8 +95,12 @@ class RunProgress(Callback):
         if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
             self.last_shown, task.description = now, _figures(trainer, FIGURES)
             if in_file:
-                done, left = (column.render(task) for column in (MofNCompleteColumn(), TimeRemainingColumn()))
-                self._say(f"batch {str(done).strip()}  {task.description}  {left} left")
+                done, left = task.completed, ""
+                if task.total is not None:
+                    seconds = (task.elapsed or 0) / max(1, done - self.done_before) * (task.total - done)
+                    left = f"  {timedelta(seconds=int(seconds))} left"
+                of = "" if task.total is None else f"/{task.total:,.0f}"
+                self._say(f"batch {done:,.0f}{of}  {task.description}{left}")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:

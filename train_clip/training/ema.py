@@ -73,7 +73,7 @@ def ema_figure(figure: str) -> str:
     return "val_ema/" + figure.removeprefix("val/")
 
 
-MOMENTUM = 0.999
+TEACHER_MOMENTUM = 0.999
 INITIAL_LOG_SCALE = 3.9
 MAX_SCALE = 100.0
 MOST_PAIRS = 16_384  # of a global batch
@@ -88,7 +88,7 @@ class Distillation(nn.Module):
 
     def __init__(self, student: DualEncoder, kind: str) -> None:
         super().__init__()
-        self.teacher = WeightsEMA(student, MOMENTUM)
+        self.teacher = WeightsEMA(student, TEACHER_MOMENTUM)
         self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self._targets: Callable[[Tensor, Tensor], Targets] = resolve_name(DISTILLATION[kind])
 

@@ -3,6 +3,7 @@
 B  pairs on this process      W  processes      N  pairs of the global batch (W · B)      D  embedding width
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -61,6 +62,8 @@ class ContrastiveModule(EmbeddingModule):
 
     def __init__(self, model: DualEncoder, preset: OptimizerConfig, options: TrainingOptions) -> None:
         super().__init__(model, options.optimizer.has_half_weights)
+        # Beside a data module the module's own hook is as welcome as anywhere.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         self._preset = preset
         self.options = options = TrainingOptions.of(
             options.flat(),

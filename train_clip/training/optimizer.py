@@ -44,7 +44,7 @@ def build_sgd(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: 
     """SGD with momentum, whose weight decay is a part of the gradient."""
     numbers: dict[str, Any] = {"lr": options.learning_rate, "momentum": options.momentum}
     sgd = SGD(groups, **numbers, fused=fused)
-    for parameter in (p for group in sgd.param_groups for p in group["params"] if options.momentum):
+    for parameter in (p for group in sgd.param_groups for p in group["params"] if fused and options.momentum):
         # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd

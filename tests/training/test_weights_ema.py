@@ -224,7 +224,7 @@ def test_the_mean_is_no_state_to_go_on_from(tmp_path: Path) -> None:
     module = CLIPWrapper("tiny", TINY, ema=0.9)
     saving = Checkpoints(tmp_path, Interval(steps=1))
     bare_trainer(callbacks=[saving], enable_checkpointing=True).fit(module, pixels(2, 16))
-    with pytest.raises(UserError, match=r"holds the running mean .* Expected one of RUN/checkpoints/\..*--pretrained"):
+    with pytest.raises(UserError, match=r"holds the EMA .* Expected one of RUN/checkpoints/\..*--pretrained"):
         bare_trainer().fit(module, pixels(2, 16), ckpt_path=tmp_path / "ema" / "last.ckpt", weights_only=True)
 
 
