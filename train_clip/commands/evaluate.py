@@ -28,7 +28,7 @@ from train_clip.evaluation.embed import EMBED_AT_ONCE, Collection, embed_images,
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, image_labels
 from train_clip.files import replacing, write_text
 from train_clip.models.clip import texts_on
-from train_clip.options import BELOW_ONE, SourceOptions, WeightOptions, at_least, option
+from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
 
 IMAGES_SHOWN = 18
 CAPTIONS_SHOWN = 3
@@ -103,7 +103,7 @@ class ScoreOptions(SourceOptions):
         "all",
         "which pairs to score; training and held_out as `train --val_share` of the same number splits the folder",
     )
-    val_share: float = option(0.05, "the share that was held out", BELOW_ONE)
+    val_share: float = option(PairOptions.val_share, "the share that was held out", BELOW_ONE)
     batch_size: int = option(64, "images at a time", at_least(1))
     num_workers: int = option(0, "loader processes", at_least(0))
     device: str = option("auto", "cpu or cuda; auto for cuda where there is one")

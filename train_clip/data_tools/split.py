@@ -18,7 +18,7 @@ from train_clip.data.scan import scan_source
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
 from train_clip.files import replacing
-from train_clip.options import BELOW_ONE, SourceOptions, at_least, option
+from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, option
 
 NAMED = 5  # files on the screen
 AT_ONCE = 1024  # images
@@ -29,7 +29,7 @@ class SplitOptions(SourceOptions):
     """How the pairs are divided."""
 
     output: Path = option(Path("split"), "a folder for train.csv, val.csv and test.csv")
-    val_share: float = option(0.05, "share of the pairs to validate on", BELOW_ONE)
+    val_share: float = option(PairOptions.val_share, "share of the pairs to validate on", BELOW_ONE)
     test_share: float = option(0.05, "share of the pairs to test on", BELOW_ONE)
     seed: int = option(0, "decides which")
     max_per_class: int | None = option(
