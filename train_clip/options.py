@@ -42,6 +42,7 @@ def at_least(least: int) -> Check:
 
 
 POSITIVE = Check(lambda value: value > 0, "above 0")
+RATE_OF_TOWER = POSITIVE._replace(expected="above 0; to keep a tower as it is: lock_image, lock_text")
 PROBABILITY = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
 BELOW_ONE = Check(lambda value: 0 <= value < 1, "from 0 to below 1")
 UP_TO_ONE = Check(lambda value: 0 < value <= 1, "above 0, up to 1")
@@ -220,8 +221,8 @@ class ObjectiveOptions(Options):
 class TowerOptions(Options):
     """What is trained of the towers, and self-distillation."""
 
-    image_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", POSITIVE)
-    text_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", POSITIVE)
+    image_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", RATE_OF_TOWER)
+    text_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", RATE_OF_TOWER)
     lock_image: bool = option(False, "keep the image tower frozen")
     lock_text: bool = option(False, "keep the text tower frozen")
     distillation: str | None = option(

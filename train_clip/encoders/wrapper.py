@@ -22,6 +22,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import Texts
 from train_clip.models.config import OptimizerConfig
 from train_clip.options import StepOptions, TowerOptions, TrainingOptions
+from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
 
 # OTTER, section 4.1; betas and eps are PyTorch's, for other optimizers than its SGD.
@@ -100,10 +101,10 @@ class CustomCLIPWrapper(ContrastiveModule):
 
     @override
     def setup(self, stage: str) -> None:
-        collate = getattr(getattr(self.trainer, "datamodule", None), "collate", None)
-        if collate is not None:
-            self._require_tokenizer(collate.tokenizer)
-            self.tokenizer = self.tokenizer or collate.tokenizer
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextImageDataModule):
+            self._require_tokenizer(data.tokenizer)
+            self.tokenizer = self.tokenizer or data.tokenizer
         super().setup(stage)
         if stage != "fit":
             return

@@ -70,7 +70,7 @@ class TextImageDataModule(L.LightningDataModule):
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
         self.image_size, self.seed = image_size, seed
-        self.collate = functools.partial(samples.collate, _tokenizer(custom_tokenizer, context_length))
+        self.tokenizer = _tokenizer(custom_tokenizer, context_length)
         self.training_pairs = self.validation_pairs = PairList("", [], [])
         self._names = ""
 
@@ -150,7 +150,7 @@ class TextImageDataModule(L.LightningDataModule):
             end_loaders_at_exit()
         return DataLoader(
             dataset,
-            collate_fn=self.collate,
+            collate_fn=functools.partial(samples.collate, self.tokenizer),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device == "cuda",
