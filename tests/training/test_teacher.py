@@ -23,7 +23,7 @@ from train_clip.errors import UserError
 from train_clip.losses import Pairs
 from train_clip.losses.distillation import divergence
 from train_clip.losses.softmax import clip_loss, info_nce
-from train_clip.training.ema import MATRICES, MOMENTUM, MOST_PAIRS, Distillation, WeightsEMA, require_room
+from train_clip.training.ema import MATRICES, MOST_PAIRS, TEACHER_MOMENTUM, Distillation, WeightsEMA, require_room
 
 
 def wrapper(norm: str = "batch", **how: Any) -> CustomCLIPWrapper:
@@ -43,7 +43,7 @@ def jolt(model: nn.Module, generator: torch.Generator) -> None:
 def test_the_mean_follows_by_the_formula():
     """A dozen updates: t ← m t + (1 - m) s, m = min(0.999, (1 + n) / (10 + n)), to 1e-12; buffers are copied."""
     student = wrapper().model.double()
-    teacher, generator = WeightsEMA(student, MOMENTUM), torch.Generator().manual_seed(0)
+    teacher, generator = WeightsEMA(student, TEACHER_MOMENTUM), torch.Generator().manual_seed(0)
     expected = {name: tensor.clone() for name, tensor in student.named_parameters()}
     for number in range(12):
         jolt(student, generator)
@@ -65,7 +65,7 @@ def test_the_mean_follows_by_the_formula():
 def test_momentum_stops_at_its_most(count):
     """(1 + n) / (10 + n) is 0.999 at n = 8,990: from there on a student that is 1 ahead moves the teacher by 0.001."""
     student = wrapper().model.double()
-    teacher = WeightsEMA(student, MOMENTUM)
+    teacher = WeightsEMA(student, TEACHER_MOMENTUM)
     teacher.num_updates = count
     before = teacher.model.visual.fc.weight.clone()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_the_student_is_left_alone():
     """To follow changes nothing of the student, and its weights are not the teacher's."""
     student = wrapper().model
     before = copy.deepcopy(student.state_dict())
-    teacher = WeightsEMA(student, MOMENTUM)
+    teacher = WeightsEMA(student, TEACHER_MOMENTUM)
     jolt(teacher.model, torch.Generator().manual_seed(0))
     teacher.follow(student)
     for name, tensor in student.state_dict().items():
