@@ -26,7 +26,7 @@ from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import OptimizerOptions, TrainingOptions
 from train_clip.prompts.wrapper import PromptCLIPWrapper
-from train_clip.training.ema import MOMENTUM, WeightsEMA
+from train_clip.training.ema import TEACHER_MOMENTUM, WeightsEMA
 from train_clip.training.encode import Chunks, WeightSubstitutes, encode_in_chunks
 from train_clip.training.half_precision import HalfAdamW, narrow, widen
 
@@ -357,7 +357,7 @@ def test_a_poisoned_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_the_teacher_is_the_mean_in_float32() -> None:
     """A student in bfloat16 that moves by less than the teacher's rounding would be: the formula, to 1e-6."""
     student = clip()
-    teacher = WeightsEMA(student, MOMENTUM)
+    teacher = WeightsEMA(student, TEACHER_MOMENTUM)
     expected = {name: parameter.detach().double() for name, parameter in student.named_parameters()}
     narrow(student, TEXT)
     for number in range(5):
