@@ -204,10 +204,10 @@ def test_no_room(folder: Path) -> None:
 SLOWLY = """
 import time
 from train_clip import cli
-from train_clip.data_tools import npz
+from train_clip.data import arrays
 
-at_once = npz.write_array
-npz.write_array = lambda *given: (at_once(*given), time.sleep(0.05))
+at_once = arrays.write_array
+arrays.write_array = lambda *given: (at_once(*given), time.sleep(0.05))
 cli.main()
 """
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL
-from numpy.typing import NDArray
-from PIL import Image
+import PIL.Image
 
 from train_clip.commands.progress import in_workers
 from train_clip.data.crops import read_picture
@@ -54,7 +52,7 @@ class Facts:
         self._captions = array("Q")
 
     @property
-    def captions(self) -> NDArray[np.uint64]:
+    def captions(self) -> np.ndarray:
         """(M, 4): the place of each caption's pair, its words, its tokens and its length."""
         return np.array(self._captions).reshape(-1, 4)
 
@@ -66,7 +64,7 @@ class Facts:
         for caption in one.captions:
             self._captions.extend((place, *caption))
 
-    def recall(self, file: Path, keys: NDArray[np.uint64]) -> None:
+    def recall(self, file: Path, keys: np.ndarray) -> None:
         """Take from a file the facts of pairs whose keys are the same."""
         with np.load(file) as kept:
             if kept["about"] != _about():
@@ -185,12 +183,12 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
-def perceptual_hash() -> Callable[[Image.Image], int] | None:
+def perceptual_hash() -> Callable[[PIL.Image.Image], int] | None:
     """ImageHash's pHash as a signed 64-bit number; None where the library is not installed."""
     return None if find_spec("imagehash") is None else _phash
 
 
-def _phash(picture: Image.Image) -> int:
+def _phash(picture: PIL.Image.Image) -> int:
     import imagehash
 
     return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])

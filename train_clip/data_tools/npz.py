@@ -8,17 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from train_clip.commands.progress import in_workers
-from train_clip.data.arrays import read_header, write_array
-from train_clip.data.crops import NORMALISED, resize_shorter, to_tensor
+from train_clip.data import arrays, crops
 from train_clip.data.folder import CACHE, cache_name, scan_folder
 from train_clip.data.images import is_npz, open_rgb, reading
 from train_clip.data.pairs import FlatStrings, plain_name, shown
-from train_clip.data.samples import Skip
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.files import sweep
@@ -66,7 +62,7 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
     for place in {(folder / array).parent for array in owners}:
         sweep(place)
     cache = partial(cache_image, folder, options.image_size)
-    found = Counter(dict.fromkeys(("written", "there", "bad", "image_bytes", "cache_bytes"), 0))
+    found = Counter(written=0, there=0, bad=0, image_bytes=0, cache_bytes=0)
     bad: dict[str, list[str]] = defaultdict(list)
     for one in in_workers(cache, images, options.num_workers, "images"):
         found.update({one.kind: 1, "image_bytes": one.image_bytes, "cache_bytes": one.cache_bytes})
@@ -81,10 +77,10 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
 class Cached(NamedTuple):
     """What became of an image."""
 
-    kind: Literal["written", "there", "bad"]
+    kind: str  # written, there or bad
     image_bytes: int = 0
     cache_bytes: int = 0
-    bad: Skip | None = None  # why there is no array
+    bad: BadSample | None = None  # why there is no array
 
 
 def cache_image(folder: Path, size: int, name: str) -> Cached:
@@ -95,13 +91,13 @@ def cache_image(folder: Path, size: int, name: str) -> Cached:
             found = image.stat()
         if array.exists() and _side(image, array) == size and array.stat().st_mtime_ns > found.st_mtime_ns:
             return Cached("there", found.st_size, array.stat().st_size)
-        pixels = to_tensor(resize_shorter(open_rgb(str(image)), size)).numpy()
+        pixels = crops.to_tensor(crops.resize_shorter(open_rgb(str(image)), size)).numpy()
     except BadSample as bad:
         # An earlier array of the image would hide from training that it can no longer be read.
         array.unlink(missing_ok=True)
-        return Cached("bad", bad=Skip(bad.path, bad.reason))
+        return Cached("bad", bad=bad)
     try:
-        write_array(array, pixels)
+        arrays.write_array(array, pixels)
     except OSError as error:
         # Out of a worker it would come without its number, by which the command line knows it.
         raise UserError(
@@ -114,10 +110,10 @@ def cache_image(folder: Path, size: int, name: str) -> Cached:
 def _side(image: Path, array: Path) -> int:
     """The shorter side of what lies where the array would be, in pixels; what was not made here is not replaced."""
     try:
-        shape, dtype, _ = read_header(str(array))
-        if dtype == np.uint8:
+        shape, dtype, _ = arrays.read_header(str(array))
+        if dtype == "uint8":
             return min(shape[1:])
-        reason = f"holds {NORMALISED}"
+        reason = f"holds {crops.NORMALISED}"
     except BadSample as bad:
         reason = bad.reason
     raise UserError(
@@ -135,7 +131,7 @@ def _lines(folder: Path, found: Counter[str], bad: Mapping[str, list[str]], opti
         yield f"Bad: {found['bad']:,} images have no array. Training skips them as it did."
     yield from by_reason(dict(sorted(bad.items())))
     if found["cache_bytes"]:
-        arrays, images = (found[what] / 2**20 for what in ("cache_bytes", "image_bytes"))
-        yield f"On disk: {arrays:,.1f} MiB beside {images:,.1f} MiB of images ({arrays / images:.1f} times as much)"
+        cached, whole = found["cache_bytes"] / 2**20, found["image_bytes"] / 2**20
+        yield f"On disk: {cached:,.1f} MiB beside {whole:,.1f} MiB of images ({cached / whole:.1f} times as much)"
         by_number = "" if options.pair_by == "stem" else f" --pair_by {options.pair_by}"
         yield f"Next: train-clip train --folder {folder}{by_number}, which reads them in the images' place."

@@ -1,19 +1,15 @@
 """What was found, in figures: what is bad, mended, cut, repeated, or would be in training and validation."""
 
-import contextlib
-import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from train_clip.data.crops import NORMALISED
-from train_clip.data.images import is_npz
+from train_clip.data import crops, images
 from train_clip.data.pairs import Pair, PairList, held_out_indices, shown
 from train_clip.data.scan import Scan
 from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
@@ -25,8 +21,6 @@ QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 NEAR_BITS = 4  # of 64; what recompression and resizing change in a pHash
 
 Report = dict[str, Any]  # plain data, as --json writes it
-Places = NDArray[np.int64]
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -43,10 +37,10 @@ class CheckOptions(PairOptions):
 def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int | None = None) -> Report:
     """Put the figures together; the last ``val_pairs`` of the pairs, if given, are validated on in place of a share."""
     pairs = scan.pairs
-    held_out = np.arange(len(pairs)) >= len(pairs) - (val_pairs or 0)
+    division = len(pairs) - (val_pairs or 0)
+    held_out = np.arange(len(pairs)) >= division
     if val_pairs is None:
         held_out[held_out_indices(pairs, options.val_share)] = True
-    bad, mended = _notes(pairs, facts)
     report = {
         "source": str(scan.source),  # folder or table
         "entries": scan.num_entries,  # files, or rows
@@ -57,32 +51,33 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
         "others": dict(scan.others),  # files that are neither image nor caption, by suffix
         "folder_links": _listed(scan.folder_links),
         "faults": scan.faults,
-        "bad_pairs": len({place for _, _, place in bad}),
-        "bad": {why: [shown(path) for _, path, _ in some] for why, some in groupby(sorted(bad), lambda one: one[0])},
-        "mended": {what: {"number": len(at), "examples": _first(pairs, at)} for what, at in sorted(mended.items())},
+        **_notes(pairs, facts),
         "sizes": _sizes(facts.pairs["sides"], options.image_size),
         "captions": _captions(pairs, facts, options.context_length - 2),
         **find_repeats(pairs, facts, held_out),
     }
-    division = len(pairs) - (val_pairs or 0)
-    problems = _problems(report, options.max_bad, val_pairs)
-    arrays = _array_problems(pairs, facts, mended.get(NORMALISED, []), options.image_size, division)
-    return report | {"problems": [*problems, *arrays]}
+    arrays = _array_problems(pairs, facts, options.image_size, division)
+    return report | {"problems": [*_problems(report, options.max_bad, val_pairs), *arrays]}
 
 
-def _notes(pairs: PairList, facts: Facts) -> tuple[list[tuple[str, str, int]], dict[str, list[int]]]:
-    """Reason, path and place of each bad file, and the places of what is mended."""
-    bad: list[tuple[str, str, int]] = []
+def _notes(pairs: PairList, facts: Facts) -> Report:
+    bad: dict[str, list[str]] = defaultdict(list)
     mended: dict[str, list[int]] = defaultdict(list)
-    for (of_captions, of_image, *whats), code in facts.notes.items():
-        places = np.flatnonzero(facts.pairs["note"] == code).tolist() if code else []
-        for what in whats if places else []:
-            mended[what] += places
-        for place in places if of_captions or of_image else []:
-            pair = pairs[place]
-            files = ((of_captions, pair.caption or pair.image), (of_image, pair.pixels))
-            bad += [(reason, path, place) for reason, path in files if reason]
-    return bad, mended
+    bad_pairs, notes = 0, list(facts.notes)
+    for place in np.flatnonzero(facts.pairs["note"]).tolist():
+        of_captions, of_image, *whats = notes[facts.pairs["note"][place]]
+        bad_pairs += bool(of_captions or of_image)
+        if of_captions:
+            bad[of_captions].append(pairs[place].caption or pairs[place].image)
+        if of_image:
+            bad[of_image].append(pairs[place].pixels)
+        for what in whats:
+            mended[what].append(place)
+    return {
+        "bad_pairs": bad_pairs,
+        "bad": {why: list(map(shown, sorted(paths))) for why, paths in sorted(bad.items())},
+        "mended": {what: {"number": len(at), "examples": _first(pairs, at)} for what, at in sorted(mended.items())},
+    }
 
 
 def _listed(names: Sequence[str]) -> Report:
@@ -90,18 +85,18 @@ def _listed(names: Sequence[str]) -> Report:
 
 
 def _first(pairs: PairList, places: Iterable[int]) -> list[str]:
-    return [shown(name) for name in heapq.nsmallest(EXAMPLES, (pairs.names[at] for at in places))]
+    return [shown(name) for name in sorted(pairs.names[at] for at in places)[:EXAMPLES]]
 
 
-def _sizes(sides: NDArray[np.int32], image_size: int) -> Report | None:
+def _sizes(sides: np.ndarray, image_size: int) -> Report | None:
     sides = sides[sides[:, 0] > 0]
     if not len(sides):
         return None
     columns = np.c_[sides, sides.max(1) / sides.min(1)]
     width, height, aspect = np.quantile(columns, QUANTILES, axis=0, method="nearest").T.tolist()
     return {
-        "width": [int(value) for value in width],
-        "height": [int(value) for value in height],
+        "width": list(map(int, width)),
+        "height": list(map(int, height)),
         "aspect": [round(value, 3) for value in aspect],  # longer side over shorter side
         "enlarged": int((sides.min(1) < image_size).sum()),  # images whose shorter side is below the model's
     }
@@ -128,18 +123,19 @@ def _captions(pairs: PairList, facts: Facts, room: int) -> Report | None:
     }
 
 
-def _largest(counts: Places) -> list[int]:
+def _largest(counts: np.ndarray) -> list[int]:
     """Where the largest counts above 1 are, the first of equal ones first."""
     return [at for at in np.argsort(-counts, kind="stable")[:EXAMPLES].tolist() if counts[at] > 1]
 
 
 def _text(pair: Pair, digest: int) -> str:
-    with contextlib.suppress(BadSample):
+    try:
         return next((text for text in pair.captions() if words_digest(text) == digest), "")
-    return ""
+    except BadSample:
+        return ""
 
 
-def find_repeats(pairs: PairList, facts: Facts, held_out: Flags) -> dict[str, Report]:
+def find_repeats(pairs: PairList, facts: Facts, held_out: np.ndarray) -> dict[str, Report]:
     """Find equal and similar images, and what the held-out pairs, flagged in (N,), share with the others."""
     legible = np.flatnonzero(facts.pairs["sides"][:, 0])
     held = held_out[legible]
@@ -164,7 +160,7 @@ def find_repeats(pairs: PairList, facts: Facts, held_out: Flags) -> dict[str, Re
     return {"repeats": repeats, "leaks": leaks}
 
 
-def _near(looks: Places, content_of: Places, held: Flags) -> tuple[int | None, int | None, list[list[int]]]:
+def _near(looks: np.ndarray, content_of: np.ndarray, held: np.ndarray) -> tuple[int | None, int | None, list[Any]]:
     if perceptual_hash() is None:
         return None, None, []
     looks, first, look_of = np.unique(looks, return_index=True, return_inverse=True)
@@ -187,7 +183,7 @@ def _near(looks: Places, content_of: Places, held: Flags) -> tuple[int | None, i
     return int(similar[look_of].sum()), int(leaking[look_of[held]].sum()), examples[:EXAMPLES]
 
 
-def near_pairs(hashes: NDArray[np.uint64], most: int = NEAR_BITS) -> Iterator[tuple[Places, Places]]:
+def near_pairs(hashes: np.ndarray, most: int = NEAR_BITS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Find which of (U,) different hashes differ in at most ``most`` bits; a pair of places may come more than once.
 
     Two numbers that differ in at most K bits agree in one of K + 1 pieces that both are cut into. So only those that
@@ -228,18 +224,18 @@ def _problems(report: Report, max_bad: float, val_pairs: int | None) -> Iterator
         yield f"{bad:,} of {number:,} pairs ({bad / number:.1%}) cannot be used, more than --max_bad {max_bad:g}."
 
 
-def _array_problems(pairs: PairList, facts: Facts, floats: list[int], size: int, division: int) -> Iterator[str]:
-    if not pairs.num_cached and not any(map(is_npz, pairs.names)):
+def _array_problems(pairs: PairList, facts: Facts, size: int, division: int) -> Iterator[str]:
+    if not pairs.num_cached and not any(map(images.is_npz, pairs.names)):
         return
     shorter = facts.pairs["sides"].min(axis=1)
     other = np.flatnonzero((shorter > 0) & (shorter != size)).tolist()
-    if wrong := [place for place in other if is_npz(pairs[place].pixels)]:
+    if wrong := [place for place in other if images.is_npz(pairs[place].pixels)]:
         yield (
             f"{len(wrong):,} arrays are not of the model's {size} pixels, for instance "
             f"{shown(pairs[wrong[0]].pixels)} ({shorter[wrong[0]]}); `train-clip data npz --image_size {size}` makes "
             "them anew."
         )
-    normalised = np.isin(np.arange(len(pairs)), floats)
+    normalised = np.array([crops.NORMALISED in note for note in facts.notes])[facts.pairs["note"]]
     for part in (slice(division), slice(division, None)):
         number, legible = normalised[part].sum(), (shorter[part] > 0).sum()
         if 0 < number < legible:

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from train_clip.data.augment import augment, draw_batch
-from train_clip.data.crops import as_picture
+from train_clip.data import augment, crops, samples
 from train_clip.data.pairs import PairList, shown
-from train_clip.data.samples import draw
 from train_clip.data.scan import scan_source
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample
@@ -78,19 +75,19 @@ def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Token
         lines = pairs[place].captions()
         rng = np.random.default_rng((options.seed, place))
         size, ratio = options.image_size, options.resize_ratio
-        drawn = torch.stack([draw(pairs, place, size, ratio, rng)[0] for _ in range(options.crops)])
-        draws = draw_batch(options, (options.seed, place), slice(None), options.crops)
-        crops = augment(drawn, options, draws)
-        pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in crops)
+        drawn = torch.stack([samples.draw(pairs, place, size, ratio, rng)[0] for _ in range(options.crops)])
+        draws = augment.draw_batch(options, (options.seed, place), slice(None), options.crops)
+        augmented = augment.augment(drawn, options, draws)
+        pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in augmented)
     except BadSample as bad:
         pictures = f'<p class="bad">{html.escape(f"{shown(bad.path)}: {bad.reason}")}</p>'
     captions = "\n".join(_caption(line, tokenizer) for line in lines)
     return f"<section><h2>{html.escape(shown(pairs.names[place]))}</h2>\n{pictures}\n{captions}</section>"
 
 
-def _data_uri(pixels: Tensor) -> str:
+def _data_uri(pixels: torch.Tensor) -> str:
     file = io.BytesIO()
-    as_picture(pixels.numpy()).save(file, "PNG")
+    crops.as_picture(pixels.numpy()).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -1,6 +1,5 @@
 """Divide pairs into tables for training, validation and test."""
 
-import contextlib
 import csv
 import hashlib
 import itertools
@@ -12,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train_clip.commands.progress import with_progress
+from train_clip.data import samples, scan
 from train_clip.data.pairs import PairList, shown
-from train_clip.data.samples import available_cores
-from train_clip.data.scan import scan_source
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
 from train_clip.files import replacing
@@ -57,7 +55,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     if there := [str(table) for table in tables.values() if table.exists()]:
         raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
-    pairs, digests = _readable(scan_source(folder, options).require_pairs().pairs)
+    pairs, digests = _readable(scan.scan_source(folder, options).require_pairs().pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     parts = divide(digests, classes, options)
     for part, table in tables.items():
@@ -76,7 +74,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
 def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
     """The pairs whose image file and captions can be read, and a digest of each image; the others are named."""
     digests: list[bytes] = []
-    with ThreadPoolExecutor(available_cores()) as pool:
+    with ThreadPoolExecutor(samples.available_cores()) as pool:
         # Reading and hashing let other threads run.
         for start in with_progress(range(0, len(pairs), AT_ONCE), f"times {AT_ONCE:,} images"):
             images = (pairs[place].image for place in range(start, min(start + AT_ONCE, len(pairs))))
@@ -102,9 +100,11 @@ def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
 
 
 def _digest(path: str) -> bytes:
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # noqa: PTH123, a third of the time
-        return hashlib.file_digest(file, "sha256").digest()
-    return b""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123, a third of the time
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return b""
 
 
 def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOptions) -> dict[str, list[int]]:
