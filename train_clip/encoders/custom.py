@@ -5,16 +5,16 @@ B  pairs      L  tokens      S  side of the image in pixels      D  width of the
 
 import inspect
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from train_clip.encoders.encoder import ImageEncoder, TextEncoder, evaluating, image_features, text_features
+from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
 from train_clip.encoders.libraries import TextTower
 from train_clip.errors import UserError
+from train_clip.evaluation.embed import evaluating
 from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids, up_to_end
 
 INITIAL_LOG_SCALE = 3.9  # OTTER's code; clamped to [0, ln 100] there too
@@ -45,9 +45,9 @@ class CustomCLIP(DualEncoder):
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module
         self.transformer = text.module
-        parameters = inspect.signature(text.module.forward).parameters.values()
-        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        self._takes = None if takes_any else frozenset(parameter.name for parameter in parameters)
+        parameters = inspect.signature(text.module.forward).parameters
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        self._takes = None if takes_any else frozenset(parameters)
         same = image.width == text.width
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
 
@@ -58,17 +58,17 @@ class CustomCLIP(DualEncoder):
     @override
     def encode_text(self, texts: Texts) -> Tensor:
         # What the tokenizer gives, input_ids and attention_mask among it; or the ids alone, which are then all read.
-        if isinstance(texts, Mapping):
-            # Some tokenizers give more than their encoder takes, such as token_type_ids.
-            taken = {name: tensor for name, tensor in texts.items() if self._takes is None or name in self._takes}
-            return text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
-        return text_features(self.transformer(texts), None, self.average)
+        if isinstance(texts, Tensor):
+            return text_features(self.transformer(texts), None, self.average)
+        # Some tokenizers give more than their encoder takes, such as token_type_ids.
+        taken = {name: tensor for name, tensor in texts.items() if self._takes is None or name in self._takes}
+        return text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
 
     @override
     def caption_mask(self, texts: Texts) -> Tensor:
         if isinstance(texts, Tensor) and isinstance(self.transformer, TextTower):
             return up_to_end(texts)
-        mask = texts.get("attention_mask") if isinstance(texts, Mapping) else None
+        mask = None if isinstance(texts, Tensor) else texts.get("attention_mask")
         return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
 
     @override
@@ -84,8 +84,6 @@ def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     images = torch.randn(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
-    if not trainable:
-        return []
     # Layers that are dropped at random in training are all there in eval mode.
     with evaluating(model), torch.enable_grad():
         embeddings = model.encode_image(images.to(model.logit_scale.device)), model.encode_text(texts)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train_clip.errors import UserError, first_line
+from train_clip.evaluation.embed import evaluating
 
 
 @dataclass(frozen=True)
@@ -181,16 +182,3 @@ def _trying(module: nn.Module, name: str, found: str, expected: str) -> Iterator
             f"{name or type(module).__name__}: fails on {found} ({type(error).__name__}: {first_line(error)}). "
             f"Expected an encoder of {expected}. Take another."
         ) from error
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in eval mode, without gradients, for the length of a block."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:  # one by one: a part may be held in eval mode on purpose
-            part.training = True

@@ -2,16 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train_clip.commands.run import Job, begin, data_for, remake, train_job
-from train_clip.commands.run_folder import Resumption
 from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders.sources import OWN, describe_encoder, load_image_encoder, load_text_encoder
-from train_clip.encoders.tokenizer import load_tokenizer
+from train_clip.encoders import sources, tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat, option
@@ -31,7 +28,7 @@ ENCODERS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class StartOptions(ModelOptions):
     """What training starts from."""
 
@@ -85,7 +82,7 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveM
     weights = pretrained_weights(start)
     assert weights is not None
     module: ContrastiveModule
-    if "text_encoder" in weights.arguments:
+    if isinstance(weights, sources.FoundEncoders):
         module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
     else:
         config = weights.require_clip().config
@@ -100,23 +97,23 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
         if (value := getattr(start, name)) is not None:
             raise UserError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
     assert start.image_encoder is not None and start.text_encoder is not None
-    image, text = load_image_encoder(start.image_encoder), load_text_encoder(start.text_encoder)
+    image, text = sources.load_image_encoder(start.image_encoder), sources.load_text_encoder(start.text_encoder)
     assert text.context is not None  # every source knows it
     context = start.context_length or text.context
     if context > text.context:
         raise UserError(f"--context_length {context}: the text encoder takes {text.context} tokens at most.")
     prefix, _, name = start.text_encoder.partition(":")
     try:
-        tokenizer = Tokenizer(context) if prefix == OWN else load_tokenizer(name, context)
+        own = Tokenizer(context) if prefix == sources.OWN else tokenizer.load_tokenizer(name, context)
     except ValueError as error:
         raise UserError(f"--{error}") from error
     average = bool(start.avg_word_embs)
-    return CustomCLIPWrapper(image, text, avg_word_embs=average, project=True, tokenizer=tokenizer, **how)
+    return CustomCLIPWrapper(image, text, avg_word_embs=average, project=True, tokenizer=own, **how)
 
 
-def _known(start: StartOptions, resumed: Resumption) -> dict[str, Any]:
+def _known(start: StartOptions, resumed: Any) -> dict[str, Any]:
     """What the run began with, as the command line names it; another start is refused."""
     told = {name: kept for name in ENCODERS if (kept := resumed.arguments.get(name)) is not None}
-    known = {name: describe_encoder(kept) if isinstance(kept, Mapping) else kept for name, kept in told.items()}
+    known = {name: sources.describe_encoder(kept) if isinstance(kept, Mapping) else kept for name, kept in told.items()}
     resumed.require_same_start(dataclasses.asdict(start), known)
     return known

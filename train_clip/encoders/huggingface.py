@@ -6,16 +6,14 @@ Code that lies beside weights is never run. What is on this machine is read befo
 import contextlib
 import copy
 import dataclasses
-import importlib
 import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from train_clip.checkpoints.read import read_json
 from train_clip.checkpoints.sources import HF_PIXELS, HF_PROCESSOR, find_file
@@ -26,7 +24,6 @@ from train_clip.errors import UserError, first_line
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; torchvision's and transformers' default
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_CONTEXT = 512  # of relative positions (T5, arXiv 1910.10683, section 3.1.2), and of most others
-E = TypeVar("E", ImageEncoder, TextEncoder)
 KINDS = {"image": ("vision_config", "pixel_values"), "text": ("text_config", "input_ids")}
 # Towers of two-tower models that the library's own choice by configuration, AutoModel, does not know.
 OTHER_TOWERS = {
@@ -63,13 +60,13 @@ def build_text(description: dict[str, Any]) -> TextEncoder:
     return TextEncoder(_build(description), **measures, description=description)
 
 
-def live_image_encoder(module: nn.Module, pixels: Pixels) -> ImageEncoder:
+def live_image_encoder(module: torch.nn.Module, pixels: Pixels) -> ImageEncoder:
     """Take an image encoder of the user's own, in float32; a model of the library is described, to be rebuilt."""
     encoder = measured(module.float(), pixels, _live_description(module))
     return _verified(encoder, lambda part: image_trial(part, pixels.size))
 
 
-def live_text_encoder(module: nn.Module, average: bool) -> TextEncoder:
+def live_text_encoder(module: torch.nn.Module, average: bool) -> TextEncoder:
     """Take a text encoder of the user's own, in float32: a model of the library, or one that gives (B, D)."""
     encoder = _measured_text(module.float(), average, _live_description(module))
     return _verified(encoder, lambda part: text_trial(part, average))
@@ -93,7 +90,7 @@ def _load(name: str, kind: str) -> Any:
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed, and refused below
-            **_in_float32(transformers),
+            torch_dtype=torch.float32,  # from 4.56 on dtype, which earlier versions do not take
         )
     if module.main_input_name != takes:
         raise UserError(
@@ -196,8 +193,8 @@ def _context(module: Any) -> int:
         return DEFAULT_CONTEXT
     # RoBERTa counts positions from the padding's on: its row and those before it (2 of 514) never hold a token.
     for path, table in module.named_modules():
-        if path.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return table.num_embeddings - table.padding_idx - 1
+        if path.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return int(table.num_embeddings - table.padding_idx - 1)
     return rows
 
 
@@ -222,7 +219,7 @@ def _live_description(module: Any) -> dict[str, Any]:
     return _description(module, module.config.name_or_path or kind.__name__)
 
 
-def _verified(encoder: E, features: Callable[[nn.Module], Tensor]) -> E:
+def _verified(encoder: Any, features: Callable[[Any], torch.Tensor]) -> Any:
     """Drop a description that does not make this very module: a layer may have been changed, taken out or added."""
     if not encoder.description:
         return encoder
@@ -234,7 +231,7 @@ def _verified(encoder: E, features: Callable[[nn.Module], Tensor]) -> E:
     return dataclasses.replace(encoder, description={})
 
 
-def _build(description: dict[str, Any]) -> nn.Module:
+def _build(description: dict[str, Any]) -> torch.nn.Module:
     transformers = find_transformers()
     kind: Any = getattr(transformers, description["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -245,7 +242,7 @@ def _build(description: dict[str, Any]) -> nn.Module:
     with _quiet():
         config = kind.config_class.from_dict(copy.deepcopy(description["config"]))  # type: ignore[attr-defined]
         # As from_pretrained does it, which is with the same attention; the public AutoModel chooses a class of its own.
-        module: Any = kind._from_config(config, **_in_float32(transformers))  # type: ignore[attr-defined]
+        module: Any = kind._from_config(config, torch_dtype=torch.float32)  # type: ignore[attr-defined]
     if description["without_pooler"]:
         module.pooler = None
     return module.eval()
@@ -272,12 +269,6 @@ def from_cache_first(read: Callable[..., Any], name: str, **arguments: Any) -> A
         return read(name, trust_remote_code=False, **arguments)
 
 
-def _in_float32(transformers: Any) -> dict[str, torch.dtype]:
-    """Name the argument for the dtype as this version does: ``torch_dtype`` before 4.56."""
-    major, minor = map(int, transformers.__version__.split(".")[:2])
-    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": torch.float32}
-
-
 @contextlib.contextmanager
 def reading(name: str, part: str) -> Iterator[None]:
     """Turn what the library raises into one message: the model, its part (such as "tokenizer"), and what to do."""
@@ -298,8 +289,7 @@ def reading(name: str, part: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress over weights, the table of unused ones and the retries; downloads keep their bar."""
-    chatter = importlib.import_module("transformers.utils.logging")
-    hub = importlib.import_module("huggingface_hub.utils")
+    chatter, hub = find_library("transformers.utils.logging"), find_library("huggingface_hub.utils")
     with contextlib.ExitStack() as undo:
         for log in (chatter, hub.logging):
             undo.callback(log.set_verbosity, log.get_verbosity())

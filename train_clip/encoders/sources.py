@@ -3,8 +3,6 @@
 A source is a prefix that names a library, then the library's own name for the model.
 """
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints.found import Found, any_chosen
-from train_clip.checkpoints.own import of_lightning
-from train_clip.checkpoints.read import Contents
+from train_clip.checkpoints import found, own, read
 from train_clip.errors import UserError
 from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
-    from train_clip.encoders.custom import CustomCLIP
     from train_clip.encoders.encoder import ImageEncoder, TextEncoder
 
 
@@ -38,12 +33,12 @@ SOURCES = {
 }
 
 
-def load_image_encoder(source: str) -> ImageEncoder:
+def load_image_encoder(source: str) -> "ImageEncoder":
     """Load a pretrained image encoder, such as "hf:facebook/dinov2-small", "hf:FOLDER" or "timm:resnet50"."""
     return _load(source, "image")
 
 
-def load_text_encoder(source: str) -> TextEncoder:
+def load_text_encoder(source: str) -> "TextEncoder":
     """Load a pretrained text encoder, such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER"."""
     return _load(source, "text")
 
@@ -62,8 +57,9 @@ def _load(source: str, kind: str) -> Any:
     return pkgutil.resolve_name(functions.format("load", kind))(name)
 
 
-def build_encoder(description: Mapping[str, Any], kind: str) -> Any:
+def build_encoder(description: Any, kind: str) -> Any:
     """Build the "image" or "text" encoder that its description tells of, with random weights, without a network."""
+    description = _described(description, f"{kind}_encoder")
     source = description.get("source")
     if source not in SOURCES:
         raise UserError(
@@ -73,7 +69,28 @@ def build_encoder(description: Mapping[str, Any], kind: str) -> Any:
     functions, examples = SOURCES[source]
     if kind not in examples:
         raise UserError(f"A {kind} encoder of source {source!r}; expected {_examples(kind)}.")
-    return pkgutil.resolve_name(functions.format("build", kind))(dict(description))
+    return pkgutil.resolve_name(functions.format("build", kind))(description)
+
+
+def described_tokenizer(description: Any) -> Any:
+    """Make the tokenizer that a checkpoint describes."""
+    description = _described(description, "tokenizer")
+    if description["source"] == "clip":
+        from train_clip.data.tokenizer import Tokenizer
+
+        return Tokenizer(description["context_length"])
+    from train_clip.encoders.tokenizer import tokenizer_from
+
+    return tokenizer_from(description)
+
+
+def _described(description: Any, name: str) -> dict[str, Any]:
+    if not isinstance(description, Mapping):
+        raise UserError(
+            f"The {name} is missing: the checkpoint does not say how to make it, as it was one of your own. Make it "
+            f"again: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+        )
+    return dict(description)
 
 
 def _examples(kind: str) -> str:
@@ -81,7 +98,7 @@ def _examples(kind: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundEncoders(Found):
+class FoundEncoders(found.Found):
     """Two encoders that ``finetune`` has joined."""
 
     @override
@@ -92,26 +109,18 @@ class FoundEncoders(Found):
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if backbone is not None:
             self.refuse(f"{self.format}, a whole model. Leave the backbone out")
-        if any_chosen(choices):
+        if found.any_chosen(choices):
             self.refuse("two encoders, whose sizes and activations are their own. Leave the choices out")
         return self
 
     @override
-    def empty(self) -> tuple[CustomCLIP, Any]:
+    def empty(self) -> tuple[Any, Any]:
         from train_clip.encoders.custom import CustomCLIP
 
-        arguments = self.arguments
-        for name in ("image_encoder", "text_encoder", "tokenizer"):
-            if not isinstance(arguments.get(name), Mapping):
-                raise UserError(
-                    f"The checkpoint does not say how to make its {name}, which was one of your own. Make it, and load "
-                    f"with CustomCLIPWrapper.load_from_checkpoint(PATH, {name}=…)."
-                )
-        image, text = (build_encoder(arguments[f"{kind}_encoder"], kind) for kind in ("image", "text"))
-        model = CustomCLIP(
-            image, text, arguments["avg_word_embs"], arguments["project"], arguments.get("loss", "softmax")
-        )
-        return model, described_tokenizer(arguments["tokenizer"])
+        told = self.arguments
+        image, text = (build_encoder(told[f"{kind}_encoder"], kind) for kind in ("image", "text"))
+        model = CustomCLIP(image, text, told["avg_word_embs"], told["project"], told.get("loss", "softmax"))
+        return model, described_tokenizer(told.get("tokenizer"))
 
     @override
     def describe(self) -> dict[str, str]:
@@ -119,9 +128,9 @@ class FoundEncoders(Found):
         return {name: describe_encoder(description) for name, description in told.items()} | super().describe()
 
 
-def find_encoders(contents: Contents) -> FoundEncoders | None:
+def find_encoders(contents: read.Contents) -> FoundEncoders | None:
     """Find a checkpoint of two encoders of ``finetune``."""
-    told = of_lightning(contents)
+    told = own.of_lightning(contents)
     is_ours = {"image_encoder", "text_encoder"} <= set(told["arguments"])
     return FoundEncoders(format="train-clip checkpoint", **told) if is_ours else None
 
@@ -131,14 +140,3 @@ def describe_encoder(description: Any) -> str:
     if isinstance(description, Mapping) and all(isinstance(description.get(key), str) for key in ("source", "name")):
         return f"{description['source']}:{description['name']}"
     return "a module of the user's own, which the file does not say how to make"
-
-
-def described_tokenizer(description: Mapping[str, Any]) -> Any:
-    """Make the tokenizer that a checkpoint describes."""
-    if description["source"] == "clip":
-        from train_clip.data.tokenizer import Tokenizer
-
-        return Tokenizer(description["context_length"])
-    from train_clip.encoders.tokenizer import tokenizer_from
-
-    return tokenizer_from(dict(description))

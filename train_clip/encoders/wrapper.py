@@ -3,23 +3,20 @@
 Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, arXiv 2112.09445, whose numbers it has.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from typing_extensions import override
 
 from train_clip.data.tokenizer import Tokenizer
+from train_clip.encoders import huggingface, sources
 from train_clip.encoders.custom import CustomCLIP, freeze_unreached
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
-from train_clip.encoders.huggingface import IMAGENET_MEAN, IMAGENET_STD, live_image_encoder, live_text_encoder
 from train_clip.encoders.libraries import TextTower
-from train_clip.encoders.sources import build_encoder, described_tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
-from train_clip.models.clip import Texts
 from train_clip.models.config import OptimizerConfig
 from train_clip.options import StepOptions, TowerOptions, TrainingOptions
 from train_clip.training.data_module import TextImageDataModule
@@ -62,8 +59,8 @@ class CustomCLIPWrapper(ContrastiveModule):
 
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
-        image_encoder: nn.Module | ImageEncoder | Mapping[str, Any] | None,
-        text_encoder: nn.Module | TextEncoder | Mapping[str, Any] | None,
+        image_encoder: torch.nn.Module | ImageEncoder | Mapping[str, Any] | None,
+        text_encoder: torch.nn.Module | TextEncoder | Mapping[str, Any] | None,
         minibatch_size: int = StepOptions.minibatch_size,
         learning_rate: float = OTTER.lr,
         kl_coeff: float = TowerOptions.kl_coeff,
@@ -71,19 +68,19 @@ class CustomCLIPWrapper(ContrastiveModule):
         project: bool = False,
         tokenizer: Any = None,
         image_size: int = 224,
-        pixel_mean: Sequence[float] = IMAGENET_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_STD,
+        pixel_mean: Sequence[float] = huggingface.IMAGENET_MEAN,
+        pixel_std: Sequence[float] = huggingface.IMAGENET_STD,
         **options: Any,
     ) -> None:
         pixels = Pixels.of(image_size, pixel_mean, pixel_std, "pixel_mean and pixel_std")
-        image: ImageEncoder = _encoder(image_encoder, "image", lambda module: live_image_encoder(module, pixels))
-        text: TextEncoder = _encoder(text_encoder, "text", lambda module: live_text_encoder(module, avg_word_embs))
+        image: ImageEncoder = _encoder(image_encoder, "image", huggingface.live_image_encoder, pixels)
+        text: TextEncoder = _encoder(text_encoder, "text", huggingface.live_text_encoder, avg_word_embs)
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
         given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
         super().__init__(CustomCLIP(image, text, avg_word_embs, project, given.objective.loss), OTTER, given)
         if isinstance(tokenizer, Mapping):
-            tokenizer = described_tokenizer(tokenizer)
-        elif not isinstance(tokenizer, Tokenizer | PretrainedTokenizer | None):
+            tokenizer = sources.described_tokenizer(tokenizer)
+        elif not (tokenizer is None or hasattr(tokenizer, "batch")):
             tokenizer = wrap_tokenizer(tokenizer, text.context)
         self.tokenizer = tokenizer
         self.save_hyperparameters(
@@ -108,7 +105,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         super().setup(stage)
         if stage != "fit":
             return
-        if isinstance(projection := self.model.image_projection, nn.Linear):
+        if isinstance(projection := self.model.image_projection, torch.nn.Linear):
             rank_zero_info(
                 f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
                 f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
@@ -145,7 +142,7 @@ class CustomCLIPWrapper(ContrastiveModule):
                 "TextImageDataModule(…, custom_tokenizer=…)."
             )
 
-    def _some_tokens(self) -> Texts:
+    def _some_tokens(self) -> Any:
         if self.tokenizer is not None:
             return self._reader.tokens(TRIAL_CAPTIONS, self.device)
         made_up = torch.Generator().manual_seed(0)
@@ -161,22 +158,17 @@ class CustomCLIPWrapper(ContrastiveModule):
     def _described_tokenizer(self) -> dict[str, Any] | None:
         if isinstance(self.tokenizer, Tokenizer):
             return {"source": "clip", "context_length": self.tokenizer.context_length}
-        return None if self.tokenizer is None else self.tokenizer.describe()
+        return self.tokenizer.describe() if isinstance(self.tokenizer, PretrainedTokenizer) else None
 
 
-def _encoder(given: Any, kind: str, wrap: Callable[[nn.Module], Any]) -> Any:
+def _encoder(given: Any, kind: str, live: Any, how: Any) -> Any:
+    if isinstance(given, torch.nn.Module):
+        return live(given, how)
     if isinstance(given, ImageEncoder | TextEncoder):
         return given
-    if isinstance(given, Mapping):
-        return build_encoder(given, kind)
-    if given is None:
-        raise UserError(
-            f"The {kind}_encoder is missing: the checkpoint holds the weights of a module of your own, not how to make "
-            f"one. Give such a module: CustomCLIPWrapper.load_from_checkpoint(path, {kind}_encoder=…)."
-        )
-    if not isinstance(given, nn.Module):
-        raise UserError(
-            f"The {kind}_encoder is a {type(given).__name__}; expected a torch.nn.Module, or what "
-            f"train_clip.encoders.sources.load_{kind}_encoder('hf:NAME') gives."
-        )
-    return wrap(given)
+    if isinstance(given, Mapping | None):
+        return sources.build_encoder(given, kind)
+    raise UserError(
+        f"The {kind}_encoder is a {type(given).__name__}; expected a torch.nn.Module, or what "
+        f"train_clip.encoders.sources.load_{kind}_encoder('hf:NAME') gives."
+    )

@@ -3,7 +3,8 @@
 N  images or captions      S  side of the image in pixels      D  embedding width
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ class Collection:
     skips: list[Skip]  # what could not be read
 
 
-@torch.no_grad()
 def embed_images(
     model: DualEncoder, images: Picture | Sequence[Picture] | Tensor, batch_size: int = EMBED_AT_ONCE
 ) -> Tensor:
@@ -57,7 +57,6 @@ def embed_images(
     return _embed(model, images, encode, batch_size)
 
 
-@torch.no_grad()
 def embed_texts(
     model: DualEncoder,
     texts: str | Sequence[str],
@@ -74,11 +73,19 @@ def embed_texts(
 
 def _embed(model: DualEncoder, items: Any, encode: Callable[[Any], Tensor], batch_size: int) -> Tensor:
     parts = [torch.empty(0, model.embed_dim, device=model.logit_scale.device)]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         parts += [unit_norm(encode(items[at : at + batch_size])) for at in range(0, len(items), batch_size)]
-    finally:
-        for module in training:
-            module.training = True
     return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Hold a module in eval mode, without gradients, for the length of a block."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:  # one by one: a part may be held in eval mode on purpose
+            part.training = True

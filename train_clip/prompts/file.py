@@ -1,39 +1,29 @@
 """Visual prompts in files: ours, small and beside a backbone that lies elsewhere, and those of train-CLIP's fork."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints.found import Found, FoundCLIP, any_chosen, digest_of, find_model
-from train_clip.checkpoints.openai import config_from_shapes
-from train_clip.checkpoints.own import LIGHTNING, of_lightning
+from train_clip.checkpoints import found, openai, own
 from train_clip.checkpoints.read import Contents
 from train_clip.errors import UserError, first_line
 from train_clip.models.config import ViTConfig, config_from_dict
 from train_clip.options import WeightOptions
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from train_clip.models.clip import CLIP
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PromptConfig:
     """What is learned beside a frozen backbone."""
 
     number: int  # P, tokens of each block that has prompts
     # Blocks that have prompts of their own, counted from 0: at the first of them they are put between class token and
     # patches, at a later one they replace what the block before made of its own.
-    layers: tuple[int, ...]
+    layers: Sequence[int]
     dropout: float  # share of the prompts' numbers that is dropped in training
     class_token: bool  # whether the backbone's class embedding is trained too
 
@@ -52,26 +42,24 @@ class PromptConfig:
         return f"{self.number} at each of the blocks {layers}" + ("; class token trained" if self.class_token else "")
 
 
-def prompt_layers(kind: Literal["deep", "shallow"], blocks: int) -> tuple[int, ...]:
+def prompt_layers(kind: str, blocks: int) -> tuple[int, ...]:
     """The blocks, of so many, that have prompts: every one (VPT-deep), or the first (VPT-shallow)."""
     return tuple(range(blocks)) if kind == "deep" else (0,)
 
 
 TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
-# Arguments of a PromptCLIPWrapper that its checkpoints are known by.
-OF_WRAPPER: dict[str, type] = {"backbone": str, "prompts": Mapping, "digest": str, "config": Mapping}
 LEFT_OUT = "left out"
 OF_FORK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.prompt_embeddings")
 FORK_DROPOUT = 0.2  # of the fork's model
-ELSEWHERE = "--backbone of `train-clip evaluate` (in Python backbone=…)."
+ELSEWHERE = "--backbone of `train-clip evaluate`, --pretrained of `train-clip prompt-tune`, in Python backbone=…."
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoundPrompts(FoundCLIP):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundPrompts(found.FoundCLIP):
     """A CLIP with visual prompts: whole, or the prompts beside a backbone that lies in its own file."""
 
     prompts: PromptConfig
-    backbone: FoundCLIP | None = None  # once it is settled
+    backbone: found.FoundCLIP | None = None  # once it is settled
 
     @override
     def require_clip(self, instead: str = "") -> NoReturn:
@@ -82,33 +70,28 @@ class FoundPrompts(FoundCLIP):
 
     @override
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        if any_chosen(choices):
+        if found.any_chosen(choices):
             self.refuse("visual prompts, whose backbone is of one size. Leave the other choices out")
         if "digest" not in self.arguments:  # whole
             return super().settled(choices, backbone)
         try:
-            found = find_model(backbone or self.arguments["backbone"], self.config)
+            settled = found.find_model(backbone or str(self.arguments["backbone"]), self.config)
         except UserError as error:
             raise UserError(
                 f"{self.source}: visual prompts, whose backbone cannot be loaded ({error}) If it lies elsewhere by "
                 f"now: {ELSEWHERE}"
             ) from error
-        return dataclasses.replace(self, backbone=found)
+        return dataclasses.replace(self, backbone=settled)
 
     @override
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> dict[str, Any]:
         if self.backbone is None:
             return super().read()
-        kept = self.backbone.read_as_kept()
-        if (found := digest_of(kept)) != (expected := self.arguments["digest"]):
-            raise UserError(
-                f"{self.source}: its prompts belong to another backbone: SHA-256 of its weights {expected[:16]}…, of "
-                f"{self.backbone.source} {found[:16]}…. Give the one that they were trained beside: {ELSEWHERE}"
-            )
-        return _below_backbone(self.backbone.resized(kept)) | dict(self.read_as_kept())
+        tensors, _ = read_backbone(self.backbone, self.arguments["digest"])
+        return _below_backbone(tensors) | dict(self.read_as_kept())
 
     @override
-    def empty(self) -> tuple[CLIP, Any]:
+    def empty(self) -> tuple[Any, Any]:
         import torch
 
         from train_clip.prompts.model import add_prompts
@@ -122,25 +105,36 @@ class FoundPrompts(FoundCLIP):
 
     @override
     def describe(self) -> dict[str, str]:
-        return Found.describe(self) if "digest" in self.arguments else super().describe()
+        return found.Found.describe(self) if "digest" in self.arguments else super().describe()
+
+
+def read_backbone(backbone: found.FoundCLIP, expected: str | None) -> tuple[dict[str, Any], str]:
+    """Read a backbone's tensors, and their digest; others than those that prompts were trained beside are refused."""
+    kept = backbone.read_as_kept()
+    digest = found.digest_of(kept)
+    if expected not in (None, digest):
+        raise UserError(
+            f"{backbone.source}: its weights belong to another backbone than the prompts were trained beside: their "
+            f"SHA-256 is {digest}, expected {expected}. Give that one: {ELSEWHERE}"
+        )
+    return backbone.resized(kept), digest
 
 
 def find_prompts(contents: Contents) -> FoundPrompts | None:
     """Find a checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
     arguments = contents.data.get("hyper_parameters")
-    if not isinstance(arguments, Mapping) or not set(OF_WRAPPER) <= set(arguments):
+    if not isinstance(arguments, Mapping) or not {"backbone", "prompts", "digest", "config"} <= set(arguments):
         return None
-    if odd := [name for name, kind in OF_WRAPPER.items() if not isinstance(arguments[name], kind)]:
-        raise UserError(f"{contents.path}: its {odd[0]} is not as this package writes it. Get the file again.")
     try:
-        prompts = PromptConfig(**{**arguments["prompts"], "layers": tuple(arguments["prompts"]["layers"])})
-    except (KeyError, TypeError, ValueError) as error:
+        prompts = PromptConfig(**arguments["prompts"])
+        config = config_from_dict(arguments["config"], str(contents.path))
+    except (AttributeError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{contents.path}: its prompts are not as this package writes them ({reason}).") from error
-    told = of_lightning(contents)
+    told = own.of_lightning(contents)
     about = {"backbone": arguments["backbone"], "its SHA-256": arguments["digest"], "prompts": str(prompts)}
-    told |= {"about": about | told["about"], "config": config_from_dict(arguments["config"], told["source"])}
-    return FoundPrompts(format="train-clip visual prompts", prompts=prompts, **told)
+    told |= {"about": about | told["about"]}
+    return FoundPrompts(format="train-clip visual prompts", config=config, prompts=prompts, **told)
 
 
 def find_fork(contents: Contents) -> FoundPrompts | None:
@@ -149,13 +143,13 @@ def find_fork(contents: Contents) -> FoundPrompts | None:
     Its first block inserts them, the middle ones replace, and the last one lets those of the block before pass: its own
     were never used, and are left out.
     """
-    told = of_lightning(contents)
+    told = own.of_lightning(contents)
     records = told["records"]
-    prompts = {int(found[1]): record for name, record in records.items() if (found := OF_FORK.fullmatch(name))}
-    if LIGHTNING not in contents.data or not prompts:
+    prompts = {int(block[1]): record for name, record in records.items() if (block := OF_FORK.fullmatch(name))}
+    if own.LIGHTNING not in contents.data or not prompts:
         return None
     backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
-    config = config_from_shapes(backbone, contents)
+    config = openai.config_from_shapes(backbone, contents)
     if not isinstance(config.image, ViTConfig):
         raise UserError(f"{contents.path}: prompts in a ResNet, which has no tokens. Get the file again.")
     last = config.image.layers - 1

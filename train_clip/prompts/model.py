@@ -5,7 +5,7 @@ B  images      L  tokens of a block      P  prompts of a block      W  width    
 
 import math
 from functools import partial
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -70,4 +70,4 @@ class PromptedTransformer(nn.Module):
             prompts = self.dropout(self.prompts[str(number)].to(x.dtype).expand(len(x), -1, -1))
             patches = x[:, 1:] if number == self.config.layers[0] else x[:, 1 + self.config.number :]
             x = torch.cat([x[:, :1], prompts, patches], dim=1)
-        return cast(Tensor, self.backbone.transformer.resblocks[number](x))
+        return self.backbone.transformer.resblocks[number](x)

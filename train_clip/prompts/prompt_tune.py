@@ -1,32 +1,19 @@
 """Tune visual prompts beside a pretrained CLIP."""
 
+import argparse
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from train_clip.checkpoints.found import FoundCLIP
+from train_clip import options
 from train_clip.checkpoints.sources import openai_name
+from train_clip.commands import run_folder, train
 from train_clip.commands.run import Job, begin, remake, train_job
-from train_clip.commands.run_folder import OPENAI, Resumption
-from train_clip.commands.train import DEFAULT_MODEL, pretrained_weights
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, config_from_dict
-from train_clip.options import (
-    POSITIVE,
-    DataOptions,
-    ModelOptions,
-    OptimizerOptions,
-    Options,
-    RunOptions,
-    StepOptions,
-    TrainerOptions,
-    at_least,
-    flat,
-    option,
-)
+from train_clip.options import flat, option
 from train_clip.prompts.file import PromptConfig, prompt_layers
 from train_clip.prompts.wrapper import VPT, PromptCLIPWrapper
 from train_clip.training.checkpoints import Best
@@ -39,8 +26,8 @@ DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
 BY_LOSS = Best("val/loss", lowest=True)
 
 
-@dataclass(frozen=True)
-class PromptOptions(Options):
+@dataclasses.dataclass(frozen=True)
+class PromptOptions(options.Options):
     """The prompts."""
 
     prompts: int = option(50, "tokens at each block that has some")
@@ -54,26 +41,33 @@ class PromptOptions(Options):
     class_token: bool = option(True, "whether the class embedding is trained too")
 
 
-@dataclass(frozen=True)
-class PromptOptimizerOptions(OptimizerOptions):
+@dataclasses.dataclass(frozen=True)
+class PromptOptimizerOptions(options.OptimizerOptions):
     """The optimizer of the prompts."""
 
     optimizer: Literal["adamw", "sgd"] = option("sgd", "optimizer of the prompts: adamw or sgd")
     learning_rate: float | None = option(
-        None, "peak learning rate; default: 25 for each 256 pairs of a batch with SGD, 1e-3 with AdamW", POSITIVE
+        None,
+        "peak learning rate; default: 25 for each 256 pairs of a batch with SGD, 1e-3 with AdamW",
+        options.POSITIVE,
     )
-    weight_decay: float = option(0.0, "weight decay of the prompts", at_least(0))
-    warmup_steps: int | None = option(None, "optimizer steps until the peak; default: a tenth of the run", at_least(0))
+    weight_decay: float = option(0.0, "weight decay of the prompts", options.at_least(0))
+    warmup_steps: int | None = option(
+        None, "optimizer steps until the peak; default: a tenth of the run", options.at_least(0)
+    )
+    # What this verb has no use for: config.yaml of an earlier run may name them.
+    half_weights: Literal["none"] = option("none", argparse.SUPPRESS)
+    muon_learning_rate: None = option(None, argparse.SUPPRESS)
 
 
 def prompt_tune(  # noqa: PLR0913, each is a group of options
-    model: ModelOptions,
-    data: DataOptions,
+    model: options.ModelOptions,
+    data: options.DataOptions,
     prompts: PromptOptions,
     optimizer: PromptOptimizerOptions,
-    step: StepOptions,
-    run: RunOptions,
-    trainer: TrainerOptions,
+    step: options.StepOptions,
+    run: options.RunOptions,
+    trainer: options.TrainerOptions,
 ) -> Path:
     """Tune visual prompts, a few thousand numbers in the image tower of a frozen CLIP."""
     resumed = begin(run, step.seed)
@@ -83,7 +77,10 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
             raise UserError(f"{source}: holds no prompts. Expected a checkpoint of `train-clip prompt-tune`.")
         config = config_from_dict(start["config"], source)
         prompts = _of_run(model, prompts, resumed)
-        if model.pretrained not in (None, OPENAI):  # the backbone is known by its content, wherever it lies by now
+        if model.pretrained not in (
+            None,
+            run_folder.OPENAI,
+        ):  # the backbone is known by its content, wherever it lies by now
             start["backbone"] = model.pretrained
     else:
         backbone = _backbone(model)
@@ -102,11 +99,11 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
     else:
         module = remake(PromptCLIPWrapper, start, source, **how)
     model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
-    options = flat(model, data, prompts, optimizer, step)
-    return train_job(Job("prompt-tune", module, pairs, options, VPT.epochs, BY_LOSS), run, trainer, resumed)
+    asked = flat(model, data, prompts, optimizer, step)
+    return train_job(Job("prompt-tune", module, pairs, asked, VPT.epochs, BY_LOSS), run, trainer, resumed)
 
 
-def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) -> PromptOptions:
+def _of_run(model: options.ModelOptions, prompts: PromptOptions, resumed: Any) -> PromptOptions:
     """Refuse another start than the run had; of a checkpoint that lies in no run, what it says of its prompts."""
     asked = flat(model)
     del asked["pretrained"]  # held against the run's by its content
@@ -121,16 +118,16 @@ def _of_run(model: ModelOptions, prompts: PromptOptions, resumed: Resumption) ->
     return dataclasses.replace(prompts, **own)
 
 
-def _backbone(model: ModelOptions) -> FoundCLIP:
+def _backbone(model: options.ModelOptions) -> Any:
     """The pretrained CLIP that prompts are put beside: where none is given, OpenAI's of that name."""
     if model.pretrained is None:
-        name = model.model_name or DEFAULT_MODEL
+        name = model.model_name or train.DEFAULT_MODEL
         plainly = "Prompts beside a random backbone learn nothing: it is the backbone that knows images and captions."
         if openai_name(name) is None:
             raise UserError(f"--model_name {name}: no weights were given. {plainly} Give some by --pretrained.")
         rank_zero_info(f"No --pretrained was given: the backbone is OpenAI's {name}. {plainly}")
-        model = dataclasses.replace(model, pretrained=OPENAI)
-    weights = pretrained_weights(model)
+        model = dataclasses.replace(model, pretrained=run_folder.OPENAI)
+    weights = train.pretrained_weights(model)
     assert weights is not None
     return weights.require_clip(
         "; prompts are put among a vision transformer's. Expected a CLIP such as ViT-B/32. `train-clip finetune "
@@ -142,7 +139,7 @@ def _prompts(prompts: PromptOptions, backbone: ModelConfig) -> PromptConfig:
     layers = prompts.prompt_layers
     return PromptConfig(
         prompts.prompts,
-        prompt_layers(prompts.prompt_kind, backbone.image.layers) if layers is None else tuple(layers),
+        prompt_layers(prompts.prompt_kind, backbone.image.layers) if layers is None else layers,
         DROPOUT[prompts.prompt_kind] if prompts.prompt_dropout is None else prompts.prompt_dropout,
         prompts.class_token,
     )

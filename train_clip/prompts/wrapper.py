@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from train_clip.checkpoints.found import Found, digest_of, fill, find_model, find_weights
+from train_clip.checkpoints import found
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
 from train_clip.options import StepOptions, TrainingOptions
-from train_clip.prompts.file import PromptConfig
+from train_clip.prompts.file import PromptConfig, read_backbone
 from train_clip.prompts.model import add_prompts
 from train_clip.training.module import ContrastiveModule
 
@@ -45,7 +45,7 @@ class PromptCLIPWrapper(ContrastiveModule):
 
     def __init__(
         self,
-        backbone: str | Path | Found,
+        backbone: str | Path | found.Found,
         prompts: PromptConfig | Mapping[str, Any],
         minibatch_size: int = StepOptions.minibatch_size,
         learning_rate: float = VPT.lr,
@@ -66,19 +66,15 @@ class PromptCLIPWrapper(ContrastiveModule):
                     f"{name} is {values[name]}; the backbone of prompts stays and runs as it is. Leave it out."
                 )
         if not isinstance(prompts, PromptConfig):
-            prompts = PromptConfig(**(dict(prompts) | {"layers": tuple(prompts["layers"])}))
-        if not isinstance(backbone, Found):
-            own = None if config is None else config_from_dict(dict(config), str(backbone))
-            backbone = find_weights(backbone) if own is None else find_model(backbone, own)
+            prompts = PromptConfig(**prompts)
+        if not isinstance(backbone, found.Found):
+            own = None if config is None else config_from_dict(config, str(backbone))
+            backbone = found.find_weights(backbone) if own is None else found.find_model(backbone, own)
         backbone = backbone.require_clip()
-        source, tensors = backbone.source, backbone.read_as_kept()
-        if digest not in (None, found := digest_of(tensors)):
-            raise UserError(
-                f"{source}: another backbone than the prompts were trained beside: SHA-256 of its weights {found}, "
-                f"expected {digest}. Give that one: backbone=…"
-            )
+        source = backbone.source
+        tensors, digest = read_backbone(backbone, digest)
         model = CLIP(backbone.config)
-        fill(model, backbone.resized(tensors), source)
+        found.fill(model, tensors, source)
         if given.objective.loss == "sigmoid" and model.logit_bias is None:
             raise UserError(
                 f"loss is 'sigmoid', and {source} has no logit_bias, being trained with the softmax loss. A "
@@ -92,7 +88,7 @@ class PromptCLIPWrapper(ContrastiveModule):
                 # Where it lies, whatever folder a later command is run in.
                 "backbone": str(Path(source).resolve()) if Path(source).exists() else source,
                 "prompts": dataclasses.asdict(prompts) | {"layers": list(prompts.layers)},
-                "digest": found,
+                "digest": digest,
                 "config": model.config.to_dict(),
             }
             | self.options.flat()
