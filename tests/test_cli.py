@@ -92,6 +92,16 @@ def test_the_options_of_prompt_tune_are_the_documented_ones():
     assert own == set(re.findall(r"^\| `--(\w+)`", table, re.MULTILINE))
 
 
+@pytest.mark.parametrize("option", ["--half_weights", "--muon_learning_rate"])
+def test_prompt_tune_takes_the_options_that_act(option, capsys):
+    """A backbone that stays and an optimizer that it does not have: no options, and not in its help."""
+    with pytest.raises(SystemExit):
+        cli.parse("prompt-tune", ["--help"])
+    assert option not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.parse("prompt-tune", [option, "none"])
+
+
 @pytest.mark.parametrize("words", [["--lock_image"], ["--lock_image", "--lock_text", "false"], ["--lock_image=true"]])
 def test_a_bare_flag_is_true(words):
     """A yes or no whose default is no needs no value, wherever it stands; others do."""

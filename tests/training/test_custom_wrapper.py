@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import train_clip
 from tests.conftest import write_pairs
 from tests.training.tiny_encoders import (
     CONTEXT,
@@ -43,6 +44,7 @@ from tests.training.tiny_encoders import (
     vit,
 )
 from train_clip.checkpoints.own import read_checkpoint
+from train_clip.encoders.tokenizer import PretrainedTokenizer
 from train_clip.encoders.wrapper import CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval
@@ -523,6 +525,31 @@ def test_modules_of_ones_own_are_given_again(tmp_path):
     nn.init.normal_(fresh.fc.weight)
     loaded = CustomCLIPWrapper.load_from_checkpoint(tmp_path / "a.ckpt", image_encoder=fresh)
     assert torch.equal(loaded.embed_images(pixels(5)), module.embed_images(pixels(5)))
+    assert torch.equal(loaded.embed_texts(["w1 w2"]), module.embed_texts(["w1 w2"]))
+
+
+class WithBatch:
+    """A tokenizer that has ``batch`` and nothing else."""
+
+    def __init__(self) -> None:
+        self.batch = PretrainedTokenizer(tokenizer(), CONTEXT).batch
+
+
+@pytest.mark.parametrize("place", ["module", "data module"])
+def test_a_tokenizer_of_ones_own_is_given_again(place, tmp_path, caplog):
+    """It trains, in either place; a line says that the checkpoint does not hold it; loading with it: equal."""
+    caplog.set_level("INFO")
+    given = {"tokenizer": WithBatch()} if place == "module" else {}
+    module = CustomCLIPWrapper(vit(), bert(), avg_word_embs=True, image_size=SIDE, **given)
+    folder = numbered_pairs(tmp_path / "pairs", 8)
+    data = TextImageDataModule(folder, 4, image_size=SIDE, custom_tokenizer=WithBatch(), val_share=0.0)
+    trainer = bare_trainer(max_steps=1)
+    trainer.fit(module, data)
+    assert "does not say how to make the tokenizer that you gave" in caplog.text
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    with pytest.raises(UserError, match=r"The tokenizer is missing: .*tokenizer=…"):
+        train_clip.load(tmp_path / "a.ckpt")
+    loaded = CustomCLIPWrapper.load_from_checkpoint(tmp_path / "a.ckpt", tokenizer=WithBatch())
     assert torch.equal(loaded.embed_texts(["w1 w2"]), module.embed_texts(["w1 w2"]))
 
 

@@ -5,8 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from train_clip.data.scan import scan_source
-from train_clip.data.table import scan_table
+from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
 from train_clip.errors import UserError
@@ -27,17 +26,17 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     """
     if options.json is not None:
         require_place(options.json)
-    scan = scan_source(folder, options)
-    sources, val_pairs = [scan.source], None
+    found = scan.scan_source(folder, options)
+    sources, val_pairs = [found.source], None
     if options.val_pairs is not None:
-        held_out = scan_table(options.val_pairs, options)
+        held_out = table.scan_table(options.val_pairs, options)
         joined = ("num_entries", "lone_images", "lone_captions", "faults")
-        both = {name: getattr(scan, name) + getattr(held_out, name) for name in joined}
-        scan = dataclasses.replace(scan, pairs=scan.pairs.followed_by(held_out.pairs), **both)
+        both = {name: getattr(found, name) + getattr(held_out, name) for name in joined}
+        found = dataclasses.replace(found, pairs=found.pairs.followed_by(held_out.pairs), **both)
         val_pairs = len(held_out.pairs)
         sources.append(held_out.source)
-    facts = look_at(scan.pairs, sources, options.num_workers, options.cache)
-    report = build_report(scan, facts, options, val_pairs)
+    facts = look_at(found.pairs, sources, options.num_workers, options.cache)
+    report = build_report(found, facts, options, val_pairs)
     print("\n".join(lines(report, options)))
     if options.json is not None:
         write_text(options.json, json.dumps(report, indent=2) + "\n")

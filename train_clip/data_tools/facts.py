@@ -3,19 +3,17 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
+import PIL
 
 from train_clip.commands.progress import in_workers
-from train_clip.data.crops import read_picture
+from train_clip.data import crops, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
-from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import BadSample
 from train_clip.files import replacing
 
@@ -40,7 +38,7 @@ class PairFacts(NamedTuple):
     content: str
     look: int
     note: tuple[str, ...]  # what is bad of its captions and of its image, empty for nothing, and what is mended
-    captions: Sequence[tuple[int, int, int]]  # digests of words and of tokens, and how many tokens, uncut
+    captions: list[tuple[int, int, int]]  # digests of words and of tokens, and how many tokens, uncut
 
 
 class Facts:
@@ -95,7 +93,7 @@ def _about() -> str:
     return f"{FORMAT} {PIL.__version__} {perceptual_hash() is not None}"
 
 
-def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, cache: bool) -> Facts:
+def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache: bool) -> Facts:
     """Look at all pairs but those whose files have not changed since; what is found is kept by the sources' names.
 
     Two processes at once repeat each other's work, no more.
@@ -112,13 +110,13 @@ def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, c
         except Exception:
             # Whatever a damaged file makes NumPy raise: it is written anew.
             facts = Facts(len(pairs))
-    places = np.flatnonzero(facts.pairs["key"] == 0)
+    places = np.flatnonzero(facts.pairs["key"] == 0).tolist()
     if len(places) < len(pairs):
         print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last look.")
     due = KEPT_EVERY
     try:
-        found = in_workers(partial(audit, pairs), places.tolist(), num_workers, "pairs")
-        for number, (place, one) in enumerate(zip(places.tolist(), found, strict=True), 1):
+        found = in_workers(partial(audit, pairs), places, num_workers, "pairs")
+        for number, (place, one) in enumerate(zip(places, found, strict=True), 1):
             facts.add(place, keys[place], one)
             if number >= due:
                 due = number + max(KEPT_EVERY, number // 8)
@@ -128,7 +126,7 @@ def look_at(pairs: PairList, sources: Sequence[Path], num_workers: int | None, c
     return facts
 
 
-def _cache_file(sources: Sequence[Path]) -> Path | None:
+def _cache_file(sources: list[Path]) -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -159,13 +157,13 @@ def audit(pairs: PairList, place: int) -> PairFacts:
     mended: tuple[str, ...] = ()
     try:
         texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
-        tokens = Tokenizer().encode(texts)
+        tokens = tokenizer.Tokenizer().encode(texts)
         digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
         captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
     except BadSample as error:
         bad = error.reason
     try:
-        picture, image_mended = read_picture(pair.pixels)
+        picture, image_mended = crops.read_picture(pair.pixels)
         with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         sides, mended, look = picture.size, mended + image_mended, phash(picture) if phash else 0
@@ -183,12 +181,12 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
-def perceptual_hash() -> Callable[[PIL.Image.Image], int] | None:
+def perceptual_hash() -> Any:
     """ImageHash's pHash as a signed 64-bit number; None where the library is not installed."""
     return None if find_spec("imagehash") is None else _phash
 
 
-def _phash(picture: PIL.Image.Image) -> int:
+def _phash(picture: Any) -> int:
     import imagehash
 
     return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from train_clip.commands.progress import in_workers
 from train_clip.data import arrays, crops
@@ -64,47 +63,41 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
     cache = partial(cache_image, folder, options.image_size)
     found = Counter(written=0, there=0, bad=0, image_bytes=0, cache_bytes=0)
     bad: dict[str, list[str]] = defaultdict(list)
-    for one in in_workers(cache, images, options.num_workers, "images"):
-        found.update({one.kind: 1, "image_bytes": one.image_bytes, "cache_bytes": one.cache_bytes})
-        if one.bad is not None:
-            bad[one.bad.reason].append(shown(one.bad.path))
+    for counts, fault in in_workers(cache, images, options.num_workers, "images"):
+        found.update(counts)
+        if fault is not None:
+            bad[fault.reason].append(shown(fault.path))
     print("\n".join(_lines(folder, found, bad, options)))
     if found["bad"] == len(images):
         raise UserError(f"{folder}: none of the {len(images):,} images can be read.")
     return dict(found)
 
 
-class Cached(NamedTuple):
-    """What became of an image."""
+def cache_image(folder: Path, size: int, name: str) -> tuple[dict[str, int], BadSample | None]:
+    """Write the array of an image below a folder, unless it is there, newer than its image and of the right size.
 
-    kind: str  # written, there or bad
-    image_bytes: int = 0
-    cache_bytes: int = 0
-    bad: BadSample | None = None  # why there is no array
-
-
-def cache_image(folder: Path, size: int, name: str) -> Cached:
-    """Write the array of an image below a folder, unless it is there, newer than its image and of the right size."""
+    Returns:
+        What became of it and its bytes, to be counted; and why there is no array.
+    """
     image, array = folder / name, folder / cache_name(name)
     try:
         with reading(str(image), "image"):
             found = image.stat()
-        if array.exists() and _side(image, array) == size and array.stat().st_mtime_ns > found.st_mtime_ns:
-            return Cached("there", found.st_size, array.stat().st_size)
-        pixels = crops.to_tensor(crops.resize_shorter(open_rgb(str(image)), size)).numpy()
+        is_there = array.exists() and _side(image, array) == size and array.stat().st_mtime_ns > found.st_mtime_ns
+        if not is_there:
+            arrays.write_array(array, crops.to_tensor(crops.resize_shorter(open_rgb(str(image)), size)).numpy())
     except BadSample as bad:
         # An earlier array of the image would hide from training that it can no longer be read.
         array.unlink(missing_ok=True)
-        return Cached("bad", bad=bad)
-    try:
-        arrays.write_array(array, pixels)
+        return {"bad": 1}, bad
     except OSError as error:
         # Out of a worker it would come without its number, by which the command line knows it.
         raise UserError(
             f"{array}: cannot be written ({error.strerror}). Expected room and permission for arrays below npz/. Those "
             "that are written stay, and the same command goes on."
         ) from None
-    return Cached("written", found.st_size, array.stat().st_size)
+    kind = "there" if is_there else "written"
+    return {kind: 1, "image_bytes": found.st_size, "cache_bytes": array.stat().st_size}, None
 
 
 def _side(image: Path, array: Path) -> int:

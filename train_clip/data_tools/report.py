@@ -201,13 +201,11 @@ def near_pairs(hashes: np.ndarray, most: int = NEAR_BITS) -> Iterator[tuple[np.n
             one, other = order[first], order[first + step]
             shared = pieces[one] == pieces[other]
             first, one, other = first[shared], one[shared], other[shared]
-            differing = (hashes[one] ^ hashes[other]).view(np.uint16)
-            near = _BITS[differing].reshape(-1, 4).sum(1) <= most
+            differing = hashes[one] ^ hashes[other]
+            for _ in range(most):
+                differing &= differing - np.uint64(1)  # the lowest bit that is set is cleared
+            near = differing == 0
             yield one[near], other[near]
-
-
-# Bits that are set in each 16-bit number.
-_BITS = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)
 
 
 def _problems(report: Report, max_bad: float, val_pairs: int | None) -> Iterator[str]:

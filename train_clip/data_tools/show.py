@@ -52,12 +52,12 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
         folder: images and captions that share a stem; --pairs gives a table in its place
         options: what is shown
     """
-    scan = scan_source(folder, options).require_pairs()
-    number = min(options.number, len(scan.pairs))
-    chosen = sorted(np.random.default_rng(options.seed).permutation(len(scan.pairs))[:number].tolist())
+    found = scan_source(folder, options).require_pairs()
+    number = min(options.number, len(found.pairs))
+    chosen = sorted(np.random.default_rng(options.seed).permutation(len(found.pairs))[:number].tolist())
     tokenizer = Tokenizer(options.context_length)
-    title = f"{number} of {len(scan.pairs):,} pairs of {shown(str(scan.source))}"
-    sections = "\n".join(_section(scan.pairs, place, options, tokenizer) for place in chosen)
+    title = f"{number} of {len(found.pairs):,} pairs of {shown(str(found.source))}"
+    sections = "\n".join(_section(found.pairs, place, options, tokenizer) for place in chosen)
     write_text(
         options.output,
         f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'

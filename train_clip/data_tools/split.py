@@ -6,20 +6,19 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from train_clip.commands.progress import with_progress
-from train_clip.data import samples, scan
+from train_clip.commands.progress import in_workers
 from train_clip.data.pairs import PairList, shown
+from train_clip.data.scan import scan_source
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
 from train_clip.files import replacing
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, option
 
 NAMED = 5  # files on the screen
-AT_ONCE = 1024  # images
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     if there := [str(table) for table in tables.values() if table.exists()]:
         raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
-    pairs, digests = _readable(scan.scan_source(folder, options).require_pairs().pairs)
+    pairs, digests = _readable(scan_source(folder, options).require_pairs().pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     parts = divide(digests, classes, options)
     for part, table in tables.items():
@@ -73,38 +72,36 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
 
 def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
     """The pairs whose image file and captions can be read, and a digest of each image; the others are named."""
-    digests: list[bytes] = []
-    with ThreadPoolExecutor(samples.available_cores()) as pool:
-        # Reading and hashing let other threads run.
-        for start in with_progress(range(0, len(pairs), AT_ONCE), f"times {AT_ONCE:,} images"):
-            images = (pairs[place].image for place in range(start, min(start + AT_ONCE, len(pairs))))
-            digests += pool.map(_digest, images)
-    kept, bad = [], []
-    for place, pair in enumerate(pairs):
+    for pair in pairs:
         try:
             pair.image.encode()
-            if not digests[place]:
-                raise BadSample(pair.image, "cannot be read")
-            pair.captions()
-            kept.append(place)
         except UnicodeEncodeError:
             named = shown(pair.image)
             raise UserError(f"{named}: its name is not UTF-8, so no table can hold it. Rename it.") from None
-        except BadSample as error:
-            bad.append(f"Left out: {error}")
+    kept, digests, bad = [], [], []
+    for place, (digest, fault) in enumerate(in_workers(partial(_look, pairs), range(len(pairs)), None, "pairs")):
+        if fault:
+            bad.append(f"Left out: {fault}")
+        else:
+            kept.append(place)
+            digests.append(digest)
     for line in bad[:NAMED]:
         print(line)
     if len(bad) > NAMED:
         print(f"… and {len(bad) - NAMED:,} more.")
-    return pairs.take(kept), [digests[place] for place in kept]
+    return pairs.take(kept), digests
 
 
-def _digest(path: str) -> bytes:
+def _look(pairs: PairList, place: int) -> tuple[bytes, str]:
+    """A digest of a pair's image, and what of the pair cannot be read."""
+    pair = pairs[place]
     try:
-        with open(path, "rb") as file:  # noqa: PTH123, a third of the time
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        return b""
+        with open(pair.image, "rb") as file:  # noqa: PTH123, a third of the time
+            digest = hashlib.file_digest(file, "sha256").digest()
+        pair.captions()
+        return digest, ""
+    except (BadSample, OSError) as error:
+        return b"", str(error) if isinstance(error, BadSample) else f"{pair.image}: cannot be read"
 
 
 def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOptions) -> dict[str, list[int]]:

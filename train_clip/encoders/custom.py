@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from train_clip.encoders.encoder import ImageEncoder, TextEncoder, image_features, text_features
-from train_clip.encoders.libraries import TextTower
+from train_clip.encoders import encoder, libraries
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import evaluating
 from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids, up_to_end
@@ -29,7 +28,9 @@ class CustomCLIP(DualEncoder):
 
     least_log_scale = 0.0
 
-    def __init__(self, image: ImageEncoder, text: TextEncoder, average: bool, project: bool, loss: str) -> None:
+    def __init__(
+        self, image: encoder.ImageEncoder, text: encoder.TextEncoder, average: bool, project: bool, loss: str
+    ) -> None:
         if image.width != text.width and not project:
             raise UserError(
                 f"The image encoder gives {image.width:,} numbers, the text encoder {text.width:,}; expected as many. "
@@ -53,20 +54,20 @@ class CustomCLIP(DualEncoder):
 
     @override
     def encode_image(self, images: Tensor) -> Tensor:
-        return self.image_projection(image_features(self.visual(self.pixel_norm(images))))
+        return self.image_projection(encoder.image_features(self.visual(self.pixel_norm(images))))
 
     @override
     def encode_text(self, texts: Texts) -> Tensor:
         # What the tokenizer gives, input_ids and attention_mask among it; or the ids alone, which are then all read.
         if isinstance(texts, Tensor):
-            return text_features(self.transformer(texts), None, self.average)
+            return encoder.text_features(self.transformer(texts), None, self.average)
         # Some tokenizers give more than their encoder takes, such as token_type_ids.
         taken = {name: tensor for name, tensor in texts.items() if self._takes is None or name in self._takes}
-        return text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
+        return encoder.text_features(self.transformer(**taken), texts.get("attention_mask"), self.average)
 
     @override
     def caption_mask(self, texts: Texts) -> Tensor:
-        if isinstance(texts, Tensor) and isinstance(self.transformer, TextTower):
+        if isinstance(texts, Tensor) and isinstance(self.transformer, libraries.TextTower):
             return up_to_end(texts)
         mask = None if isinstance(texts, Tensor) else texts.get("attention_mask")
         return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()

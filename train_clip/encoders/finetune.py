@@ -13,7 +13,6 @@ from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat, option
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.module import ContrastiveModule
 
 # What differs for a trained CLIP: rate and epochs are those of github.com/mlfoundations/wise-ft (README), for ViT-B/32
 # and batches of 512; the rest is that of training it from scratch.
@@ -57,7 +56,7 @@ def finetune(
     known = ENCODERS if resumed is None else _known(start, resumed)
     if start.pretrained is None:
         start = dataclasses.replace(start, **{name: known[name] for name in known if getattr(start, name) is None})
-    module: ContrastiveModule
+    module: Any
     if resumed is not None:
         kind = CustomCLIPWrapper if "text_encoder" in resumed.arguments else CLIPWrapper
         module = remake(kind, resumed.arguments, str(resumed.checkpoint), **how)
@@ -71,7 +70,7 @@ def finetune(
     return train_job(job, run, trainer, resumed)
 
 
-def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveModule, str]:
+def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[Any, str]:
     """The whole model that the options name, and where it was found; an optimizer's state is left behind."""
     for name in ENCODERS:
         if getattr(start, name) is not None:
@@ -81,7 +80,7 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveM
             )
     weights = pretrained_weights(start)
     assert weights is not None
-    module: ContrastiveModule
+    module: Any
     if isinstance(weights, sources.FoundEncoders):
         module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
     else:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from train_clip.checkpoints.read import read_json
-from train_clip.checkpoints.sources import HF_PIXELS, HF_PROCESSOR, find_file
+from train_clip.checkpoints import read, sources
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, image_trial, measured, rebuilt, text_trial
 from train_clip.encoders.libraries import find_library
 from train_clip.errors import UserError, first_line
@@ -152,10 +151,10 @@ def _pixels(name: str, config: Any) -> Pixels:
 
 def _preprocessor(name: str) -> dict[str, Any]:
     # Newer processors write the first, with the image processor under "image_processor"; most models have the second.
-    for file in (HF_PROCESSOR, HF_PIXELS):
-        if (path := find_file(name, file)) is not None:
-            values = read_json(path)
-            values = values if file == HF_PIXELS else values.get("image_processor", ())
+    for file in (sources.HF_PROCESSOR, sources.HF_PIXELS):
+        if (path := sources.find_file(name, file)) is not None:
+            values = read.read_json(path)
+            values = values if file == sources.HF_PIXELS else values.get("image_processor", ())
             if isinstance(values, dict):
                 return values
     return {}
@@ -259,14 +258,14 @@ def is_of_library(thing: Any, kind: str) -> bool:
     return library is not None and isinstance(thing, getattr(library, kind))
 
 
-def from_cache_first(read: Callable[..., Any], name: str, **arguments: Any) -> Any:
+def from_cache_first(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
     """Read what is on this machine; ask the hub only for what is not: without a network it is asked for 20 s a file."""
     try:
-        return read(name, local_files_only=True, trust_remote_code=False, **arguments)
+        return load(name, local_files_only=True, trust_remote_code=False, **arguments)
     except OSError:
         if Path(name).is_dir():
             raise
-        return read(name, trust_remote_code=False, **arguments)
+        return load(name, trust_remote_code=False, **arguments)
 
 
 @contextlib.contextmanager

@@ -7,11 +7,9 @@ import contextlib
 import difflib
 import importlib
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, hub, nn
 
 from train_clip.checkpoints.found import fill, find_weights
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, measured, rebuilt
@@ -19,9 +17,6 @@ from train_clip.encoders.sources import OWN
 from train_clip.errors import UserError, first_line
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-
-IMAGE_TOWER = "visual."
-OF_BOTH = ("logit_scale", "logit_bias")
 
 
 class TextTower(nn.Module):
@@ -41,41 +36,45 @@ class TextTower(nn.Module):
 
 def load_image(name: str) -> ImageEncoder:
     """Load the image tower, projection included, of a CLIP in whatever ``train_clip.load`` takes."""
-    description, weights = _read(name)
-    encoder = build_image(description)
-    own = {key.removeprefix(IMAGE_TOWER): value for key, value in weights.items() if key.startswith(IMAGE_TOWER)}
-    fill(encoder.module, own, f"{OWN}:{name}")
-    return encoder
+    return _image_tower(*_filled(name))
 
 
 def load_text(name: str) -> TextEncoder:
     """Load the text tower, projection included, of a CLIP in whatever ``train_clip.load`` takes."""
-    description, weights = _read(name)
-    encoder = build_text(description)
-    own = {f"clip.{key}": value for key, value in weights.items() if not key.startswith((IMAGE_TOWER, *OF_BOTH))}
-    fill(encoder.module, own, f"{OWN}:{name}")
-    return encoder
+    return _text_tower(*_filled(name))
 
 
 def build_image(description: dict[str, Any]) -> ImageEncoder:
     """Build an image tower with random weights."""
-    clip = CLIP(config_from_dict(description["config"], description["name"]))
-    return ImageEncoder(clip.visual, clip.embed_dim, clip.image_size, clip.config.mean, clip.config.std, description)
+    return _image_tower(_random(description), description)
 
 
 def build_text(description: dict[str, Any]) -> TextEncoder:
     """Build a text tower with random weights."""
-    clip = CLIP(config_from_dict(description["config"], description["name"]))
+    return _text_tower(_random(description), description)
+
+
+def _image_tower(clip: CLIP, description: dict[str, Any]) -> ImageEncoder:
+    return ImageEncoder(clip.visual, clip.embed_dim, clip.image_size, clip.config.mean, clip.config.std, description)
+
+
+def _text_tower(clip: CLIP, description: dict[str, Any]) -> TextEncoder:
     return TextEncoder(TextTower(clip), clip.embed_dim, clip.context_length, clip.vocab_size, description)
 
 
-def _read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _filled(name: str) -> tuple[CLIP, dict[str, Any]]:
     found = find_weights(name).require_clip(
         " and no CLIP. Expected a checkpoint of `train-clip train`, or another CLIP; encoders of other libraries come "
         "from there (hf:NAME)."
     )
-    config = found.config
-    return {"source": OWN, "name": name, "label": config.name, "config": config.to_dict()}, found.read()
+    description = {"source": OWN, "name": name, "label": found.config.name, "config": found.config.to_dict()}
+    clip = _random(description)
+    fill(clip, found.read(), f"{OWN}:{name}")
+    return clip, description
+
+
+def _random(description: dict[str, Any]) -> CLIP:
+    return CLIP(config_from_dict(description["config"], description["name"]))
 
 
 # Where torchvision's classifiers end; the last nn.Linear below is the one that names the classes.
@@ -135,7 +134,7 @@ def load_torchvision(name: str) -> ImageEncoder:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"torchvision:{name}: its weights are damaged, or not in this machine's cache and not reachable "
-            f"({first_line(error)}). Copy {weights.url} into {torch.hub.get_dir()}/checkpoints."
+            f"({first_line(error)}). Copy {weights.url} into {hub.get_dir()}/checkpoints."
         ) from error
     trained_on = weights.transforms()
     pixels = Pixels.of(trained_on.crop_size[0], trained_on.mean, trained_on.std)
@@ -185,12 +184,12 @@ def find_library(module: str, install: str = "") -> Any:
         ) from None
 
 
-def _similar(name: str, known: Iterable[str]) -> str:
+def _similar(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     return f"Similar: {', '.join(close)}." if close else ""
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Keep what JSON can hold, and give it as JSON gives it back."""
     kept = {}
     for key, value in values.items():

@@ -11,16 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders import huggingface, sources
+from train_clip.encoders import huggingface, libraries, sources
 from train_clip.encoders.custom import CustomCLIP, freeze_unreached
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
-from train_clip.encoders.libraries import TextTower
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import OptimizerConfig
 from train_clip.options import StepOptions, TowerOptions, TrainingOptions
-from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.module import ContrastiveModule
+from train_clip.training import data_module, module
 
 # OTTER, section 4.1; betas and eps are PyTorch's, for other optimizers than its SGD.
 OTTER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0, epochs=10)
@@ -31,7 +29,7 @@ TRIAL_CAPTIONS = (
 )
 
 
-class CustomCLIPWrapper(ContrastiveModule):
+class CustomCLIPWrapper(module.ContrastiveModule):
     """Two pretrained encoders that train under any ``Trainer``, and embed images and captions afterwards.
 
     ``CustomCLIPWrapper.load_from_checkpoint(path)`` needs no further arguments where both encoders and the tokenizer
@@ -55,7 +53,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         *("image_encoder", "text_encoder", "avg_word_embs", "project", "tokenizer"),
         *("image_size", "pixel_mean", "pixel_std"),
     )
-    free_to_change: ClassVar[tuple[str, ...]] = (*ContrastiveModule.free_to_change, "tokenizer")
+    free_to_change: ClassVar[tuple[str, ...]] = (*module.ContrastiveModule.free_to_change, "tokenizer")
 
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
@@ -99,7 +97,7 @@ class CustomCLIPWrapper(ContrastiveModule):
     @override
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TextImageDataModule):
+        if isinstance(data, data_module.TextImageDataModule):
             self._require_tokenizer(data.tokenizer)
             self.tokenizer = self.tokenizer or data.tokenizer
         super().setup(stage)
@@ -134,7 +132,7 @@ class CustomCLIPWrapper(ContrastiveModule):
         return not torch.allclose(alone, padded, atol=ALIKE)
 
     def _require_tokenizer(self, tokenizer: Any) -> None:
-        of_clip = isinstance(self.model.transformer, TextTower)
+        of_clip = isinstance(self.model.transformer, libraries.TextTower)
         if isinstance(tokenizer, Tokenizer) != of_clip:
             found, expected = ("CLIP's", "the text encoder's own") if not of_clip else ("another", "CLIP's")
             raise UserError(

@@ -1,9 +1,8 @@
 """Tune visual prompts beside a pretrained CLIP."""
 
-import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -16,14 +15,13 @@ from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.options import flat, option
 from train_clip.prompts.file import PromptConfig, prompt_layers
 from train_clip.prompts.wrapper import VPT, PromptCLIPWrapper
-from train_clip.training.checkpoints import Best
-from train_clip.training.data_module import TextImageDataModule
+from train_clip.training import checkpoints, data_module
 
 # Rate for a batch of so many pairs, out of the grid of VPT (appendix A, table 6): what benchmarks/prompts.py picked.
 BASE_RATE, RATE_OF = 25.0, 256
 ADAMW_RATE = 1e-3  # PyTorch's default
 DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
-BY_LOSS = Best("val/loss", lowest=True)
+BY_LOSS = checkpoints.Best("val/loss", lowest=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +53,9 @@ class PromptOptimizerOptions(options.OptimizerOptions):
     warmup_steps: int | None = option(
         None, "optimizer steps until the peak; default: a tenth of the run", options.at_least(0)
     )
-    # What this verb has no use for: config.yaml of an earlier run may name them.
-    half_weights: Literal["none"] = option("none", argparse.SUPPRESS)
-    muon_learning_rate: None = option(None, argparse.SUPPRESS)
+    # No options here: the backbone runs as it is, and its prompts are no matrices for Muon.
+    half_weights: ClassVar[str] = "none"  # type: ignore[misc]
+    muon_learning_rate: ClassVar[None] = None  # type: ignore[misc]
 
 
 def prompt_tune(  # noqa: PLR0913, each is a group of options
@@ -85,7 +83,7 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
     else:
         backbone = _backbone(model)
         config, start = backbone.config, {"backbone": backbone, "prompts": _prompts(prompts, backbone.config)}
-    pairs = TextImageDataModule(
+    pairs = data_module.TextImageDataModule(
         image_size=config.image.size, context_length=config.text.context, seed=step.seed, **flat(data)
     )
     pairs.setup()
