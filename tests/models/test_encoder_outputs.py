@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from train_clip.encoders.encoder import evaluating, image_features, text_features
+from train_clip.encoders.encoder import image_features, text_features
 from train_clip.errors import UserError
+from train_clip.evaluation.embed import evaluating
 
 
 def test_image_tensor():

@@ -104,11 +104,10 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
     # Lists for training and validation can name one image twice: each is a pair of its own.
     keys[np.unique(keys, return_index=True)[1]] ^= 1
     file = _cache_file(sources) if cache else None
-    if file is not None and file.exists():
+    if file is not None:
         try:
             facts.recall(file, keys)
-        except Exception:
-            # Whatever a damaged file makes NumPy raise: it is written anew.
+        except Exception:  # there is none yet; or whatever a damaged one makes NumPy raise: it is written anew
             facts = Facts(len(pairs))
     places = np.flatnonzero(facts.pairs["key"] == 0).tolist()
     if len(places) < len(pairs):

@@ -44,12 +44,12 @@ def load_text_encoder(source: str) -> "TextEncoder":
 
 
 def _load(source: str, kind: str) -> Any:
-    prefix, colon, name = source.partition(":")  # a name may hold further colons
-    if not (colon and name and prefix in SOURCES):
+    prefix, _, name = source.partition(":")  # a name may hold further colons
+    if not name or prefix not in SOURCES:
         if source and Path(source).exists():
             library = "hf" if Path(source).is_dir() else OWN
             raise UserError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
-        what = f"unknown prefix {prefix!r}" if colon and prefix not in SOURCES else "no library and name"
+        what = f"unknown prefix {prefix!r}" if name else "no library and name"
         raise UserError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
     functions, examples = SOURCES[prefix]
     if kind not in examples:

@@ -3,13 +3,11 @@
 B  captions      L  tokens of the longest caption of the batch, at most the context
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 import torch
-from torch import Tensor, nn
 
 from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, is_of_library, reading
 
@@ -35,11 +33,11 @@ class PretrainedTokenizer:
         if self.context_length <= special:
             raise ValueError(f"context_length: found {self.context_length}, expected at least {special + 1}.")
 
-    def __call__(self, texts: str | list[str]) -> dict[str, Tensor]:
+    def __call__(self, texts: str | list[str]) -> dict[str, torch.Tensor]:
         """Tokens of one caption or several, as ``batch`` gives them."""
         return self.batch([texts] if isinstance(texts, str) else texts)[0]
 
-    def batch(self, texts: list[str]) -> tuple[dict[str, Tensor], int]:
+    def batch(self, texts: list[str]) -> tuple[dict[str, torch.Tensor], int]:
         """Tokenize, cut what is longer than the context but for its special tokens, and pad on the right.
 
         A caption in which the tokenizer finds nothing becomes one token of padding that is not masked: attention over
@@ -62,9 +60,9 @@ class PretrainedTokenizer:
         for name, columns in rows.items():
             for place, column in zip(long, cut.get(name, ()), strict=True):
                 columns[place] = column
-            filled = [column or [1 if name == "attention_mask" else padding[name]] for column in columns]
-            each = [torch.tensor(column, dtype=torch.int64) for column in filled]
-            tensors[name] = nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=padding[name])
+            blank = [1 if name == "attention_mask" else padding[name]]
+            each = [torch.tensor(column or blank, dtype=torch.int64) for column in columns]
+            tensors[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=padding[name])
         return tensors, len(long)
 
     def describe(self) -> dict[str, Any] | None:
@@ -78,7 +76,7 @@ class PretrainedTokenizer:
         described = {"source": "hf", "name": str(tokenizer.name_or_path), "context": self.context_length}
         if not tokenizer.is_fast:
             return described
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()  # of the last call
         backend.no_padding()
         return {

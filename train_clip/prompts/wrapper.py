@@ -59,12 +59,9 @@ class PromptCLIPWrapper(ContrastiveModule):
         if given.towers.distils:
             raise UserError(f"distillation is {given.towers.distillation!r}; prompts are tuned without a teacher.")
         values = given.flat()
-        usual_values = {"half_weights": "none", "mask_ratio": 0, "stochastic_depth": 0, "layer_decay": 1}
-        for name, usual in usual_values.items():
-            if values[name] != usual:
-                raise UserError(
-                    f"{name} is {values[name]}; the backbone of prompts stays and runs as it is. Leave it out."
-                )
+        for name, usual in (("half_weights", "none"), ("mask_ratio", 0), ("stochastic_depth", 0), ("layer_decay", 1)):
+            if (value := values[name]) != usual:
+                raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**prompts)
         if not isinstance(backbone, found.Found):
