@@ -203,7 +203,7 @@ def deep_model(path: Path) -> None:
     """A folder of Hugging Face's, whose configuration asks for ten million layers."""
     model = tiny_clip()
     path.mkdir()
-    write_huggingface(model, path)
+    write_huggingface(model.config, model.state_dict(), path)
     config = json.loads((path / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 10_000_000
     (path / "config.json").write_text(json.dumps(config))

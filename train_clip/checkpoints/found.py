@@ -1,12 +1,14 @@
-"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself."""
+"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself.
 
-import dataclasses
+L  positions      W  width      G  places of the grid along a side
+"""
+
 import hashlib
 import math
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -15,7 +17,7 @@ from typing_extensions import override
 from train_clip.checkpoints.read import Contents, TensorRecord, read_tensors
 from train_clip.checkpoints.sources import find_contents
 from train_clip.errors import UserError
-from train_clip.models.config import ModelConfig, ViTConfig, read_config
+from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
@@ -44,6 +46,8 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's,
 TENSORS_OF_LAYER = 12  # of a transformer's block; a ResNet's has more
 NAMED = 3  # tensors in a message
 NO_CHOICE = WeightOptions()
+OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
+OF_TEXT = "positional_embedding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ class FoundCLIP(Found):
     """A CLIP in a file."""
 
     config: ModelConfig
-    unsaid: tuple[str, ...] = ()  # what of the configuration the file does not say: "activation", "heads"
+    unsaid: frozenset[str] = frozenset()  # what of the configuration the file does not say: "activation", "heads"
     choices: WeightOptions = NO_CHOICE
 
     @override
@@ -114,27 +118,21 @@ class FoundCLIP(Found):
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if backbone is not None:
             self.refuse(f"{self.format}, a whole model. Leave the backbone out")
-        self._require_layers()
         config = self._activated(self._named(choices), choices)
-        return dataclasses.replace(self, config=self._sized(config, choices), choices=choices)
+        return replace(self, config=self._sized(config, choices), choices=choices)
 
     def matched(self, model: ModelConfig) -> Self:
         """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
-        self._require_layers()
-        size = None if self.config.image.size == model.image.size else model.image.size
-        context = None if self.config.text.context == model.text.context else model.text.context
-        choices = WeightOptions(image_size=size, context_length=context)
+        choices = WeightOptions(image_size=model.image.size, context_length=model.text.context)
         said = self._sized(self.config, choices)
-        if "heads" in self.unsaid and isinstance(said.image, ViTConfig) and isinstance(model.image, ViTConfig):
-            image = dataclasses.replace(said.image, heads=model.image.heads)
-            said = dataclasses.replace(said, image=image, text=dataclasses.replace(said.text, heads=model.text.heads))
+        if "heads" in self.unsaid:  # what else of the towers is not the model's, no tensor of theirs fits
+            said = replace(said, image=model.image, text=model.text)
         if "activation" in self.unsaid:
-            said = dataclasses.replace(said, activation=model.activation, mean=model.mean, std=model.std)
+            said = replace(said, activation=model.activation, mean=model.mean, std=model.std)
         for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
             if (found := getattr(said, name)) != (expected := getattr(model, name)):
                 self.refuse(f"another model: its {name} is {found}, expected {expected}")
-        config = dataclasses.replace(model, logit_bias=self.config.logit_bias)
-        return dataclasses.replace(self, config=config, choices=choices)
+        return replace(self, config=replace(model, logit_bias=self.config.logit_bias), choices=choices)
 
     @override
     def read(self) -> dict[str, "Tensor"]:
@@ -142,8 +140,6 @@ class FoundCLIP(Found):
 
     def resized(self, tensors: Tensors) -> dict[str, "Tensor"]:
         """Interpolate positions of tensors as they are kept, where that was asked for."""
-        from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions
-
         if self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // self.config.image.pixels_per_place)
         if self.choices.context_length is not None:
@@ -197,14 +193,14 @@ class FoundCLIP(Found):
             return config
         named = read_config(choices.model_name)
         if "heads" in self.unsaid:
-            return dataclasses.replace(named, activation=config.activation, logit_bias=config.logit_bias)
+            return replace(named, activation=config.activation, logit_bias=config.logit_bias)
         # A run's copy of its model has the sizes that were asked for then.
         if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
             self.refuse(
                 f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name out"
             )
         unsaid = "activation" in self.unsaid
-        return dataclasses.replace(config, mean=named.mean, std=named.std) if unsaid else config
+        return replace(config, mean=named.mean, std=named.std) if unsaid else config
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         said, chosen = config.activation, choices.activation
@@ -216,7 +212,7 @@ class FoundCLIP(Found):
                     "whose name ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python "
                     "activation=…)"
                 )
-            return dataclasses.replace(config, activation=chosen)
+            return replace(config, activation=chosen)
         if said not in ACTIVATIONS:
             self.refuse(f"its activation is {said}; known: {', '.join(ACTIVATIONS)}")
         if chosen not in (None, said):
@@ -224,15 +220,13 @@ class FoundCLIP(Found):
         return config
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
+        # Before a model is built of it: more layers than there are tensors for.
+        if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
+            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
         try:
             return config.with_sizes(choices.image_size, choices.context_length)
         except UserError as error:
             self.refuse(str(error))
-
-    def _require_layers(self) -> None:
-        # Before a model is built of it: more layers than there are tensors for.
-        if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
-            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
 
 
 def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
@@ -247,7 +241,7 @@ def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
 
 def any_chosen(choices: WeightOptions) -> bool:
     """Whether the user has chosen anything."""
-    return any(getattr(choices, one.name) is not None for one in dataclasses.fields(WeightOptions))
+    return any(getattr(choices, one.name) is not None for one in fields(WeightOptions))
 
 
 def identify(contents: Contents) -> Found:
@@ -256,7 +250,7 @@ def identify(contents: Contents) -> Found:
     for prefix in WRAPPINGS:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
-    contents = dataclasses.replace(contents, tensors=tensors)
+    contents = replace(contents, tensors=tensors)
     for name in FORMATS:
         if (found := pkgutil.resolve_name(name)(contents)) is not None:
             return found
@@ -280,11 +274,12 @@ def fill(model: "nn.Module", tensors: Tensors, source: str) -> None:
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     found = [f"lacks {_some(missing)}"] if missing else []
     found += [f"has {_some(foreign)} besides"] if foreign else []
-    shared = [(name, tensors[name], tensor) for name, tensor in own.items() if name in tensors]
-    shapes = [(name, tuple(one.shape), tuple(other.shape)) for name, one, other in shared if one.shape != other.shape]
-    found += [f"has {name} of shape {one}, not {other}" for name, one, other in shapes[:NAMED]]
-    kinds = [(name, a.dtype, b.dtype) for name, a, b in shared if a.is_floating_point() != b.is_floating_point()]
-    found += [f"has {name} of {one}, not {other}" for name, one, other in kinds[:NAMED]]
+    shared = [(f"has {name} of", tensors[name], tensor) for name, tensor in own.items() if name in tensors]
+    other = [f"{has} shape {tuple(a.shape)}, not {tuple(b.shape)}" for has, a, b in shared if a.shape != b.shape]
+    other += [
+        f"{has} {a.dtype}, not {b.dtype}" for has, a, b in shared if a.is_floating_point() != b.is_floating_point()
+    ]
+    found += other[:NAMED]
     if found:
         raise UserError(
             f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
@@ -296,6 +291,37 @@ def fill(model: "nn.Module", tensors: Tensors, source: str) -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
+    """Interpolate the grid of an image tower's positions, bicubic with antialiasing, as open_clip does (its model.py).
+
+    The first position, of the class token or the mean, stays: (1 + G², W) → (1 + side², W).
+    """
+    import torch
+
+    def resized(positions: "Tensor") -> "Tensor":
+        now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
+        if now in (0, side) or now**2 + 1 != len(positions):
+            return positions  # as they are, or no grid: strict loading says what they are instead
+        square = positions[1:].T.unflatten(1, (now, now))[None]
+        grid = torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True)
+        return torch.cat([positions[:1], grid[0].flatten(1).T])
+
+    return {name: resized(tensor) if name in OF_IMAGES else tensor for name, tensor in tensors.items()}
+
+
+def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
+    """Fewer positions, (L, W) → (context, W), are the first ones; more are interpolated linearly, as open_clip does."""
+    import torch
+
+    positions = tensors.get(OF_TEXT)
+    if positions is None or positions.ndim != 2:
+        return tensors
+    resized = positions[:context]
+    if context > len(positions):
+        resized = torch.nn.functional.interpolate(positions.T[None], context, mode="linear")[0].T.contiguous()
+    return {**tensors, OF_TEXT: resized}
 
 
 def digest_of(tensors: Tensors) -> str:

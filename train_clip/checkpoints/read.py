@@ -8,14 +8,13 @@ import json
 import math
 import pickle
 import pickletools
-import typing
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from train_clip.errors import UserError, first_line
+from train_clip.errors import UserError, first_line, root_cause
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from torch import Tensor
@@ -81,10 +80,8 @@ class StandIn:
         return MAKERS[cls.__name__](*arguments) if cls.__name__ in MAKERS else super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        if "state" in vars(self):
-            raise BadFile("its data.pkl gives one thing its attributes twice")
         # A class may pack its state otherwise, as NumPy's do, which nobody here unpacks.
-        self.state = {name: v for name, v in state.items() if isinstance(name, str)} if isinstance(state, dict) else {}
+        self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, *_: Any) -> None: ...
 
@@ -143,13 +140,12 @@ def read_file(path: Path) -> Contents:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{path}: no weights, or damaged ones ({reason}). Get the file again.") from error
+        raise UserError(f"{path}: no weights, or damaged ones ({root_cause(error)}). Get the file again.") from error
 
 
 def _read_weights(path: Path) -> Contents:
-    data, is_script = read_archive(path)
-    if is_script and isinstance(data, StandIn):
+    data = read_archive(path)
+    if isinstance(data, StandIn) and type(data).__name__.startswith("__torch__."):
         return _read_modules(path, data)
     if not isinstance(data, dict):
         raise BadFile(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
@@ -169,19 +165,20 @@ def _read_modules(path: Path, module: StandIn) -> Contents:
     waiting, seen = [("", module)], set()
     while waiting:
         name, part = waiting.pop()
-        if name.count(".") > MAX_DEPTH:
-            raise BadFile(f"has modules nested more than {MAX_DEPTH} deep")
-        if id(part) in seen:
-            raise BadFile("has a module that is a part of itself, or of two others")
+        if id(part) in seen or name.count(".") > MAX_DEPTH:
+            raise BadFile(f"has a module that is a part of itself or of two others, or over {MAX_DEPTH} deep in others")
         seen.add(id(part))
         classes[name.rstrip(".")] = type(part).__name__
-        tensors |= {name + key: value for key, value in part.state.items() if isinstance(value, TensorRecord)}
-        waiting += [(f"{name}{key}.", value) for key, value in part.state.items() if isinstance(value, StandIn)]
+        for key, value in part.state.items():
+            if isinstance(value, TensorRecord):
+                tensors[f"{name}{key}"] = value
+            elif isinstance(value, StandIn):
+                waiting.append((f"{name}{key}.", value))
     return Contents(path, "TorchScript archive", classes, tensors)
 
 
-def read_archive(path: Path) -> tuple[Any, bool]:
-    """Read an archive's data, tensors as ``TensorRecord``, and whether TorchScript wrote it."""
+def read_archive(path: Path) -> Any:
+    """Read an archive's data, tensors as ``TensorRecord`` and a TorchScript module as a ``StandIn``."""
     with zipfile.ZipFile(path) as archive:
         # TorchScript compresses its code, which is not read. What is not stored as it is could unpack to anything.
         stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
@@ -193,14 +190,15 @@ def read_archive(path: Path) -> tuple[Any, bool]:
         found = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
             raise BadFile(f"has {len(found)} entries data.pkl, expected one")
-        if sizes[found[0]] > MAX_PICKLE:
-            raise BadFile(f"its data.pkl has {sizes[found[0]]:,} bytes, expected {MAX_PICKLE:,} at most")
-        prefix = found[0].removesuffix("data.pkl")
+        pickled = found[0]
+        if sizes[pickled] > MAX_PICKLE:
+            raise BadFile(f"its data.pkl has {sizes[pickled]:,} bytes, expected {MAX_PICKLE:,} at most")
+        prefix = pickled.removesuffix("data.pkl")
         if f"{prefix}byteorder" in sizes and archive.read(f"{prefix}byteorder") != b"little":
             raise BadFile("was written on a machine of the other byte order")
-        program = archive.read(found[0])
-        _require_data(program)
-        return _Unpickler(program, path, prefix, sizes).load(), f"{prefix}constants.pkl" in archive.namelist()
+        program = archive.read(pickled)
+    _require_data(program)
+    return _Unpickler(program, path, prefix, sizes).load()
 
 
 # Instructions that data needs; what the first ones put on the stack may be a key.
@@ -216,9 +214,10 @@ def _require_data(program: bytes) -> None:
 
     A tuple as a key, a million deep, would end Python; so many numbers of one hash take it an hour.
     """
-    stack, marks, memo = list[bool](), [0], dict[Any, bool]()  # of each value, whether it may be a key
-    for number, (code, operand, _) in enumerate(pickletools.genops(program)):
-        name, takes, argument = code.name, code.stack_before, typing.cast(int, operand)
+    stack, marks, memo = list[bool](), [0], dict[int, bool]()  # of each value, whether it may be a key
+    instructions: Iterator[Any] = pickletools.genops(program)
+    for number, (code, argument, _) in enumerate(instructions):
+        name, takes = code.name, code.stack_before
         if name not in INSTRUCTIONS:
             raise BadFile(f"its data.pkl has the instruction {name}, which weights do not need")
         # Two of what is taken are the mark, which is not on this stack, and all above it.
@@ -268,12 +267,12 @@ class _Unpickler(pickle.Unpickler):
         return self.classes[name]
 
     def persistent_load(self, words: Any) -> _Storage:
-        _, kind, key, _, numel = _require(words, tuple)  # "storage", type, key, device, number of elements
-        name = _require(kind, type).__name__.removeprefix("torch.").removesuffix("Storage")
+        _, kind, key, _, numel = words  # "storage", type, key, device, number of elements
+        name = kind.__name__.removeprefix("torch.").removesuffix("Storage")
         if name not in STORAGES:
             raise BadFile(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
         dtype, entry = STORAGES[name], f"{self.prefix}data/{_require(key, str)}"
-        if self.sizes.get(entry, -1) != _require(numel, int) * KINDS[dtype][0]:
+        if self.sizes.get(entry, -1) != numel * KINDS[dtype][0]:
             raise BadFile(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
         return _Storage(self.file, entry, dtype, numel)
 
@@ -298,7 +297,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) ->
 
 def _sizes(sizes: Any) -> tuple[Any, ...]:
     # So few that they can be multiplied and printed.
-    if len(_require(sizes, tuple | list)) > MAX_DIMENSIONS:
+    if len(sizes) > MAX_DIMENSIONS:
         raise BadFile(f"has a tensor of {len(sizes):,} dimensions")
     return tuple(sizes)
 

@@ -1,10 +1,8 @@
 """What a user names → what lies there: a path, a name of OpenAI's, a name on the Hugging Face hub."""
 
-import dataclasses
 import hashlib
-import importlib
 import os
-from http.client import HTTPException
+from dataclasses import replace
 from pathlib import Path
 
 from train_clip.checkpoints.read import EXPECTED, LONGEST_SHOWN, Contents, read_file, read_json
@@ -58,7 +56,7 @@ def read_contents(path: Path) -> Contents:
     if not path.is_file():
         raise UserError(f"{path}: {'is no regular file' if path.exists() else 'there is no such file'}.{EXPECTED}")
     configs = {name: path.with_name(name) for name in CONFIGS if path.with_name(name).is_file()}
-    return dataclasses.replace(read_file(path), configs=configs)
+    return replace(read_file(path), configs=configs)
 
 
 def _gather(folder: str) -> Contents:
@@ -67,13 +65,13 @@ def _gather(folder: str) -> Contents:
     for name in WEIGHTS:
         if (found := find_file(folder, name)) is None:
             continue
-        parts_of = _parts(found) if name.endswith(".index.json") else [name]
-        files = {part: find_file(folder, part) for part in parts_of}
-        if missing := [part for part, file in files.items() if file is None]:
-            raise UserError(f"{folder}: {name} lists {missing[0]}, which is not there. Get the folder again.")
-        parts = [read_file(file) for file in files.values() if file is not None]
+        parts = []
+        for part in _parts(found) if name.endswith(".index.json") else [name]:
+            if (file := find_file(folder, part)) is None:
+                raise UserError(f"{folder}: {name} lists {part}, which is not there. Get the folder again.")
+            parts.append(read_file(file))
         tensors = {key: record for contents in parts for key, record in contents.tensors.items()}
-        return dataclasses.replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
+        return replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
     raise UserError(f"{folder}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
 
 
@@ -107,7 +105,7 @@ def fetch_openai(name: str) -> Path:
             with replacing(target) as beside:
                 print(f"OpenAI's {name}: {address} → {target}")
                 download_url_to_file(address, str(beside))
-        except (OSError, HTTPException) as error:
+        except Exception as error:  # whatever a network does
             reason = getattr(error, "reason", None) or first_line(error)
             raise UserError(
                 f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({reason}). Where there is a "
@@ -146,11 +144,12 @@ def find_file(name: str, file: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name, file)
         return path if path.is_file() else None
-    hub, errors = (importlib.import_module(f"huggingface_hub{part}") for part in ("", ".errors"))
-    if (cached := hub.try_to_load_from_cache(name, file)) is not None:
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    if (cached := try_to_load_from_cache(name, file)) is not None:
         return Path(cached) if isinstance(cached, str) else None  # the cache also remembers that there is none
     try:
-        return Path(hub.hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file))
     except errors.LocalEntryNotFoundError:
         raise
     except errors.EntryNotFoundError:

@@ -16,7 +16,8 @@ ENCODERS = (
     "Python: model.visual, model.transformer."
 )
 
-# By format: what writes it, of a model and of a place that gets its name once all is on disk, and how it is opened.
+# By format: what writes it, of a configuration, tensors and a place that gets its name once all is on disk; how it is
+# opened.
 WRITERS = {
     "open_clip": (
         "train_clip.checkpoints.open_clip:write_open_clip",
@@ -73,7 +74,7 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
     with replacing(target) as beside:
         if kind != "safetensors":
             beside.mkdir()
-        write(model, beside)
+        write(model.config, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
 
 
 def _require_writable(target: Path) -> None:
