@@ -21,11 +21,9 @@ from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
-    from torch import Tensor, nn
-
     from train_clip.models.clip import CLIP, DualEncoder
 
-Tensors = Mapping[str, "Tensor"]
+Tensors = Mapping[str, Any]
 
 # Every format that is read: a function of ``Contents`` that gives a ``Found``, or None for a file of another. The first
 # that knows a file says what it is: files that say it themselves before those that are told by their tensors.
@@ -67,13 +65,9 @@ class Found:
 
     def read_as_kept(self) -> Tensors:
         """Read the tensors by the names that they have here, float32, of the sizes that they have in the file."""
-        try:
-            return self.rename(read_tensors(self.records))
-        except UserError as error:
-            # Whatever names a tensor alone.
-            raise error if self.source in str(error) else UserError(f"{self.source}: {error}") from error
+        return self.rename(read_tensors(self.records))
 
-    def read(self) -> dict[str, "Tensor"]:
+    def read(self) -> dict[str, Any]:
         """Read the tensors, of the sizes that were asked for."""
         return dict(self.read_as_kept())
 
@@ -118,27 +112,41 @@ class FoundCLIP(Found):
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if backbone is not None:
             self.refuse(f"{self.format}, a whole model. Leave the backbone out")
-        config = self._activated(self._named(choices), choices)
-        return replace(self, config=self._sized(config, choices), choices=choices)
+        config = self.config
+        if choices.model_name is not None:
+            named = read_config(choices.model_name)
+            config = self._told_by(named)
+            # A run's copy of its model has the sizes that were asked for then.
+            if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
+                self.refuse(
+                    f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name "
+                    "out"
+                )
+        elif "heads" in self.unsaid:
+            self.refuse(
+                "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
+                "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
+                "`train-clip models --show ViT-B/32` prints one to start from"
+            )
+        config = self._sized(self._activated(config, choices), choices)
+        return replace(self, config=config, choices=choices)
 
     def matched(self, model: ModelConfig) -> Self:
         """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
         choices = WeightOptions(image_size=model.image.size, context_length=model.text.context)
-        said = self._sized(self.config, choices)
-        if "heads" in self.unsaid:  # what else of the towers is not the model's, no tensor of theirs fits
-            said = replace(said, image=model.image, text=model.text)
+        said = self._sized(self._told_by(model), choices)
         if "activation" in self.unsaid:
-            said = replace(said, activation=model.activation, mean=model.mean, std=model.std)
+            said = replace(said, activation=model.activation)
         for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
             if (found := getattr(said, name)) != (expected := getattr(model, name)):
                 self.refuse(f"another model: its {name} is {found}, expected {expected}")
         return replace(self, config=replace(model, logit_bias=self.config.logit_bias), choices=choices)
 
     @override
-    def read(self) -> dict[str, "Tensor"]:
+    def read(self) -> dict[str, Any]:
         return self.resized(self.read_as_kept())
 
-    def resized(self, tensors: Tensors) -> dict[str, "Tensor"]:
+    def resized(self, tensors: Tensors) -> dict[str, Any]:
         """Interpolate positions of tensors as they are kept, where that was asked for."""
         if self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // self.config.image.pixels_per_place)
@@ -180,27 +188,12 @@ class FoundCLIP(Found):
             **super().describe(),
         }
 
-    def _named(self, choices: WeightOptions) -> ModelConfig:
-        # The model that the user names, where the file leaves its sizes open; the file's own, which that has to equal.
+    def _told_by(self, named: ModelConfig) -> ModelConfig:
+        # What the file leaves open, but for the activation, as a model says it that the file is to be of.
         config = self.config
-        if choices.model_name is None:
-            if "heads" in self.unsaid:
-                self.refuse(
-                    "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
-                    "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
-                    "`train-clip models --show ViT-B/32` prints one to start from"
-                )
-            return config
-        named = read_config(choices.model_name)
         if "heads" in self.unsaid:
             return replace(named, activation=config.activation, logit_bias=config.logit_bias)
-        # A run's copy of its model has the sizes that were asked for then.
-        if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
-            self.refuse(
-                f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name out"
-            )
-        unsaid = "activation" in self.unsaid
-        return replace(config, mean=named.mean, std=named.std) if unsaid else config
+        return replace(config, mean=named.mean, std=named.std) if "activation" in self.unsaid else config
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         said, chosen = config.activation, choices.activation
@@ -268,7 +261,7 @@ def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]
             raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
 
 
-def fill(model: "nn.Module", tensors: Tensors, source: str) -> None:
+def fill(model: Any, tensors: Tensors, source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -300,7 +293,8 @@ def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
     """
     import torch
 
-    def resized(positions: "Tensor") -> "Tensor":
+    def resized(positions: Any) -> Any:
+        """The positions of one tower."""
         now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
         if now in (0, side) or now**2 + 1 != len(positions):
             return positions  # as they are, or no grid: strict loading says what they are instead

@@ -7,7 +7,6 @@ matrices of their own, and its projections transposed.
 import json
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +83,24 @@ def rename(tensors: found.Tensors) -> found.Tensors:
     """Their names and shapes → ours; a name that is unknown stays, for strict loading to name it."""
     import torch
 
-    renamed: dict[str, Any] = {}
+    renamed = {}
     for name, tensor in tensors.items():
         ours = _reworded(name, TOWERS | WORDS)
         if name in PROJECTIONS:
             renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
         elif "attn.q_proj." in ours:
-            parts = [tensors.get(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-            if any(part is None or part.shape != tensor.shape for part in parts):
-                raise UserError(f"{name}: its k_proj or v_proj is missing, or of another shape. Get the folder again.")
-            renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)  # type: ignore[arg-type]
+            names = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+            parts = [tensors[part] for part in names if part in tensors]
+            if [part.shape for part in parts] == [tensor.shape] * 3:
+                renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+            else:
+                renamed[ours] = tensor
         elif "attn.k_proj." not in ours and "attn.v_proj." not in ours:
             renamed[ours] = tensor
     return renamed
 
 
-def _reworded(name: str, words: Mapping[str, str]) -> str:
+def _reworded(name: str, words: dict[str, str]) -> str:
     return re.sub("|".join(map(re.escape, words)), lambda word: words[word[0]], name)
 
 
@@ -108,7 +109,7 @@ def end_token(vocab: int) -> int:
     return min(vocab - 1, END)
 
 
-def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> ModelConfig:
+def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) -> ModelConfig:
     if values.get("model_type") != "clip":
         raise UserError(
             f"{source}: config.json has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
@@ -117,13 +118,13 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
     towers = {}
     for name, usual in DEFAULTS.items():
         # Older versions wrote a copy under another name, which wins there, defaults and all.
-        copied = values.get(f"{name}_dict")
-        towers[name] = {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
+        towers[name] = usual | (values.get(f"{name}_dict") or values.get(name) or {})
     vision, text = towers.values()
     for tower in (vision, text):
         usual = {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
-        usual |= {"hidden_act": (vision["hidden_act"],)}
-        usual |= {"eos_token_id": (LARGEST, end_token(text["vocab_size"]))} if tower is text else {}
+        usual["hidden_act"] = (vision["hidden_act"],)
+        if tower is text:
+            usual["eos_token_id"] = (LARGEST, end_token(text["vocab_size"]))
         own = "which CLIP's own towers do not have. Its towers can be joined:"
         found.require_usual(tower, usual, source, f"config.json has {{name}} = {{value!r}}, {own} {JOIN}")
     size = vision["image_size"]
@@ -164,7 +165,7 @@ def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path)
 
 def rename_back(tensors: found.Tensors) -> dict[str, Any]:
     """Our names and shapes → theirs."""
-    renamed: dict[str, Any] = {}
+    renamed = {}
     projections, words = ({ours: theirs for theirs, ours in names.items()} for names in (PROJECTIONS, WORDS))
     for name, tensor in tensors.items():
         tower = "vision_model." if name.startswith("visual.") else "text_model."
@@ -185,7 +186,7 @@ def _texts(config: ModelConfig) -> dict[str, str]:
 
     size, last = config.image.size, end_token(config.text.vocab)
     of_all = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": EPS}
-    towers: dict[str, dict[str, Any]] = {
+    towers: dict[str, Any] = {
         "vision_config": {"model_type": "clip_vision_model", "num_channels": 3},
         "text_config": {"model_type": "clip_text_model"}
         | {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": 1},
@@ -195,7 +196,7 @@ def _texts(config: ModelConfig) -> dict[str, str]:
         towers[name] |= sizes | {"intermediate_size": 4 * tower.width} | of_all
     start, end = (vocabulary()[token] for token in (Tokenizer.start_token, Tokenizer.end_token))
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    settings: dict[str, dict[str, Any]] = {
+    settings: dict[str, Any] = {
         sources.HF_CONFIG: {
             "architectures": ["CLIPModel"],
             "model_type": "clip",

@@ -5,7 +5,6 @@ Which settings there are, and their defaults: github.com/mlfoundations/open_clip
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ OF_TEXT = {
 
 # What a configuration may say: this value, or any (None), which is read, or changes nothing. All else that is set is
 # refused.
-KNOWN: dict[str, dict[str, Any]] = {
+KNOWN: dict[str, Any] = {
     "model_cfg": dict.fromkeys(
         "embed_dim quick_gelu vision_cfg text_cfg init_logit_bias custom_text init_logit_scale "
         "nonscalar_logit_scale".split()
@@ -84,7 +83,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
+def _read_config(values: dict[str, Any], source: str) -> ModelConfig:
     model, pixels = values.get("model_cfg", values), values.get("preprocess_cfg", {})
     try:
         parts = {"model_cfg": model, **model}
@@ -106,7 +105,7 @@ def _read_config(values: Mapping[str, Any], source: str) -> ModelConfig:
         raise UserError(f"{source}: open_clip_config.json is not as open_clip writes it ({reason}).") from error
 
 
-def _sizes(model: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _sizes(model: dict[str, Any], source: str) -> dict[str, Any]:
     """A preset's form, with open_clip's defaults for what is left out."""
     vision = OF_IMAGES | model["vision_cfg"]
     image = {"size": vision["image_size"], "width": vision["width"]}

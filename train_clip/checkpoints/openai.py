@@ -1,7 +1,6 @@
 """OpenAI's files, TorchScript archives and state dicts, and what its names and shapes tell."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +33,7 @@ def find_openai(contents: read.Contents) -> found.FoundCLIP | None:
 
 
 def found_by_shapes(
-    kind: str, contents: read.Contents, records: Mapping[str, read.TensorRecord], **told: Any
+    kind: str, contents: read.Contents, records: dict[str, read.TensorRecord], **told: Any
 ) -> found.FoundCLIP:
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
@@ -43,7 +42,7 @@ def found_by_shapes(
     return found.FoundCLIP(format=kind, source=str(contents.path), records=records, config=config, **told)
 
 
-def config_from_shapes(records: Mapping[str, read.TensorRecord], contents: read.Contents) -> ModelConfig:
+def config_from_shapes(records: dict[str, read.TensorRecord], contents: read.Contents) -> ModelConfig:
     """Tell a model's sizes, with heads of 64 channels as in OpenAI's models (openai/CLIP, model.py, build_model)."""
     path, shapes = contents.path, {key: record.shape for key, record in records.items()}
     try:
@@ -71,20 +70,20 @@ def config_from_shapes(records: Mapping[str, read.TensorRecord], contents: read.
     return config_from_dict(values, str(path)).named_as_preset()
 
 
-def _vit(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def _vit(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     width, _, patch, _ = shapes["visual.conv1.weight"]
     side = math.isqrt(shapes[found.OF_IMAGES[0]][0] - 1)
     layers = _count(shapes, "visual.transformer.resblocks.")
     return {"size": side * patch, "patch": patch, "layers": layers, "width": width, "heads": max(1, width // HEAD)}
 
 
-def _resnet(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _resnet(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     side = math.isqrt(shapes[found.OF_IMAGES[1]][0] - 1) * ResNetConfig.pixels_per_place
     blocks = [_count(shapes, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
     return {"size": side, "blocks": blocks, "width": shapes["visual.layer1.0.conv1.weight"][0]}
 
 
-def _count(names: Mapping[str, Any], prefix: str) -> int:
+def _count(names: dict[str, Any], prefix: str) -> int:
     return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
 
 

@@ -3,7 +3,6 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,18 @@ def find_checkpoint(contents: read.Contents) -> found.FoundCLIP | None:
     told = of_lightning(contents)
     config = told["arguments"].get("config")
     # Ours has two towers; train-CLIP's is flat, or a path, or whatever its user made of it.
-    if not isinstance(config, Mapping) or not {"image", "text"} <= set(config):
+    if not isinstance(config, dict) or not {"image", "text"} <= set(config):
         return None
     return found.FoundCLIP(format="train-clip checkpoint", config=config_from_dict(config, told["source"]), **told)
 
 
 def find_safetensors(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a file of ``train-clip convert --to safetensors``."""
-    if METADATA not in contents.metadata:
+    if METADATA not in contents.data:
         return None
     source = str(contents.path)
     try:
-        values = dict(json.loads(contents.metadata[METADATA]))
+        values = dict(json.loads(contents.data[METADATA]))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: its metadata tell of no model ({error}). Write the file again.") from error
     config = config_from_dict(values, source)
@@ -66,7 +65,7 @@ def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
 def of_lightning(contents: read.Contents) -> dict[str, Any]:
     """What a checkpoint of Lightning's says of any model: tensors, the module's arguments, how far the run had come."""
     data, about = contents.data, {}
-    if isinstance(mean := data.get(RUNNING_MEAN), Mapping):
+    if isinstance(mean := data.get(RUNNING_MEAN), dict):
         about["EMA of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
     about |= {shown: data[name] for name, shown in names.items() if name in data}
@@ -74,7 +73,7 @@ def of_lightning(contents: read.Contents) -> dict[str, Any]:
     return {
         "source": str(contents.path),
         "records": {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)},
-        "arguments": arguments if isinstance(arguments, Mapping) else {},
+        "arguments": arguments if isinstance(arguments, dict) else {},
         "about": about,
     }
 

@@ -10,7 +10,7 @@ from train_clip.commands.run import Job, begin, data_for, remake, train_job
 from train_clip.commands.run_folder import Resumption
 from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders.sources import OWN, describe_encoder, load_image_encoder, load_text_encoder
+from train_clip.encoders.sources import OWN, FoundEncoders, describe_encoder, load_image_encoder, load_text_encoder
 from train_clip.encoders.tokenizer import load_tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
 from train_clip.errors import UserError
@@ -85,7 +85,7 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[ContrastiveM
     weights = pretrained_weights(start)
     assert weights is not None
     module: ContrastiveModule
-    if "text_encoder" in weights.arguments:
+    if isinstance(weights, FoundEncoders):
         module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
     else:
         config = weights.require_clip().config

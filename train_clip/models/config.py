@@ -113,10 +113,9 @@ class OptimizerConfig:
     epochs: int  # passes over the pairs
 
     def __post_init__(self) -> None:
-        for name, value in {"learning rate": self.lr, "eps": self.eps, "epochs": self.epochs}.items():
-            _require(value > 0, f"{name} {value}, expected above 0")
-        for name, value in {"weight decay": self.weight_decay, "warmup_steps": self.warmup_steps}.items():
-            _require(value >= 0, f"{name} {value}, expected 0 or above")
+        above, least = (self.lr, self.eps, self.epochs), (self.weight_decay, self.warmup_steps)
+        _require(all(value > 0 for value in above), f"lr, eps and epochs are {above}, expected above 0")
+        _require(all(value >= 0 for value in least), f"weight_decay and warmup_steps are {least}, expected 0 or above")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
 
     def options(self) -> dict[str, Any]:
@@ -164,7 +163,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        values = json.loads(json.dumps(asdict(self)))
         # Left out where there is none: so are the files and runs of before there could be one.
         if not self.logit_bias:
             del values["logit_bias"]
@@ -293,8 +292,8 @@ def _from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_positive(config: ImageConfig | TextConfig) -> None:
     for name, value in vars(config).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        _require(all(number > 0 for number in numbers), f"{name} is {value}, expected numbers above 0")
+        least = min(value) if isinstance(value, tuple) else value
+        _require(least > 0, f"{name} is {value}, expected numbers above 0")
 
 
 def _require(condition: bool, message: str) -> None:
