@@ -57,7 +57,7 @@ CHILD = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-import train_clip.checkpoints.load
+import train_clip.data.crops
 from tests.checkpoints.by_hand import look, read_all
 from train_clip import load
 from train_clip.commands.inspect import inspect

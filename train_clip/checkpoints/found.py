@@ -1,4 +1,4 @@
-"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself.
+"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself; ``load``.
 
 L  positions      W  width      G  places of the grid along a side
 """
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from typing_extensions import override
 
@@ -21,6 +21,7 @@ from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
+    from train_clip.data.crops import Preprocess
     from train_clip.models.clip import CLIP, DualEncoder
 
 Tensors = Mapping[str, Any]
@@ -46,6 +47,33 @@ NAMED = 3  # tensors in a message
 NO_CHOICE = WeightOptions()
 OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 OF_TEXT = "positional_embedding"
+
+
+class Pretrained(NamedTuple):
+    """What ``load`` gives."""
+
+    model: "DualEncoder"  # in eval mode, in float32: ``encode_image``, ``encode_text``, ``logit_scale``
+    preprocess: "Preprocess"  # a picture or its path → (3, S, S) float32, as the model takes it
+    tokenizer: Any  # a caption or several → what ``encode_text`` takes
+
+
+def load(source: str | Path, *, backbone: str | Path | None = None, **choices: Any) -> Pretrained:
+    """Load a CLIP, or two encoders that this package has joined, from whatever holds it; no code of a file is run.
+
+    Args:
+        source: a file by OpenAI, open_clip, Hugging Face, train-CLIP or this package; a folder with ``config.json`` or
+            ``open_clip_config.json``; a name of OpenAI's (``ViT-B/32``); or ``hf-hub:NAME``.
+        backbone: of a file of visual prompts, where its backbone lies, if not where it lay.
+        choices: ``model_name``, ``activation``, ``image_size``, ``context_length``; mostly none is needed.
+
+    Raises:
+        UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
+    """
+    try:
+        options = WeightOptions(**choices)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return find_weights(source, options, backbone).build()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +103,14 @@ class Found:
         """Build the model, its weights still to be filled in, and its tokenizer."""
         raise NotImplementedError
 
-    def build(self) -> tuple["DualEncoder", Any]:
-        """Build the model, filled strictly, in eval mode, and its tokenizer."""
+    def build(self) -> Pretrained:
+        """Build the model, filled strictly, in eval mode, with its preprocessing and its tokenizer."""
+        from train_clip.data.crops import Preprocess
+
         model, tokenizer = self.empty()
         fill(model, self.read(), self.source)
-        return model.eval(), tokenizer
+        preprocess = Preprocess(model.image_size, model.pixel_norm.mean, model.pixel_norm.std)
+        return Pretrained(model.eval(), preprocess, tokenizer)
 
     def describe(self) -> dict[str, str]:
         """The model in words, by headings."""
@@ -101,7 +132,8 @@ class FoundCLIP(Found):
     """A CLIP in a file."""
 
     config: ModelConfig
-    unsaid: frozenset[str] = frozenset()  # what of the configuration the file does not say: "activation", "heads"
+    says_activation: bool = True  # or the configuration has any
+    says_heads: bool = True
     choices: WeightOptions = NO_CHOICE
 
     @override
@@ -122,7 +154,7 @@ class FoundCLIP(Found):
                     f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name "
                     "out"
                 )
-        elif "heads" in self.unsaid:
+        elif not self.says_heads:
             self.refuse(
                 "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
                 "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
@@ -135,7 +167,7 @@ class FoundCLIP(Found):
         """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
         choices = WeightOptions(image_size=model.image.size, context_length=model.text.context)
         said = self._sized(self._told_by(model), choices)
-        if "activation" in self.unsaid:
+        if not self.says_activation:
             said = replace(said, activation=model.activation)
         for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
             if (found := getattr(said, name)) != (expected := getattr(model, name)):
@@ -176,14 +208,14 @@ class FoundCLIP(Found):
     @override
     def describe(self) -> dict[str, str]:
         config, text = self.config, self.config.text
-        activation = "not said by the file" if "activation" in self.unsaid else config.activation
+        activation = config.activation if self.says_activation else "not said by the file"
         return {
             "model": config.name,
             "image tower": f"{config.image}, {config.image.size}×{config.image.size} pixels",
             "text tower": f"{text.layers} layers of {text.width}, {text.heads} heads, {text.context} tokens of "
             f"{text.vocab:,}",
             "embedding": f"{config.embed_dim} numbers",
-            "activation": activation + "; how many heads is not said by the file" * ("heads" in self.unsaid),
+            "activation": activation + "; how many heads is not said by the file" * (not self.says_heads),
             **({"logits": "with a bias, of the sigmoid loss"} if config.logit_bias else {}),
             **super().describe(),
         }
@@ -191,13 +223,13 @@ class FoundCLIP(Found):
     def _told_by(self, named: ModelConfig) -> ModelConfig:
         # What the file leaves open, but for the activation, as a model says it that the file is to be of.
         config = self.config
-        if "heads" in self.unsaid:
+        if not self.says_heads:
             return replace(named, activation=config.activation, logit_bias=config.logit_bias)
-        return replace(config, mean=named.mean, std=named.std) if "activation" in self.unsaid else config
+        return config if self.says_activation else replace(config, mean=named.mean, std=named.std)
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         said, chosen = config.activation, choices.activation
-        if "activation" in self.unsaid:
+        if not self.says_activation:
             if chosen is None:
                 self.refuse(
                     "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "

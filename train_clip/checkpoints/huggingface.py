@@ -69,8 +69,8 @@ def find_huggingface(contents: read.Contents) -> found.FoundCLIP | None:
             "is. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
-        processor = contents.settings(sources.HF_PROCESSOR).get("image_processor", {})
-        pixels = contents.settings(sources.HF_PIXELS) or processor
+        pixels = contents.settings(sources.HF_PIXELS)
+        pixels = pixels or contents.settings(sources.HF_PROCESSOR).get("image_processor", {})
         config = _read_config(contents.settings(sources.HF_CONFIG), pixels, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its config.json is not as Hugging Face writes it ({first_line(error)}).") from error

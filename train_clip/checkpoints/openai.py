@@ -19,17 +19,17 @@ ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
 def find_openai(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a TorchScript archive, a state dict with the three numbers of OpenAI's, or weights under its names alone."""
-    is_openai = set(MARKS) <= set(contents.tensors)
-    kind = "OpenAI's" if is_openai else "TorchScript" if contents.kind == "TorchScript archive" else None
+    is_openai, is_script = set(MARKS) <= set(contents.tensors), contents.kind == "TorchScript archive"
+    kind = "OpenAI's" if is_openai else "TorchScript" if is_script else None
     if kind is None and "visual.conv1.weight" not in contents.tensors:
         return None
     left_out = () if kind is None else (*MARKS, MASK)
     records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
     clip = found_by_shapes(kind or "state dict under OpenAI's names", contents, records)
-    if activation := ACTIVATIONS.get(str(contents.data.get(ACTIVATION)).rpartition(".")[2]):
-        clip = replace(clip, config=replace(clip.config, activation=activation), unsaid=clip.unsaid - {"activation"})
+    if is_script and (activation := ACTIVATIONS.get(contents.data.get(ACTIVATION, "").rpartition(".")[2])):
+        clip = replace(clip, config=replace(clip.config, activation=activation), says_activation=True)
     # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
-    return replace(clip, unsaid=frozenset()) if is_openai else clip
+    return replace(clip, says_activation=True, says_heads=True) if is_openai else clip
 
 
 def found_by_shapes(
@@ -37,8 +37,8 @@ def found_by_shapes(
 ) -> found.FoundCLIP:
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
-    unsaid = frozenset({"activation"} if config.preset() else {"activation", "heads"})
-    told = {"unsaid": unsaid, "rename": scalar_temperature, **told}
+    says = {"says_activation": False, "says_heads": config.preset() is not None}
+    told = says | {"rename": scalar_temperature} | told
     return found.FoundCLIP(format=kind, source=str(contents.path), records=records, config=config, **told)
 
 

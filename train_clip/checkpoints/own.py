@@ -58,8 +58,8 @@ def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    kind = "train-CLIP checkpoint (CLIPWrapper)"
-    return openai.found_by_shapes(kind, contents, told["records"], about=told["about"], unsaid=frozenset())
+    known = {"about": told["about"], "says_activation": True, "says_heads": True}
+    return openai.found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, told["records"], **known)
 
 
 def of_lightning(contents: read.Contents) -> dict[str, Any]:

@@ -21,7 +21,7 @@ MAX_PICKLE, MAX_HEADER, MAX_JSON = 2**28, 100_000_000, 2**24  # bytes of data.pk
 MAX_INSTRUCTIONS, MAX_NAMES, MAX_ARGUMENTS = 4_000_000, 10_000, 16
 MAX_DIMENSIONS, MAX_DEPTH = 64, 100  # of a tensor; of modules within modules
 MAX_KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to share one hash
-MAX_SHARED = 4  # times that all numbers may be used on the average; tied weights make it less than 2
+MAX_SHARED = 4  # times the file's size that its tensors may take; tied weights make it less than 2
 LONGEST_SHOWN = 60  # letters of a name in a message
 
 # By dtype: its bytes, the beginning of its storage's name (torch.FloatStorage), its name in a .safetensors header.
@@ -54,12 +54,6 @@ class TensorRecord(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None = None  # in elements; None in a .safetensors file, whose tensors are contiguous
     offset: int = 0  # of its first element in the storage, in elements
-
-    @property
-    def end(self) -> int:
-        """The place behind its last element in its storage."""
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride or (), strict=True))
-        return self.offset + 1 + last if math.prod(self.shape) else 0
 
 
 class StandIn:
@@ -284,10 +278,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) ->
         raise UserError("has a tensor whose shape and strides are not as many whole numbers")
     if others[2:3] and others[2]:  # behind requires_grad and hooks: what else is done to a tensor
         raise UserError("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
-    record = TensorRecord(file, entry, dtype, shape, stride, offset)
-    if max(math.prod(shape), record.end) > numel:
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if (elements := math.prod(shape)) and max(elements, last + 1) > numel:
         raise UserError(f"has a tensor of shape {shape} in a storage of {numel:,} elements")
-    return record
+    return TensorRecord(file, entry, dtype, shape, stride, offset)
 
 
 def _sizes(sizes: Any) -> tuple[Any, ...]:
@@ -363,8 +357,8 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
     by_storage: dict[str, dict[str, TensorRecord]] = {}
     for name, record in records.items():
         by_storage.setdefault(record.entry, {})[name] = record
-    numbers = sum(max(record.end for record in sharing.values()) for sharing in by_storage.values())
-    if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * numbers:
+    num_bytes = sum(math.prod(record.shape) * KINDS[record.dtype][0] for record in records.values())
+    if num_bytes > MAX_SHARED * file.stat().st_size:
         raise UserError("the same numbers stand for many tensors")
     with zipfile.ZipFile(file) as archive:
         for entry, sharing in by_storage.items():

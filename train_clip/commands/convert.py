@@ -55,7 +55,7 @@ def convert(
     _require_writable(target)
     # Before gigabytes are read.
     found = find_weights(source, weights).require_clip(f" {ENCODERS}")
-    write_model(found.build()[0], target, to)
+    write_model(found.build().model, target, to)
     print(f'Wrote {target}: {WRITERS[to][1].format(target=target)}, or train_clip.load("{target}").')
     return target
 
