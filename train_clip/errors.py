@@ -21,3 +21,11 @@ def first_line(error: BaseException) -> str:
     """Give the first line of what a library said, without its full stop, to be quoted in a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that lies deepest, which for a full disk is the system's."""
+    while error.__context__ is not None:
+        error = error.__context__
+    text = getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {text}".splitlines()[0][:200]

@@ -18,7 +18,7 @@ def replacing(target: Path) -> Iterator[Path]:
     beside = target.with_name(f"{target.name}{BESIDE}{os.getpid()}")
     try:
         yield beside
-        for written in (*(beside.iterdir() if beside.is_dir() else ()), beside):
+        for written in (*beside.glob("*"), beside):
             _sync(written)
         beside.replace(target)
         _sync(target.parent)

@@ -138,7 +138,7 @@ def test_a_checkpoint_with_its_optimizer(tmp_path: Path) -> None:
         3: [1, [2, [3]]],
     }
     torch.save(held, tmp_path / "a.ckpt")
-    assert_same_tree(read_archive(tmp_path / "a.ckpt")[0], torch.load(tmp_path / "a.ckpt", weights_only=True))
+    assert_same_tree(read_archive(tmp_path / "a.ckpt"), torch.load(tmp_path / "a.ckpt", weights_only=True))
     loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     for name, value in read_all(tmp_path / "a.ckpt").items():
         assert_same(value, loaded[name])
@@ -201,7 +201,7 @@ def test_any_plain_data(held: dict[str, Any], tmp_path_factory: pytest.TempPathF
     """Nested lists, tuples, dicts, numbers, words and tensors: the same tree as torch.load's."""
     path = tmp_path_factory.getbasetemp() / "tree.pt"
     torch.save(held, path)
-    assert_same_tree(read_archive(path)[0], torch.load(path, weights_only=True))
+    assert_same_tree(read_archive(path), torch.load(path, weights_only=True))
 
 
 def test_data_beside_the_weights_that_is_not_plain(tmp_path: Path) -> None:

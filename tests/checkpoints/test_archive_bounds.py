@@ -57,7 +57,7 @@ CHILD = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import torch
-import train_clip.checkpoints.load
+import train_clip.data.crops
 from tests.checkpoints.by_hand import look, read_all
 from train_clip import load
 from train_clip.commands.inspect import inspect
@@ -203,7 +203,7 @@ def deep_model(path: Path) -> None:
     """A folder of Hugging Face's, whose configuration asks for ten million layers."""
     model = tiny_clip()
     path.mkdir()
-    write_huggingface(model, path)
+    write_huggingface(model.config, model.state_dict(), path)
     config = json.loads((path / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 10_000_000
     (path / "config.json").write_text(json.dumps(config))

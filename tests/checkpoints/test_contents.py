@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     model = tiny_clip()
     path = tmp_path / "model"
     path.mkdir()
-    write_huggingface(model, path)
+    write_huggingface(model.config, model.state_dict(), path)
     return path
 
 

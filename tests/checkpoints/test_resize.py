@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tests.checkpoints.by_hand import tiny_clip
 from tests.conftest import TINY
 from train_clip import load
-from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions
+from train_clip.checkpoints.found import resize_image_positions, resize_text_positions
 from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP

@@ -203,7 +203,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "model"
     folder.mkdir()
     model = tiny_clip()
-    write_huggingface(model, folder)
+    write_huggingface(model.config, model.state_dict(), folder)
     answers: dict[str, Any] = {"folder": folder, "error": None}
 
     def download(name: str, file: str, **_: Any) -> str:

@@ -27,7 +27,7 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed  # noqa: E40
 from open_clip.push_to_hf_hub import save_for_hf  # noqa: E402
 
 from train_clip import load  # noqa: E402
-from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions  # noqa: E402
+from train_clip.checkpoints.found import resize_image_positions, resize_text_positions  # noqa: E402
 from train_clip.commands.convert import write_model  # noqa: E402
 from train_clip.errors import UserError  # noqa: E402
 from train_clip.models.clip import CLIP  # noqa: E402

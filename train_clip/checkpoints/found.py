@@ -1,29 +1,30 @@
-"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself."""
+"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself; ``load``.
 
-import dataclasses
+L  positions      W  width      G  places of the grid along a side
+"""
+
 import hashlib
 import math
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from typing_extensions import override
 
 from train_clip.checkpoints.read import Contents, TensorRecord, read_tensors
 from train_clip.checkpoints.sources import find_contents
 from train_clip.errors import UserError
-from train_clip.models.config import ModelConfig, ViTConfig, read_config
+from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
-    from torch import Tensor, nn
-
+    from train_clip.data.crops import Preprocess
     from train_clip.models.clip import CLIP, DualEncoder
 
-Tensors = Mapping[str, "Tensor"]
+Tensors = Mapping[str, Any]
 
 # Every format that is read: a function of ``Contents`` that gives a ``Found``, or None for a file of another. The first
 # that knows a file says what it is: files that say it themselves before those that are told by their tensors.
@@ -44,6 +45,35 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's,
 TENSORS_OF_LAYER = 12  # of a transformer's block; a ResNet's has more
 NAMED = 3  # tensors in a message
 NO_CHOICE = WeightOptions()
+OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
+OF_TEXT = "positional_embedding"
+
+
+class Pretrained(NamedTuple):
+    """What ``load`` gives."""
+
+    model: "DualEncoder"  # in eval mode, in float32: ``encode_image``, ``encode_text``, ``logit_scale``
+    preprocess: "Preprocess"  # a picture or its path → (3, S, S) float32, as the model takes it
+    tokenizer: Any  # a caption or several → what ``encode_text`` takes
+
+
+def load(source: str | Path, *, backbone: str | Path | None = None, **choices: Any) -> Pretrained:
+    """Load a CLIP, or two encoders that this package has joined, from whatever holds it; no code of a file is run.
+
+    Args:
+        source: a file by OpenAI, open_clip, Hugging Face, train-CLIP or this package; a folder with ``config.json`` or
+            ``open_clip_config.json``; a name of OpenAI's (``ViT-B/32``); or ``hf-hub:NAME``.
+        backbone: of a file of visual prompts, where its backbone lies, if not where it lay.
+        choices: ``model_name``, ``activation``, ``image_size``, ``context_length``; mostly none is needed.
+
+    Raises:
+        UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
+    """
+    try:
+        options = WeightOptions(**choices)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return find_weights(source, options, backbone).build()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +93,9 @@ class Found:
 
     def read_as_kept(self) -> Tensors:
         """Read the tensors by the names that they have here, float32, of the sizes that they have in the file."""
-        try:
-            return self.rename(read_tensors(self.records))
-        except UserError as error:
-            # Whatever names a tensor alone.
-            raise error if self.source in str(error) else UserError(f"{self.source}: {error}") from error
+        return self.rename(read_tensors(self.records))
 
-    def read(self) -> dict[str, "Tensor"]:
+    def read(self) -> dict[str, Any]:
         """Read the tensors, of the sizes that were asked for."""
         return dict(self.read_as_kept())
 
@@ -77,11 +103,14 @@ class Found:
         """Build the model, its weights still to be filled in, and its tokenizer."""
         raise NotImplementedError
 
-    def build(self) -> tuple["DualEncoder", Any]:
-        """Build the model, filled strictly, in eval mode, and its tokenizer."""
+    def build(self) -> Pretrained:
+        """Build the model, filled strictly, in eval mode, with its preprocessing and its tokenizer."""
+        from train_clip.data.crops import Preprocess
+
         model, tokenizer = self.empty()
         fill(model, self.read(), self.source)
-        return model.eval(), tokenizer
+        preprocess = Preprocess(model.image_size, model.pixel_norm.mean, model.pixel_norm.std)
+        return Pretrained(model.eval(), preprocess, tokenizer)
 
     def describe(self) -> dict[str, str]:
         """The model in words, by headings."""
@@ -103,7 +132,8 @@ class FoundCLIP(Found):
     """A CLIP in a file."""
 
     config: ModelConfig
-    unsaid: tuple[str, ...] = ()  # what of the configuration the file does not say: "activation", "heads"
+    says_activation: bool = True  # or the configuration has any
+    says_heads: bool = True
     choices: WeightOptions = NO_CHOICE
 
     @override
@@ -114,36 +144,42 @@ class FoundCLIP(Found):
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if backbone is not None:
             self.refuse(f"{self.format}, a whole model. Leave the backbone out")
-        self._require_layers()
-        config = self._activated(self._named(choices), choices)
-        return dataclasses.replace(self, config=self._sized(config, choices), choices=choices)
+        config = self.config
+        if choices.model_name is not None:
+            named = read_config(choices.model_name)
+            config = self._told_by(named)
+            # A run's copy of its model has the sizes that were asked for then.
+            if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
+                self.refuse(
+                    f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name "
+                    "out"
+                )
+        elif not self.says_heads:
+            self.refuse(
+                "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
+                "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
+                "`train-clip models --show ViT-B/32` prints one to start from"
+            )
+        config = self._sized(self._activated(config, choices), choices)
+        return replace(self, config=config, choices=choices)
 
     def matched(self, model: ModelConfig) -> Self:
         """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
-        self._require_layers()
-        size = None if self.config.image.size == model.image.size else model.image.size
-        context = None if self.config.text.context == model.text.context else model.text.context
-        choices = WeightOptions(image_size=size, context_length=context)
-        said = self._sized(self.config, choices)
-        if "heads" in self.unsaid and isinstance(said.image, ViTConfig) and isinstance(model.image, ViTConfig):
-            image = dataclasses.replace(said.image, heads=model.image.heads)
-            said = dataclasses.replace(said, image=image, text=dataclasses.replace(said.text, heads=model.text.heads))
-        if "activation" in self.unsaid:
-            said = dataclasses.replace(said, activation=model.activation, mean=model.mean, std=model.std)
+        choices = WeightOptions(image_size=model.image.size, context_length=model.text.context)
+        said = self._sized(self._told_by(model), choices)
+        if not self.says_activation:
+            said = replace(said, activation=model.activation)
         for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
             if (found := getattr(said, name)) != (expected := getattr(model, name)):
                 self.refuse(f"another model: its {name} is {found}, expected {expected}")
-        config = dataclasses.replace(model, logit_bias=self.config.logit_bias)
-        return dataclasses.replace(self, config=config, choices=choices)
+        return replace(self, config=replace(model, logit_bias=self.config.logit_bias), choices=choices)
 
     @override
-    def read(self) -> dict[str, "Tensor"]:
+    def read(self) -> dict[str, Any]:
         return self.resized(self.read_as_kept())
 
-    def resized(self, tensors: Tensors) -> dict[str, "Tensor"]:
+    def resized(self, tensors: Tensors) -> dict[str, Any]:
         """Interpolate positions of tensors as they are kept, where that was asked for."""
-        from train_clip.checkpoints.openai import resize_image_positions, resize_text_positions
-
         if self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // self.config.image.pixels_per_place)
         if self.choices.context_length is not None:
@@ -172,43 +208,28 @@ class FoundCLIP(Found):
     @override
     def describe(self) -> dict[str, str]:
         config, text = self.config, self.config.text
-        activation = "not said by the file" if "activation" in self.unsaid else config.activation
+        activation = config.activation if self.says_activation else "not said by the file"
         return {
             "model": config.name,
             "image tower": f"{config.image}, {config.image.size}×{config.image.size} pixels",
             "text tower": f"{text.layers} layers of {text.width}, {text.heads} heads, {text.context} tokens of "
             f"{text.vocab:,}",
             "embedding": f"{config.embed_dim} numbers",
-            "activation": activation + "; how many heads is not said by the file" * ("heads" in self.unsaid),
+            "activation": activation + "; how many heads is not said by the file" * (not self.says_heads),
             **({"logits": "with a bias, of the sigmoid loss"} if config.logit_bias else {}),
             **super().describe(),
         }
 
-    def _named(self, choices: WeightOptions) -> ModelConfig:
-        # The model that the user names, where the file leaves its sizes open; the file's own, which that has to equal.
+    def _told_by(self, named: ModelConfig) -> ModelConfig:
+        # What the file leaves open, but for the activation, as a model says it that the file is to be of.
         config = self.config
-        if choices.model_name is None:
-            if "heads" in self.unsaid:
-                self.refuse(
-                    "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
-                    "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
-                    "`train-clip models --show ViT-B/32` prints one to start from"
-                )
-            return config
-        named = read_config(choices.model_name)
-        if "heads" in self.unsaid:
-            return dataclasses.replace(named, activation=config.activation, logit_bias=config.logit_bias)
-        # A run's copy of its model has the sizes that were asked for then.
-        if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
-            self.refuse(
-                f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name out"
-            )
-        unsaid = "activation" in self.unsaid
-        return dataclasses.replace(config, mean=named.mean, std=named.std) if unsaid else config
+        if not self.says_heads:
+            return replace(named, activation=config.activation, logit_bias=config.logit_bias)
+        return config if self.says_activation else replace(config, mean=named.mean, std=named.std)
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         said, chosen = config.activation, choices.activation
-        if "activation" in self.unsaid:
+        if not self.says_activation:
             if chosen is None:
                 self.refuse(
                     "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "
@@ -216,7 +237,7 @@ class FoundCLIP(Found):
                     "whose name ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python "
                     "activation=…)"
                 )
-            return dataclasses.replace(config, activation=chosen)
+            return replace(config, activation=chosen)
         if said not in ACTIVATIONS:
             self.refuse(f"its activation is {said}; known: {', '.join(ACTIVATIONS)}")
         if chosen not in (None, said):
@@ -224,15 +245,13 @@ class FoundCLIP(Found):
         return config
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
+        # Before a model is built of it: more layers than there are tensors for.
+        if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
+            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
         try:
             return config.with_sizes(choices.image_size, choices.context_length)
         except UserError as error:
             self.refuse(str(error))
-
-    def _require_layers(self) -> None:
-        # Before a model is built of it: more layers than there are tensors for.
-        if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
-            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
 
 
 def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
@@ -247,7 +266,7 @@ def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
 
 def any_chosen(choices: WeightOptions) -> bool:
     """Whether the user has chosen anything."""
-    return any(getattr(choices, one.name) is not None for one in dataclasses.fields(WeightOptions))
+    return any(getattr(choices, one.name) is not None for one in fields(WeightOptions))
 
 
 def identify(contents: Contents) -> Found:
@@ -256,7 +275,7 @@ def identify(contents: Contents) -> Found:
     for prefix in WRAPPINGS:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
-    contents = dataclasses.replace(contents, tensors=tensors)
+    contents = replace(contents, tensors=tensors)
     for name in FORMATS:
         if (found := pkgutil.resolve_name(name)(contents)) is not None:
             return found
@@ -274,17 +293,18 @@ def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]
             raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
 
 
-def fill(model: "nn.Module", tensors: Tensors, source: str) -> None:
+def fill(model: Any, tensors: Tensors, source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     found = [f"lacks {_some(missing)}"] if missing else []
     found += [f"has {_some(foreign)} besides"] if foreign else []
-    shared = [(name, tensors[name], tensor) for name, tensor in own.items() if name in tensors]
-    shapes = [(name, tuple(one.shape), tuple(other.shape)) for name, one, other in shared if one.shape != other.shape]
-    found += [f"has {name} of shape {one}, not {other}" for name, one, other in shapes[:NAMED]]
-    kinds = [(name, a.dtype, b.dtype) for name, a, b in shared if a.is_floating_point() != b.is_floating_point()]
-    found += [f"has {name} of {one}, not {other}" for name, one, other in kinds[:NAMED]]
+    shared = [(f"has {name} of", tensors[name], tensor) for name, tensor in own.items() if name in tensors]
+    other = [f"{has} shape {tuple(a.shape)}, not {tuple(b.shape)}" for has, a, b in shared if a.shape != b.shape]
+    other += [
+        f"{has} {a.dtype}, not {b.dtype}" for has, a, b in shared if a.is_floating_point() != b.is_floating_point()
+    ]
+    found += other[:NAMED]
     if found:
         raise UserError(
             f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
@@ -296,6 +316,38 @@ def fill(model: "nn.Module", tensors: Tensors, source: str) -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
+    """Interpolate the grid of an image tower's positions, bicubic with antialiasing, as open_clip does (its model.py).
+
+    The first position, of the class token or the mean, stays: (1 + G², W) → (1 + side², W).
+    """
+    import torch
+
+    def resized(positions: Any) -> Any:
+        """The positions of one tower."""
+        now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
+        if now in (0, side) or now**2 + 1 != len(positions):
+            return positions  # as they are, or no grid: strict loading says what they are instead
+        square = positions[1:].T.unflatten(1, (now, now))[None]
+        grid = torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True)
+        return torch.cat([positions[:1], grid[0].flatten(1).T])
+
+    return {name: resized(tensor) if name in OF_IMAGES else tensor for name, tensor in tensors.items()}
+
+
+def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
+    """Fewer positions, (L, W) → (context, W), are the first ones; more are interpolated linearly, as open_clip does."""
+    import torch
+
+    positions = tensors.get(OF_TEXT)
+    if positions is None or positions.ndim != 2:
+        return tensors
+    resized = positions[:context]
+    if context > len(positions):
+        resized = torch.nn.functional.interpolate(positions.T[None], context, mode="linear")[0].T.contiguous()
+    return {**tensors, OF_TEXT: resized}
 
 
 def digest_of(tensors: Tensors) -> str:

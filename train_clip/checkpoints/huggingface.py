@@ -7,20 +7,12 @@ matrices of their own, and its projections transposed.
 import json
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from train_clip.checkpoints.found import FoundCLIP, Tensors, require_usual
-from train_clip.checkpoints.openai import named_as_preset
-from train_clip.checkpoints.read import Contents
-from train_clip.checkpoints.sources import HF_CONFIG, HF_PIXELS, HF_PROCESSOR, HF_WEIGHTS
+from train_clip.checkpoints import found, read, sources
 from train_clip.errors import UserError, first_line
-from train_clip.files import write_text
 from train_clip.models.config import ModelConfig, ViTConfig, config_from_dict
-
-if TYPE_CHECKING:
-    from train_clip.models.clip import CLIP
 
 TOWERS = {"vision_model.": "visual.", "text_model.": ""}
 # Theirs → ours, anywhere in a tensor's name.
@@ -49,11 +41,11 @@ SETTINGS = {
     "vision_config": OF_BLOCKS | {"image_size": "size", "patch_size": "patch"},
     "text_config": OF_BLOCKS | {"max_position_embeddings": "context", "vocab_size": "vocab"},
 }
-OF_BOTH: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": EPS}
+OF_BOTH: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
 DEFAULTS = {
     "vision_config": OF_BOTH
     | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-    | {"image_size": 224, "patch_size": 32, "num_channels": 3},
+    | {"image_size": 224, "patch_size": 32},
     "text_config": OF_BOTH
     | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
     | {"vocab_size": 49408, "max_position_embeddings": 77},
@@ -66,64 +58,50 @@ JOIN = "train-clip finetune --image_encoder hf:NAME --text_encoder hf:NAME."
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
-def find_huggingface(contents: Contents) -> FoundCLIP | None:
+def find_huggingface(contents: read.Contents) -> found.FoundCLIP | None:
     """Find weights of a CLIPModel, with ``config.json`` beside them."""
     if not any(name.startswith("vision_model.") for name in contents.tensors):
         return None
     source = str(contents.path)
-    if HF_CONFIG not in contents.configs:
+    if sources.HF_CONFIG not in contents.configs:
         raise UserError(
-            f"{source}: weights under Hugging Face's names, without {HF_CONFIG} beside them, which says what the model "
+            f"{source}: weights under Hugging Face's names, without config.json beside them, which says what the model "
             "is. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
-        pixels = contents.settings(HF_PIXELS) or contents.settings(HF_PROCESSOR).get("image_processor", {})
-        config = _read_config(contents.settings(HF_CONFIG), pixels, source)
+        pixels = contents.settings(sources.HF_PIXELS)
+        pixels = pixels or contents.settings(sources.HF_PROCESSOR).get("image_processor", {})
+        config = _read_config(contents.settings(sources.HF_CONFIG), pixels, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source}: its {HF_CONFIG} is not as Hugging Face writes it ({first_line(error)}).") from error
+        raise UserError(f"{source}: its config.json is not as Hugging Face writes it ({first_line(error)}).") from error
     records = {name: record for name, record in contents.tensors.items() if not name.endswith(POSITIONS)}
-    return FoundCLIP(format="Hugging Face CLIPModel", source=source, records=records, config=config, rename=rename)
+    kind = "Hugging Face CLIPModel"
+    return found.FoundCLIP(format=kind, source=source, records=records, config=config, rename=rename)
 
 
-def rename(tensors: Tensors) -> Tensors:
+def rename(tensors: found.Tensors) -> found.Tensors:
     """Their names and shapes → ours; a name that is unknown stays, for strict loading to name it."""
     import torch
 
-    renamed: dict[str, Any] = {}
+    renamed = {}
     for name, tensor in tensors.items():
-        tower = next((tower for tower in TOWERS if name.startswith(tower)), None)
-        ours = name if tower is None else TOWERS[tower] + _reworded(name.removeprefix(tower), WORDS)
+        ours = _reworded(name, TOWERS | WORDS)
         if name in PROJECTIONS:
             renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
         elif "attn.q_proj." in ours:
-            parts = [tensors.get(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-            if any(part is None or part.shape != tensor.shape for part in parts):
-                raise UserError(f"{name}: its k_proj or v_proj is missing, or of another shape. Get the folder again.")
-            renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)  # type: ignore[arg-type]
+            names = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+            parts = [tensors[part] for part in names if part in tensors]
+            if [part.shape for part in parts] == [tensor.shape] * 3:
+                renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+            else:
+                renamed[ours] = tensor
         elif "attn.k_proj." not in ours and "attn.v_proj." not in ours:
             renamed[ours] = tensor
     return renamed
 
 
-def rename_back(state: Tensors) -> Tensors:
-    """Our names and shapes → theirs."""
-    renamed: dict[str, Any] = {}
-    projections, words = ({ours: theirs for theirs, ours in names.items()} for names in (PROJECTIONS, WORDS))
-    for name, tensor in state.items():
-        tower = "vision_model." if name.startswith("visual.") else "text_model."
-        theirs = tower + _reworded(name.removeprefix("visual."), words)
-        if name in projections:
-            renamed[projections[name]] = tensor.T
-        elif "in_proj_" in theirs:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[theirs.replace("in_proj_", f"{letter}_proj.")] = part
-        else:
-            renamed[name if name == "logit_scale" else theirs] = tensor
-    return renamed
-
-
-def _reworded(name: str, words: Mapping[str, str]) -> str:
-    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], name)
+def _reworded(name: str, words: dict[str, str]) -> str:
+    return re.sub("|".join(map(re.escape, words)), lambda word: words[word[0]], name)
 
 
 def end_token(vocab: int) -> int:
@@ -131,24 +109,24 @@ def end_token(vocab: int) -> int:
     return min(vocab - 1, END)
 
 
-def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> ModelConfig:
+def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) -> ModelConfig:
     if values.get("model_type") != "clip":
         raise UserError(
-            f"{source}: {HF_CONFIG} has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
+            f"{source}: config.json has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
             f"models can be joined: {JOIN}"
         )
     towers = {}
     for name, usual in DEFAULTS.items():
         # Older versions wrote a copy under another name, which wins there, defaults and all.
-        copied = values.get(f"{name}_dict")
-        towers[name] = {**usual, **(values.get(name) or {}), **({**usual, **copied} if copied else {})}
+        towers[name] = usual | (values.get(f"{name}_dict") or values.get(name) or {})
     vision, text = towers.values()
     for tower in (vision, text):
         usual = {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
-        usual |= {"hidden_act": (vision["hidden_act"],)}
-        usual |= {"eos_token_id": (LARGEST, end_token(text["vocab_size"]))} if tower is text else {}
+        usual["hidden_act"] = (vision["hidden_act"],)
+        if tower is text:
+            usual["eos_token_id"] = (LARGEST, end_token(text["vocab_size"]))
         own = "which CLIP's own towers do not have. Its towers can be joined:"
-        require_usual(tower, usual, source, f"{HF_CONFIG} has {{name}} = {{value!r}}, {own} {JOIN}")
+        found.require_usual(tower, usual, source, f"config.json has {{name}} = {{value!r}}, {own} {JOIN}")
     size = vision["image_size"]
     usual = {
         **dict.fromkeys(STEPS, (True,)),
@@ -156,22 +134,19 @@ def _read_config(values: Mapping[str, Any], pixels: Mapping[str, Any], source: s
         "crop_size": (size, {"height": size, "width": size}),
     }
     prepared = "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on"
-    require_usual(pixels, usual, source, f"{prepared} with that, change the file.")
+    found.require_usual(pixels, usual, source, f"{prepared} with that, change the file.")
     if abs((factor := pixels.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-6:
         raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")
     image, texts = ({ours: towers[name][theirs] for theirs, ours in names.items()} for name, names in SETTINGS.items())
-    colours = {name: found for name in ("mean", "std") if (found := pixels.get(f"image_{name}"))}
+    colours = {name: colour for name in ("mean", "std") if (colour := pixels.get(f"image_{name}"))}
     model = {"name": Path(source).name, "embed_dim": values.get("projection_dim", 512), "image": image, "text": texts}
-    return named_as_preset(config_from_dict(model | colours | {"activation": vision["hidden_act"]}, source))
+    return config_from_dict(model | colours | {"activation": vision["hidden_act"]}, source).named_as_preset()
 
 
-def write_huggingface(model: "CLIP", folder: Path) -> None:
+def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path) -> None:
     """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
     from safetensors.torch import save_file
 
-    from train_clip.data.tokenizer import merges
-
-    config, state = model.config, model.state_dict()
     if not isinstance(config.image, ViTConfig):
         raise UserError(
             f"{config.name}: its image tower is a ResNet, and Hugging Face's CLIPModel has vision transformers only. "
@@ -179,37 +154,56 @@ def write_huggingface(model: "CLIP", folder: Path) -> None:
         )
     if config.logit_bias:
         warnings.warn(
-            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {state.pop('logit_bias').item():.4f} is left "
+            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {tensors['logit_bias'].item():.4f} is left "
             "out. Rankings and softmaxes stay as they are; before a sigmoid of its logits add it.",
             stacklevel=2,
         )
-    tensors = {name: tensor.contiguous() for name, tensor in rename_back(state).items()}
-    save_file(tensors, folder / HF_WEIGHTS, metadata={"format": "pt"})
-    for name, values in _settings(config).items():
-        write_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges()), ""]))
+    save_file(rename_back(tensors), folder / sources.HF_WEIGHTS, metadata={"format": "pt"})
+    for name, text in _texts(config).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def rename_back(tensors: found.Tensors) -> dict[str, Any]:
+    """Our names and shapes → theirs."""
+    renamed = {}
+    projections, words = ({ours: theirs for theirs, ours in names.items()} for names in (PROJECTIONS, WORDS))
+    for name, tensor in tensors.items():
+        tower = "vision_model." if name.startswith("visual.") else "text_model."
+        theirs = tower + _reworded(name.removeprefix("visual."), words)
+        if name in projections:
+            renamed[projections[name]] = tensor.T.contiguous()
+        elif "in_proj_" in theirs:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[theirs.replace("in_proj_", f"{letter}_proj.")] = part
+        elif name != "logit_bias":
+            renamed[name if name == "logit_scale" else theirs] = tensor
+    return renamed
+
+
+def _texts(config: ModelConfig) -> dict[str, str]:
     """The files beside the weights, by name."""
-    from train_clip.data.tokenizer import Tokenizer, vocabulary
+    from train_clip.data.tokenizer import Tokenizer, merges, vocabulary
 
     size, last = config.image.size, end_token(config.text.vocab)
     of_all = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": EPS}
-    besides: dict[str, dict[str, Any]] = {
+    towers: dict[str, Any] = {
         "vision_config": {"model_type": "clip_vision_model", "num_channels": 3},
         "text_config": {"model_type": "clip_text_model"}
         | {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": 1},
     }
-    towers = {}
     for (name, names), tower in zip(SETTINGS.items(), (config.image, config.text), strict=True):
         sizes = {theirs: getattr(tower, ours) for theirs, ours in names.items()}
-        towers[name] = besides[name] | sizes | {"intermediate_size": 4 * tower.width} | of_all
+        towers[name] |= sizes | {"intermediate_size": 4 * tower.width} | of_all
     start, end = (vocabulary()[token] for token in (Tokenizer.start_token, Tokenizer.end_token))
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    return {
-        HF_CONFIG: {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim, **towers},
-        HF_PIXELS: {
+    settings: dict[str, Any] = {
+        sources.HF_CONFIG: {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": config.embed_dim,
+            **towers,
+        },
+        sources.HF_PIXELS: {
             **{"image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "resample": BICUBIC},
             **dict.fromkeys((*STEPS, "do_convert_rgb"), True),
             **{"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}},
@@ -220,3 +214,5 @@ def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
         "special_tokens_map.json": special,
         "vocab.json": {token: place for place, token in enumerate(vocabulary())},
     }
+    texts = {name: json.dumps(values, indent=2, ensure_ascii=False) + "\n" for name, values in settings.items()}
+    return texts | {"merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges()), ""])}

@@ -3,18 +3,12 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from train_clip.checkpoints.found import FoundCLIP
-from train_clip.checkpoints.openai import found_by_shapes
-from train_clip.checkpoints.read import Contents
-from train_clip.errors import UserError
-from train_clip.models.config import config_from_dict
-
-if TYPE_CHECKING:
-    from train_clip.models.clip import CLIP
+from train_clip.checkpoints import found, openai, read
+from train_clip.errors import UserError, root_cause
+from train_clip.models.config import ModelConfig, config_from_dict
 
 METADATA = "train_clip"  # under it a .safetensors file holds the model's configuration
 LIGHTNING = "pytorch-lightning_version"
@@ -30,31 +24,30 @@ OF_CUSTOM_WRAPPER = "sink_temp"  # a parameter of train-CLIP's CustomCLIPWrapper
 MARKED_AS_FOLDER = 0x10  # the MS-DOS attribute, in a zip archive's directory
 
 
-def find_checkpoint(contents: Contents) -> FoundCLIP | None:
+def find_checkpoint(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a checkpoint of ``train``."""
-    arguments = contents.data.get("hyper_parameters")
-    config = arguments.get("config") if isinstance(arguments, Mapping) else None
+    told = of_lightning(contents)
+    config = told["arguments"].get("config")
     # Ours has two towers; train-CLIP's is flat, or a path, or whatever its user made of it.
-    if not isinstance(config, Mapping) or not {"image", "text"} <= set(config):
+    if not isinstance(config, dict) or not {"image", "text"} <= set(config):
         return None
-    config = config_from_dict(config, str(contents.path))
-    return FoundCLIP(format="train-clip checkpoint", config=config, **of_lightning(contents))
+    return found.FoundCLIP(format="train-clip checkpoint", config=config_from_dict(config, told["source"]), **told)
 
 
-def find_safetensors(contents: Contents) -> FoundCLIP | None:
+def find_safetensors(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a file of ``train-clip convert --to safetensors``."""
-    if METADATA not in contents.metadata:
+    if METADATA not in contents.data:
         return None
     source = str(contents.path)
     try:
-        values = dict(json.loads(contents.metadata[METADATA]))
+        values = dict(json.loads(contents.data[METADATA]))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: its metadata tell of no model ({error}). Write the file again.") from error
     config = config_from_dict(values, source)
-    return FoundCLIP(format="train-clip safetensors", source=source, records=contents.tensors, config=config)
+    return found.FoundCLIP(format="train-clip safetensors", source=source, records=contents.tensors, config=config)
 
 
-def find_train_clip(contents: Contents) -> FoundCLIP | None:
+def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a checkpoint of train-CLIP's CLIPWrapper: OpenAI's model, QuickGELU included (its models/model.py)."""
     told = of_lightning(contents)
     if LIGHTNING not in contents.data or not told["records"]:
@@ -65,14 +58,14 @@ def find_train_clip(contents: Contents) -> FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    kind = "train-CLIP checkpoint (CLIPWrapper)"
-    return found_by_shapes(kind, contents, told["records"], about=told["about"], unsaid=())
+    known = {"about": told["about"], "says_activation": True, "says_heads": True}
+    return openai.found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, told["records"], **known)
 
 
-def of_lightning(contents: Contents) -> dict[str, Any]:
+def of_lightning(contents: read.Contents) -> dict[str, Any]:
     """What a checkpoint of Lightning's says of any model: tensors, the module's arguments, how far the run had come."""
     data, about = contents.data, {}
-    if isinstance(mean := data.get(RUNNING_MEAN), Mapping):
+    if isinstance(mean := data.get(RUNNING_MEAN), dict):
         about["EMA of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
     about |= {shown: data[name] for name, shown in names.items() if name in data}
@@ -80,17 +73,16 @@ def of_lightning(contents: Contents) -> dict[str, Any]:
     return {
         "source": str(contents.path),
         "records": {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)},
-        "arguments": arguments if isinstance(arguments, Mapping) else {},
+        "arguments": arguments if isinstance(arguments, dict) else {},
         "about": about,
     }
 
 
-def write_safetensors(model: "CLIP", file: Path) -> None:
+def write_safetensors(config: ModelConfig, tensors: found.Tensors, file: Path) -> None:
     """Write one file of tensors under OpenAI's names, the configuration in its metadata."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, file, metadata={"format": "pt", METADATA: json.dumps(model.config.to_dict())})
+    save_file(dict(tensors), file, metadata={"format": "pt", METADATA: json.dumps(config.to_dict())})
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -120,11 +112,3 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a checkpoint of `train-clip train`.")
     return loaded
-
-
-def root_cause(error: BaseException) -> str:
-    """The first line of the error that lies deepest, which for a full disk is the system's."""
-    while error.__context__ is not None:
-        error = error.__context__
-    text = getattr(error, "strerror", None) or str(error)
-    return f"{type(error).__name__}: {text}".splitlines()[0][:200]

@@ -8,24 +8,20 @@ import json
 import math
 import pickle
 import pickletools
-import typing
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from train_clip.errors import UserError, first_line
-
-if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
-    from torch import Tensor
+from train_clip.errors import UserError, first_line, root_cause
 
 # Bounds of what a file may ask for, far above what files need: some 33 instructions a tensor, a few dimensions.
 MAX_PICKLE, MAX_HEADER, MAX_JSON = 2**28, 100_000_000, 2**24  # bytes of data.pkl, a header, a configuration
 MAX_INSTRUCTIONS, MAX_NAMES, MAX_ARGUMENTS = 4_000_000, 10_000, 16
 MAX_DIMENSIONS, MAX_DEPTH = 64, 100  # of a tensor; of modules within modules
 MAX_KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to share one hash
-MAX_SHARED = 4  # times that all numbers may be used on the average; tied weights make it less than 2
+MAX_SHARED = 4  # times the file's size that its tensors may take; tied weights make it less than 2
 LONGEST_SHOWN = 60  # letters of a name in a message
 
 # By dtype: its bytes, the beginning of its storage's name (torch.FloatStorage), its name in a .safetensors header.
@@ -37,20 +33,16 @@ KINDS = {
 STORAGES, DTYPES = ({str(kind[place]): dtype for dtype, kind in KINDS.items()} for place in (1, 2))
 # Names that checkpoints hold beside their weights, in older ones of Lightning a run's arguments and its callbacks'
 # classes; Python 2 called the module of its own types __builtin__. Any other name is refused.
-HARMLESS = (
-    *"__torch__. argparse.Namespace collections. _codecs. lightning. lightning_fabric. numpy. omegaconf.".split(),
-    *("pathlib.", "pytorch_lightning.", "torch.device"),
-    *(f"__builtin__.{kind}" for kind in "set frozenset complex dict list int float str bool".split()),
+HARMLESS = tuple(
+    "__torch__. argparse.Namespace collections. _codecs. lightning. lightning_fabric. numpy. omegaconf. pathlib. "
+    "pytorch_lightning. torch.device __builtin__.set __builtin__.frozenset __builtin__.complex __builtin__.dict "
+    "__builtin__.list __builtin__.int __builtin__.float __builtin__.str __builtin__.bool".split()
 )
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 EXPECTED = (
     " Expected a checkpoint (.ckpt), weights (.pt, .bin, .safetensors), a folder that holds config.json and weights, "
     "a name of OpenAI's such as ViT-B/32, or hf-hub:NAME."
 )
-
-
-class BadFile(Exception):
-    """Says what of a file is not as it should be."""
 
 
 class TensorRecord(NamedTuple):
@@ -63,12 +55,6 @@ class TensorRecord(NamedTuple):
     stride: tuple[int, ...] | None = None  # in elements; None in a .safetensors file, whose tensors are contiguous
     offset: int = 0  # of its first element in the storage, in elements
 
-    @property
-    def end(self) -> int:
-        """The place behind its last element in its storage."""
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride or (), strict=True))
-        return self.offset + 1 + last if math.prod(self.shape) else 0
-
 
 class StandIn:
     """What a file names, by its class: makes what ``MAKERS`` says, or itself, of any arguments and state."""
@@ -77,14 +63,12 @@ class StandIn:
 
     def __new__(cls, *arguments: Any) -> Any:  # noqa: D102, a call of what the file names
         if len(arguments) > MAX_ARGUMENTS:
-            raise BadFile(f"its data.pkl calls something with {len(arguments):,} arguments")
+            raise UserError(f"its data.pkl calls something with {len(arguments):,} arguments")
         return MAKERS[cls.__name__](*arguments) if cls.__name__ in MAKERS else super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        if "state" in vars(self):
-            raise BadFile("its data.pkl gives one thing its attributes twice")
         # A class may pack its state otherwise, as NumPy's do, which nobody here unpacks.
-        self.state = {name: v for name, v in state.items() if isinstance(name, str)} if isinstance(state, dict) else {}
+        self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, *_: Any) -> None: ...
 
@@ -97,17 +81,18 @@ class Contents:
 
     path: Path  # what messages name
     kind: str  # "PyTorch archive", "TorchScript archive" or "safetensors"
-    data: Mapping[str, Any]  # of a PyTorch archive; of a TorchScript archive each module's class by the module's name
-    tensors: Mapping[str, TensorRecord]  # the weights by the names that they have there
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of a .safetensors file
+    # Of a PyTorch archive all of it; of a TorchScript archive each module's class by the module's name; of safetensors
+    # its metadata.
+    data: dict[str, Any]
+    tensors: dict[str, TensorRecord]  # the weights by the names that they have there
     configs: Mapping[str, Path] = field(default_factory=dict)  # the JSON files beside the weights, by name
 
-    def settings(self, name: str) -> Mapping[str, Any]:
+    def settings(self, name: str) -> dict[str, Any]:
         """What a JSON file beside the weights says; nothing where there is none."""
         return read_json(self.configs[name]) if name in self.configs else {}
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a file of settings: keys and values, not too large."""
     try:
         if (size := path.stat().st_size) > MAX_JSON:
@@ -130,77 +115,79 @@ def read_file(path: Path) -> Contents:
         if path.suffix.casefold() == ".safetensors" or start[8:9] == b"{":
             return _read_safetensors(path)
         if start == LEGACY:
-            raise BadFile(
+            raise UserError(
                 "written by PyTorch before 1.6, or in its old form. Write it anew with "
                 "torch.save(torch.load(FILE, weights_only=True), NEW)."
             )
         what = "is empty" if not start else f"begins with {start[:8]!r}"
-        raise BadFile(f"{what}, which no file of weights does.{EXPECTED}")
-    except BadFile as error:
+        raise UserError(f"{what}, which no file of weights does.{EXPECTED}")
+    except UserError as error:
         raise UserError(f"{path}: {str(error).removesuffix('.')}.") from error
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: an archive that is cut short or damaged ({error}). Get the file again.") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UserError(f"{path}: no weights, or damaged ones ({reason}). Get the file again.") from error
+        raise UserError(f"{path}: no weights, or damaged ones ({root_cause(error)}). Get the file again.") from error
 
 
 def _read_weights(path: Path) -> Contents:
-    data, is_script = read_archive(path)
-    if is_script and isinstance(data, StandIn):
+    data = read_archive(path)
+    if isinstance(data, StandIn) and type(data).__name__.startswith("__torch__."):
         return _read_modules(path, data)
     if not isinstance(data, dict):
-        raise BadFile(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
+        raise UserError(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
     state = data.get("state_dict", data)
     held = state if isinstance(state, dict) else {}
     tensors = {name: v for name, v in held.items() if isinstance(name, str) and isinstance(v, TensorRecord)}
     if not tensors:
         names = ", ".join(key[:LONGEST_SHOWN] for key in list(data)[:6] if isinstance(key, str)) or "nothing"
-        raise BadFile(f"holds no weights (but {names}).{EXPECTED}")
+        raise UserError(f"holds no weights (but {names}).{EXPECTED}")
     return Contents(path, "PyTorch archive", data, tensors)
 
 
 def _read_modules(path: Path, module: StandIn) -> Contents:
     """Find every tensor of a TorchScript module, and each module's class. Without recursion: files nest at will."""
-    tensors: dict[str, TensorRecord] = {}
-    classes: dict[str, str] = {}
+    tensors, classes = {}, {}
     waiting, seen = [("", module)], set()
     while waiting:
         name, part = waiting.pop()
-        if name.count(".") > MAX_DEPTH:
-            raise BadFile(f"has modules nested more than {MAX_DEPTH} deep")
-        if id(part) in seen:
-            raise BadFile("has a module that is a part of itself, or of two others")
+        if id(part) in seen or name.count(".") > MAX_DEPTH:
+            raise UserError(
+                f"has a module that is a part of itself or of two others, or over {MAX_DEPTH} deep in others"
+            )
         seen.add(id(part))
         classes[name.rstrip(".")] = type(part).__name__
-        tensors |= {name + key: value for key, value in part.state.items() if isinstance(value, TensorRecord)}
-        waiting += [(f"{name}{key}.", value) for key, value in part.state.items() if isinstance(value, StandIn)]
+        for key, value in part.state.items():
+            if isinstance(value, TensorRecord):
+                tensors[f"{name}{key}"] = value
+            elif isinstance(value, StandIn):
+                waiting.append((f"{name}{key}.", value))
     return Contents(path, "TorchScript archive", classes, tensors)
 
 
-def read_archive(path: Path) -> tuple[Any, bool]:
-    """Read an archive's data, tensors as ``TensorRecord``, and whether TorchScript wrote it."""
+def read_archive(path: Path) -> Any:
+    """Read an archive's data, tensors as ``TensorRecord`` and a TorchScript module as a ``StandIn``."""
     with zipfile.ZipFile(path) as archive:
         # TorchScript compresses its code, which is not read. What is not stored as it is could unpack to anything.
         stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
         sizes = {entry.filename: entry.file_size for entry in stored}
         if len(sizes) < len(stored):
-            raise BadFile("has two entries of one name")
+            raise UserError("has two entries of one name")
         if any(entry.file_size != entry.compress_size for entry in stored) or sum(sizes.values()) > path.stat().st_size:
-            raise BadFile("its entries claim more bytes than it has")
+            raise UserError("its entries claim more bytes than it has")
         found = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
-            raise BadFile(f"has {len(found)} entries data.pkl, expected one")
-        if sizes[found[0]] > MAX_PICKLE:
-            raise BadFile(f"its data.pkl has {sizes[found[0]]:,} bytes, expected {MAX_PICKLE:,} at most")
-        prefix = found[0].removesuffix("data.pkl")
+            raise UserError(f"has {len(found)} entries data.pkl, expected one")
+        pickled = found[0]
+        if sizes[pickled] > MAX_PICKLE:
+            raise UserError(f"its data.pkl has {sizes[pickled]:,} bytes, expected {MAX_PICKLE:,} at most")
+        prefix = pickled.removesuffix("data.pkl")
         if f"{prefix}byteorder" in sizes and archive.read(f"{prefix}byteorder") != b"little":
-            raise BadFile("was written on a machine of the other byte order")
-        program = archive.read(found[0])
-        _require_data(program)
-        return _Unpickler(program, path, prefix, sizes).load(), f"{prefix}constants.pkl" in archive.namelist()
+            raise UserError("was written on a machine of the other byte order")
+        program = archive.read(pickled)
+    _require_data(program)
+    return _Unpickler(program, path, prefix, sizes).load()
 
 
 # Instructions that data needs; what the first ones put on the stack may be a key.
@@ -216,18 +203,19 @@ def _require_data(program: bytes) -> None:
 
     A tuple as a key, a million deep, would end Python; so many numbers of one hash take it an hour.
     """
-    stack, marks, memo = list[bool](), [0], dict[Any, bool]()  # of each value, whether it may be a key
-    for number, (code, operand, _) in enumerate(pickletools.genops(program)):
-        name, takes, argument = code.name, code.stack_before, typing.cast(int, operand)
+    stack, marks, memo = list[bool](), [0], {}  # of each value, whether it may be a key
+    instructions: Iterator[Any] = pickletools.genops(program)
+    for number, (code, argument, _) in enumerate(instructions):
+        name, takes = code.name, code.stack_before
         if name not in INSTRUCTIONS:
-            raise BadFile(f"its data.pkl has the instruction {name}, which weights do not need")
+            raise UserError(f"its data.pkl has the instruction {name}, which weights do not need")
         # Two of what is taken are the mark, which is not on this stack, and all above it.
         above = marks.pop() + 2 if pickletools.markobject in takes else len(stack)
         start = above - len(takes)
         if start < marks[-1] or max(number, argument if name == "LONG_BINPUT" else 0) > MAX_INSTRUCTIONS:
-            raise BadFile(f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or ends its stack")
+            raise UserError(f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or ends its stack")
         if name.startswith("SETITEM") and not all(stack[start + 1 :: 2]):
-            raise BadFile("its data.pkl has a key that is no word or number, or a very large number")
+            raise UserError("its data.pkl has a key that is no word or number, or a very large number")
         del stack[start:]
         if name == "MARK":
             marks.append(start)
@@ -256,25 +244,25 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         name = f"{module}.{name}"
         if name.startswith("torch.nn."):
-            raise BadFile(
+            raise UserError(
                 "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
                 "torch.save(model.state_dict(), FILE)"
             )
         is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
         if not (is_type or name in MAKERS or name.startswith(HARMLESS)) or len(self.classes) > MAX_NAMES:
-            raise BadFile(f"asks for {name}, which weights do not need; nothing of it was run")
+            raise UserError(f"asks for {name}, which weights do not need; nothing of it was run")
         if name not in self.classes:
             self.classes[name] = type(name, (StandIn,), {})
         return self.classes[name]
 
     def persistent_load(self, words: Any) -> _Storage:
-        _, kind, key, _, numel = _require(words, tuple)  # "storage", type, key, device, number of elements
-        name = _require(kind, type).__name__.removeprefix("torch.").removesuffix("Storage")
+        _, kind, key, _, numel = words  # "storage", type, key, device, number of elements
+        name = kind.__name__.removeprefix("torch.").removesuffix("Storage")
         if name not in STORAGES:
-            raise BadFile(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
+            raise UserError(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
         dtype, entry = STORAGES[name], f"{self.prefix}data/{_require(key, str)}"
-        if self.sizes.get(entry, -1) != _require(numel, int) * KINDS[dtype][0]:
-            raise BadFile(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
+        if self.sizes.get(entry, -1) != numel * KINDS[dtype][0]:
+            raise UserError(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
         return _Storage(self.file, entry, dtype, numel)
 
 
@@ -287,30 +275,30 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) ->
     file, entry, dtype, numel = _require(storage, _Storage)
     shape, stride = _sizes(shape), _sizes(stride)
     if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
-        raise BadFile("has a tensor whose shape and strides are not as many whole numbers")
+        raise UserError("has a tensor whose shape and strides are not as many whole numbers")
     if others[2:3] and others[2]:  # behind requires_grad and hooks: what else is done to a tensor
-        raise BadFile("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
-    record = TensorRecord(file, entry, dtype, shape, stride, offset)
-    if max(math.prod(shape), record.end) > numel:
-        raise BadFile(f"has a tensor of shape {shape} in a storage of {numel:,} elements")
-    return record
+        raise UserError("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if (elements := math.prod(shape)) and max(elements, last + 1) > numel:
+        raise UserError(f"has a tensor of shape {shape} in a storage of {numel:,} elements")
+    return TensorRecord(file, entry, dtype, shape, stride, offset)
 
 
 def _sizes(sizes: Any) -> tuple[Any, ...]:
     # So few that they can be multiplied and printed.
-    if len(_require(sizes, tuple | list)) > MAX_DIMENSIONS:
-        raise BadFile(f"has a tensor of {len(sizes):,} dimensions")
+    if len(sizes) > MAX_DIMENSIONS:
+        raise UserError(f"has a tensor of {len(sizes):,} dimensions")
     return tuple(sizes)
 
 
 def _require(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise BadFile(f"it has a {type(value).__name__} where another thing belongs")
+        raise UserError(f"it has a {type(value).__name__} where another thing belongs")
     return value
 
 
 # By the name in the file, what is made in place of what it names. Dicts get their items afterwards.
-MAKERS: dict[str, Callable[..., Any]] = {
+MAKERS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: _require(tensor, TensorRecord),
     "torch.Size": _sizes,
@@ -329,25 +317,24 @@ def _read_safetensors(path: Path) -> Contents:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise BadFile(f"its header would have {length:,} bytes, in a file of {size:,}")
+            raise UserError(f"its header would have {length:,} bytes, in a file of {size:,}")
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadFile("its metadata are not words by their names")
-    tensors = {}
+    data, tensors = header.pop("__metadata__", {}), {}
+    if not isinstance(data, dict):
+        raise UserError("its metadata are no values by their names")
     for name, entry in header.items():
         shape, (start, end) = _sizes(entry["shape"]), entry["data_offsets"]
         if (dtype := DTYPES.get(entry["dtype"])) is None:
-            raise BadFile(f"its tensor {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}")
+            raise UserError(f"its tensor {name} is of type {entry['dtype']}; known: {', '.join(DTYPES)}")
         if not 0 <= start <= end <= size - 8 - length or end - start != math.prod(shape) * KINDS[dtype][0]:
-            raise BadFile(f"its tensor {name} of shape {shape} is not in the file, or not all of it")
+            raise UserError(f"its tensor {name} of shape {shape} is not in the file, or not all of it")
         tensors[name] = TensorRecord(path, name, dtype, shape)
-    return Contents(path, "safetensors", {}, tensors, metadata)
+    return Contents(path, "safetensors", data, tensors)
 
 
-def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, "Tensor"]:
+def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Any]:
     """Read tensors into memory, each byte held against its checksum where there is one; floats become float32."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for file in dict.fromkeys(record.file for record in records.values()):
         try:
             for name, tensor in _read_from(file, {name: one for name, one in records.items() if one.file == file}):
@@ -359,7 +346,7 @@ def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, "Tensor"]:
     return {name: tensors[name] for name in records}
 
 
-def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tuple[str, "Tensor"]]:
+def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tuple[str, Any]]:
     import torch
     from safetensors import safe_open
 
@@ -370,9 +357,9 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
     by_storage: dict[str, dict[str, TensorRecord]] = {}
     for name, record in records.items():
         by_storage.setdefault(record.entry, {})[name] = record
-    numbers = sum(max(record.end for record in sharing.values()) for sharing in by_storage.values())
-    if sum(math.prod(record.shape) for record in records.values()) > MAX_SHARED * numbers:
-        raise BadFile("the same numbers stand for many tensors")
+    num_bytes = sum(math.prod(record.shape) * KINDS[record.dtype][0] for record in records.values())
+    if num_bytes > MAX_SHARED * file.stat().st_size:
+        raise UserError("the same numbers stand for many tensors")
     with zipfile.ZipFile(file) as archive:
         for entry, sharing in by_storage.items():
             content = bytearray(archive.read(entry))  # PyTorch wants memory that it may write to

@@ -1,10 +1,8 @@
 """What a user names → what lies there: a path, a name of OpenAI's, a name on the Hugging Face hub."""
 
-import dataclasses
 import hashlib
-import importlib
 import os
-from http.client import HTTPException
+from dataclasses import replace
 from pathlib import Path
 
 from train_clip.checkpoints.read import EXPECTED, LONGEST_SHOWN, Contents, read_file, read_json
@@ -20,7 +18,6 @@ WEIGHTS = (
     OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin", HF_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-LONGEST_NAME = 255  # bytes of a file's name
 
 HUB = "hf-hub:"
 URL = "https://openaipublic.azureedge.net/clip/models"
@@ -52,28 +49,27 @@ def read_contents(path: Path) -> Contents:
     """Look into a file, or into a folder as Hugging Face and open_clip write them."""
     try:
         if path.is_dir():
-            return _gather(str(path))
+            return _gather(str(path), WEIGHTS)
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
     if not path.is_file():
         raise UserError(f"{path}: {'is no regular file' if path.exists() else 'there is no such file'}.{EXPECTED}")
-    configs = {name: path.with_name(name) for name in CONFIGS if path.with_name(name).is_file()}
-    return dataclasses.replace(read_file(path), configs=configs)
+    return replace(_gather(str(path.parent), (path.name,)), path=path)
 
 
-def _gather(folder: str) -> Contents:
-    """Look into a folder whose files are found by their names, here or on a hub."""
+def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
+    """Look into a folder whose files are found by their names, here or on a hub: the first of the weights counts."""
     configs = {name: found for name in CONFIGS if (found := find_file(folder, name)) is not None}
-    for name in WEIGHTS:
+    for name in weights:
         if (found := find_file(folder, name)) is None:
             continue
-        parts_of = _parts(found) if name.endswith(".index.json") else [name]
-        files = {part: find_file(folder, part) for part in parts_of}
-        if missing := [part for part, file in files.items() if file is None]:
-            raise UserError(f"{folder}: {name} lists {missing[0]}, which is not there. Get the folder again.")
-        parts = [read_file(file) for file in files.values() if file is not None]
+        parts = []
+        for part in _parts(found) if name.endswith(".index.json") else [name]:
+            if (file := find_file(folder, part)) is None:
+                raise UserError(f"{folder}: {name} lists {part}, which is not there. Get the folder again.")
+            parts.append(read_file(file))
         tensors = {key: record for contents in parts for key, record in contents.tensors.items()}
-        return dataclasses.replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
+        return replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
     raise UserError(f"{folder}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
 
 
@@ -81,7 +77,7 @@ def _parts(index: Path) -> list[str]:
     """The files that an index lists; a path in place of a name would leave the folder."""
     listed = read_json(index).get("weight_map", {})
     parts = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    odd = [part for part in parts if Path(part).name != part or len(part.encode()) > LONGEST_NAME]
+    odd = [part for part in parts if Path(part).name != part]
     if odd := odd or ([] if parts else ["no file"]):
         raise UserError(f"{index}: lists {odd[0][:LONGEST_SHOWN]}; expected names of files beside it.")
     return parts
@@ -98,16 +94,14 @@ def fetch_openai(name: str) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
     target, published = folder / f"{name.replace('/', '-')}.pt", OPENAI[name]
     address = f"{URL}/{published}/{target.name}"
-    if target.exists() and not target.is_file():
-        raise UserError(f"{target}: is no regular file; expected OpenAI's {name}. Move it away.")
-    if not target.exists():
+    if not target.is_file():
         from torch.hub import download_url_to_file
 
         try:
             with replacing(target) as beside:
                 print(f"OpenAI's {name}: {address} → {target}")
                 download_url_to_file(address, str(beside))
-        except (OSError, HTTPException) as error:
+        except Exception as error:  # whatever a network does, or a folder of that name
             reason = getattr(error, "reason", None) or first_line(error)
             raise UserError(
                 f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({reason}). Where there is a "
@@ -127,7 +121,7 @@ def _from_hub(name: str) -> Contents:
     if not name:
         raise UserError(f"{HUB} without a name; expected {HUB}ORGANISATION/MODEL.")
     try:
-        return _gather(name)
+        return _gather(name, WEIGHTS)
     except UserError as error:
         raise UserError(f"{HUB}{error}") from error
     except ImportError as error:
@@ -146,11 +140,12 @@ def find_file(name: str, file: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name, file)
         return path if path.is_file() else None
-    hub, errors = (importlib.import_module(f"huggingface_hub{part}") for part in ("", ".errors"))
-    if (cached := hub.try_to_load_from_cache(name, file)) is not None:
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    if (cached := try_to_load_from_cache(name, file)) is not None:
         return Path(cached) if isinstance(cached, str) else None  # the cache also remembers that there is none
     try:
-        return Path(hub.hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file))
     except errors.LocalEntryNotFoundError:
         raise
     except errors.EntryNotFoundError:

@@ -16,7 +16,8 @@ ENCODERS = (
     "Python: model.visual, model.transformer."
 )
 
-# By format: what writes it, of a model and of a place that gets its name once all is on disk, and how it is opened.
+# By format: what writes it, of a configuration, tensors and a place that gets its name once all is on disk; how it is
+# opened.
 WRITERS = {
     "open_clip": (
         "train_clip.checkpoints.open_clip:write_open_clip",
@@ -54,7 +55,7 @@ def convert(
     _require_writable(target)
     # Before gigabytes are read.
     found = find_weights(source, weights).require_clip(f" {ENCODERS}")
-    write_model(found.build()[0], target, to)
+    write_model(found.build().model, target, to)
     print(f'Wrote {target}: {WRITERS[to][1].format(target=target)}, or train_clip.load("{target}").')
     return target
 
@@ -73,7 +74,7 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
     with replacing(target) as beside:
         if kind != "safetensors":
             beside.mkdir()
-        write(model, beside)
+        write(model.config, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
 
 
 def _require_writable(target: Path) -> None:

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
-from train_clip.checkpoints.load import Pretrained, open_weights
+from train_clip.checkpoints.found import NO_CHOICE, Found, Pretrained, find_weights
 from train_clip.commands.progress import with_progress
 from train_clip.data.crops import read_picture
 from train_clip.data.pairs import read_captions, split_pairs
@@ -150,7 +149,7 @@ def load_for_scoring(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}). Try cpu.") from None
-    loaded = open_weights(source if isinstance(source, Found) else find_weights(source, choices, backbone))
+    loaded = (source if isinstance(source, Found) else find_weights(source, choices, backbone)).build()
     loaded.model.to(device)
     return loaded
 

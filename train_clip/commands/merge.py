@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from train_clip.checkpoints.found import Found, find_model, find_weights
-from train_clip.checkpoints.own import MODEL, OF_RUN, read_checkpoint
+from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, read_checkpoint
 from train_clip.commands.evaluate import ScoreOptions, Scores, figures, load_for_scoring, score, table
 from train_clip.errors import UserError
 from train_clip.files import require_place, write_text
@@ -24,7 +24,7 @@ from train_clip.training.checkpoints import AtomicCheckpointIO
 
 OF_LOSS = ("logit_scale", "logit_bias")
 # What a merged checkpoint takes over from the tuned one besides its weights.
-KEPT = ("pytorch-lightning_version", "epoch", "global_step", "hyper_parameters")
+KEPT = (LIGHTNING, "epoch", "global_step", "hyper_parameters")
 
 
 @dataclass(frozen=True)

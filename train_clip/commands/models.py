@@ -50,9 +50,7 @@ def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:
     """A row for each parameter, those of a tower's blocks together."""
     with torch.device("meta"):
         model = CLIP(config)
-    numbers = config.optimizer
-    of_preset = {name: getattr(numbers, name) for name in ("weight_decay", "betas", "eps")}
-    options = TrainingOptions.of({"optimizer": optimizer, "learning_rate": numbers.lr} | of_preset)
+    options = TrainingOptions.of({"optimizer": optimizer} | config.optimizer.options())
     groups = build_optimizer(model, model, options).param_groups
     of_group = {parameter: group for group in groups for parameter in group["params"]}
     rows: Counter[tuple[str, ...]] = Counter()

@@ -3,17 +3,14 @@
 Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optimizer numbers its tables 18 to 20.
 """
 
-import dataclasses
 import json
 import math
-import typing
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -116,11 +113,14 @@ class OptimizerConfig:
     epochs: int  # passes over the pairs
 
     def __post_init__(self) -> None:
-        for name, value in {"learning rate": self.lr, "eps": self.eps, "epochs": self.epochs}.items():
-            _require(value > 0, f"{name} {value}, expected above 0")
-        for name, value in {"weight decay": self.weight_decay, "warmup_steps": self.warmup_steps}.items():
-            _require(value >= 0, f"{name} {value}, expected 0 or above")
+        above, least = (self.lr, self.eps, self.epochs), (self.weight_decay, self.warmup_steps)
+        _require(all(value > 0 for value in above), f"lr, eps and epochs are {above}, expected above 0")
+        _require(all(value >= 0 for value in least), f"weight_decay and warmup_steps are {least}, expected 0 or above")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
+
+    def options(self) -> dict[str, Any]:
+        """The options of an optimizer whose defaults are a model's."""
+        return {"learning_rate": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,25 @@ class ModelConfig:
 
     def with_sizes(self, image: int | None = None, context: int | None = None) -> Self:
         """The same model for images of another size, in pixels, and captions of another length, in tokens."""
-        of_image = dataclasses.replace(self.image, size=image or self.image.size)
-        of_text = dataclasses.replace(self.text, context=context or self.text.context)
-        return dataclasses.replace(self, image=of_image, text=of_text)
+        of_image = replace(self.image, size=image or self.image.size)
+        return replace(self, image=of_image, text=replace(self.text, context=context or self.text.context))
+
+    def preset(self) -> "ModelConfig | None":
+        """The preset of these sizes, if there is one."""
+        return next((preset for preset in presets() if preset.sizes == self.sizes), None)
+
+    def named_as_preset(self) -> Self:
+        """This model with the name and the optimizer's numbers of the preset of its sizes."""
+        preset = self.preset()
+        return replace(self, name=preset.name, optimizer=preset.optimizer) if preset else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as a preset file holds them; ``config_from_dict`` reads them back."""
-        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        values = json.loads(json.dumps(asdict(self)))
         # Left out where there is none: so are the files and runs of before there could be one.
-        return values if self.logit_bias else {name: value for name, value in values.items() if name != "logit_bias"}
+        if not self.logit_bias:
+            del values["logit_bias"]
+        return values
 
 
 def read_config(name: str) -> ModelConfig:
@@ -166,7 +176,7 @@ def read_config(name: str) -> ModelConfig:
     if path.suffix.casefold() in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{path}: there is no such file. --model_name takes a preset or a YAML file.")
-        return _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path), path.stem)
+        return _read_yaml(path)
     for preset in presets():
         if preset.name.replace("/", "-") == name.replace("/", "-"):
             return preset
@@ -177,19 +187,17 @@ def read_config(name: str) -> ModelConfig:
 @cache
 def presets() -> tuple[ModelConfig, ...]:
     """Every model that ships with the package, in the order of their numbered files."""
-    folder = resources.files("train_clip.models") / "presets"
-    files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".yaml")}
-    return tuple(_read_yaml(files[name], name, name) for name in sorted(files))
+    return tuple(map(_read_yaml, sorted(Path(__file__).with_name("presets").glob("*.yaml"))))
 
 
-def _read_yaml(text: str, source: str, name: str) -> ModelConfig:
+def _read_yaml(path: Path) -> ModelConfig:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except yaml.YAMLError as error:
-        raise UserError(f"{source}: not YAML ({error}).") from None
+        raise UserError(f"{path}: not YAML ({error}).") from None
     if not isinstance(values, dict):
-        raise UserError(f"{source}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
-    return config_from_dict({"name": name} | values, source)
+        raise UserError(f"{path}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
+    return config_from_dict({"name": path.stem} | values, str(path))
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "config") -> ModelConfig:
@@ -199,12 +207,14 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Model
         UserError: a key that is unknown or missing, or sizes that do not fit; ``source`` is named.
     """
     try:
-        values = {"name": source} | (_from_flat(values) if "image_resolution" in values else dict(values))
+        values = {"name": source, **values}
+        if "image_resolution" in values:
+            values = _from_flat(values)
         image = values.get("image", {})
         kind = next((kind for key, kind in TOWERS.items() if isinstance(image, dict) and key in image), ViTConfig)
         if "optimizer" not in values:
             # A model without numbers of its own trains with those of its kind.
-            values["optimizer"] = read_config(kind.alike).to_dict()["optimizer"]
+            values["optimizer"] = asdict(read_config(kind.alike).optimizer)
         parts = {"image": kind, "text": TextConfig, "optimizer": OptimizerConfig}
         values |= {name: _build(part, values.get(name, {}), name) for name, part in parts.items()}
         return _build(ModelConfig, values, "model")
@@ -212,21 +222,18 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Model
         raise UserError(f"{source}: {error}. `train-clip models --show ViT-B/32` prints a complete file.") from None
 
 
-T = TypeVar("T")
-
-
-def _build(kind: type[T], values: Any, where: str) -> T:
+def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{where} is {_shown(values)}, expected keys and values")
-    fields = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    required = [name for name, default in fields.items() if default is dataclasses.MISSING]
-    _require_keys(values, fields, required, f"under {where!r}")
-    hints = typing.get_type_hints(kind)
+    defaults = {field.name: field.default for field in fields(kind)}
+    required = [name for name, default in defaults.items() if default is MISSING]
+    _require_keys(values, defaults, required, f"under {where!r}")
+    hints = get_type_hints(kind)
     return kind(**{key: _typed(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
-def _require_keys(values: Mapping[str, Any], known: Iterable[str], required: list[str], where: str) -> None:
-    if unknown := sorted(set(values) - set(known)):
+def _require_keys(values: Mapping[str, Any], known: Collection[str], required: list[str], where: str) -> None:
+    if unknown := [name for name in values if name not in known]:
         raise UserError(f"unknown key {unknown[0]!r} {where}; known: {', '.join(known)}")
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{', '.join(missing)} missing {where}")
@@ -238,21 +245,21 @@ NAMES = {float: "a number such as 5.0e-4", int: "a whole number", bool: "true or
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """A value of the type that its field declares; whole numbers serve as floats, lists as tuples."""
-    if kinds := typing.get_args(hint) if typing.get_origin(hint) is tuple else ():
+    kinds = get_args(hint)  # of a tuple's items, or of towers
+    if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
             raise UserError(f"{where} is {_shown(value)}, expected a list of {len(kinds)} numbers")
         return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
-    is_bool = isinstance(value, bool)
-    if hint is float and isinstance(value, int) and not is_bool:
+    if hint is float and type(value) is int:
         return float(value)
-    if not isinstance(value, hint) or is_bool != (hint is bool):
+    if type(value) not in (hint, *kinds):
         raise UserError(f"{where} is {_shown(value)}, expected {NAMES.get(hint, 'text')}")
     return value
 
 
 def _shown(value: Any) -> str:
     # One out of a file can be too large to print.
-    is_short = isinstance(value, bool | int | float | str | None) and len(str(value)) <= LONGEST_SHOWN
+    is_short = isinstance(value, int | float | str | None) and len(str(value)) <= LONGEST_SHOWN
     return repr(value) if is_short else f"a {type(value).__name__}"
 
 
@@ -280,13 +287,13 @@ def _from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
                 "files four times as much. Divide it by 4 for the paper's model.",
                 stacklevel=2,
             )
-    return {key: values[key] for key in ("name", "embed_dim") if key in values} | {"image": image, "text": text}
+    return {"name": values["name"], "embed_dim": values["embed_dim"], "image": image, "text": text}
 
 
 def _require_positive(config: ImageConfig | TextConfig) -> None:
     for name, value in vars(config).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        _require(all(number > 0 for number in numbers), f"{name} is {value}, expected numbers above 0")
+        least = min(value) if isinstance(value, tuple) else value
+        _require(least > 0, f"{name} is {value}, expected numbers above 0")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint, root_cause
-from train_clip.errors import UserError
+from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint
+from train_clip.errors import UserError, root_cause
 from train_clip.files import link, replacing, sweep
 from train_clip.gather import largest
 from train_clip.training.ema import ema_figure

@@ -66,11 +66,7 @@ class ContrastiveModule(EmbeddingModule):
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         self._preset = preset
         self.options = options = TrainingOptions.of(
-            options.flat(),
-            optimizer="adamw",
-            distillation="none",
-            learning_rate=preset.lr,
-            **{name: getattr(preset, name) for name in ("weight_decay", "betas", "eps")},
+            options.flat(), optimizer="adamw", distillation="none", **preset.options()
         )
         towers, objective = options.towers, options.objective
         model.lock(towers.lock_image, towers.lock_text)
