@@ -4,28 +4,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental import _config as shapes
 
 from train_clip.errors import UserError
 from train_clip.models.blocks import Blocks, ResidualBlock, Transformer
 from train_clip.models.vit import VisionTransformer
 
 
-def recompute_blocks(tower: nn.Module, group: int) -> None:
+def recompute_blocks(tower: Any, group: int) -> None:
     """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one."""
     stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
     for blocks in stacks:
         blocks.recompute = group
     if stacks or not group:
         return
-    library: Any = tower
     kind = type(tower).__name__
     if group != 1:
         raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block by itself. Expected 1.")
-    if hasattr(library, "gradient_checkpointing_enable"):
-        library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif hasattr(library, "set_grad_checkpointing"):
-        library.set_grad_checkpointing(True)
+    if hasattr(tower, "gradient_checkpointing_enable"):
+        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(tower, "set_grad_checkpointing"):
+        tower.set_grad_checkpointing(True)
     else:
         raise UserError(
             f"{kind} has no gradient checkpointing: found neither gradient_checkpointing_enable (transformers) nor "
@@ -57,7 +55,7 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
     torch._dynamo.config.recompile_limit = 64  # forms of a block: by tower, training or not, and batch; not 8
     # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
     # met in the first one's recomputation (tests/training/test_economy.py).
-    shapes.use_duck_shape = False
+    torch.fx.experimental._config.use_duck_shape = False
     stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
     dynamic = dynamic or any(blocks.stochastic_depth for blocks in stacks)
     by_block = [blocks for blocks in stacks if blocks.recompute or isinstance(blocks[0], ResidualBlock)]
