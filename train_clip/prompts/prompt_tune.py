@@ -29,14 +29,13 @@ from train_clip.options import (
 )
 from train_clip.prompts.file import PromptConfig, prompt_layers
 from train_clip.prompts.wrapper import VPT, PromptCLIPWrapper
-from train_clip.training.checkpoints import Best
 from train_clip.training.data_module import TextImageDataModule
 
 # Rate for a batch of so many pairs, out of the grid of VPT (appendix A, table 6): what benchmarks/prompts.py picked.
 BASE_RATE, RATE_OF = 25.0, 256
 ADAMW_RATE = 1e-3  # PyTorch's default
 DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
-BY_LOSS = Best("val/loss", lowest=True)
+BY_LOSS = "val/loss"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from lightning.pytorch import Callback, Trainer, loggers, utilities
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
@@ -67,40 +64,32 @@ class RunProgress(Callback):
     """Figures, pairs/s and the time left: a bar over the whole run on a terminal, a line now and then in a file."""
 
     def __init__(self) -> None:
-        self.console = Console()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
         columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
-        in_file = not self.console.is_terminal
         # Some steps take longer than the half minute over which rich looks back by itself.
-        how: dict[str, Any] = {"console": self.console, "refresh_per_second": 4, "speed_estimate_period": 3600}
-        self.progress = Progress(*columns, disable=in_file, **how)
-        self.last_shown = self.done_before = 0.0
+        self.progress = Progress(*columns, refresh_per_second=4, speed_estimate_period=3600)
+        self.progress.disable = not self.progress.console.is_terminal
+        self.last_shown = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         epochs = trainer.max_epochs or 0
         limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
         total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
-        for task in self.progress.task_ids:
-            self.progress.remove_task(task)
-        self.done_before = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        self.progress.add_task("", total=total, completed=self.done_before)
+        self.progress.add_task("", total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         if trainer.is_global_zero:
             self.progress.start()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        (task,), now, in_file = self.progress.tasks, time.perf_counter(), self.progress.disable
+        task, now, in_file = self.progress.tasks[-1], time.perf_counter(), self.progress.disable
         self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
             self.last_shown, task.description = now, _figures(trainer, FIGURES)
             if in_file:
-                done, left = task.completed, ""
-                if task.total is not None:
-                    seconds = (task.elapsed or 0) / max(1, done - self.done_before) * (task.total - done)
-                    left = f"  {timedelta(seconds=int(seconds))} left"
                 of = "" if task.total is None else f"/{task.total:,.0f}"
-                self._say(f"batch {done:,.0f}{of}  {task.description}{left}")
+                left = "" if task.time_remaining is None else f"  {timedelta(seconds=task.time_remaining)} left"
+                self._say(f"batch {task.completed:,.0f}{of}  {task.description}{left}")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -115,13 +104,10 @@ class RunProgress(Callback):
     def teardown(self, *_: Any, **__: Any) -> None:
         self.progress.stop()
 
-    @override
-    def on_exception(self, *_: Any) -> None:
-        # The message is to stand alone.
-        self.progress.stop()
+    on_exception = teardown  # the message is to stand alone
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _figures(trainer: Trainer, figures: dict[str, str]) -> str:
@@ -155,7 +141,7 @@ class Throughput(Callback):
         self.pairs, self.started = 0, 0.0
 
 
-class MetricsLog(Logger):
+class MetricsLog(loggers.Logger):
     """``logs/metrics.csv``: a row for each logged step, written at once; a resumed run goes on in it.
 
     Rows from the run's ``first_step`` on are dropped: they are of steps that were lost, and come again.
@@ -181,7 +167,7 @@ class MetricsLog(Logger):
         pass
 
     @override
-    @rank_zero_only
+    @utilities.rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
         row = metrics | {"step": step}
@@ -233,13 +219,10 @@ class Curves(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self.on_fit_end(trainer, pl_module)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
             _draw(rows, self.folder / "curves.png")
+
+    on_fit_end = on_validation_end
 
 
 def _draw(rows: list[dict[str, str]], target: Path) -> None:
