@@ -161,7 +161,7 @@ def test_the_best_mean_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
         run.validated(value, mean)
         assert run.saves == saves
     assert run.states()["best.ckpt"] == 1
-    assert run.saving.best_mean == pytest.approx(0.35)
+    assert run.saving.best["best_mean"] == pytest.approx(0.35)
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_validation_while_a_gradient_is_pending_is_not_asked_for_the_best(tmp_
     run.batch_ends(1)
     with pytest.warns(UserWarning, match="Make --val_check_interval a multiple of --accumulate_grad_batches"):
         run.validated(0.9)
-    assert (run.saves, run.saving.best) == (0, None)
+    assert (run.saves, run.saving.best["best"]) == (0, None)
 
 
 def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,8 +220,8 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
     for saving in trainer.checkpoint_callbacks:
         if isinstance(saving, Checkpoints) and saving.mean_is_better and best.is_file():
             print(
-                f"The EMA of the weights scored better: {saving.best_by} {saving.best_mean:.4f}, the trained "
-                f"weights {saving.best:.4f}. Evaluate it by {best} in place of the file above."
+                f"The EMA of the weights scored better: {saving.best_by} {saving.best['best_mean']:.4f}, the trained "
+                f"weights {saving.best['best']:.4f}. Evaluate it by {best} in place of the file above."
             )
 
 

@@ -58,9 +58,8 @@ class PixelNorm(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        if images.is_floating_point():
-            return images.to(self.mean.dtype)
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        pixels = images.to(self.mean.dtype)
+        return pixels if images.is_floating_point() else (pixels / 255 - self.mean) / self.std
 
 
 class DualEncoder(nn.Module):

@@ -86,10 +86,10 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, channels) / channels**0.5)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
-        self.c_proj = nn.Linear(channels, embed_dim)
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+        projections = [nn.Linear(channels, outputs) for outputs in (channels, channels, channels, embed_dim)]
+        for projection in projections:
             nn.init.normal_(projection.weight, std=channels**-0.5)
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = projections
 
     @override
     def forward(self, feature_map: Tensor) -> Tensor:

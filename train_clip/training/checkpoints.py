@@ -60,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     @override
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         # Of plain data alone, every byte of it checked; code in a file is never run.
         return read_checkpoint(Path(path), map_location)
 
@@ -96,14 +96,15 @@ class Checkpoints(Checkpoint):
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"
         self.every, self.keep, self.best_by = every or Interval(), keep, best_by
-        self.best: float | None = None
-        self.best_mean: float | None = None
+        # Of the best trained weights, and of the best EMA.
+        self.best: dict[str, float | None] = {"best": None, "best_mean": None}
         self._due: set[str] = set()  # which of the two are to be saved
 
     @property
     def mean_is_better(self) -> bool:
         """Whether the best EMA has scored better than the best trained weights."""
-        return self.best is not None and self.best_mean is not None and self._is_better(self.best_mean, self.best)
+        best, best_mean = self.best.values()
+        return best is not None and best_mean is not None and self._is_better(best_mean, best)
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -137,8 +138,8 @@ class Checkpoints(Checkpoint):
             )
             return
         for which, figure in (("best", name), ("best_mean", ema.ema_figure(name))):
-            if figure in figures and self._is_better(value := figures[figure].item(), getattr(self, which)):
-                setattr(self, which, value)
+            if figure in figures and self._is_better(value := figures[figure].item(), self.best[which]):
+                self.best[which] = value
                 self._due.add(which)
         # Within an epoch it is saved here, else at its end.
         if (self._due or trainer.should_stop) and not ends_epoch:
@@ -184,11 +185,11 @@ class Checkpoints(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_mean": self.best_mean}
+        return dict(self.best)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_mean = state_dict["best"], state_dict.get("best_mean")
+        self.best |= state_dict
 
     def _is_better(self, value: float, best: float | None) -> bool:
         better = best is None or (value < best if self.best_by.endswith("loss") else value > best)

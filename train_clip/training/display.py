@@ -12,29 +12,25 @@ from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.files import replacing, sweep
-from train_clip.training.ema import ema_figure
 
 METRICS = Path("logs", "metrics.csv")  # within a run's folder
 
 REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
-# What is shown, in this order: logged names, and their labels and formats.
+# What is shown, in this order: logged names behind train/, val/ or val_ema/, and their labels and formats.
 FIGURES = {
-    "train/loss": "loss {:.3f}",
-    "train/distillation_loss": "distillation {:.3f}",
-    "train/accuracy_image_to_text": "i→t {:.1%}",
-    "train/accuracy_text_to_image": "t→i {:.1%}",
-    "train/logit_scale": "scale {:.1f}",
-    "train/learning_rate": "lr {:.1e}",
-    "train/pairs_per_second": "pairs/s {:,.0f}",
-}
-VALIDATION_FIGURES = {
-    "val/loss": "loss {:.3f}",
-    "val/R@1_image_to_text": "R@1 i→t {:.1%}",
-    "val/R@5_image_to_text": "R@5 i→t {:.1%}",
-    "val/R@1_text_to_image": "R@1 t→i {:.1%}",
-    "val/R@5_text_to_image": "R@5 t→i {:.1%}",
+    "loss": "loss {:.3f}",
+    "distillation_loss": "distillation {:.3f}",
+    "accuracy_image_to_text": "i→t {:.1%}",
+    "accuracy_text_to_image": "t→i {:.1%}",
+    "logit_scale": "scale {:.1f}",
+    "learning_rate": "lr {:.1e}",
+    "pairs_per_second": "pairs/s {:,.0f}",
+    "R@1_image_to_text": "R@1 i→t {:.1%}",
+    "R@5_image_to_text": "R@5 i→t {:.1%}",
+    "R@1_text_to_image": "R@1 t→i {:.1%}",
+    "R@5_text_to_image": "R@5 t→i {:.1%}",
 }
 # One panel each: its title, and the logged names with their labels.
 PANELS = {
@@ -85,7 +81,7 @@ class RunProgress(Callback):
         task, now, in_file = self.progress.tasks[-1], time.perf_counter(), self.progress.disable
         self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
-            self.last_shown, task.description = now, _figures(trainer, FIGURES)
+            self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
                 of = "" if task.total is None else f"/{task.total:,.0f}"
                 left = "" if task.time_remaining is None else f"  {timedelta(seconds=task.time_remaining)} left"
@@ -95,9 +91,8 @@ class RunProgress(Callback):
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
-            of_ema = {ema_figure(name): form for name, form in VALIDATION_FIGURES.items()}
-            for what, names in {"held out": VALIDATION_FIGURES, "EMA": of_ema}.items():
-                if figures := _figures(trainer, names):
+            for what, prefix in (("held out", "val"), ("EMA", "val_ema")):
+                if figures := _figures(trainer, prefix):
                     self._say(f"{where}, {what}:  {figures}")
 
     @override
@@ -110,9 +105,9 @@ class RunProgress(Callback):
         self.progress.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _figures(trainer: Trainer, figures: dict[str, str]) -> str:
-    known = trainer.callback_metrics
-    return "  ".join(form.format(known[name].item()) for name, form in figures.items() if name in known)
+def _figures(trainer: Trainer, prefix: str) -> str:
+    found = ((trainer.callback_metrics.get(f"{prefix}/{name}"), form) for name, form in FIGURES.items())
+    return "  ".join(form.format(figure.item()) for figure, form in found if figure is not None)
 
 
 class Throughput(Callback):
@@ -171,7 +166,7 @@ class MetricsLog(loggers.Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
         row = metrics | {"step": step}
-        if step == self._newest.get("step") and row.keys() == self._newest.keys():
+        if row == self._newest:
             return
         try:
             if row.keys() - set(self._columns):

@@ -49,7 +49,6 @@ class EndOfStep(Callback):
         self.num_steps = 0  # optimizer steps of the whole run
         self.finite = FiniteSteps()
         self.signals = signals.StopSignals()
-        self._scaler: Any = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -65,7 +64,7 @@ class EndOfStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install()
         internals.begin_next_epoch(trainer)
-        self._scaler = internals.gradient_scaler(trainer)
+        self.finite.scaler = internals.gradient_scaler(trainer)
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
             self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
@@ -83,7 +82,7 @@ class EndOfStep(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.finite.before_update(optimizer, self._scaler, self.consumed_batches + 1)
+        self.finite.before_update(optimizer, self.consumed_batches + 1)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
@@ -91,7 +90,7 @@ class EndOfStep(Callback):
         steps, ends_epoch = internals.steps_and_ends(trainer)
         if not steps:
             return
-        if self._scaler is not None:
+        if self.finite.scaler is not None:
             self.finite.keep_statistics(pl_module)
         if trainer.global_step % (trainer.log_every_n_steps or READ_EVERY) == 0:  # type: ignore[attr-defined]
             self.finite.read()
@@ -163,6 +162,8 @@ class EndOfStep(Callback):
 class FiniteSteps:
     """Watches the loss and the gradient of every optimizer step."""
 
+    scaler: Any = None  # of 16-mixed
+
     def __init__(self) -> None:
         self.skipped_in_a_row = 0
         self.gradient_norm = torch.zeros(())
@@ -181,14 +182,14 @@ class FiniteSteps:
         buffers = [buffer for norm in training_norms(module) for buffer in norm.buffers()]
         self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
-    def before_update(self, optimizer: optim.Optimizer, scaler: Any, batch: int) -> None:
+    def before_update(self, optimizer: optim.Optimizer, batch: int) -> None:
         """Look at a step's gradient, unscaled by now; ``batch`` is the number of the step's last batch, from 1."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = nn.utils.get_total_norm(gradients)
         bad = on_any(~self.gradient_norm.isfinite())
         loss, self._losses = torch.stack(self._losses or [bad]).mean(), []
-        if scaler is not None:
-            self._count(bool(bad), scaler, batch)
+        if self.scaler is not None:
+            self._count(bool(bad), batch)
             return
         found = torch.stack([torch.full_like(bad, batch), loss])
         known = self._report.to(bad.device)
@@ -210,14 +211,14 @@ class FiniteSteps:
                 "the same batch each time, look for an image or caption that is not like the others."
             )
 
-    def _count(self, bad: bool, scaler: Any, batch: int) -> None:
+    def _count(self, bad: bool, batch: int) -> None:
         # The scaler skips a bad step; what its forward pass did to running statistics is undone.
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if not bad:
             return
         for buffer, before in self._statistics:
             buffer.copy_(before)
-        scale = scaler.get_scale() * scaler.get_backoff_factor()
+        scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
         if self.skipped_in_a_row >= MOST_SKIPPED or scale < 1:
             raise UserError(
                 f"Batch {batch:,}: the gradient was not finite in {self.skipped_in_a_row} steps in a row, at a scale "
