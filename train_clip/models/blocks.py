@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
@@ -25,6 +24,7 @@ PLAIN_UP_TO = 128
 SHARPNESS = 1.702  # openai/CLIP, model.py, QuickGELU
 
 Block = Callable[[Tensor], Tensor]
+BatchNorm = nn.modules.batchnorm._BatchNorm  # of any kind
 
 
 class Blocks(nn.Sequential):
@@ -193,14 +193,14 @@ def through_some_rows(block: Block, x: Tensor, rate: float) -> Tensor:
     return x.index_add(0, rows, (block(some) - some).to(x.dtype), alpha=len(x) / kept)
 
 
-def training_norms(module: nn.Module) -> list[_BatchNorm]:
+def training_norms(module: nn.Module) -> list[BatchNorm]:
     """The BatchNorms of a module that are training and keep running statistics."""
     modules = (one for one in module.modules() if one.training)
-    return [one for one in modules if isinstance(one, _BatchNorm) and one.running_mean is not None]
+    return [one for one in modules if isinstance(one, BatchNorm) and one.running_mean is not None]
 
 
 @contextmanager
-def scratch_statistics(norms: Iterable[_BatchNorm], momentum: float = 0.0) -> Iterator[None]:
+def scratch_statistics(norms: Iterable[BatchNorm], momentum: float = 0.0) -> Iterator[None]:
     """Within the block norms write into fresh buffers, with momentum 1 this batch's own statistics; theirs stay."""
     before = [(norm, dict(norm.named_buffers()), norm.momentum) for norm in norms]
     for norm, buffers, _ in before:
@@ -214,6 +214,6 @@ def scratch_statistics(norms: Iterable[_BatchNorm], momentum: float = 0.0) -> It
             norm.momentum = own
 
 
-def recomputing(norms: Iterable[_BatchNorm]) -> tuple[Any, Any]:
+def recomputing(norms: Iterable[BatchNorm]) -> tuple[Any, Any]:
     """What ``checkpoint`` runs a forward pass and its recomputation in, so that running statistics are updated once."""
     return nullcontext(), scratch_statistics(norms)

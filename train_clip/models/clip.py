@@ -50,7 +50,7 @@ class PixelNorm(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> None:
+    def __init__(self, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             # Not persistent: the state dict holds the field's names and nothing else.
@@ -153,7 +153,6 @@ class CLIP(DualEncoder):
     The text tower's tensors sit at the top level, as in OpenAI's and open_clip's state dicts.
     """
 
-    config: ModelConfig
     transformer: Transformer
 
     def __init__(self, config: ModelConfig) -> None:
@@ -166,7 +165,7 @@ class CLIP(DualEncoder):
             self.add_bias()
         self.pixel_norm = PixelNorm(config.mean, config.std)
         build_tower = pkgutil.resolve_name(config.image.tower)
-        self.visual: nn.Module = build_tower(config.image, config.embed_dim, config.activation)
+        self.visual = build_tower(config.image, config.embed_dim, config.activation)
         self.transformer = Transformer(text.width, text.layers, text.heads, config.activation, causal=True)
         self.token_embedding = nn.Embedding(text.vocab, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context, text.width))

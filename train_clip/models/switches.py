@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from train_clip.errors import UserError
 from train_clip.models.blocks import Blocks, ResidualBlock, Transformer
@@ -32,7 +31,7 @@ def recompute_blocks(tower: Any, group: int) -> None:
         )
 
 
-def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
+def skip_blocks(tower: torch.nn.Module, name: str, highest: float) -> None:
     """Have the last block of a tower, image or text, left out for that share of the rows in training."""
     stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
     if highest and not stacks:
@@ -45,7 +44,7 @@ def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
         blocks.stochastic_depth = highest
 
 
-def compile_tower(tower: nn.Module, dynamic: bool) -> None:
+def compile_tower(tower: torch.nn.Module, dynamic: bool) -> None:
     """Compile a tower in place: names of parameters, and checkpoints, stay as they are; copies are not compiled.
 
     A transformer is compiled block by block: all its blocks share one form, in a fraction of the whole tower's time. So
@@ -63,7 +62,7 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
         part.compile(dynamic=dynamic)
 
 
-def patches_to_keep(tower: nn.Module, mask_ratio: float) -> int:
+def patches_to_keep(tower: torch.nn.Module, mask_ratio: float) -> int:
     """K = round((1 - mask_ratio) · P), for ``kept_patches``; 0 where none are dropped."""
     if not mask_ratio:
         return 0

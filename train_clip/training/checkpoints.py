@@ -12,20 +12,16 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import lightning
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning import Trainer, __version__
+from lightning.pytorch import callbacks, plugins, utilities
 from typing_extensions import override
 
 from train_clip import files
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint, root_cause
 from train_clip.errors import UserError
 from train_clip.gather import largest
-from train_clip.training import ema
-from train_clip.training import lightning_internals as internals
+from train_clip.training import ema, lightning_internals
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 # On small sets the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
@@ -33,7 +29,7 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 BY_RECALL = "val/mean_recall"
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(plugins.TorchCheckpointIO):
     """Lightning's checkpoints of plain data, written beside the target, synced and renamed; checked when loaded."""
 
     @override
@@ -82,7 +78,7 @@ class Interval(NamedTuple):
         return cls(seconds=60 * number) if minutes else cls(steps=int(number))
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(callbacks.Checkpoint):
     """Saves after each epoch, at an interval within it, and names the state that scores best."""
 
     def __init__(
@@ -115,24 +111,24 @@ class Checkpoints(Checkpoint):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if internals.steps_and_ends(trainer) != (True, False):
+        if lightning_internals.steps_and_ends(trainer) != (True, False):
             return
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
         if self.every.seconds:
             # One clock decides for all.
             due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)])[0] > 0
         if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
-            internals.log_step(trainer)
+            lightning_internals.log_step(trainer)
             self.save(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         figures, name = trainer.callback_metrics, self.best_by
-        if trainer.sanity_checking or not internals.resuming(trainer) or name not in figures:
+        if trainer.sanity_checking or not lightning_internals.resuming(trainer) or name not in figures:
             return
-        steps, ends_epoch = internals.steps_and_ends(trainer)
+        steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
         if not steps:
-            rank_zero_warn(
+            utilities.rank_zero_warn(
                 "This validation came while a gradient was pending, which no checkpoint can hold: it is not asked for "
                 "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
@@ -148,7 +144,7 @@ class Checkpoints(Checkpoint):
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         # Not where the run ends within an epoch, which Lightning counts as a whole one from here on.
-        if internals.steps_and_ends(trainer)[1]:
+        if lightning_internals.steps_and_ends(trainer)[1]:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path | None:
@@ -204,7 +200,7 @@ class Checkpoints(Checkpoint):
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
-            LIGHTNING: lightning.__version__,
+            LIGHTNING: __version__,
             "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
             RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},

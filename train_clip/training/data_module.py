@@ -6,14 +6,12 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import lightning as L
-from lightning.pytorch import utilities
+from lightning.pytorch import LightningDataModule, utilities
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from train_clip.data import samples, scan, table
+from train_clip.data import samples, scan, table, tokenizer
 from train_clip.data.pairs import PairList, plain_name, split_pairs
-from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, StepOptions, WeightOptions
 from train_clip.training import lightning_internals, same_run, signals
@@ -21,7 +19,7 @@ from train_clip.training import lightning_internals, same_run, signals
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
 
 
-class TextImageDataModule(L.LightningDataModule):
+class TextImageDataModule(LightningDataModule):
     """Images and captions that share a stem, anywhere below a folder, or that a table names.
 
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
@@ -185,7 +183,7 @@ class TextImageDataModule(L.LightningDataModule):
 
 def _tokenizer(custom: Any, context_length: int | None) -> samples.BatchTokenizer:
     if custom is None:
-        return Tokenizer(context_length or Tokenizer.context_length)
+        return tokenizer.Tokenizer(context_length or tokenizer.Tokenizer.context_length)
     if hasattr(custom, "batch"):
         return custom
     # Of Hugging Face's form.

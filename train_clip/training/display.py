@@ -142,19 +142,15 @@ class MetricsLog(loggers.Logger):
     Rows from the run's ``first_step`` on are dropped: they are of steps that were lost, and come again.
     """
 
-    name, version = "", ""
+    name = version = save_dir = ""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         super().__init__()
         self.file = Path(folder, METRICS)
+        self.save_dir = str(self.file.parent)
         self._first_step = first_step
         self._columns: list[str] = []
         self._newest: dict[str, Any] = {}
-
-    @property
-    @override
-    def save_dir(self) -> str:
-        return str(self.file.parent)
 
     @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:

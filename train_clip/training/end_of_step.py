@@ -21,8 +21,7 @@ from typing_extensions import override
 from train_clip.errors import UserError
 from train_clip.gather import largest, on_any
 from train_clip.models.blocks import training_norms
-from train_clip.training import checkpoints, signals
-from train_clip.training import lightning_internals as internals
+from train_clip.training import checkpoints, lightning_internals, signals
 
 MOST_SKIPPED = 20  # steps in a row; each halves the scaler's scale, which starts at 65,536
 READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
@@ -63,8 +62,8 @@ class EndOfStep(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install()
-        internals.begin_next_epoch(trainer)
-        self.finite.scaler = internals.gradient_scaler(trainer)
+        lightning_internals.begin_next_epoch(trainer)
+        self.finite.scaler = lightning_internals.gradient_scaler(trainer)
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
             self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
@@ -87,7 +86,7 @@ class EndOfStep(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.consumed_batches += 1
-        steps, ends_epoch = internals.steps_and_ends(trainer)
+        steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
         if not steps:
             return
         if self.finite.scaler is not None:
@@ -106,7 +105,7 @@ class EndOfStep(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         # A run that ends within an epoch is over.
-        if internals.steps_and_ends(trainer)[1]:
+        if lightning_internals.steps_and_ends(trainer)[1]:
             self._stop_if_asked(trainer)
 
     @override
@@ -155,7 +154,7 @@ class EndOfStep(Callback):
                 f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
                 + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
             )
-            internals.release_children(trainer)
+            lightning_internals.release_children(trainer)
             raise signals.Stopped(128 + number)
 
 
@@ -235,8 +234,8 @@ def known_at_once(flag: Tensor) -> bool:
 
 def save_now(trainer: Trainer) -> Path | None:
     """Save the run beside its other checkpoints, on all processes, no gradient pending; None where it has none."""
-    if not internals.steps_and_ends(trainer)[1]:
-        internals.log_step(trainer)  # its last step's figures are still to be logged
+    if not lightning_internals.steps_and_ends(trainer)[1]:
+        lightning_internals.log_step(trainer)  # its last step's figures are still to be logged
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, checkpoints.Checkpoints):
             return callback.save(trainer)

@@ -26,7 +26,6 @@ class SkipReport(Callback):
         self.counts: Counter[str] = Counter()  # by this process in this epoch
         self.met: dict[str, str] = {}  # by this process in this fit: an earlier one's files may have been mended
         self.known: dict[str, str] = {}
-        self.log_file = Path()
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
