@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import lightning
 import torch
-from lightning import Trainer, __version__
-from lightning.pytorch import callbacks, plugins, utilities
+from lightning.pytorch import Trainer, callbacks, plugins, utilities
 from typing_extensions import override
 
 from train_clip import files
@@ -200,7 +200,7 @@ class Checkpoints(callbacks.Checkpoint):
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
-            LIGHTNING: __version__,
+            LIGHTNING: lightning.__version__,
             "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
             RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},

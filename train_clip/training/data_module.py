@@ -116,17 +116,18 @@ class TextImageDataModule(LightningDataModule):
     def require_same_data(self, kept: dict[str, Any]) -> None:
         """Refuse another order of the data than the ``state_dict`` that a run began with; warn of other names."""
         own = self.state_dict()
-        if kept and kept["pairs"] // kept["batch_size"] == own["pairs"] // own["batch_size"]:
-            kept = kept | {"pairs": own["pairs"]}
+        kept = own | kept
+        if kept["pairs"] // kept["batch_size"] == own["pairs"] // own["batch_size"]:
+            kept["pairs"] = own["pairs"]
         same_run.require_same(
             own,
-            own | kept,
+            kept,
             f"{self.source}: the data is not what the run began with (found {{found}}). Its place in the data and its "
             "learning rate are counted in batches of one order. Give the earlier values (--minibatch_size is free to "
             "change), or begin a new run.",
             free=("names",),
         )
-        if kept and kept["names"] != own["names"]:
+        if kept["names"] != own["names"]:
             utilities.rank_zero_warn(
                 f"{self.source}: some of the pairs have other names than when the run began. The run goes on at the "
                 "same place in the order, where other pairs may stand: some come twice in this epoch, some not at all."
