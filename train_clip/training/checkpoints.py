@@ -194,16 +194,17 @@ class Checkpoints(callbacks.Checkpoint):
     def _write_ema(self, trainer: Trainer) -> None:
         # On all processes: a model whose weights are the EMA's.
         module: Any = trainer.lightning_module
-        if getattr(module, "ema", None) is None:
+        average = getattr(module, "ema", None)
+        if average is None:
             return
         kept = {name: value for name, value in module.state_dict().items() if name.partition(".")[0] not in OF_RUN}
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
             LIGHTNING: lightning.__version__,
-            "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
+            "state_dict": kept | {MODEL + name: value for name, value in average.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
-            RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},
+            RUNNING_MEAN: {"momentum": average.momentum, "updates": average.num_updates},
         }
         module.on_save_checkpoint(checkpoint)
         if not trainer.is_global_zero:

@@ -147,8 +147,7 @@ class EndOfStep(Callback):
         )
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        number = largest([self.signals.received])[0]
-        if number:
+        if number := largest([self.signals.received])[0]:
             saved = save_now(trainer)
             utilities.rank_zero_info(
                 f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
