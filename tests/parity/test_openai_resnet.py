@@ -137,6 +137,8 @@ def test_gradient(visual):
 
 def test_map(visual):
     """The map before pooling has 32 · width channels and a 32nd of the side, and one position more is learned."""
-    feature_map = visual.feature_map(torch.randn(2, 3, SIZE, SIZE))
-    assert feature_map.shape == (2, 32 * WIDTH, SIZE // 32, SIZE // 32)
+    shapes: list[torch.Size] = []
+    visual.attnpool.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    visual(torch.randn(2, 3, SIZE, SIZE))
+    assert shapes == [(2, 32 * WIDTH, SIZE // 32, SIZE // 32)]
     assert visual.attnpool.positional_embedding.shape == ((SIZE // 32) ** 2 + 1, 32 * WIDTH)

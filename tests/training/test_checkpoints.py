@@ -51,7 +51,7 @@ class Run:
             accumulate_grad_batches=1, should_stop=False, max_steps=-1, sanity_checking=False,
             callback_metrics={}, loggers=[], lightning_module=None,
             state=SimpleNamespace(fn=TrainerFn.FITTING), strategy=SimpleNamespace(barrier=lambda: None),
-            save_checkpoint=self._save,
+            save_checkpoint=self._save, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=0)),
             _logger_connector=SimpleNamespace(update_train_step_metrics=lambda: None),
         )  # fmt: skip
         self.saves = 0
@@ -65,11 +65,15 @@ class Run:
 
     def step(self, batch: int = 0) -> None:
         self.trainer.global_step += 1
+        self.batch_ends(batch)
+
+    def batch_ends(self, batch: int) -> None:
+        self.trainer.fit_loop.epoch_loop.batch_idx = batch
         self.saving.on_train_batch_end(self.trainer, None, None, None, batch)
 
     def validated(self, value: float, mean: float = 0.0) -> None:
-        figure = BY_RECALL.figure
-        self.trainer.callback_metrics = {figure: torch.tensor(value), ema_figure(figure): torch.tensor(mean)}
+        figures = {BY_RECALL: torch.tensor(value), ema_figure(BY_RECALL): torch.tensor(mean)}
+        self.trainer.callback_metrics = figures
         self.saving.on_validation_end(self.trainer, None)  # type: ignore[arg-type]
 
     def epoch_ends(self) -> None:
@@ -113,7 +117,7 @@ def test_no_save_while_a_gradient_is_pending(tmp_path: Path, monkeypatch: pytest
     run.trainer.accumulate_grad_batches = 3
     saves = []
     for batch in range(6):
-        run.saving.on_train_batch_end(run.trainer, None, None, None, batch)
+        run.batch_ends(batch)
         saves.append(run.saves)
     assert saves == [0, 0, 1, 1, 1, 2]
 
@@ -157,7 +161,7 @@ def test_the_best_mean_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
         run.validated(value, mean)
         assert run.saves == saves
     assert run.states()["best.ckpt"] == 1
-    assert run.saving.best_mean == pytest.approx(0.35)
+    assert run.saving.best["best_mean"] == pytest.approx(0.35)
 
 
 def test_a_resumed_run_remembers_its_best(tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_the_older_one_stays_until_the_new_one_has_its_names(tmp_path: Path, mon
     """With keep=1 the second state is whole, and cannot be called by its step: the first is still there."""
     run = Run(tmp_path, Interval(steps=1), keep=1)
     run.step()
-    monkeypatch.setattr(module, "link", _full)
+    monkeypatch.setattr(module.files, "link", _full)
     with pytest.raises(UserError, match=r"No space left on device\. .*last\.ckpt is whole\."):
         run.step()
     assert run.states() == {"last.ckpt": 2, "step-00000001.ckpt": 1}
@@ -225,7 +229,7 @@ def test_a_name_that_cannot_be_given_is_said(tmp_path: Path, monkeypatch: pytest
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "step-00000001.ckpt")
 
-    monkeypatch.setattr(module, "link", full)
+    monkeypatch.setattr(module.files, "link", full)
     with pytest.raises(UserError, match=r"step-00000001\.ckpt: No space left on device\. .*last\.ckpt is whole\."):
         run.step()
     assert run.states() == {"last.ckpt": 1}
@@ -257,10 +261,10 @@ def test_a_validation_while_a_gradient_is_pending_is_not_asked_for_the_best(tmp_
     """No state can hold that gradient: nothing is saved, and a warning says which option to change."""
     run = Run(tmp_path)
     run.trainer.accumulate_grad_batches = 3
-    run.saving.on_train_batch_end(run.trainer, None, None, None, 1)
+    run.batch_ends(1)
     with pytest.warns(UserWarning, match="Make --val_check_interval a multiple of --accumulate_grad_batches"):
         run.validated(0.9)
-    assert (run.saves, run.saving.best) == (0, None)
+    assert (run.saves, run.saving.best["best"]) == (0, None)
 
 
 def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

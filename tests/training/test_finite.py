@@ -174,7 +174,7 @@ def test_an_optimizer_without_such_a_flag_is_waited_for(tiny_config, tmp_path, m
     plain = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=False)
     plain.param_groups[0]["params"][0].grad = torch.full((2,), torch.nan)
     with pytest.raises(UserError, match="Batch 7"):
-        FiniteSteps().before_update(plain, None, 7)
+        FiniteSteps().before_update(plain, 7)
 
 
 def test_a_scaler_skips_steps_and_the_run_goes_on(tiny_config, tmp_path):

@@ -109,11 +109,15 @@ def test_a_run_resumed_at_an_epochs_end_begins_with_the_next(tmp_path: Path, hel
 def test_which_batches_step_and_which_is_the_last() -> None:
     """Eight batches, accumulation over 3: the third, the sixth and the last; without a length the loader says so."""
     trainer: Any = SimpleNamespace(is_last_batch=False, num_training_batches=8, accumulate_grad_batches=3)
-    found = [internals.steps_and_ends(trainer, place) for place in range(8)]
+    trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace())
+    found = []
+    for trainer.fit_loop.epoch_loop.batch_idx in range(8):
+        found.append(internals.steps_and_ends(trainer))
     assert [place for place, (steps, _) in enumerate(found) if steps] == [2, 5, 7]
     assert [place for place, (_, ends) in enumerate(found) if ends] == [7]
     trainer.is_last_batch, trainer.num_training_batches = True, float("inf")
-    assert internals.steps_and_ends(trainer, 3) == (True, True)
+    trainer.fit_loop.epoch_loop.batch_idx = 3
+    assert internals.steps_and_ends(trainer) == (True, True)
 
 
 def test_a_steps_figures_are_written_before_lightning_writes_them(tmp_path: Path) -> None:

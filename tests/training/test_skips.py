@@ -25,7 +25,8 @@ def trainer(folder: Path, **how: Any) -> Any:
     """What the report asks of a Trainer."""
     state = {"log_dir": None, "default_root_dir": str(folder), "sanity_checking": False, "current_epoch": 0}
     state |= {"is_global_zero": True, "accumulate_grad_batches": 1, "is_last_batch": False, "num_training_batches": 99}
-    return SimpleNamespace(**(state | how))
+    epoch_loop = SimpleNamespace(batch_idx=9)
+    return SimpleNamespace(**(state | how), fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
 
 
 def report(folder: Path) -> SkipReport:

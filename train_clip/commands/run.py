@@ -24,7 +24,7 @@ from train_clip.errors import UserError
 from train_clip.files import write_text
 from train_clip.models.config import ModelConfig
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
-from train_clip.training.checkpoints import BY_RECALL, AtomicCheckpointIO, Best, Checkpoints, Interval
+from train_clip.training.checkpoints import BY_RECALL, AtomicCheckpointIO, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.display import Curves, MetricsLog, RunProgress, Throughput
 from train_clip.training.module import ContrastiveModule
@@ -64,7 +64,7 @@ class Job:
     data: TextImageDataModule
     options: dict[str, Any]  # the verb's, flat, for the run's config.yaml
     epochs: int  # where neither --epochs nor --max_steps is given
-    best_by: Best = BY_RECALL  # what its best.ckpt is best at
+    best_by: str = BY_RECALL  # what its best.ckpt is best at
     advice: Callable[[int], str | None] | None = None  # a line to begin a run on so many pairs with
     own_model: ModelConfig | None = None  # of no preset: kept in the run, to be repeated when its file has changed
 
@@ -145,7 +145,7 @@ def default_precision(accelerator: Any) -> str:
 
 
 def build_trainer(
-    options: TrainerOptions, folder: Path, run: RunOptions, best_by: Best = BY_RECALL, first_step: int = 0
+    options: TrainerOptions, folder: Path, run: RunOptions, best_by: str = BY_RECALL, first_step: int = 0
 ) -> L.Trainer:
     """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's."""
     asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
@@ -220,8 +220,8 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
     for saving in trainer.checkpoint_callbacks:
         if isinstance(saving, Checkpoints) and saving.mean_is_better and best.is_file():
             print(
-                f"The EMA of the weights scored better: {saving.best_by.figure} {saving.best_mean:.4f}, the trained "
-                f"weights {saving.best:.4f}. Evaluate it by {best} in place of the file above."
+                f"The EMA of the weights scored better: {saving.best_by} {saving.best['best_mean']:.4f}, the trained "
+                f"weights {saving.best['best']:.4f}. Evaluate it by {best} in place of the file above."
             )
 
 

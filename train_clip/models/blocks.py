@@ -6,16 +6,14 @@ B  sequences      L  positions      W  width      H  heads      E  width of a he
 # The compiler sees through a function within another only where its annotations are not evaluated (test_economy.py).
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
@@ -26,6 +24,7 @@ PLAIN_UP_TO = 128
 SHARPNESS = 1.702  # openai/CLIP, model.py, QuickGELU
 
 Block = Callable[[Tensor], Tensor]
+BatchNorm = nn.modules.batchnorm._BatchNorm  # of any kind
 
 
 class Blocks(nn.Sequential):
@@ -69,21 +68,19 @@ class ResidualBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """A linear layer to four times the width, the activation, and back."""
 
-    c_fc: nn.Linear
-    gelu: nn.Module
-    c_proj: nn.Linear
-
     def __init__(self, width: int, activation: str) -> None:
-        expand, contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        super().__init__(OrderedDict(c_fc=expand, gelu=ACTIVATIONS[activation](), c_proj=contract))
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = ACTIVATIONS[activation]()
+        self.c_proj = nn.Linear(4 * width, width)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         if not (is_plain(self.gelu, QuickGELU) and is_plain(self.c_fc, nn.Linear) and is_plain(self.c_proj, nn.Linear)):
-            return super().forward(x)
+            return self.c_proj(self.gelu(self.c_fc(x)))
         # x · σ(1.702 x) = silu(1.702 x) / 1.702, with the factor in the matrices: they hold fewer numbers than what
         # passes, of which one tensor is kept for the backward pass where there would be three.
         hidden = F.silu(F.linear(x, SHARPNESS * self.c_fc.weight, SHARPNESS * self.c_fc.bias))
@@ -171,7 +168,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, group: int, skipping: float =
     for start in range(0, len(steps), group):
         some = steps[start : start + group]
         norms = [norm for block, _ in some if isinstance(block, nn.Module) for norm in training_norms(block)]
-        x = cast(Tensor, checkpoint(run, x, some, use_reentrant=False, context_fn=partial(recomputing, norms)))
+        x = checkpoint(run, x, some, use_reentrant=False, context_fn=partial(recomputing, norms))
     return x
 
 
@@ -196,18 +193,18 @@ def through_some_rows(block: Block, x: Tensor, rate: float) -> Tensor:
     return x.index_add(0, rows, (block(some) - some).to(x.dtype), alpha=len(x) / kept)
 
 
-def training_norms(module: nn.Module) -> list[_BatchNorm]:
+def training_norms(module: nn.Module) -> list[BatchNorm]:
     """The BatchNorms of a module that are training and keep running statistics."""
-    norms = (norm for norm in module.modules() if isinstance(norm, _BatchNorm))
-    return [norm for norm in norms if norm.training and norm.running_mean is not None]
+    modules = (one for one in module.modules() if one.training)
+    return [one for one in modules if isinstance(one, BatchNorm) and one.running_mean is not None]
 
 
 @contextmanager
-def scratch_statistics(norms: Iterable[_BatchNorm], momentum: float = 0.0) -> Iterator[None]:
+def scratch_statistics(norms: Iterable[BatchNorm], momentum: float = 0.0) -> Iterator[None]:
     """Within the block norms write into fresh buffers, with momentum 1 this batch's own statistics; theirs stay."""
-    before = [(norm, dict(norm._buffers), norm.momentum) for norm in norms]
+    before = [(norm, dict(norm.named_buffers()), norm.momentum) for norm in norms]
     for norm, buffers, _ in before:
-        norm._buffers.update({name: torch.zeros_like(cast(Tensor, buffer)) for name, buffer in buffers.items()})
+        norm._buffers.update({name: torch.zeros_like(buffer) for name, buffer in buffers.items()})
         norm.momentum = momentum
     try:
         yield
@@ -217,6 +214,6 @@ def scratch_statistics(norms: Iterable[_BatchNorm], momentum: float = 0.0) -> It
             norm.momentum = own
 
 
-def recomputing(norms: Iterable[_BatchNorm]) -> tuple[Any, Any]:
+def recomputing(norms: Iterable[BatchNorm]) -> tuple[Any, Any]:
     """What ``checkpoint`` runs a forward pass and its recomputation in, so that running statistics are updated once."""
     return nullcontext(), scratch_statistics(norms)

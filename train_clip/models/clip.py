@@ -3,18 +3,16 @@
 B  pairs      L  tokens, at most the context      S  side of the image in pixels      D  embedding width
 """
 
-import itertools
 import math
 import pkgutil
 from collections.abc import Mapping
-from typing import Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
-from train_clip.models.blocks import LayerNorm, ResidualBlock, Transformer
+from train_clip.models.blocks import LayerNorm, Transformer
 from train_clip.models.config import MEAN, START_OF_SIGMOID, STD, ModelConfig
 
 MAX_LOGIT_SCALE = 100.0  # CLIP paper, section 2.5
@@ -43,7 +41,7 @@ def up_to_end(tokens: Tensor) -> Tensor:
 
 def unit_norm(embeddings: Tensor) -> Tensor:
     """Scale (N, D) rows to length 1, in float32 or wider."""
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+    return nn.functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
 
 class PixelNorm(nn.Module):
@@ -52,7 +50,7 @@ class PixelNorm(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> None:
+    def __init__(self, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             # Not persistent: the state dict holds the field's names and nothing else.
@@ -60,9 +58,8 @@ class PixelNorm(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        if images.is_floating_point():
-            return images.to(self.mean.dtype)
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        pixels = images.to(self.mean.dtype)
+        return pixels if images.is_floating_point() else (pixels / 255 - self.mean) / self.std
 
 
 class DualEncoder(nn.Module):
@@ -92,7 +89,7 @@ class DualEncoder(nn.Module):
         self.vocab_size = vocab_size
         self.logit_scale = nn.Parameter(torch.tensor(math.log(initial_scale)))
         self.register_parameter("logit_bias", None)
-        self._locked: tuple[bool, bool] = (False, False)
+        self._locked: list[nn.Module] = []  # towers
 
     def add_bias(self) -> None:
         """Give logits the bias of the sigmoid loss; bias and temperature are those that it begins with."""
@@ -118,7 +115,8 @@ class DualEncoder(nn.Module):
     @override
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Score every image against every caption: (B, B) logits, scaled cosines plus the bias, and their transpose."""
-        rows, columns = (F.normalize(side, dim=-1) for side in (self.encode_image(images), self.encode_text(texts)))
+        embeddings = (self.encode_image(images), self.encode_text(texts))
+        rows, columns = (nn.functional.normalize(side, dim=-1) for side in embeddings)
         logits = self.logit_scale.exp() * rows @ columns.T
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
@@ -130,15 +128,16 @@ class DualEncoder(nn.Module):
 
     def lock(self, image: bool, text: bool) -> None:
         """Keep towers as they are: no gradient, no graph, and eval mode whatever ``train`` asks for."""
-        self._locked, self.text_is_fixed = (image, text), text
-        for parameter in itertools.chain(*itertools.compress(self.towers(), self._locked)):
+        self._locked, self.text_is_fixed = [self.visual] * image + [self.transformer] * text, text
+        of_image, of_text = self.towers()
+        for parameter in of_image * image + of_text * text:
             parameter.requires_grad_(False)
         self.train(self.training)
 
     @override
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for tower in itertools.compress((self.visual, self.transformer), self._locked):
+        for tower in self._locked:
             tower.eval()
         return self
 
@@ -154,7 +153,6 @@ class CLIP(DualEncoder):
     The text tower's tensors sit at the top level, as in OpenAI's and open_clip's state dicts.
     """
 
-    config: ModelConfig
     transformer: Transformer
 
     def __init__(self, config: ModelConfig) -> None:
@@ -167,7 +165,7 @@ class CLIP(DualEncoder):
             self.add_bias()
         self.pixel_norm = PixelNorm(config.mean, config.std)
         build_tower = pkgutil.resolve_name(config.image.tower)
-        self.visual: nn.Module = build_tower(config.image, config.embed_dim, config.activation)
+        self.visual = build_tower(config.image, config.embed_dim, config.activation)
         self.transformer = Transformer(text.width, text.layers, text.heads, config.activation, causal=True)
         self.token_embedding = nn.Embedding(text.vocab, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context, text.width))
@@ -182,14 +180,14 @@ class CLIP(DualEncoder):
     @override
     def encode_text(self, texts: Texts) -> Tensor:
         # The output at the end token. What follows is never looked at, so rows may be cut after the longest.
-        tokens = cast(Tensor, texts)
+        tokens = token_ids(texts)
         x = self.transformer(self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]])
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
         return self.ln_final(ends) @ self.text_projection
 
     @override
     def caption_mask(self, texts: Texts) -> Tensor:
-        return up_to_end(cast(Tensor, texts))
+        return up_to_end(token_ids(texts))
 
     @override
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -203,7 +201,8 @@ class CLIP(DualEncoder):
         residual = width**-0.5 * (2 * layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in cast(list[ResidualBlock], list(self.transformer.resblocks)):
+        block: Any
+        for block in self.transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)

@@ -6,11 +6,8 @@ Three differences from He et al.: a stem of three 3×3 convolutions, an average 
 B  images      S  side of the image in pixels      C  channels      L  positions of the last map      D  embedding width
 """
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from train_clip.models.blocks import Blocks, attend
@@ -25,9 +22,9 @@ class ModifiedResNet(nn.Module):
     def __init__(self, config: ResNetConfig, embed_dim: int, _activation: str = "relu") -> None:
         super().__init__()
         width = config.width
-        self.conv1, self.bn1 = _conv(3, width // 2, 3, stride=2), nn.BatchNorm2d(width // 2)
-        self.conv2, self.bn2 = _conv(width // 2, width // 2, 3), nn.BatchNorm2d(width // 2)
-        self.conv3, self.bn3 = _conv(width // 2, width, 3), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = _conv_and_norm(3, width // 2, 3, stride=2)
+        self.conv2, self.bn2 = _conv_and_norm(width // 2, width // 2, 3)
+        self.conv3, self.bn3 = _conv_and_norm(width // 2, width, 3)
         inputs = width
         for stage, blocks in enumerate(config.blocks):
             channels, stride = width * 2**stage, 2 if stage else 1
@@ -40,25 +37,21 @@ class ModifiedResNet(nn.Module):
     @override
     def forward(self, images: Tensor) -> Tensor:
         # (B, 3, S, S) normalised images → (B, D) embeddings
-        return self.attnpool(self.feature_map(images))
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) normalised images to the last (B, C, S/32, S/32) map."""
         x = images
         # Fastest with the channels last. But on a CPU statistics of norms are then added up number by number, a tenth
         # as exactly, which float32 would show (tests/parity/test_openai_resnet.py) and half precision does not.
         if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             x = images.contiguous(memory_format=torch.channels_last)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = F.relu(norm(conv(x)))
-        x = F.avg_pool2d(x, 2)
+            x = torch.relu(norm(conv(x)))
+        x = nn.functional.avg_pool2d(x, 2)
         for stage in range(1, 5):
             x = getattr(self, f"layer{stage}")(x)
-        return x
+        return self.attnpool(x)  # of (B, C, S/32, S/32)
 
 
-def _conv(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+def _conv_and_norm(inputs: int, outputs: int, size: int = 1, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)
 
 
 class Bottleneck(nn.Module):
@@ -67,24 +60,23 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         outputs = channels * EXPANSION
-        self.conv1, self.bn1 = _conv(inputs, channels), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = _conv(channels, channels, 3), nn.BatchNorm2d(channels)
-        self.avgpool = nn.AvgPool2d(stride)
-        self.conv3, self.bn3 = _conv(channels, outputs), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = _conv_and_norm(inputs, channels)
+        self.conv2, self.bn2 = _conv_and_norm(channels, channels, 3)
+        self.conv3, self.bn3 = _conv_and_norm(channels, outputs)
         # The residual branch starts at zero (openai/CLIP, initialize_parameters).
         nn.init.zeros_(self.bn3.weight)
-        self.downsample: nn.Module = nn.Identity()
-        if stride > 1 or inputs != outputs:
-            parts = [("-1", nn.AvgPool2d(stride)), ("0", _conv(inputs, outputs)), ("1", nn.BatchNorm2d(outputs))]
-            self.downsample = nn.Sequential(OrderedDict(parts))
+        self.stride = stride
+        changes = stride > 1 or inputs != outputs
+        self.downsample = nn.Sequential(*_conv_and_norm(inputs, outputs) if changes else ())
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         # (B, inputs, H, W) → (B, 4 · channels, H / stride, W / stride)
-        inner = F.relu(self.bn1(self.conv1(x)))
-        inner = F.relu(self.bn2(self.conv2(inner)))
-        inner = self.bn3(self.conv3(self.avgpool(inner)))
-        return F.relu(inner + self.downsample(x))
+        inner = torch.relu(self.bn1(self.conv1(x)))
+        inner = torch.relu(self.bn2(self.conv2(inner)))
+        if self.stride > 1:
+            inner, x = (nn.functional.avg_pool2d(part, self.stride) for part in (inner, x))
+        return torch.relu(self.bn3(self.conv3(inner)) + self.downsample(x))
 
 
 class AttentionPool(nn.Module):
@@ -94,10 +86,10 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, channels) / channels**0.5)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
-        self.c_proj = nn.Linear(channels, embed_dim)
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+        projections = [nn.Linear(channels, outputs) for outputs in (channels, channels, channels, embed_dim)]
+        for projection in projections:
             nn.init.normal_(projection.weight, std=channels**-0.5)
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = projections
 
     @override
     def forward(self, feature_map: Tensor) -> Tensor:

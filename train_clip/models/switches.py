@@ -3,29 +3,26 @@
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx.experimental import _config as shapes
 
 from train_clip.errors import UserError
 from train_clip.models.blocks import Blocks, ResidualBlock, Transformer
 from train_clip.models.vit import VisionTransformer
 
 
-def recompute_blocks(tower: nn.Module, group: int) -> None:
+def recompute_blocks(tower: Any, group: int) -> None:
     """Have a tower recompute so many blocks together, 0 for none; those of transformers and timm do it one by one."""
     stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
     for blocks in stacks:
         blocks.recompute = group
     if stacks or not group:
         return
-    library: Any = tower
     kind = type(tower).__name__
     if group != 1:
         raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block by itself. Expected 1.")
-    if hasattr(library, "gradient_checkpointing_enable"):
-        library.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif hasattr(library, "set_grad_checkpointing"):
-        library.set_grad_checkpointing(True)
+    if hasattr(tower, "gradient_checkpointing_enable"):
+        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(tower, "set_grad_checkpointing"):
+        tower.set_grad_checkpointing(True)
     else:
         raise UserError(
             f"{kind} has no gradient checkpointing: found neither gradient_checkpointing_enable (transformers) nor "
@@ -34,7 +31,7 @@ def recompute_blocks(tower: nn.Module, group: int) -> None:
         )
 
 
-def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
+def skip_blocks(tower: torch.nn.Module, name: str, highest: float) -> None:
     """Have the last block of a tower, image or text, left out for that share of the rows in training."""
     stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
     if highest and not stacks:
@@ -47,7 +44,7 @@ def skip_blocks(tower: nn.Module, name: str, highest: float) -> None:
         blocks.stochastic_depth = highest
 
 
-def compile_tower(tower: nn.Module, dynamic: bool) -> None:
+def compile_tower(tower: torch.nn.Module, dynamic: bool) -> None:
     """Compile a tower in place: names of parameters, and checkpoints, stay as they are; copies are not compiled.
 
     A transformer is compiled block by block: all its blocks share one form, in a fraction of the whole tower's time. So
@@ -57,7 +54,7 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
     torch._dynamo.config.recompile_limit = 64  # forms of a block: by tower, training or not, and batch; not 8
     # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
     # met in the first one's recomputation (tests/training/test_economy.py).
-    shapes.use_duck_shape = False
+    torch.fx.experimental._config.use_duck_shape = False
     stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
     dynamic = dynamic or any(blocks.stochastic_depth for blocks in stacks)
     by_block = [blocks for blocks in stacks if blocks.recompute or isinstance(blocks[0], ResidualBlock)]
@@ -65,7 +62,7 @@ def compile_tower(tower: nn.Module, dynamic: bool) -> None:
         part.compile(dynamic=dynamic)
 
 
-def patches_to_keep(tower: nn.Module, mask_ratio: float) -> int:
+def patches_to_keep(tower: torch.nn.Module, mask_ratio: float) -> int:
     """K = round((1 - mask_ratio) · P), for ``kept_patches``; 0 where none are dropped."""
     if not mask_ratio:
         return 0

@@ -5,7 +5,6 @@ B  images      S  side of the image in pixels      P  patches      K  patches ke
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from train_clip.models.blocks import LayerNorm, Transformer, is_plain
@@ -51,9 +50,9 @@ class VisionTransformer(nn.Module):
         if self.training and self.kept_patches:
             patches, places = choose_patches(patches, self.kept_patches)
             # Looked up in the parameter's own type, in which the gradients of all images are then added.
-            positions = F.embedding(F.pad(places + 1, (1, 0)), positions)
+            positions = nn.functional.embedding(nn.functional.pad(places + 1, (1, 0)), positions)
         if as_product:
-            patches = F.linear(patches, self.conv1.weight.flatten(1))
+            patches = nn.functional.linear(patches, self.conv1.weight.flatten(1))
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         return self.ln_pre(torch.cat([class_token, patches], dim=1) + positions.to(patches.dtype))
 

@@ -15,13 +15,13 @@ from train_clip.models.config import ModelConfig, config_from_dict
 from train_clip.options import flat, option
 from train_clip.prompts.file import PromptConfig, prompt_layers
 from train_clip.prompts.wrapper import VPT, PromptCLIPWrapper
-from train_clip.training import checkpoints, data_module
+from train_clip.training import data_module
 
 # Rate for a batch of so many pairs, out of the grid of VPT (appendix A, table 6): what benchmarks/prompts.py picked.
 BASE_RATE, RATE_OF = 25.0, 256
 ADAMW_RATE = 1e-3  # PyTorch's default
 DROPOUT = {"deep": 0.1, "shallow": 0.0}  # VPT, appendix A
-BY_LOSS = checkpoints.Best("val/loss", lowest=True)
+BY_LOSS = "val/loss"
 
 
 @dataclasses.dataclass(frozen=True)

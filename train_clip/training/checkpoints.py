@@ -14,23 +14,22 @@ from typing import Any, NamedTuple, Self
 
 import lightning
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch import Trainer, callbacks, plugins, utilities
 from typing_extensions import override
 
+from train_clip import files
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint
 from train_clip.errors import UserError, root_cause
-from train_clip.files import link, replacing, sweep
 from train_clip.gather import largest
-from train_clip.training.ema import ema_figure
-from train_clip.training.lightning_internals import log_step, steps_and_ends
+from train_clip.training import ema, lightning_internals
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+# On small sets the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
+# (docs/training.md shows such a run).
+BY_RECALL = "val/mean_recall"
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(plugins.TorchCheckpointIO):
     """Lightning's checkpoints of plain data, written beside the target, synced and renamed; checked when loaded."""
 
     @override
@@ -39,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
         try:
             # Through a file of Python's own: its errors say what is wrong, such as a full disk.
-            with replacing(Path(path)) as beside:
+            with files.replacing(Path(path)) as beside:
                 with beside.open("wb") as file:
                     torch.save(checkpoint, file)
                 # What cannot be read again is found out now, and not when it is needed.
@@ -57,21 +56,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     @override
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
         # Of plain data alone, every byte of it checked; code in a file is never run.
         return read_checkpoint(Path(path), map_location)
-
-
-class Best(NamedTuple):
-    """What the best state is best at."""
-
-    figure: str = "val/mean_recall"  # of a validation
-    lowest: bool = False  # whether the lowest is best
-
-
-# On small sets the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
-# (docs/training.md shows such a run).
-BY_RECALL = Best()
 
 
 class Interval(NamedTuple):
@@ -91,7 +78,7 @@ class Interval(NamedTuple):
         return cls(seconds=60 * number) if minutes else cls(steps=int(number))
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(callbacks.Checkpoint):
     """Saves after each epoch, at an interval within it, and names the state that scores best."""
 
     def __init__(
@@ -99,69 +86,65 @@ class Checkpoints(Checkpoint):
         folder: str | Path,
         every: Interval | None = None,  # within an epoch; None for only at its end
         keep: int = 2,  # of the newest states, beside the best one
-        best_by: Best = BY_RECALL,  # of the best state, and of the best EMA, each at its own
+        best_by: str = BY_RECALL,  # figure of a validation, a loss at its lowest; the best EMA is so by its own
         mean_folder: Path | None = None,  # of the EMA's files; ``ema`` below the folder where None
     ) -> None:
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"
         self.every, self.keep, self.best_by = every or Interval(), keep, best_by
-        self.best: float | None = None
-        self.best_mean: float | None = None
+        # Of the best trained weights, and of the best EMA.
+        self.best: dict[str, float | None] = {"best": None, "best_mean": None}
         self._due: set[str] = set()  # which of the two are to be saved
-        self._between_steps, self._epoch_is_whole = True, False
-        self._saved_at = 0.0
 
     @property
     def mean_is_better(self) -> bool:
         """Whether the best EMA has scored better than the best trained weights."""
-        return self.best is not None and self.best_mean is not None and self._is_better(self.best_mean, self.best)
+        best, best_mean = self.best.values()
+        return best is not None and best_mean is not None and self._is_better(best_mean, best)
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # What a crash while saving has left.
         for folder in (self.folder, self.mean_folder) if trainer.is_global_zero else ():
-            sweep(folder)
-
-    @override
-    def on_train_start(self, *_: Any) -> None:
+            files.sweep(folder)
         self._saved_at = time.monotonic()
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._between_steps, self._epoch_is_whole = steps_and_ends(trainer, batch_idx)
-        if not self._between_steps or self._epoch_is_whole:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if lightning_internals.steps_and_ends(trainer) != (True, False):
             return
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
         if self.every.seconds:
             # One clock decides for all.
             due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)])[0] > 0
         if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
-            log_step(trainer)
+            lightning_internals.log_step(trainer)
             self.save(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        figures, name = trainer.callback_metrics, self.best_by.figure
-        if trainer.sanity_checking or trainer.state.fn != "fit" or name not in figures:
+        figures, name = trainer.callback_metrics, self.best_by
+        if trainer.sanity_checking or not lightning_internals.resuming(trainer) or name not in figures:
             return
-        if not self._between_steps:
-            rank_zero_warn(
+        steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
+        if not steps:
+            utilities.rank_zero_warn(
                 "This validation came while a gradient was pending, which no checkpoint can hold: it is not asked for "
                 "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
-        for which, figure in (("best", name), ("best_mean", ema_figure(name))):
-            if figure in figures and self._is_better(value := figures[figure].item(), getattr(self, which)):
-                setattr(self, which, value)
+        for which, figure in (("best", name), ("best_mean", ema.ema_figure(name))):
+            if figure in figures and self._is_better(value := figures[figure].item(), self.best[which]):
+                self.best[which] = value
                 self._due.add(which)
         # Within an epoch it is saved here, else at its end.
-        if (self._due or trainer.should_stop) and not self._epoch_is_whole:
+        if (self._due or trainer.should_stop) and not ends_epoch:
             self.save(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         # Not where the run ends within an epoch, which Lightning counts as a whole one from here on.
-        if self._epoch_is_whole:
+        if lightning_internals.steps_and_ends(trainer)[1]:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path | None:
@@ -198,29 +181,30 @@ class Checkpoints(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_mean": self.best_mean}
+        return dict(self.best)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_mean = state_dict["best"], state_dict.get("best_mean")
+        self.best |= state_dict
 
     def _is_better(self, value: float, best: float | None) -> bool:
-        better = best is None or (value < best if self.best_by.lowest else value > best)
+        better = best is None or (value < best if self.best_by.endswith("loss") else value > best)
         return math.isfinite(value) and better
 
     def _write_ema(self, trainer: Trainer) -> None:
         # On all processes: a model whose weights are the EMA's.
         module: Any = trainer.lightning_module
-        if getattr(module, "ema", None) is None:
+        average = getattr(module, "ema", None)
+        if average is None:
             return
         kept = {name: value for name, value in module.state_dict().items() if name.partition(".")[0] not in OF_RUN}
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
             LIGHTNING: lightning.__version__,
-            "state_dict": kept | {MODEL + name: value for name, value in module.ema.model.state_dict().items()},
+            "state_dict": kept | {MODEL + name: value for name, value in average.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
-            RUNNING_MEAN: {"momentum": module.ema.momentum, "updates": module.ema.num_updates},
+            RUNNING_MEAN: {"momentum": average.momentum, "updates": average.num_updates},
         }
         module.on_save_checkpoint(checkpoint)
         if not trainer.is_global_zero:
@@ -229,7 +213,7 @@ class Checkpoints(Checkpoint):
         AtomicCheckpointIO().save_checkpoint(checkpoint, last)
         if "best_mean" in self._due:
             try:
-                link(last, best)
+                files.link(last, best)
             except OSError as error:
                 raise UserError(f"{best}: {error.strerror}. {last} is whole.") from error
 
@@ -237,7 +221,7 @@ class Checkpoints(Checkpoint):
         # The other names of a new file; then what is older than the newest few is deleted.
         for name in (LAST, f"step-{step:08}.ckpt"):
             if name != target.name:
-                link(target, self.folder / name)
+                files.link(target, self.folder / name)
         names = (re.fullmatch(r"step-(\d{8,})\.ckpt", file.name) for file in self.folder.iterdir())
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
         for number in sorted(int(name[1]) for name in names if name and int(name[1]) <= step)[: -self.keep]:

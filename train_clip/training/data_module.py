@@ -2,31 +2,24 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch import LightningDataModule, utilities
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from train_clip.data import samples
+from train_clip.data import samples, scan, table, tokenizer
 from train_clip.data.pairs import PairList, plain_name, split_pairs
-from train_clip.data.scan import Scan, given_source, scan_source
-from train_clip.data.table import scan_table
-from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, StepOptions, WeightOptions
-from train_clip.training.lightning_internals import resuming
-from train_clip.training.same_run import require_same
-from train_clip.training.signals import end_loaders_at_exit, outlive_the_first_signal
+from train_clip.training import lightning_internals, same_run, signals
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
 
 
-class TextImageDataModule(L.LightningDataModule):
+class TextImageDataModule(LightningDataModule):
     """Images and captions that share a stem, anywhere below a folder, or that a table names.
 
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
@@ -54,10 +47,10 @@ class TextImageDataModule(L.LightningDataModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name in ("pairs", "val_pairs"):
+        options["folder"] = folder
+        for name in ("folder", "pairs", "val_pairs"):
             options[name] = None if options.get(name) is None else Path(options[name])
         self.options = DataOptions(
-            folder=None if folder is None else Path(folder),
             batch_size=batch_size,
             num_workers=num_workers,
             resize_ratio=resize_ratio,
@@ -65,7 +58,7 @@ class TextImageDataModule(L.LightningDataModule):
             val_share=val_share if options["val_pairs"] is None else 0.0,
             **options,
         )
-        _, self.source = given_source(self.options.folder, self.options)
+        _, self.source = scan.given_source(self.options.folder, self.options)
         StepOptions(seed=seed)
         WeightOptions(image_size=image_size, context_length=context_length)
         self.batch_size = batch_size  # fewer where there are fewer pairs, see ``setup``
@@ -76,31 +69,31 @@ class TextImageDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        scan, options = None, self.options
+        found, options = None, self.options
         if not self.training_pairs:
-            scan = scan_source(options.folder, options).require_pairs()
-            self.training_pairs, self.validation_pairs = split_pairs(scan.pairs, self.options.val_share)
+            found = scan.scan_source(options.folder, options).require_pairs()
+            self.training_pairs, self.validation_pairs = split_pairs(found.pairs, options.val_share)
             if options.val_pairs is not None:
-                self.validation_pairs = scan_table(options.val_pairs, options).require_pairs().pairs
+                self.validation_pairs = table.scan_table(options.val_pairs, options).require_pairs().pairs
             self._names = pair_names(self.training_pairs)
         processes = self._process()[1]
         self.batch_size = fit_batch_size(options.batch_size, len(self.training_pairs), processes, self.source)
-        if scan is not None:
-            rank_zero_info(self._summary(scan))
+        if found is not None:
+            utilities.rank_zero_info(self._summary(found))
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         how, size, process = self.options, self.batch_size, self._process()
         dataset = samples.TrainingPairs(self.training_pairs, self.image_size, how.resize_ratio, self.seed)
         order = samples.GlobalBatchSampler(dataset, size, self._consumed_batches, how.shuffle, self.seed, process)
-        return self._loader(dataset, sampler=order, batch_size=size // process[1], drop_last=True)
+        return self._loader(dataset, size, sampler=order, drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_pairs:
             return []
         dataset = samples.ValidationPairs(self.validation_pairs, self.image_size)
-        return self._loader(dataset, batch_size=self.batch_size // self._process()[1])
+        return self._loader(dataset, self.batch_size)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -117,44 +110,45 @@ class TextImageDataModule(L.LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if resuming(self.trainer):
+        if lightning_internals.resuming(self.trainer):
             self.require_same_data(state_dict)
 
-    def require_same_data(self, kept: Mapping[str, Any]) -> None:
+    def require_same_data(self, kept: dict[str, Any]) -> None:
         """Refuse another order of the data than the ``state_dict`` that a run began with; warn of other names."""
         own = self.state_dict()
-        if kept and kept["pairs"] // kept["batch_size"] == own["pairs"] // own["batch_size"]:
-            kept = {**kept, "pairs": own["pairs"]}
-        require_same(
+        kept = own | kept
+        if kept["pairs"] // kept["batch_size"] == own["pairs"] // own["batch_size"]:
+            kept["pairs"] = own["pairs"]
+        same_run.require_same(
             own,
-            own | dict(kept),
+            kept,
             f"{self.source}: the data is not what the run began with (found {{found}}). Its place in the data and its "
             "learning rate are counted in batches of one order. Give the earlier values (--minibatch_size is free to "
             "change), or begin a new run.",
             free=("names",),
         )
-        if kept and kept["names"] != own["names"]:
-            rank_zero_warn(
+        if kept["names"] != own["names"]:
+            utilities.rank_zero_warn(
                 f"{self.source}: some of the pairs have other names than when the run began. The run goes on at the "
                 "same place in the order, where other pairs may stand: some come twice in this epoch, some not at all."
             )
 
-    def _loader(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, batch_size: int, **how: Any) -> DataLoader[Any]:
         device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
-        workers = self.options.num_workers
+        workers, processes = self.options.num_workers, self._process()[1]
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
-            cores = samples.available_cores() // self._process()[1]
+            cores = samples.available_cores() // processes
             workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores))
-        if workers:
-            end_loaders_at_exit()
+        signals.end_loaders_at_exit()
         return DataLoader(
             dataset,
+            batch_size // processes,
             collate_fn=functools.partial(samples.collate, self.tokenizer),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device == "cuda",
-            worker_init_fn=outlive_the_first_signal,
+            worker_init_fn=signals.outlive_the_first_signal,
             **how,
         )
 
@@ -164,32 +158,33 @@ class TextImageDataModule(L.LightningDataModule):
     def _consumed_batches(self) -> int:
         return getattr(getattr(self.trainer, "lightning_module", None), "consumed_batches", 0)
 
-    def _summary(self, scan: Scan) -> str:
+    def _summary(self, found: scan.Scan) -> str:
         number, size, wanted = len(self.training_pairs), self.batch_size, self.options.batch_size
+        pairs, held_out = found.pairs, len(self.validation_pairs)
         lines = [f"Fewer pairs than a batch: it shrinks from {wanted} to {size}."] if size < wanted else []
         left_out = f", {number % size:,} pairs left out of an epoch, others each time." if number % size else "."
         lines.append(
-            f"{self.source}: {len(scan.pairs):,} pairs, {number:,} to train on and {len(self.validation_pairs):,} held "
-            f"out; {number // size:,} batches of {size:,} an epoch{left_out}"
+            f"{self.source}: {len(pairs):,} pairs, {number:,} to train on and {held_out:,} held out; "
+            f"{number // size:,} batches of {size:,} an epoch{left_out}"
         )
-        if cached := scan.pairs.num_cached:
-            lines.append(f"  {cached:,} of {len(scan.pairs):,} images are read from npz/, in place of the image files.")
-        if self.options.val_share and not self.validation_pairs:
+        if cached := pairs.num_cached:
+            lines.append(f"  {cached:,} of {len(pairs):,} images are read from npz/, in place of the image files.")
+        if self.options.val_share and not held_out:
             lines.append(
                 f"  Too few to hold out a share of {self.options.val_share}: it takes 2 pairs to tell one from another."
             )
-        for found, what in (
-            (scan.lone_images, "images have no caption"),
-            (scan.lone_captions, "captions have no image"),
-            (scan.folder_links, "links to folders are not followed"),
+        for names, what in (
+            (found.lone_images, "images have no caption"),
+            (found.lone_captions, "captions have no image"),
+            (found.folder_links, "links to folders are not followed"),
         ):
-            lines += [f"  {len(found):,} {what}, for instance {found[0]}."] if found else []
+            lines += [f"  {len(names):,} {what}, for instance {names[0]}."] if names else []
         return "\n".join(lines)
 
 
 def _tokenizer(custom: Any, context_length: int | None) -> samples.BatchTokenizer:
     if custom is None:
-        return Tokenizer(context_length or Tokenizer.context_length)
+        return tokenizer.Tokenizer(context_length or tokenizer.Tokenizer.context_length)
     if hasattr(custom, "batch"):
         return custom
     # Of Hugging Face's form.

@@ -6,38 +6,31 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from lightning.pytorch import Callback, Trainer, loggers, utilities
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.files import replacing, sweep
-from train_clip.training.ema import ema_figure
 
 METRICS = Path("logs", "metrics.csv")  # within a run's folder
 
 REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 
-# What is shown, in this order: logged names, and their labels and formats.
+# What is shown, in this order: logged names behind train/, val/ or val_ema/, and their labels and formats.
 FIGURES = {
-    "train/loss": "loss {:.3f}",
-    "train/distillation_loss": "distillation {:.3f}",
-    "train/accuracy_image_to_text": "i→t {:.1%}",
-    "train/accuracy_text_to_image": "t→i {:.1%}",
-    "train/logit_scale": "scale {:.1f}",
-    "train/learning_rate": "lr {:.1e}",
-    "train/pairs_per_second": "pairs/s {:,.0f}",
-}
-VALIDATION_FIGURES = {
-    "val/loss": "loss {:.3f}",
-    "val/R@1_image_to_text": "R@1 i→t {:.1%}",
-    "val/R@5_image_to_text": "R@5 i→t {:.1%}",
-    "val/R@1_text_to_image": "R@1 t→i {:.1%}",
-    "val/R@5_text_to_image": "R@5 t→i {:.1%}",
+    "loss": "loss {:.3f}",
+    "distillation_loss": "distillation {:.3f}",
+    "accuracy_image_to_text": "i→t {:.1%}",
+    "accuracy_text_to_image": "t→i {:.1%}",
+    "logit_scale": "scale {:.1f}",
+    "learning_rate": "lr {:.1e}",
+    "pairs_per_second": "pairs/s {:,.0f}",
+    "R@1_image_to_text": "R@1 i→t {:.1%}",
+    "R@5_image_to_text": "R@5 i→t {:.1%}",
+    "R@1_text_to_image": "R@1 t→i {:.1%}",
+    "R@5_text_to_image": "R@5 t→i {:.1%}",
 }
 # One panel each: its title, and the logged names with their labels.
 PANELS = {
@@ -67,66 +60,54 @@ class RunProgress(Callback):
     """Figures, pairs/s and the time left: a bar over the whole run on a terminal, a line now and then in a file."""
 
     def __init__(self) -> None:
-        self.console = Console()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
         columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
-        in_file = not self.console.is_terminal
         # Some steps take longer than the half minute over which rich looks back by itself.
-        how: dict[str, Any] = {"console": self.console, "refresh_per_second": 4, "speed_estimate_period": 3600}
-        self.progress = Progress(*columns, disable=in_file, **how)
-        self.last_shown = self.done_before = 0.0
+        self.progress = Progress(*columns, refresh_per_second=4, speed_estimate_period=3600)
+        self.progress.disable = not self.progress.console.is_terminal
+        self.last_shown = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         epochs = trainer.max_epochs or 0
         limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
         total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
-        for task in self.progress.task_ids:
-            self.progress.remove_task(task)
-        self.done_before = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        self.progress.add_task("", total=total, completed=self.done_before)
+        self.progress.add_task("", total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         if trainer.is_global_zero:
             self.progress.start()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        (task,), now, in_file = self.progress.tasks, time.perf_counter(), self.progress.disable
+        task, now, in_file = self.progress.tasks[-1], time.perf_counter(), self.progress.disable
         self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
         if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
-            self.last_shown, task.description = now, _figures(trainer, FIGURES)
+            self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
-                done, left = task.completed, ""
-                if task.total is not None:
-                    seconds = (task.elapsed or 0) / max(1, done - self.done_before) * (task.total - done)
-                    left = f"  {timedelta(seconds=int(seconds))} left"
                 of = "" if task.total is None else f"/{task.total:,.0f}"
-                self._say(f"batch {done:,.0f}{of}  {task.description}{left}")
+                left = "" if task.time_remaining is None else f"  {timedelta(seconds=task.time_remaining)} left"
+                self._say(f"batch {task.completed:,.0f}{of}  {task.description}{left}")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
-            of_ema = {ema_figure(name): form for name, form in VALIDATION_FIGURES.items()}
-            for what, names in {"held out": VALIDATION_FIGURES, "EMA": of_ema}.items():
-                if figures := _figures(trainer, names):
+            for what, prefix in (("held out", "val"), ("EMA", "val_ema")):
+                if figures := _figures(trainer, prefix):
                     self._say(f"{where}, {what}:  {figures}")
 
     @override
     def teardown(self, *_: Any, **__: Any) -> None:
         self.progress.stop()
 
-    @override
-    def on_exception(self, *_: Any) -> None:
-        # The message is to stand alone.
-        self.progress.stop()
+    on_exception = teardown  # the message is to stand alone
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _figures(trainer: Trainer, figures: dict[str, str]) -> str:
-    known = trainer.callback_metrics
-    return "  ".join(form.format(known[name].item()) for name, form in figures.items() if name in known)
+def _figures(trainer: Trainer, prefix: str) -> str:
+    found = ((trainer.callback_metrics.get(f"{prefix}/{name}"), form) for name, form in FIGURES.items())
+    return "  ".join(form.format(figure.item()) for figure, form in found if figure is not None)
 
 
 class Throughput(Callback):
@@ -155,25 +136,21 @@ class Throughput(Callback):
         self.pairs, self.started = 0, 0.0
 
 
-class MetricsLog(Logger):
+class MetricsLog(loggers.Logger):
     """``logs/metrics.csv``: a row for each logged step, written at once; a resumed run goes on in it.
 
     Rows from the run's ``first_step`` on are dropped: they are of steps that were lost, and come again.
     """
 
-    name, version = "", ""
+    name = version = save_dir = ""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         super().__init__()
         self.file = Path(folder, METRICS)
+        self.save_dir = str(self.file.parent)
         self._first_step = first_step
         self._columns: list[str] = []
         self._newest: dict[str, Any] = {}
-
-    @property
-    @override
-    def save_dir(self) -> str:
-        return str(self.file.parent)
 
     @override
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
@@ -181,11 +158,11 @@ class MetricsLog(Logger):
         pass
 
     @override
-    @rank_zero_only
+    @utilities.rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
         row = metrics | {"step": step}
-        if step == self._newest.get("step") and row.keys() == self._newest.keys():
+        if row == self._newest:
             return
         try:
             if row.keys() - set(self._columns):
@@ -233,13 +210,10 @@ class Curves(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self.on_fit_end(trainer, pl_module)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
             _draw(rows, self.folder / "curves.png")
+
+    on_fit_end = on_validation_end
 
 
 def _draw(rows: list[dict[str, str]], target: Path) -> None:

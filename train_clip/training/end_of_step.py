@@ -14,20 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import get_total_norm
-from torch.optim.lr_scheduler import LambdaLR
+from lightning.pytorch import Callback, Trainer, callbacks, utilities
+from torch import Tensor, nn, optim
 from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.gather import largest, on_any
-from train_clip.training import lightning_internals as internals
-from train_clip.training.checkpoints import Checkpoints
-from train_clip.training.signals import Stopped, StopSignals
+from train_clip.models.blocks import training_norms
+from train_clip.training import checkpoints, lightning_internals, signals
 
 MOST_SKIPPED = 20  # steps in a row; each halves the scaler's scale, which starts at 65,536
 READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
@@ -53,9 +47,7 @@ class EndOfStep(Callback):
         self.consumed_batches = 0
         self.num_steps = 0  # optimizer steps of the whole run
         self.finite = FiniteSteps()
-        self.signals = StopSignals()
-        self._scaler: Any = None
-        self._epoch_is_whole = False
+        self.signals = signals.StopSignals()
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -70,8 +62,8 @@ class EndOfStep(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install()
-        internals.begin_next_epoch(trainer)
-        self._scaler = internals.gradient_scaler(trainer)
+        lightning_internals.begin_next_epoch(trainer)
+        self.finite.scaler = lightning_internals.gradient_scaler(trainer)
         self.finite.keep_statistics(pl_module)
         if trainer.num_training_batches < float("inf"):
             self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
@@ -89,21 +81,21 @@ class EndOfStep(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        self.finite.before_update(optimizer, self._scaler, self.consumed_batches + 1)
+        self.finite.before_update(optimizer, self.consumed_batches + 1)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.consumed_batches += 1
-        steps, self._epoch_is_whole = internals.steps_and_ends(trainer, batch_idx)
+        steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
         if not steps:
             return
-        if self._scaler is not None:
+        if self.finite.scaler is not None:
             self.finite.keep_statistics(pl_module)
         if trainer.global_step % (trainer.log_every_n_steps or READ_EVERY) == 0:  # type: ignore[attr-defined]
             self.finite.read()
         # An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits.
-        if not self._epoch_is_whole:
-            self._stop_if_asked(trainer, within_epoch=True)
+        if not ends_epoch:
+            self._stop_if_asked(trainer)
 
     @override
     def on_validation_start(self, *_: Any) -> None:
@@ -113,13 +105,13 @@ class EndOfStep(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         # A run that ends within an epoch is over.
-        if self._epoch_is_whole:
-            self._stop_if_asked(trainer, within_epoch=False)
+        if lightning_internals.steps_and_ends(trainer)[1]:
+            self._stop_if_asked(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step < self.num_steps:
-            rank_zero_info(
+            utilities.rank_zero_info(
                 f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the "
                 "learning rate reached its end: one of the Trainer's other limits ended it (--max_time, early "
                 "stopping, a loader that ran out)."
@@ -146,28 +138,29 @@ class EndOfStep(Callback):
                 "the earlier --accumulate_grad_batches."
             )
         for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
-            if isinstance(schedule, LambdaLR):
+            if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                 for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
                     group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
-        rank_zero_info(
+        utilities.rank_zero_info(
             f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
             f"{trainer.global_step:,} on the learning rate follows the new length."
         )
 
-    def _stop_if_asked(self, trainer: Trainer, within_epoch: bool) -> None:
-        number = largest([self.signals.received])[0]
-        if number:
-            saved = save_now(trainer, within_epoch)
-            rank_zero_info(
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if number := largest([self.signals.received])[0]:
+            saved = save_now(trainer)
+            utilities.rank_zero_info(
                 f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
                 + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
             )
-            internals.release_children(trainer)
-            raise Stopped(128 + number)
+            lightning_internals.release_children(trainer)
+            raise signals.Stopped(128 + number)
 
 
 class FiniteSteps:
     """Watches the loss and the gradient of every optimizer step."""
+
+    scaler: Any = None  # of 16-mixed
 
     def __init__(self) -> None:
         self.skipped_in_a_row = 0
@@ -184,17 +177,17 @@ class FiniteSteps:
 
     def keep_statistics(self, module: nn.Module) -> None:
         """Copy the running statistics of BatchNorms, before a step that may be skipped and survived."""
-        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.training]
-        self._statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        buffers = [buffer for norm in training_norms(module) for buffer in norm.buffers()]
+        self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
-    def before_update(self, optimizer: torch.optim.Optimizer, scaler: Any, batch: int) -> None:
+    def before_update(self, optimizer: optim.Optimizer, batch: int) -> None:
         """Look at a step's gradient, unscaled by now; ``batch`` is the number of the step's last batch, from 1."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.gradient_norm = get_total_norm(gradients)
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
         bad = on_any(~self.gradient_norm.isfinite())
         loss, self._losses = torch.stack(self._losses or [bad]).mean(), []
-        if scaler is not None:
-            self._count(bool(bad), scaler, batch)
+        if self.scaler is not None:
+            self._count(bool(bad), batch)
             return
         found = torch.stack([torch.full_like(bad, batch), loss])
         known = self._report.to(bad.device)
@@ -216,14 +209,14 @@ class FiniteSteps:
                 "the same batch each time, look for an image or caption that is not like the others."
             )
 
-    def _count(self, bad: bool, scaler: Any, batch: int) -> None:
+    def _count(self, bad: bool, batch: int) -> None:
         # The scaler skips a bad step; what its forward pass did to running statistics is undone.
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if not bad:
             return
         for buffer, before in self._statistics:
             buffer.copy_(before)
-        scale = scaler.get_scale() * scaler.get_backoff_factor()
+        scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
         if self.skipped_in_a_row >= MOST_SKIPPED or scale < 1:
             raise UserError(
                 f"Batch {batch:,}: the gradient was not finite in {self.skipped_in_a_row} steps in a row, at a scale "
@@ -238,14 +231,14 @@ def known_at_once(flag: Tensor) -> bool:
     return flag.is_cpu
 
 
-def save_now(trainer: Trainer, within_epoch: bool) -> Path | None:
+def save_now(trainer: Trainer) -> Path | None:
     """Save the run beside its other checkpoints, on all processes, no gradient pending; None where it has none."""
-    if within_epoch:
-        internals.log_step(trainer)  # its last step's figures are still to be logged
+    if not lightning_internals.steps_and_ends(trainer)[1]:
+        lightning_internals.log_step(trainer)  # its last step's figures are still to be logged
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, Checkpoints):
+        if isinstance(callback, checkpoints.Checkpoints):
             return callback.save(trainer)
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if isinstance(callback, callbacks.ModelCheckpoint) and callback.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(callback.dirpath) / "last.ckpt"
             number = 0
             # One of another run in the same folder stays, as with Lightning's own.

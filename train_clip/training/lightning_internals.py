@@ -3,8 +3,6 @@
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
 
 
 def trainer_of(module: LightningModule) -> Any:
@@ -14,7 +12,7 @@ def trainer_of(module: LightningModule) -> Any:
 
 def resuming(trainer: Trainer | None) -> bool:
     """Whether a checkpoint that is loaded is one to train on from; validation and ``load_from_checkpoint`` load too."""
-    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    return trainer is not None and trainer.state.fn == "fit"
 
 
 def gradient_scaler(trainer: Trainer) -> Any:
@@ -36,11 +34,12 @@ def begin_next_epoch(trainer: Trainer) -> None:
         loop.epoch_loop.reset_restart_stage()
 
 
-def steps_and_ends(trainer: Trainer, batch_idx: int) -> tuple[bool, bool]:
-    """Whether a batch completes an optimizer step (no gradient is pending), and whether it is its epoch's last."""
-    last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+def steps_and_ends(trainer: Trainer) -> tuple[bool, bool]:
+    """Whether the newest batch completes an optimizer step (no gradient is pending), and whether it ends its epoch."""
+    batches = trainer.fit_loop.epoch_loop.batch_idx + 1
+    last = trainer.is_last_batch or batches >= trainer.num_training_batches
     # An epoch's last batch always steps.
-    return last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0, last
+    return last or batches % trainer.accumulate_grad_batches == 0, last
 
 
 def log_step(trainer: Trainer) -> None:
@@ -50,5 +49,4 @@ def log_step(trainer: Trainer) -> None:
 
 def release_children(trainer: Trainer) -> None:
     """Keep Lightning from killing this process because those that it started end first, with a code that is not 0."""
-    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        trainer.strategy.launcher.procs.clear()
+    getattr(trainer.strategy.launcher, "procs", []).clear()

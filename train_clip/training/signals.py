@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-from functools import cache
-from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 STARTER = "TRAIN_CLIP_STARTER"  # in the environment: the number of a run's first process
@@ -27,13 +25,11 @@ class StopSignals:
         """Take both signals over, in the main thread; elsewhere Python allows no handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
-                signal.signal(number, self._handle)
+                signal.signal(number, signal.SIG_DFL if self.received else self._note)
 
-    def _handle(self, number: int, _: Any) -> None:
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _note(self, number: int, _: object) -> None:
         self.received = number
+        self.install()
 
 
 def end_with_starter() -> None:
@@ -57,18 +53,15 @@ def _end_after(starter: int) -> None:
 
 def outlive_the_first_signal(_: int) -> None:
     """For loader processes, which a signal to the group reaches too: the batch needs them. The second one ends them."""
-    received: list[int] = []
 
-    def note(number: int, _: Any) -> None:
-        if received:
-            os._exit(0)
-        received.append(number)
+    def end_by_the_next(*_: object) -> None:
+        for number in STOPPING:
+            signal.signal(number, lambda *_: os._exit(0))
 
     for number in STOPPING:
-        signal.signal(number, note)
+        signal.signal(number, end_by_the_next)
 
 
-@cache
 def end_loaders_at_exit() -> None:
     """Let a process end while its loader processes are at work: Python sends each one SIGTERM, and waits for it."""
 

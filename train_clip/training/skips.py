@@ -7,13 +7,10 @@ from typing import Any
 from lightning import Callback, Trainer
 from typing_extensions import override
 
-from train_clip.data.pairs import shown
-from train_clip.data.samples import Batch
+from train_clip.data import pairs, samples
 from train_clip.errors import UserError
 from train_clip.gather import gather_objects, total, world
-from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.end_of_step import save_now
-from train_clip.training.lightning_internals import steps_and_ends
+from train_clip.training import data_module, end_of_step, lightning_internals
 
 COUNT_EVERY = 10  # batches between counts over all processes
 NAMED_AT_ONCE = 5  # files named on the screen; all of them are in the log
@@ -27,10 +24,8 @@ class SkipReport(Callback):
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # by this process in this epoch
-        self.reasons: dict[str, str] = {}  # likewise
         self.met: dict[str, str] = {}  # by this process in this fit: an earlier one's files may have been mended
         self.known: dict[str, str] = {}
-        self.log_file = Path()
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -50,8 +45,8 @@ class SkipReport(Callback):
     ) -> None:
         self._note(batch)
         # An epoch's last batch is looked at together with the validation that follows it.
-        if (batch_idx + 1) % COUNT_EVERY == 0 and steps_and_ends(trainer, batch_idx) == (True, False):
-            self._stop_if_too_many(trainer, within_epoch=True)
+        if (batch_idx + 1) % COUNT_EVERY == 0 and lightning_internals.steps_and_ends(trainer) == (True, False):
+            self._stop_if_too_many(trainer)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
@@ -61,11 +56,11 @@ class SkipReport(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        everyone = gather_objects((self.counts, self.reasons))
-        self.counts, self.reasons = Counter(), {}
+        everyone = gather_objects((self.counts, self.met))
+        self.counts = Counter()
         if trainer.is_global_zero:
-            for _, reasons in everyone:
-                self._log(reasons)
+            for _, met in everyone:
+                self._log(met)
             counts, epoch = sum((own for own, _ in everyone), Counter()), f"Epoch {trainer.current_epoch + 1}"
             if replaced := counts["replaced"]:
                 print(
@@ -77,42 +72,41 @@ class SkipReport(Callback):
                     f"{epoch}: {cut:,} of {counts['captions']:,} captions were longer than "
                     f"{pl_module.tokenizer.context_length} tokens and cut there, end token kept."
                 )
-        self._stop_if_too_many(trainer, within_epoch=False)
+        self._stop_if_too_many(trainer)
 
-    def _stop_if_too_many(self, trainer: Trainer, within_epoch: bool) -> None:
+    def _stop_if_too_many(self, trainer: Trainer) -> None:
         # Each bad pair stands in the count by one file, met by whichever process.
         data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, TextImageDataModule):
+        if not isinstance(data, data_module.TextImageDataModule):
             return
-        pairs, share = len(data.training_pairs) + len(data.validation_pairs), data.options.max_bad
+        number, share = len(data.training_pairs) + len(data.validation_pairs), data.options.max_bad
         # Two processes can meet one file: this sum is only the cheap question.
-        if total(len(self.met)) <= share * pairs:
+        if total(len(self.met)) <= share * number:
             return
         bad = {path: reason for met in gather_objects(self.met) for path, reason in met.items()}
-        if len(bad) <= share * pairs:
+        if len(bad) <= share * number:
             return
         if trainer.is_global_zero:
             self._log(bad)
-        saved = save_now(trainer, within_epoch)
+        saved = end_of_step.save_now(trainer)
         raise UserError(
-            f"{data.source}: {len(bad):,} of {pairs:,} pairs ({len(bad) / pairs:.1%}) could not be used so far, more "
+            f"{data.source}: {len(bad):,} of {number:,} pairs ({len(bad) / number:.1%}) could not be used so far, more "
             f"than --max_bad {share:g} ({_tally(bad)}). Their names are in {self.log_file}; "
             "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad."
             + (f" The state of the run is saved in {saved}." if saved else "")
         )
 
     def _note(self, batch: Any) -> None:
-        if isinstance(batch, Batch):
+        if isinstance(batch, samples.Batch):
             self.counts.update(captions=len(batch.images), cut=batch.num_cut, replaced=len(batch.skips))
             if new := {skip.path: skip.reason for skips in batch.skips for skip in skips}:
-                self.reasons |= new
                 self.met |= new
                 if world()[0] == 0:
                     self._log(new)
 
     def _log(self, reasons: dict[str, str]) -> None:
         # Of those that are not known yet the first few on the screen, and each in the log.
-        new = {name: reason for path, reason in reasons.items() if (name := shown(path)) not in self.known}
+        new = {name: reason for path, reason in reasons.items() if (name := pairs.shown(path)) not in self.known}
         for name, reason in new.items():
             self.known[name] = reason
             if len(self.known) <= NAMED_AT_ONCE:
