@@ -7,8 +7,6 @@ normalised. Nothing is unpickled, and what a header claims is held against the f
 import math
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -37,8 +35,7 @@ Header = tuple[tuple[int, ...], np.dtype, bool]
 
 def read_header(path: str) -> Header:
     """Read what a file says that it holds; errors as of ``read_array``, but for damage behind it."""
-    with _open(path) as (header, _):
-        return header
+    return _read(path, values=False)[0]
 
 
 def read_array(path: str) -> np.ndarray:
@@ -48,9 +45,7 @@ def read_array(path: str) -> np.ndarray:
         BadSample: no zip or a damaged one, no ``data`` in it, objects, another dtype or shape, a size that the file
             does not hold, or that no picture may have.
     """
-    with _open(path) as ((shape, dtype, fortran_order), member):
-        # With the last byte comes the check of its sum.
-        values = np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype)
+    (shape, dtype, fortran_order), values = _read(path, values=True)
     if dtype.kind == "f" and not np.isfinite(values).all():
         raise BadSample(path, "npz of values that are not finite")
     return values.reshape(shape[::-1]).T if fortran_order else values.reshape(shape)
@@ -63,8 +58,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.savez(file, data=np.ascontiguousarray(array))
 
 
-@contextmanager
-def _open(path: str) -> Iterator[tuple[Header, IO[bytes]]]:
+def _read(path: str, values: bool) -> tuple[Header, np.ndarray]:
     with reading(path, "npz"), Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         _require_small_directory(path, file, size)
@@ -79,7 +73,10 @@ def _open(path: str) -> Iterator[tuple[Header, IO[bytes]]]:
             if entry.file_size > MAX_DATA + MAX_HEADER + npy.MAGIC_LEN:
                 raise BadSample(path, f"npz array over {MAX_DATA:,} bytes")
             with archive.open(entry) as member:
-                yield _header(path, member, entry.file_size), member
+                shape, dtype, _ = header = _header(path, member, entry.file_size)
+                # With the last byte comes the check of its sum.
+                content = member.read(math.prod(shape) * dtype.itemsize) if values else b""
+                return header, np.frombuffer(content, dtype)
 
 
 def _require_small_directory(path: str, file: IO[bytes], size: int) -> None:

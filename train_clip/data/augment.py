@@ -151,7 +151,7 @@ def some_captions(pairs: PairList, most: int = LOOKED_AT) -> list[str]:
 
 
 def captions_against(flip: str, captions: list[str]) -> list[tuple[str, str]]:
-    """The captions, single lines, that a flip, a key of ``WORDS``, makes wrong; before each the first word that does."""
+    """The captions, single lines, that a flip, a key of ``WORDS``, makes wrong, each behind the first such word."""
     against = []
     for line in captions:
         if words := [word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in WORDS[flip]]:

@@ -12,7 +12,6 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from train_clip.data.images import ARRAY_SUFFIX, image_suffixes, is_npz
 from train_clip.data.pairs import PairList, plain_name
@@ -67,9 +66,9 @@ def is_caption(path: str) -> bool:
     return path[-len(CAPTION_SUFFIX) :].lower() == CAPTION_SUFFIX
 
 
-def _groups(scan: Scan) -> dict[Any, list[str]]:
+def _groups(scan: Scan) -> dict:
     """The images and captions that share a stem or number, as relative POSIX paths."""
-    groups: dict[Any, list[str]] = defaultdict(list)
+    groups: dict = defaultdict(list)
     for path in _images_and_captions(scan):
         stem = path.rpartition("/")[2].rpartition(".")[0]
         if scan.pair_by == "stem":

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,10 +122,9 @@ def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Ima
     return picture.convert("RGB")
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
+def image_suffixes() -> set[str]:
     """The suffixes of the formats that are read, in lower case, with their dot."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def is_npz(path: str) -> bool:

@@ -9,7 +9,6 @@ import csv
 import json
 import os
 import posixpath
-import re
 import stat
 import unicodedata
 from collections import defaultdict
@@ -72,7 +71,7 @@ def _read(table: Path, options: SourceOptions) -> tuple[dict[str, list[str]], in
                         f"{names[1]!r} to be text. Mend or remove it."
                     )
                     continue
-                lines = (re.sub("\r?\n", " ", text).strip() for text in texts)
+                lines = (text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts)
                 parts = (part for at, part in enumerate(image.split("/")) if (part or not at) and part != ".")
                 captions["/".join(parts) or "."] += [text for text in lines if not is_blank(text)]
     except PermissionError:

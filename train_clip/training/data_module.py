@@ -187,7 +187,7 @@ class TextImageDataModule(L.LightningDataModule):
         return "\n".join(lines)
 
 
-def _tokenizer(custom: Any, context_length: int | None) -> samples.BatchTokenizer:
+def _tokenizer(custom: Any, context_length: int | None) -> Any:
     if custom is None:
         return Tokenizer(context_length or Tokenizer.context_length)
     if hasattr(custom, "batch"):
