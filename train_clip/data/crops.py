@@ -197,14 +197,12 @@ def as_picture(array: np.ndarray) -> Image.Image:
 def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     """Refuse an array, (3, H, W), that was made for another S, with a ``UserError``."""
     _, height, width = shape
-    if dtype == np.uint8:
-        if min(height, width) == size:
-            return
+    if dtype == np.uint8 and min(height, width) != size:
         raise UserError(
             f"{path}: was made for a model of {min(height, width)} pixels (it is {width} by {height}); expected "
             f"{size} on its shorter side. Make the cache anew: train-clip data npz FOLDER --image_size {size}"
         )
-    if (height, width) != (size, size):
+    if dtype != np.uint8 and (height, width) != (size, size):
         raise UserError(
             f"{path}: holds {NORMALISED}, {width} by {height} of them; expected {size} by {size}. Train a model of "
             "that size (--image_size), or move the file away and make a cache of the images: train-clip data npz"

@@ -63,25 +63,26 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=True)
         self.global_batch = global_batch
         self.consumed = consumed
+        self.share = global_batch // world_size
         self.num_pairs = len(dataset)  # type: ignore[arg-type]
         self.batches_per_epoch = self.num_pairs // global_batch
 
     def __len__(self) -> int:
-        return self.batches_per_epoch * (self.global_batch // self.num_replicas)
+        return self.batches_per_epoch * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return self._keys(self.consumed())
 
     def _keys(self, first: int) -> Iterator[tuple[int, int]]:
-        share = self.global_batch // self.num_replicas
         current, order = -1, np.empty(0, np.int64)
         for position in range(first, first + self.batches_per_epoch):
             epoch, batch = divmod(position, self.batches_per_epoch)
             if epoch != current:
                 rng, current = np.random.default_rng((self.seed, epoch)), epoch
                 order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
-            start = batch * self.global_batch + self.rank * share
-            yield from ((epoch, int(index)) for index in order[start : start + share])
+            start = batch * self.global_batch + self.rank * self.share
+            for index in order[start : start + self.share].tolist():
+                yield epoch, index
 
 
 class Sample(NamedTuple):
@@ -101,11 +102,11 @@ class _Pairs(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def require_one_kind(self, pixels: torch.Tensor, path: str) -> torch.Tensor:
+    def require_one_kind(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
         """The pixels, or a ``UserError`` where they are normalised and the first file's are not, or the reverse."""
         if pixels.dtype == self.dtype:
             return pixels
-        found = {self.dtype: self.example, pixels.dtype: path}
+        found = {self.dtype: self.example, pixels.dtype: self.pairs[index].pixels}
         raise UserError(
             f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {crops.NORMALISED}. Expected "
             "one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
@@ -147,8 +148,8 @@ class TrainingPairs(_Pairs):
         skips: list[Skip] = []
         for _ in range(MAX_SUBSTITUTES):
             try:
-                pixels, caption, path = draw(self.pairs, index, self.size, self.resize_ratio, rng)
-                return Sample(self.require_one_kind(pixels, path), caption, tuple(skips))
+                pixels, caption = draw(self.pairs, index, self.size, self.resize_ratio, rng)
+                return Sample(self.require_one_kind(pixels, index), caption, tuple(skips))
             except BadSample as bad:
                 skips.append(Skip(bad.path, bad.reason))
                 index = int(rng.integers(len(self.pairs)))
@@ -161,10 +162,10 @@ class TrainingPairs(_Pairs):
 
 def draw(
     pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: np.random.Generator
-) -> tuple[torch.Tensor, str, str]:
-    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read."""
+) -> tuple[torch.Tensor, str]:
+    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), and a caption line."""
     pair = pairs[index]
-    captions, path = pair.captions(), pair.pixels
+    captions = pair.captions()
     caption = captions[rng.integers(len(captions))]
 
     def window(picture: tuple[int, int]) -> crops.Window:
@@ -172,7 +173,7 @@ def draw(
             return crops.random_crop(picture, size, rng)
         return crops.random_resized_crop(picture, size, rng, resize_ratio)
 
-    return crops.read_square(path, size, window), caption, path
+    return crops.read_square(pair.pixels, size, window), caption
 
 
 class ValidationPairs(_Pairs):
@@ -183,7 +184,7 @@ class ValidationPairs(_Pairs):
         pair = self.pairs[index]
         try:
             pixels = crops.read_square(pair.pixels, self.size)
-            return Sample(self.require_one_kind(pixels, pair.pixels), pair.captions()[0])
+            return Sample(self.require_one_kind(pixels, index), pair.captions()[0])
         except BadSample as bad:
             black = torch.zeros(3, self.size, self.size, dtype=self.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
