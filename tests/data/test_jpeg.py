@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train_clip.data import crops as jpeg
 from train_clip.data import images
 from train_clip.data.crops import Window, cut, random_crop, random_resized_crop, read_square
 from train_clip.data.images import open_rgb
@@ -84,14 +83,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def never_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are decoded without Pillow, or the test fails."""
+    open_image = images.open_image
 
     def plain(path: str) -> images.Jpeg:
-        image = images.open_image(path)
+        image = open_image(path)
         assert isinstance(image, images.Jpeg)
         return image
 
-    monkeypatch.setattr(jpeg, "open_image", plain)
-    monkeypatch.setattr(jpeg, "open_rgb", mock.Mock(side_effect=AssertionError("left to Pillow")))
+    monkeypatch.setattr(images, "open_image", plain)
+    monkeypatch.setattr(images, "open_rgb", mock.Mock(side_effect=AssertionError("left to Pillow")))
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "grey"])

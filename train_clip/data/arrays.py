@@ -4,18 +4,14 @@ The array is called ``data`` and is (3, H, W): uint8, a picture; or float16 or f
 normalised. Nothing is unpickled, and what a header claims is held against the file before any memory is taken for it.
 """
 
-import io
 import math
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from train_clip.data.images import MAX_BYTES, MAX_PIXELS, reading, require_sides
 from train_clip.errors import BadSample
@@ -34,41 +30,35 @@ MAX_DIRECTORY = 2**16  # bytes; that of one array takes about 60
 
 
 # What an array is said to be: its shape, (3, H, W), its dtype, and whether its first axis is the one that runs fastest.
-Header = tuple[tuple[int, ...], np.dtype[Any], bool]
+Header = tuple[tuple[int, ...], np.dtype, bool]
 
 
 def read_header(path: str) -> Header:
     """Read what a file says that it holds; errors as of ``read_array``, but for damage behind it."""
-    with _open(path) as (header, _):
-        return header
+    return _read(path, values=False)[0]
 
 
-def read_array(path: str) -> NDArray[Any]:
+def read_array(path: str) -> np.ndarray:
     """Read an image's array, (3, H, W) uint8, float16 or float32, read-only and finite.
 
     Raises:
         BadSample: no zip or a damaged one, no ``data`` in it, objects, another dtype or shape, a size that the file
             does not hold, or that no picture may have.
     """
-    with _open(path) as ((shape, dtype, fortran_order), member):
-        # With the last byte comes the check of its sum.
-        values = np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype)
+    (shape, dtype, fortran_order), values = _read(path, values=True)
     if dtype.kind == "f" and not np.isfinite(values).all():
         raise BadSample(path, "npz of values that are not finite")
     return values.reshape(shape[::-1]).T if fortran_order else values.reshape(shape)
 
 
-def write_array(path: Path, array: NDArray[Any]) -> None:
+def write_array(path: Path, array: np.ndarray) -> None:
     """Write an image's (3, H, W) array, whole or not at all: the same bytes for the same array; its folder is made."""
-    content = io.BytesIO()
-    # Stored: deflate takes a fifth off photographs, and more time to read than all else together (docs/data.md).
-    np.savez(content, data=np.ascontiguousarray(array))
-    with replacing(path) as beside:
-        beside.write_bytes(content.getbuffer())
+    with replacing(path) as beside, beside.open("wb") as file:
+        # Stored: deflate takes a fifth off photographs, and more time to read than all else together (docs/data.md).
+        np.savez(file, data=np.ascontiguousarray(array))
 
 
-@contextmanager
-def _open(path: str) -> Iterator[tuple[Header, IO[bytes]]]:
+def _read(path: str, values: bool) -> tuple[Header, np.ndarray]:
     with reading(path, "npz"), Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         _require_small_directory(path, file, size)
@@ -83,10 +73,13 @@ def _open(path: str) -> Iterator[tuple[Header, IO[bytes]]]:
             if entry.file_size > MAX_DATA + MAX_HEADER + npy.MAGIC_LEN:
                 raise BadSample(path, f"npz array over {MAX_DATA:,} bytes")
             with archive.open(entry) as member:
-                yield _header(path, member, entry.file_size), member
+                shape, dtype, _ = header = _header(path, member, entry.file_size)
+                # With the last byte comes the check of its sum.
+                content = member.read(math.prod(shape) * dtype.itemsize) if values else b""
+                return header, np.frombuffer(content, dtype)
 
 
-def _require_small_directory(path: str, file: BinaryIO, size: int) -> None:
+def _require_small_directory(path: str, file: IO[bytes], size: int) -> None:
     if not size:
         raise BadSample(path, "empty file")
     if size > MAX_BYTES:

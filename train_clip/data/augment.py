@@ -18,22 +18,17 @@ constant luma; by HSV, as others have it, the largest and the least channel are 
 N  pairs of the global batch      B  pairs on this process      S  side of the image in pixels
 """
 
-import contextlib
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from train_clip.data.pairs import Pair
+from train_clip.data.pairs import PairList
 from train_clip.errors import BadSample, UserError
 from train_clip.options import AugmentationOptions
 from train_clip.tensors import sent
 
-Floats = NDArray[np.float64]
 LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
 # B − Y and R − Y, scaled as a PAL or NTSC signal carries them (ITU-R BT.470).
 DIFFERENCES = np.stack([0.493 * ([0, 0, 1] - LUMA), 0.877 * ([1, 0, 0] - LUMA)])
@@ -47,10 +42,10 @@ STREAM = 0x6175676D  # tells these random numbers from those of crops, which hav
 class Draws(NamedTuple):
     """What was drawn for each image."""
 
-    mixes: Tensor  # (B, 3, 3) float32, M
-    lifts: Tensor  # (B, 3) float32, b (1 − c) of each channel's weight in Y
-    mirrored: Tensor  # (B,) bool, whether left and right change places
-    upended: Tensor  # (B,) bool, whether top and bottom do
+    mixes: torch.Tensor  # (B, 3, 3) float32, M
+    lifts: torch.Tensor  # (B, 3) float32, b (1 − c) of each channel's weight in Y
+    mirrored: torch.Tensor  # (B,) bool, whether left and right change places
+    upended: torch.Tensor  # (B,) bool, whether top and bottom do
 
     def on(self, device: torch.device) -> "Draws":
         """The same on a device, without waiting for it."""
@@ -77,17 +72,16 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
     )
 
 
-def colour_maps(brightness: Floats, contrast: Floats, saturation: Floats, angles: Floats) -> Floats:
+def colour_maps(brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each; red turns towards yellow where θ > 0."""
     b, c, s, angle = (values[:, None, None] for values in (brightness, contrast, saturation, angles))
     luma = np.ones((3, 1)) * LUMA
     signals = np.stack([LUMA, *DIFFERENCES])
     quarter = np.linalg.inv(signals) @ [[0, 0, 0], [0, 0, -1], [0, 1, 0]] @ signals
-    maps: Floats = b * c * (luma + s * (np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * quarter))
-    return maps
+    return b * c * (luma + s * (np.cos(angle) * (np.eye(3) - luma) + np.sin(angle) * quarter))
 
 
-def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
+def augment(images: torch.Tensor, how: AugmentationOptions, draws: Draws) -> torch.Tensor:
     """Change copies of (B, 3, S, S) images, uint8 or already normalised, as was drawn.
 
     Raises:
@@ -114,7 +108,7 @@ def augment(images: Tensor, how: AugmentationOptions, draws: Draws) -> Tensor:
     return changed
 
 
-def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
+def recolour(images: torch.Tensor, mixes: torch.Tensor, lifts: torch.Tensor) -> torch.Tensor:
     """X' = M x + b (1 − c) mean(Y) of (B, 3, S, S) uint8 images, in float32, whole numbers from 0 to 255."""
     colours = images.flatten(2).float()
     mixed = (lifts * colours.mean(2)).sum(1)[:, None, None].expand(colours.shape)
@@ -145,26 +139,21 @@ WORDS = {
 }
 
 
-class Named(NamedTuple):
-    """What was found in captions."""
-
-    number: int  # captions with such a word
-    of: int  # captions that were looked at
-    word: str  # of the example
-    example: str  # the first of them; empty where there is none
-
-
-def some_captions(pairs: Sequence[Pair], most: int = LOOKED_AT) -> list[str]:
+def some_captions(pairs: PairList, most: int = LOOKED_AT) -> list[str]:
     """All lines of so many pairs at most, evenly spaced; what cannot be read is passed over."""
     captions: list[str] = []
     for place in np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int).tolist():
-        with contextlib.suppress(BadSample):
+        try:
             captions += pairs[place].captions()
+        except BadSample:
+            continue
     return captions
 
 
-def count_named(captions: Sequence[str], flip: str) -> Named:
-    """Count the captions, single lines, with a word that a flip, a key of ``WORDS``, makes wrong."""
-    words = ([word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in WORDS[flip]] for line in captions)
-    named = [(found[0], line) for found, line in zip(words, captions, strict=True) if found]
-    return Named(len(named), len(captions), *(named or [("", "")])[0])
+def captions_against(flip: str, captions: list[str]) -> list[tuple[str, str]]:
+    """The captions, single lines, that a flip, a key of ``WORDS``, makes wrong, each behind the first such word."""
+    against = []
+    for line in captions:
+        if words := [word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in WORDS[flip]]:
+            against.append((words[0], line))
+    return against

@@ -11,24 +11,21 @@ S  side of the square in pixels      H, W  of the pixels
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from train_clip.data.arrays import read_array
-from train_clip.data.images import SIDES_SWAPPED, Decoded, Jpeg, is_npz, open_image, open_rgb, read_image, upright_rgb
+from train_clip.data import arrays, images
 from train_clip.errors import UserError
 
 REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as much and as exact (jdct.h)
 NORMALISED = "already normalised pixels, taken as they are, without a crop"
 
 
-def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"] | None = None) -> Tensor:
+def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"] | None = None) -> torch.Tensor:
     """Read what a model takes of an image or its array: (3, S, S) uint8, or float32 that is already normalised.
 
     An array of bytes is the picture that the image gives once its shorter side is S, so that crops of whole height are
@@ -40,23 +37,21 @@ def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"
         UserError: an array that was made for another S. It is no bad sample that another could stand in for: all of a
             cache are made for one size, and resized once more they would not be what the images give.
     """
-    if is_npz(path):
-        array = read_array(path)
+    if images.is_npz(path):
+        array = arrays.read_array(path)
         require_size(path, array.shape, array.dtype, size)
         if array.dtype != np.uint8:
             return torch.from_numpy(array.astype(np.float32))
         return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(as_picture(array), size)
     if draw is None:
         return centre_square(path, size)
-    image = open_image(path)
+    image = images.open_image(path)
     if isinstance(image, Image.Image):
         return cut(_planes(image), draw(image.size))
-    window = draw(image.size[::-1] if image.turn in SIDES_SWAPPED else image.size)
+    window = draw(image.size[::-1] if image.turn in images.SIDES_SWAPPED else image.size)
     pixels = _reduced(image, window.reduction)
     if pixels is None:
-        return cut(_planes(open_rgb(path)), window)
-    if image.turn is not None:
-        pixels = np.array(Image.fromarray(pixels).transpose(image.turn))
+        return cut(_planes(images.open_rgb(path)), window)
     return cut(pixels.transpose(2, 0, 1), window, window.reduction)
 
 
@@ -94,7 +89,7 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: np.random.Gene
     return Window((left, top, left + side, top + side), (size, size), (0, 0), size)
 
 
-def cut(pixels: NDArray[Any], window: Window, reduction: int = 1) -> Tensor:
+def cut(pixels: np.ndarray, window: Window, reduction: int = 1) -> torch.Tensor:
     """Resize the window's box and cut its square, (3, S, S), out of (3, H, W) uint8, in any order in memory.
 
     The pixels are fewer along each side, by the reduction, than in the picture that the window is of.
@@ -113,8 +108,8 @@ def reduced(edge: int, reduction: int) -> int:
     return (edge + reduction // 2) // reduction
 
 
-def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
-    """Decode to (H, W, 3), fewer by the reduction; None where Pillow is to say what is wrong, or that nothing is."""
+def _reduced(jpeg: images.Jpeg, reduction: int) -> np.ndarray | None:
+    """Decode to (H, W, 3), upright, fewer by the reduction; None where Pillow is to say what is wrong, if anything."""
     width, height = jpeg.size
     expected = (-(-height // reduction), -(-width // reduction), 3)
     try:
@@ -125,20 +120,24 @@ def _reduced(jpeg: Jpeg, reduction: int) -> NDArray[Any] | None:
     if pixels.shape != expected:
         return None
     # The last row and column count where at least half of what they stand for lies within the picture.
-    return pixels[: reduced(height, reduction), : reduced(width, reduction)]
+    pixels = pixels[: reduced(height, reduction), : reduced(width, reduction)]
+    return pixels if jpeg.turn is None else np.array(Image.fromarray(pixels).transpose(jpeg.turn))
 
 
-def centre_square(image: Image.Image | str | Path, size: int) -> Tensor:
+def centre_square(image: Image.Image | str | Path, size: int) -> torch.Tensor:
     """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8."""
-    picture = upright_rgb(image, "picture", []) if isinstance(image, Image.Image) else open_rgb(str(image))
-    return to_tensor(center_crop(picture, size))
+    if isinstance(image, Image.Image):
+        image = images.upright_rgb(image, "picture", [])
+    else:
+        image = images.open_rgb(str(image))
+    return to_tensor(center_crop(image, size))
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side of an RGB picture to S, then the S×S in the middle (openai/CLIP, clip.py, _transform)."""
     picture = resize_shorter(picture, size)
     # torchvision's CenterCrop rounds halves to even, as round() does.
-    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+    left, top = (round((side - size) / 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
 
@@ -149,16 +148,16 @@ def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
 
 def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
     """Width and height once the shorter becomes S; the longer is cut to whole pixels, as torchvision's Resize does."""
-    width, height = picture
-    return (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    width, height = (int(size * side / min(picture)) for side in picture)
+    return width, height
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(picture: Image.Image) -> torch.Tensor:
     """Map an RGB picture to (3, H, W) uint8."""
     return torch.from_numpy(_planes(picture)).contiguous()
 
 
-def _planes(picture: Image.Image) -> NDArray[Any]:
+def _planes(picture: Image.Image) -> np.ndarray:
     return np.array(picture).transpose(2, 0, 1)
 
 
@@ -169,23 +168,23 @@ class Preprocess:
     are made RGB, transparency laid on white, before they are resized. Mean and std: (3, 1, 1) float32, in [0, 1].
     """
 
-    def __init__(self, size: int, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, size: int, mean: torch.Tensor, std: torch.Tensor) -> None:
         self.size, self.mean, self.std = size, mean.cpu(), std.cpu()
 
-    def __call__(self, image: Image.Image | str | Path) -> Tensor:
+    def __call__(self, image: Image.Image | str | Path) -> torch.Tensor:
         """Prepare a picture, or the file of one (``BadSample`` where it cannot be read): (3, S, S) float32."""
         return (centre_square(image, self.size).float() / 255 - self.mean) / self.std
 
 
-def read_picture(path: str) -> Decoded:
+def read_picture(path: str) -> images.Decoded:
     """Read an image, or its array, as a picture to look at; errors as of ``read_square``."""
-    if not is_npz(path):
-        return read_image(path)
-    array = read_array(path)
-    return Decoded(as_picture(array), () if array.dtype == np.uint8 else (NORMALISED,))
+    if not images.is_npz(path):
+        return images.read_image(path)
+    array = arrays.read_array(path)
+    return images.Decoded(as_picture(array), () if array.dtype == np.uint8 else (NORMALISED,))
 
 
-def as_picture(array: NDArray[Any]) -> Image.Image:
+def as_picture(array: np.ndarray) -> Image.Image:
     """A (3, H, W) array as a picture; of floats, whose mean and deviation no file says, the greatest value is white."""
     if array.dtype != np.uint8:
         values = array.astype(np.float32)
@@ -195,17 +194,15 @@ def as_picture(array: NDArray[Any]) -> Image.Image:
     return Image.merge("RGB", [Image.fromarray(plane) for plane in array])
 
 
-def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
+def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     """Refuse an array, (3, H, W), that was made for another S, with a ``UserError``."""
     _, height, width = shape
-    if dtype == np.uint8:
-        if min(height, width) == size:
-            return
+    if dtype == np.uint8 and min(height, width) != size:
         raise UserError(
             f"{path}: was made for a model of {min(height, width)} pixels (it is {width} by {height}); expected "
             f"{size} on its shorter side. Make the cache anew: train-clip data npz FOLDER --image_size {size}"
         )
-    if (height, width) != (size, size):
+    if dtype != np.uint8 and (height, width) != (size, size):
         raise UserError(
             f"{path}: holds {NORMALISED}, {width} by {height} of them; expected {size} by {size}. Train a model of "
             "that size (--image_size), or move the file away and make a cache of the images: train-clip data npz"

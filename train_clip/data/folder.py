@@ -7,12 +7,10 @@ in its image's place, and the pair is still known by its image. Any other array 
 """
 
 import os
-import posixpath
 import re
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from train_clip.data.images import ARRAY_SUFFIX, image_suffixes, is_npz
@@ -23,6 +21,9 @@ from train_clip.options import SourceOptions
 
 NAMED = 6  # files in the message on a stem
 CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at the top
+KINDS = {"d": "a folder", "p": "a pipe", "s": "a socket"}  # by the letter that `ls -l` begins with
+
+Row = tuple[str, str, str]  # names of an image, of its file of captions and of its array, which may be empty
 
 
 def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
@@ -40,23 +41,19 @@ def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
             raise UserError(f"{folder}: there is no such folder. Expected one of images and captions (.txt).{table}")
     except PermissionError:
         raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
-    found = _Found(folder)
-    pair = _pair_by_stem if options.pair_by == "stem" else _pair_by_number
-    pair(found, _images_and_captions(found))
-    pairs = sorted(found.pairs, key=lambda pair: plain_name(pair[0]))
     root = os.path.join(folder, "")  # noqa: PTH118, with its separator at the end
-    caches = (found.caches.get(image, "") for image, _ in pairs) if found.caches else ()
-    return Scan(
-        folder,
-        found.num_files,
-        PairList(root, (image for image, _ in pairs), (caption for _, caption in pairs), caches),
-        sorted(path for path in found.lone if not is_caption(path)),
-        sorted(filter(is_caption, found.lone)),
-        sorted(found.faults),
-        found.others,
-        sorted(found.folder_links),
-        options.pair_by,
-    )
+    scan = Scan(folder, 0, PairList(root), [], [], pair_by=options.pair_by)
+    pair = _pair_by_stem if options.pair_by == "stem" else _pair_by_number
+    groups = _groups(scan)
+    rows: list[Row] = []
+    for shared in sorted(groups):
+        # What is done with is let go of, or there would be two of everything for a while.
+        rows += pair(scan, shared, groups.pop(shared))
+    rows.sort(key=lambda row: plain_name(row[0]))
+    scan.pairs = PairList(root, *zip(*rows, strict=True))
+    for names in (scan.lone_images, scan.lone_captions, scan.faults, scan.folder_links):
+        names.sort()
+    return scan
 
 
 def cache_name(image: str) -> str:
@@ -69,49 +66,56 @@ def is_caption(path: str) -> bool:
     return path[-len(CAPTION_SUFFIX) :].lower() == CAPTION_SUFFIX
 
 
-@dataclass
-class _Found:
-    """What lies below a folder, as relative POSIX paths."""
+def _groups(scan: Scan) -> dict:
+    """The images and captions that share a stem or number, as relative POSIX paths."""
+    groups: dict = defaultdict(list)
+    for path in _images_and_captions(scan):
+        stem = path.rpartition("/")[2].rpartition(".")[0]
+        if scan.pair_by == "stem":
+            groups[plain_name(stem)].append(path)
+            continue
+        numbers = re.findall("[0-9]+", stem)
+        if len(numbers) == 1:
+            groups[int(numbers[0])].append(path)
+        elif numbers:
+            scan.faults.append(
+                f"{scan.source / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear by "
+                "which it pairs. Expected one (--pair_by number). Rename it, or list the pairs in a table (--pairs)."
+            )
+        else:
+            _leave_alone(scan, [path])
+    return groups
 
-    folder: Path
-    num_files: int = 0
-    pairs: list[tuple[str, str]] = field(default_factory=list)  # an image and a caption file each
-    lone: list[str] = field(default_factory=list)  # that belong to none
-    caches: dict[str, str] = field(default_factory=dict)  # the array of each image that has one
-    faults: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    folder_links: list[str] = field(default_factory=list)
 
-
-def _images_and_captions(found: _Found) -> Iterator[str]:
+def _images_and_captions(scan: Scan) -> Iterator[str]:
     wanted = image_suffixes() | {ARRAY_SUFFIX, CAPTION_SUFFIX}
     folders = [""]
     while folders:
         parent = folders.pop()
         try:
-            entries = list(os.scandir(found.folder / parent))
+            entries = list(os.scandir(scan.source / parent))
         except PermissionError:
             lacking = "no permission to list this folder. Give it (chmod +rx), or move the folder away."
-            found.faults.append(f"{found.folder / parent}: {lacking}")
+            scan.faults.append(f"{scan.source / parent}: {lacking}")
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            path = f"{parent}/{entry.name}" if parent else entry.name
-            suffix = posixpath.splitext(entry.name)[1].lower()
+            path = parent + entry.name
+            suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122, a third of the time
             if suffix not in wanted and entry.is_dir(follow_symlinks=False):
-                folders.append(path)
+                folders.append(path + "/")
             elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112, False where one may not look
-                found.folder_links.append(path)
+                scan.folder_links.append(path)
             elif suffix in wanted:
                 if fault := _fault(entry):
-                    found.faults.append(f"{found.folder / path}: {fault}")
+                    scan.faults.append(f"{scan.source / path}: {fault}")
                 else:
-                    found.num_files += 1
+                    scan.num_entries += 1
                     yield path
             elif os.path.isfile(entry.path):  # noqa: PTH113, likewise
-                found.num_files += 1
-                found.others[suffix or "no suffix"] += 1
+                scan.num_entries += 1
+                scan.others[suffix or "no suffix"] += 1
 
 
 def _fault(entry: os.DirEntry[str]) -> str | None:
@@ -120,9 +124,7 @@ def _fault(entry: os.DirEntry[str]) -> str | None:
             if may_read(entry.path):
                 return None
             return "no permission to read this file. Give it (chmod +r), or move the file away."
-        mode = entry.stat().st_mode
-        kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
-        kind = next((kind for test, kind in kinds.items() if test(mode)), "a device")
+        kind = KINDS.get(stat.filemode(entry.stat().st_mode)[0], "a device")
     except FileNotFoundError:
         kind = "a link to a file that is not there"
     except PermissionError:
@@ -132,51 +134,9 @@ def _fault(entry: os.DirEntry[str]) -> str | None:
     return f"is {kind}; expected a regular file under this name. Rename or remove it."
 
 
-def _pair_by_stem(found: _Found, paths: Iterable[str]) -> None:
-    by_stem: dict[str, list[str]] = defaultdict(list)
+def _leave_alone(scan: Scan, paths: list[str]) -> None:
     for path in paths:
-        by_stem[plain_name(_stem(path))].append(path)
-    for stem in sorted(by_stem):
-        # What is done with is let go of, or there would be two of everything for a while.
-        _pair_one_stem(found, _without_caches(found, by_stem.pop(stem)))
-
-
-def _pair_by_number(found: _Found, paths: Iterable[str]) -> None:
-    by_number: dict[int, list[str]] = defaultdict(list)
-    for path in paths:
-        numbers = re.findall("[0-9]+", _stem(path))
-        if len(numbers) == 1:
-            by_number[int(numbers[0])].append(path)
-        elif numbers:
-            found.faults.append(
-                f"{found.folder / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear by "
-                "which it pairs. Expected one (--pair_by number). Rename it, or list the pairs in a table (--pairs)."
-            )
-        else:
-            found.lone.append(path)
-    for number in sorted(by_number):
-        files = sorted(by_number.pop(number))
-        kinds: dict[str, list[str]] = {"image": [], "caption": [], "array": []}
-        for path in files:
-            kinds["caption" if is_caption(path) else "array" if _in_cache(path) else "image"].append(path)
-        if max(map(len, kinds.values())) > 1:
-            found.faults.append(
-                f"{found.folder}: the number {number} is in {len(files)} names, so it is not clear which belong "
-                f"together:\n{_listed(files)}  Expected one image, one caption and one array in npz/ at most. Rename "
-                "the others."
-            )
-            continue
-        images, captions, arrays = kinds.values()
-        found.caches.update(zip(images, arrays, strict=False))
-        pixels = images or arrays
-        if pixels and captions:
-            found.pairs += zip(pixels, captions, strict=True)
-        else:
-            found.lone += pixels or captions
-
-
-def _stem(path: str) -> str:
-    return posixpath.basename(path).rpartition(".")[0]
+        (scan.lone_captions if is_caption(path) else scan.lone_images).append(path)
 
 
 def _in_cache(path: str) -> bool:
@@ -188,47 +148,62 @@ def _listed(files: list[str]) -> str:
     return "".join(f"  {path}\n" for path in files[:NAMED]) + more
 
 
-def _without_caches(found: _Found, files: list[str]) -> list[str]:
-    """The files of a stem but for the caches of its images, which are noted."""
-    if not (arrays := [path for path in files if _in_cache(path)]):
-        return files
-    owners: dict[str, list[str]] = defaultdict(list)
-    for path in files:
-        if not is_caption(path) and not is_npz(path):
-            owners[plain_name(cache_name(path))].append(path)
-    for array in arrays:
-        if len(images := owners[plain_name(array)]) == 1:
-            found.caches[images[0]] = array
-            files = [path for path in files if path != array]
-    return files
+def _pair_by_number(scan: Scan, number: int, files: list[str]) -> Iterator[Row]:
+    files.sort()
+    captions = [path for path in files if is_caption(path)]
+    arrays = [path for path in files if _in_cache(path)]
+    images = [path for path in files if path not in (*captions, *arrays)]
+    pixels = images or arrays
+    if max(map(len, (images, captions, arrays))) > 1:
+        scan.faults.append(
+            f"{scan.source}: the number {number} is in {len(files)} names, so it is not clear which belong "
+            f"together:\n{_listed(files)}  Expected one image, one caption and one array in npz/ at most. Rename "
+            "the others."
+        )
+    elif pixels and captions:
+        yield pixels[0], captions[0], "".join(arrays if images else ())
+    else:
+        _leave_alone(scan, pixels or captions)
 
 
-def _pair_one_stem(found: _Found, files: list[str]) -> None:
+def _pair_by_stem(scan: Scan, _: str, files: list[str]) -> Iterator[Row]:
     """Pair the files of one stem, deepest folder first; what finds no partner moves up."""
     if len(files) == 2 and is_caption(files[0]) != is_caption(files[1]):
         # Nearly every stem of nearly every folder: wherever the two lie, there is a folder above both.
         image, caption = sorted(files, key=is_caption)
-        found.pairs.append((image, caption))
+        yield image, caption, ""
         return
+    owners = _owners(files)
+    caches = {image: array for array, image in owners.items()}
     waiting: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for path in files:
-        waiting[tuple(path.split("/")[:-1])].append(path)
-    while waiting:
-        deepest = max(map(len, waiting))
-        for place in sorted(place for place in waiting if len(place) == deepest):
+        if path not in owners:
+            waiting[tuple(path.split("/")[:-1])].append(path)
+    for depth in range(max(map(len, waiting)), -1, -1):
+        for place in sorted(place for place in waiting if len(place) == depth):
             here = sorted(waiting.pop(place), key=is_caption)
             captions = sum(map(is_caption, here))
-            images = len(here) - captions
-            if images == captions == 1:
-                found.pairs.append((here[0], here[1]))
-            elif images and captions:
-                found.faults.append(
-                    f"{found.folder.joinpath(*place)}: one stem has {images} image{'s'[: images - 1]} and {captions} "
-                    f"caption{'s'[: captions - 1]}, so it is not clear which belong together:\n"
+            pictures = len(here) - captions
+            if pictures == captions == 1:
+                yield here[0], here[1], caches.get(here[0], "")
+            elif pictures and captions:
+                scan.faults.append(
+                    f"{scan.source.joinpath(*place)}: one stem has {pictures} image{'s'[: pictures - 1]} and "
+                    f"{captions} caption{'s'[: captions - 1]}, so it is not clear which belong together:\n"
                     f"{_listed(sorted(here))}  Expected one of each. Rename or remove the others."
                 )
                 return
             elif place:
                 waiting[place[:-1]] += here
             else:
-                found.lone += here
+                _leave_alone(scan, here)
+
+
+def _owners(files: list[str]) -> dict[str, str]:
+    """The image that each array is the cache of."""
+    images: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        if not is_caption(path) and not is_npz(path):
+            images[plain_name(cache_name(path))].append(path)
+    owners = {path: images[plain_name(path)] for path in files if _in_cache(path)}
+    return {path: some[0] for path, some in owners.items() if len(some) == 1}

@@ -9,8 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +30,7 @@ MAX_COMMENTS = 1000  # of a PPM in plain text, whose reader takes seconds for a 
 # memory as a header asks for, also within the cap on pixels (test_hostile.py, precincts).
 FORMATS = tuple("AVIF BMP DIB GIF ICO JPEG MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP".split())
 ARRAY_SUFFIX = ".npz"  # of an image that is an array (arrays.py)
-JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with others behind it
+JPEGS = ("JPEG", "MPO")  # an MPO is a JPEG with others behind it, and read by its reader
 JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
 TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
@@ -84,13 +82,13 @@ def read_image(path: str) -> Decoded:
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
-    with reading(path, "image"), Path(path).open("rb") as file:
+    with reading(path, "image"), open(path, "rb") as file:  # noqa: PTH123, a third of the time
         return _decoded(path, _open(path, file))
 
 
 def open_image(path: str) -> Jpeg | Image.Image:
     """Open an image file as ``read_image`` does, but leave it to the caller to decode a plain JPEG."""
-    with reading(path, "image"), Path(path).open("rb") as file:
+    with reading(path, "image"), open(path, "rb") as file:  # noqa: PTH123, a third of the time
         picture = _open(path, file)
         if picture.format in JPEGS and picture.mode in ("RGB", "L"):
             return Jpeg(_whole(picture), picture.size, _turn(picture, []))
@@ -100,13 +98,33 @@ def open_image(path: str) -> Jpeg | Image.Image:
 def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Image:
     """Make an opened picture what ``Decoded`` holds; ``mended`` gets what was mended, a ``BadSample`` the name."""
     turn = _turn(picture, mended)
-    return _to_rgb(name, picture if turn is None else picture.transpose(turn), mended)
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if picture.mode == "F":
+        raise BadSample(name, "floating-point pixels of unknown range")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        grey = np.asarray(picture)
+        if grey.min() < 0 or grey.max() > 65_535:
+            raise BadSample(name, "integer pixels of unknown range")
+        mended.append("16-bit grey scaled to 8 bits")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        mended.append("transparency laid on white")
+        # To the bit what Image.alpha_composite gives, in 8 bytes a pixel rather than 20.
+        layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        canvas = Image.new("RGB", picture.size, BACKGROUND)
+        canvas.paste(layer, mask=layer)
+        return canvas
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode not in ("L", "1"):
+        mended.append(TO_RGB.get(picture.mode, f"{picture.mode} to RGB"))
+    return picture.convert("RGB")
 
 
-@cache
-def image_suffixes() -> frozenset[str]:
+def image_suffixes() -> set[str]:
     """The suffixes of the formats that are read, in lower case, with their dot."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*_formats(), "MPO"))
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def is_npz(path: str) -> bool:
@@ -136,26 +154,21 @@ def reading(path: str, what: str) -> Iterator[None]:
 
 
 def _reason(path: str, what: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "file is gone"
-    if isinstance(error, PermissionError):
-        return "no permission to read the file"
-    if isinstance(error, MemoryError):
-        return "too large for memory"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"over {MAX_PIXELS:,} pixels"
-    if isinstance(error, UnidentifiedImageError):
-        return _no_image(path)
-    name = type(error).__name__
+    match error:
+        case FileNotFoundError():
+            return "file is gone"
+        case PermissionError():
+            return "no permission to read the file"
+        case MemoryError():
+            return "too large for memory"
+        case Image.DecompressionBombError():
+            return f"over {MAX_PIXELS:,} pixels"
+        case UnidentifiedImageError():
+            return _no_image(path)
+        case OSError(errno=int()):
+            return f"{what} cannot be read ({type(error).__name__})"
     # Decoders raise whatever their format's parser does (OSError, SyntaxError, struct.error, …).
-    system = isinstance(error, OSError) and error.errno is not None
-    return f"{what} cannot be read ({name})" if system else f"damaged {what} ({name})"
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()  # then OPEN holds what this build reads; an MPO is read by the JPEG reader, under its own name
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+    return f"damaged {what} ({type(error).__name__})"
 
 
 def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
@@ -163,7 +176,7 @@ def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
         raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
     # A JPEG is read whole in any case, to count its scans.
     content = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
-    picture = Image.open(content, formats=_formats())
+    picture = Image.open(content, formats=[kind for kind in FORMATS if kind != "MPO"])
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
@@ -219,32 +232,9 @@ def _turn(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
     return turn
 
 
-def _to_rgb(path: str, picture: Image.Image, mended: list[str]) -> Image.Image:
-    if picture.mode == "F":
-        raise BadSample(path, "floating-point pixels of unknown range")
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        grey = np.asarray(picture)
-        if grey.min() < 0 or grey.max() > 65_535:
-            raise BadSample(path, "integer pixels of unknown range")
-        mended.append("16-bit grey scaled to 8 bits")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        mended.append("transparency laid on white")
-        # To the bit what Image.alpha_composite gives, in 8 bytes a pixel rather than 20.
-        layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        canvas = Image.new("RGB", picture.size, BACKGROUND)
-        canvas.paste(layer, mask=layer)
-        return canvas
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode not in ("L", "1"):
-        mended.append(TO_RGB.get(picture.mode, f"{picture.mode} to RGB"))
-    return picture.convert("RGB")
-
-
 def _no_image(path: str) -> str:
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123, likewise
             start = file.read(512)
     except OSError:
         return "no longer to be read"

@@ -6,20 +6,15 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from train_clip.data.arrays import read_header
-from train_clip.data.crops import NORMALISED, random_crop, random_resized_crop, read_square, require_size
+from train_clip.data import arrays, crops
 from train_clip.data.images import is_npz
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
@@ -35,7 +30,7 @@ class Skip(NamedTuple):
 class Batch(NamedTuple):
     """One process's share of a global batch. Any other batch that starts with images and texts serves as well."""
 
-    images: Tensor  # (B, 3, H, W) uint8 in [0, 255], or float that is already normalised
+    images: torch.Tensor  # (B, 3, H, W) uint8 in [0, 255], or float that is already normalised
     texts: Any  # (B, L) int64 tokens, or whatever the text encoder takes
     skips: tuple[tuple[Skip, ...], ...] = ()  # of each sample that was replaced, the bad files on the way to another
     num_cut: int = 0  # captions that were longer than the text encoder's context
@@ -68,31 +63,32 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=True)
         self.global_batch = global_batch
         self.consumed = consumed
+        self.share = global_batch // world_size
         self.num_pairs = len(dataset)  # type: ignore[arg-type]
         self.batches_per_epoch = self.num_pairs // global_batch
 
     def __len__(self) -> int:
-        return self.batches_per_epoch * (self.global_batch // self.num_replicas)
+        return self.batches_per_epoch * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return self._keys(self.consumed())
 
     def _keys(self, first: int) -> Iterator[tuple[int, int]]:
-        share = self.global_batch // self.num_replicas
         current, order = -1, np.empty(0, np.int64)
         for position in range(first, first + self.batches_per_epoch):
             epoch, batch = divmod(position, self.batches_per_epoch)
             if epoch != current:
                 rng, current = np.random.default_rng((self.seed, epoch)), epoch
                 order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
-            start = batch * self.global_batch + self.rank * share
-            yield from ((epoch, int(index)) for index in order[start : start + share])
+            start = batch * self.global_batch + self.rank * self.share
+            for index in order[start : start + self.share].tolist():
+                yield epoch, index
 
 
 class Sample(NamedTuple):
     """One pair as the model meets it."""
 
-    pixels: Tensor  # (3, S, S) uint8, or float32 that is already normalised
+    pixels: torch.Tensor  # (3, S, S) uint8, or float32 that is already normalised
     caption: str  # one line
     skips: tuple[Skip, ...] = ()  # what could not be read on the way to this sample
     missing: bool = False  # whether it only holds a place
@@ -101,17 +97,41 @@ class Sample(NamedTuple):
 class _Pairs(Dataset[Sample]):
     def __init__(self, pairs: Sequence[Pair], size: int) -> None:
         self.pairs, self.size = pairs, size
-        self.kind = PixelKind.of((pair.pixels for pair in pairs), size)
+        self.dtype, self.example = _first_kind(pairs, size)
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def require_one_kind(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
+        """The pixels, or a ``UserError`` where they are normalised and the first file's are not, or the reverse."""
+        if pixels.dtype == self.dtype:
+            return pixels
+        found = {self.dtype: self.example, pixels.dtype: self.pairs[index].pixels}
+        raise UserError(
+            f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {crops.NORMALISED}. Expected "
+            "one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
+        )
+
+
+def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
+    """Uint8, or float32 that is already normalised, as the first file that can be read holds, and that file."""
+    for path in (pair.pixels for pair in pairs):
+        if not is_npz(path):
+            return torch.uint8, path
+        try:
+            shape, dtype, _ = arrays.read_header(path)
+        except BadSample:
+            continue
+        crops.require_size(path, shape, dtype, size)
+        return torch.uint8 if dtype == np.uint8 else torch.float32, path
+    return torch.uint8, ""
 
 
 class TrainingPairs(_Pairs):
     """A random crop and a random caption line of each pair, at least one; without a ratio the crop is the paper's.
 
     Raises:
-        UserError: here or when a sample is drawn, arrays that do not fit: see ``read_square`` and ``PixelKind``.
+        UserError: here or when a sample is drawn, arrays that do not fit: see ``read_square`` and ``require_one_kind``.
     """
 
     def __init__(self, pairs: Sequence[Pair], size: int, resize_ratio: float | None = None, seed: int = 0) -> None:
@@ -128,8 +148,8 @@ class TrainingPairs(_Pairs):
         skips: list[Skip] = []
         for _ in range(MAX_SUBSTITUTES):
             try:
-                pixels, caption, path = draw(self.pairs, index, self.size, self.resize_ratio, rng)
-                return Sample(self.kind.require(pixels, path), caption, tuple(skips))
+                pixels, caption = draw(self.pairs, index, self.size, self.resize_ratio, rng)
+                return Sample(self.require_one_kind(pixels, index), caption, tuple(skips))
             except BadSample as bad:
                 skips.append(Skip(bad.path, bad.reason))
                 index = int(rng.integers(len(self.pairs)))
@@ -142,13 +162,18 @@ class TrainingPairs(_Pairs):
 
 def draw(
     pairs: Sequence[Pair], index: int, size: int, resize_ratio: float | None, rng: np.random.Generator
-) -> tuple[Tensor, str, str]:
-    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), a caption line, and the file that was read."""
+) -> tuple[torch.Tensor, str]:
+    """Draw of a pair as ``TrainingPairs`` does: a crop, (3, S, S), and a caption line."""
     pair = pairs[index]
-    captions, path = pair.captions(), pair.pixels
+    captions = pair.captions()
     caption = captions[rng.integers(len(captions))]
-    crop = random_crop if resize_ratio is None else partial(random_resized_crop, min_share=resize_ratio)
-    return read_square(path, size, partial(crop, size=size, rng=rng)), caption, path
+
+    def window(picture: tuple[int, int]) -> crops.Window:
+        if resize_ratio is None:
+            return crops.random_crop(picture, size, rng)
+        return crops.random_resized_crop(picture, size, rng, resize_ratio)
+
+    return crops.read_square(pair.pixels, size, window), caption
 
 
 class ValidationPairs(_Pairs):
@@ -158,9 +183,10 @@ class ValidationPairs(_Pairs):
         """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""
         pair = self.pairs[index]
         try:
-            return Sample(self.kind.require(read_square(pair.pixels, self.size), pair.pixels), pair.captions()[0])
+            pixels = crops.read_square(pair.pixels, self.size)
+            return Sample(self.require_one_kind(pixels, index), pair.captions()[0])
         except BadSample as bad:
-            black = torch.zeros(3, self.size, self.size, dtype=self.kind.dtype)
+            black = torch.zeros(3, self.size, self.size, dtype=self.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
 
 
@@ -171,49 +197,14 @@ def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: 
     return DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images)
 
 
-def _collate_images(samples: list[Sample]) -> tuple[list[int], Tensor, list[Skip]]:
+def _collate_images(samples: list[Sample]) -> tuple[list[int], torch.Tensor, list[Skip]]:
     good = [sample for sample in samples if not sample.missing]
     pixels = torch.stack([sample.pixels for sample in good]) if good else torch.empty(0)
     return [int(sample.caption) for sample in good], pixels, [skip for sample in samples for skip in sample.skips]
 
 
-class PixelKind(NamedTuple):
-    """What the files of one list hold; a batch must be of one kind."""
-
-    dtype: torch.dtype  # uint8, or float32 for pixels that are already normalised
-    example: str  # the file that it was taken from
-
-    @classmethod
-    def of(cls, paths: Iterable[str], size: int) -> Self:
-        """What the first file that can be read holds; a picture where none can."""
-        for path in paths:
-            if not is_npz(path):
-                return cls(torch.uint8, path)
-            with contextlib.suppress(BadSample):
-                shape, dtype, _ = read_header(path)
-                require_size(path, shape, dtype, size)
-                return cls(torch.uint8 if dtype == np.uint8 else torch.float32, path)
-        return cls(torch.uint8, "")
-
-    def require(self, pixels: Tensor, path: str) -> Tensor:
-        """The pixels, or a ``UserError`` where they are of the other kind."""
-        if pixels.dtype == self.dtype:
-            return pixels
-        found = {self.dtype: self.example, pixels.dtype: path}
-        raise UserError(
-            f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {NORMALISED}. Expected one "
-            "kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
-        )
-
-
-class BatchTokenizer(Protocol):
-    """CLIP's ``Tokenizer``, or another with its ``batch``."""
-
-    def batch(self, texts: list[str]) -> tuple[Any, int]: ...  # noqa: D102, tokens as the encoder takes them, and cuts
-
-
-def collate(tokenizer: BatchTokenizer, samples: Sequence[Sample]) -> Batch:
-    """Stack the pixels, tokenize the captions by the text encoder's tokenizer."""
+def collate(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
+    """Stack the pixels, tokenize the captions by CLIP's ``Tokenizer``, or another with its ``batch``."""
     texts, num_cut = tokenizer.batch([sample.caption for sample in samples])
     skips = tuple(sample.skips for sample in samples if sample.skips)
     missing = tuple(row for row, sample in enumerate(samples) if sample.missing)

@@ -1,11 +1,10 @@
 """What there is to train on, as found by names alone: nothing is decoded here."""
 
 import os
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from pkgutil import resolve_name
-from typing import Self
 
 from train_clip.data.pairs import PairList
 from train_clip.errors import UserError
@@ -39,13 +38,13 @@ def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path
         raise UserError(
             f"Both {' and '.join(f'--{name} {path}' for name, path in given)} were given; expected one of them."
         )
-    ((name, path),) = given
+    name, path = given[0]
     if name != "folder" and options.pair_by != "stem":
         raise UserError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
     return name, path
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     """What a source holds."""
 
@@ -55,11 +54,11 @@ class Scan:
     lone_images: list[str]  # without a caption, by name
     lone_captions: list[str]  # without an image, by name
     faults: list[str] = field(default_factory=list)  # what no run can begin with, a message each
-    others: Mapping[str, int] = field(default_factory=dict)  # files that are neither image nor caption, by suffix
+    others: Counter[str] = field(default_factory=Counter)  # files that are neither image nor caption, by suffix
     folder_links: list[str] = field(default_factory=list)  # links to folders, which are not followed
     pair_by: str = "stem"
 
-    def require_pairs(self) -> Self:
+    def require_pairs(self) -> "Scan":
         """Itself, or a ``UserError`` of what is at fault, or of what was found in place of pairs."""
         if self.faults:
             more = len(self.faults) - NAMED
@@ -85,17 +84,15 @@ class Scan:
                 f"  Links to folders, which are not followed: {len(links):,}, for instance {links[0]}. Give the folder "
                 "that it leads to."
             )
-        known = {name: [path for path in images + captions if path.startswith(name)] for name in KNOWN_FOLDERS}
-        holding = [
-            f"  {name} holds {', '.join(path.removeprefix(name) for path in some[:SHOWN])}"
-            for name, some in known.items()
-            if some
-        ]
         if table:
             lines.append("  Expected rows of an image and a caption, the image's path relative to the table's folder.")
         elif by_number:
             lines.append("  A pair shares its number: image1.jpg and text1.txt, one caption a line. Rename the files.")
         else:
+            holding = []
+            for name in KNOWN_FOLDERS:
+                if some := [path.removeprefix(name) for path in images + captions if path.startswith(name)]:
+                    holding.append(f"  {name} holds {', '.join(some[:SHOWN])}")
             if len(holding) > 1:
                 offer = "  If the number in its name says which belong together, pass --pair_by number."
                 lines += [*holding, offer]

@@ -9,11 +9,10 @@ import csv
 import json
 import os
 import posixpath
-import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,7 +32,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
     """
     captions, num_rows, faults = _read(table, options)
     root, gone = os.path.join(table.parent, ""), []  # noqa: PTH118, with its separator at the end
-    there: dict[str, str] = {}
+    there: dict[str, list[str]] = defaultdict(list)
     for name, texts in captions.items():
         spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
         path = posixpath.join(root, spelling)
@@ -43,17 +42,17 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
         elif fault:
             faults.append(f"{path}: {fault}")
         else:
-            there[spelling] = "\n".join(filter(None, (there.get(spelling), texts)))
+            there[spelling] += texts
     names = sorted(there, key=plain_name)
     paired = [name for name in names if there[name]]
-    pairs = PairList(root, paired, (IN_TABLE + there[name] for name in paired))
+    pairs = PairList(root, paired, (IN_TABLE + "\n".join(there[name]) for name in paired))
     return Scan(table, num_rows, pairs, [name for name in names if not there[name]], sorted(gone), faults)
 
 
-def _read(table: Path, options: SourceOptions) -> tuple[dict[str, str], int, list[str]]:
+def _read(table: Path, options: SourceOptions) -> tuple[dict[str, list[str]], int, list[str]]:
     known, suffix = ", ".join(READERS), table.suffix.lower()
     names = options.image_column, options.caption_column
-    captions: dict[str, str] = {}
+    captions: dict[str, list[str]] = defaultdict(list)
     faults: list[str] = []
     num_rows = 0
     try:
@@ -61,19 +60,20 @@ def _read(table: Path, options: SourceOptions) -> tuple[dict[str, str], int, lis
             raise UserError(f"{table}: there is no such table. Expected a file of {known}.")
         if suffix not in READERS:
             raise UserError(f"{table}: is of a kind that is not known. Expected a file of {known}.")
-        with table.open(encoding="utf-8-sig", newline="") as file, _long_cells():
-            for line, image, texts in READERS[suffix](table, file, names):
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            for line, row in READERS[suffix](table, file, names):
                 num_rows += 1
-                if not image.strip():
+                image, texts = map(row.get, names)
+                texts = texts if isinstance(texts, list) else [texts]
+                if not all(map(_is_text, (image, *texts))) or not image.strip():
                     faults.append(
                         f"{table}, line {line}: an incomplete row; expected {names[0]!r} to name an image and "
                         f"{names[1]!r} to be text. Mend or remove it."
                     )
                     continue
+                lines = (text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts)
                 parts = (part for at, part in enumerate(image.split("/")) if (part or not at) and part != ".")
-                name = "/".join(parts) or "."
-                lines = [text for text in (re.sub("\r?\n", " ", text).strip() for text in texts) if not is_blank(text)]
-                captions[name] = "\n".join(filter(None, (captions.get(name), *lines)))
+                captions["/".join(parts) or "."] += [text for text in lines if not is_blank(text)]
     except PermissionError:
         raise UserError(f"{table}: no permission to read this table. Give it (chmod +r; chmod +x a folder).") from None
     except UnicodeDecodeError as error:
@@ -81,37 +81,29 @@ def _read(table: Path, options: SourceOptions) -> tuple[dict[str, str], int, lis
     return captions, num_rows, faults
 
 
-@contextlib.contextmanager
-def _long_cells() -> Iterator[None]:
-    # csv knows one limit for the whole process.
-    limit = csv.field_size_limit(MAX_BYTES)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
+# The number of a line, and a mapping from columns to what it holds; an empty one where it is not whole.
+Row = tuple[int, Any]
 
 
-# A row: the number of its line, its image, and its captions; no image where it is not whole.
-Row = tuple[int, str, Sequence[str]]
-
-
-def _separated(delimiter: str, table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
+def _separated(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
+    reader = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",", strict=True)
+    limit = csv.field_size_limit(MAX_BYTES)  # csv knows one for the whole process
     try:
         header = next(reader, [])
-        image, caption = _require_columns(table, header, names)
+        _require_columns(table, header, names)
         for row in filter(any, reader):
-            whole = len(row) == len(header)
-            yield (reader.line_num, row[image], [row[caption]]) if whole else (reader.line_num, "", [])
+            yield reader.line_num, dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
     except csv.Error as error:
         raise UserError(
             f"{table}, line {reader.line_num}: {error}. Expected text with quotes, separators or line breaks in it to "
             'stand in quotes, and its own quotes to be doubled: "a ""red"" ball".'
         ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_lines(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
-    header: list[int] = []
+    columns_known = False
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
@@ -119,30 +111,22 @@ def _json_lines(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[R
             row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{table}, line {line}: is not JSON ({error}). Expected one object a line.") from None
-        if not isinstance(row, dict):
-            yield line, "", []
-            continue
-        header = header or _require_columns(table, list(row), names)
-        image, captions = map(row.get, names)
-        texts: list[Any] = captions if isinstance(captions, list) else [captions]
-        yield (line, str(image), texts) if all(map(_is_text, (image, *texts))) else (line, "", [])
+        if isinstance(row, dict) and not columns_known:
+            _require_columns(table, list(row), names)
+            columns_known = True
+        yield line, row if isinstance(row, dict) else {}
 
 
-READERS: dict[str, Callable[[Path, TextIO, tuple[str, str]], Iterator[Row]]] = {
-    ".csv": partial(_separated, ","),
-    ".tsv": partial(_separated, "\t"),
-    ".jsonl": _json_lines,
-}
+READERS = {".csv": _separated, ".tsv": _separated, ".jsonl": _json_lines}
 
 
-def _require_columns(table: Path, header: list[str], names: tuple[str, str]) -> list[int]:
+def _require_columns(table: Path, header: list[str], names: tuple[str, str]) -> None:
     for name in names:
         if header.count(name) != 1:
             raise UserError(
                 f"{table}: its columns are {', '.join(map(repr, header)) or 'nothing'}; expected one {name!r}. Name "
                 "the columns by --image_column and --caption_column; a table begins with their names."
             )
-    return [header.index(name) for name in names]
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:

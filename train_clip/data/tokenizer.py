@@ -14,16 +14,12 @@ import functools
 import gzip
 import html
 import importlib.resources
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import ftfy
 import numpy as np
 import torch
-from tokenizers import Regex, models, pre_tokenizers
-from torch import Tensor
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 
 @dataclass(frozen=True)
@@ -31,19 +27,19 @@ class Tokenizer:
     """Captions to CLIP's tokens, and back. It costs nothing to make or to send: a process reads the merges once."""
 
     context_length: int = 77  # tokens of a row, start and end included, at least 2; 77 in every CLIP by OpenAI
-    vocab_size: ClassVar[int] = 49_408  # 256 bytes, the same ending a word, 48,894 merges, start and end
-    start_token: ClassVar[int] = 49_406
-    end_token: ClassVar[int] = 49_407
+    vocab_size = 49_408  # 256 bytes, the same ending a word, 48,894 merges, start and end
+    start_token = 49_406
+    end_token = 49_407
 
     def __post_init__(self) -> None:
         if self.context_length < 2:
             raise ValueError(f"context_length: found {self.context_length}, expected at least 2, for start and end.")
 
-    def __call__(self, texts: str | list[str]) -> Tensor:
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
         """Tokenize one caption or B into (B, context_length) int64: start, ids (cut where too many), end, zeros."""
         return self.batch([texts] if isinstance(texts, str) else texts, self.context_length)[0]
 
-    def batch(self, texts: list[str], length: int | None = None) -> tuple[Tensor, int]:
+    def batch(self, texts: list[str], length: int | None = None) -> tuple[torch.Tensor, int]:
         """Tokenize into (B, L) int64, L of the longest row or as given; and how many captions were cut.
 
         No row needs to be of the full length: the text tower is causal, so zeros after the end change nothing.
@@ -73,7 +69,7 @@ class Tokenizer:
             for text in texts
         ]
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: list[int] | torch.Tensor) -> str:
         """Give the text of one row, (L,), as far as its first end token, with a blank after each piece.
 
         As the reference gives it: "a dog 's tail . "; bytes that are not UTF-8, as a cut can leave them, become U+FFFD.
@@ -81,18 +77,17 @@ class Tokenizer:
         Raises:
             ValueError: more than one row, or an id before the end token that is not in the vocabulary.
         """
-        if isinstance(ids, Tensor) and ids.ndim != 1:
-            raise ValueError(f"ids: found a tensor of shape {tuple(ids.shape)}, expected one row, (L,).")
-        row = ids.tolist() if isinstance(ids, Tensor) else ids
-        _, bpe = _split_and_bpe()
+        row = torch.as_tensor(ids)
+        if row.ndim != 1:
+            raise ValueError(f"ids: found a tensor of shape {tuple(row.shape)}, expected one row, (L,).")
         letters = ""
-        for token in itertools.takewhile(lambda token: token != self.end_token, row):
-            symbol = bpe.id_to_token(token) if token >= 0 else None
-            if symbol is None:
+        for token in row.tolist():
+            if token == self.end_token:
+                break
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(f"ids: found {token}, expected 0 to {self.vocab_size - 1}.")
-            letters += symbol if token != self.start_token else ""
-        byte_of = {letter: byte for byte, letter in _byte_letters().items()}
-        return bytes(byte_of[letter] for letter in letters).decode("utf-8", errors="replace").replace("</w>", " ")
+            letters += "" if token == self.start_token else vocabulary()[token]
+        return decoders.ByteLevel().decode([letters]).replace("</w>", " ")
 
 
 SPECIAL = {"<|startoftext|>": Tokenizer.start_token, "<|endoftext|>": Tokenizer.end_token}
@@ -136,7 +131,7 @@ _remembered = functools.lru_cache(NUM_REMEMBERED)(_word_tokens)
 def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
     bpe = models.BPE(
         vocab={token: place for place, token in enumerate(vocabulary())},
-        merges=list(merges()),
+        merges=merges(),
         continuing_subword_prefix="",
         end_of_word_suffix="</w>",
     )
@@ -149,23 +144,17 @@ def _split_and_bpe() -> tuple[pre_tokenizers.PreTokenizer, models.BPE]:
     return split, bpe
 
 
+@functools.cache
 def vocabulary() -> list[str]:
     """Every token as a vocabulary file has it, by id: the bytes, those that end a piece, the merges, start and end."""
-    letters = list(_byte_letters().values())
+    # GPT-2's order: bytes that print stand for themselves, and the others for characters from U+0100 on.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges()), *SPECIAL]
 
 
 @functools.cache
-def merges() -> tuple[tuple[str, str], ...]:
+def merges() -> list[tuple[str, str]]:
     """The pairs of tokens that are merged, in the order in which they were learned."""
     packed = importlib.resources.files("train_clip.data").joinpath("clip_bpe_merges.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").splitlines()
-    return tuple((first, second) for first, second in (line.split(" ") for line in lines))
-
-
-@functools.cache
-def _byte_letters() -> dict[int, str]:
-    """Name each byte by a character that prints, its own or one from U+0100 on: GPT-2's ``bytes_to_unicode``."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+    return [(first, second) for first, second in map(str.split, lines)]

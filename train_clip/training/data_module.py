@@ -182,7 +182,7 @@ class TextImageDataModule(LightningDataModule):
         return "\n".join(lines)
 
 
-def _tokenizer(custom: Any, context_length: int | None) -> samples.BatchTokenizer:
+def _tokenizer(custom: Any, context_length: int | None) -> Any:
     if custom is None:
         return tokenizer.Tokenizer(context_length or tokenizer.Tokenizer.context_length)
     if hasattr(custom, "batch"):

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from train_clip.checkpoints.found import fill
 from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
-from train_clip.data.augment import WORDS, augment, count_named, draw_batch, some_captions
+from train_clip.data.augment import WORDS, augment, captions_against, draw_batch, some_captions
 from train_clip.data.pairs import PairList
 from train_clip.data.samples import Batch
 from train_clip.errors import UserError
@@ -330,12 +330,12 @@ def _warn_of_flips(how: AugmentationOptions, data: Any) -> None:
     flips = [flip for flip in WORDS if getattr(how, flip)]
     captions = some_captions(pairs) if flips and isinstance(pairs, PairList) else []
     for flip in flips:
-        named = count_named(captions, flip)
-        if named.number:
-            shown = named.example if len(named.example) <= MOST_SHOWN else named.example[:MOST_SHOWN] + "…"
+        if against := captions_against(flip, captions):
+            word, line = against[0]
+            shown = line if len(line) <= MOST_SHOWN else line[:MOST_SHOWN] + "…"
             rank_zero_warn(
-                f"{flip} is {getattr(how, flip)}, and {named.number:,} of {named.of:,} captions looked at "
-                f"({named.number / named.of:.1%}) name a side, a sense of turning or text, such as {named.word!r} in "
+                f"{flip} is {getattr(how, flip)}, and {len(against):,} of {len(captions):,} captions looked at "
+                f"({len(against) / len(captions):.1%}) name a side, a sense of turning or text, such as {word!r} in "
                 f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
                 "something else here."
             )
