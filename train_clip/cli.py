@@ -185,7 +185,9 @@ def normalise(words: list[str], verb: str) -> list[str]:
         else:
             rest.append(word)
     if values.get("resume") is not None:
-        configs = _options_of_run(verb, str(values["resume"]), values.get("output")) + configs
+        from train_clip.commands.run_folder import options_of_run
+
+        configs = options_of_run(verb, str(values["resume"]), values.get("output")) + configs
     return configs + rest
 
 
@@ -211,18 +213,6 @@ def _config(name: str, values: dict[str, Any]) -> list[str]:
     content = {_one_name(str(option)): value for option, value in content.items()}
     values |= content | values
     return ["--config", yaml.safe_dump(content, sort_keys=False)]
-
-
-def _options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
-    from train_clip.commands.run_folder import require_verb, run_to_resume
-
-    run = run_to_resume(resume, None if output is None else Path(output))
-    if run is None or not (run / "config.yaml").is_file():
-        return []
-    require_verb(run, verb)
-    # The run's own copy of its model, wherever the run lies by now.
-    model = ["--model_name", str(run / "model.yaml")] if (run / "model.yaml").is_file() else []
-    return ["--config", str(run / "config.yaml"), *model]
 
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:

@@ -42,7 +42,7 @@ def train(
         flat(model, data) | training.flat(),
         config.optimizer.epochs,
         advice=recipe_for if training.optimizer.optimizer is None and weights is None else None,
-        own_model=config if is_own else None,
+        own_model=config.to_dict() if is_own else None,
     )
     return train_job(job, run, trainer, resumed)
 
