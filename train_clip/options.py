@@ -75,10 +75,9 @@ class Options:
         return {"": cls}
 
     @classmethod
-    def pick(cls, values: dict[str, Any], **rest: Any) -> Self:
-        """Build the group from those of the values that are its fields; ``rest`` wins."""
-        names = {one.name for one in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names} | rest)
+    def pick(cls, values: dict[str, Any]) -> Self:
+        """Build the group from those of the values that are its fields."""
+        return cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})
 
 
 @dataclass(frozen=True)

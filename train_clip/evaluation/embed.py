@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from train_clip.data.crops import centre_square
-from train_clip.data.samples import Skip
-from train_clip.models.clip import DualEncoder, Texts, unit_norm
+from train_clip.models.clip import DualEncoder, Texts, texts_on, unit_norm
 
 EMBED_AT_ONCE = 64  # images or captions
 
@@ -34,7 +33,7 @@ class Collection:
     templates: list[str]  # captions with {} where the name goes
     labels: list[int]  # the class of each image
     embed_texts: Callable[[list[str]], Tensor]  # further texts to (n, D) float32, unit norm
-    skips: list[Skip]  # what could not be read
+    skips: Sequence[tuple[str, str]]  # path and reason of what could not be read
 
 
 @torch.no_grad()
@@ -66,10 +65,10 @@ def embed_texts(
 ) -> Tensor:
     """Embed one caption or several to (N, D) float32, unit norm, on the model's device.
 
-    ``tokenize`` maps strings to tokens on that device, and cuts what is over the context length.
+    ``tokenize`` maps strings to tokens, and cuts what is over the context length.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    return _embed(model, texts, lambda batch: model.encode_text(tokenize(batch)), batch_size)
+    texts, device = [texts] if isinstance(texts, str) else list(texts), model.logit_scale.device
+    return _embed(model, texts, lambda batch: model.encode_text(texts_on(device, tokenize(batch))), batch_size)
 
 
 def _embed(model: DualEncoder, items: Any, encode: Callable[[Any], Tensor], batch_size: int) -> Tensor:
