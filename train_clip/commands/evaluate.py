@@ -253,8 +253,6 @@ def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
 
 
 def _read_lines(path: Path, holding: str) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file. Expected {holding}, one a line.")
     try:
         return read_captions(str(path))
     except BadSample as bad:
