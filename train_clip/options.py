@@ -230,9 +230,7 @@ class StepOptions(Options):
     """How a step is computed. The gradient stays the same."""
 
     minibatch_size: int = option(
-        0,
-        "pairs encoded at a time on one process (BatchNorm normalises chunk by chunk), 0 for all at once",
-        at_least(0),
+        0, "pairs encoded at a time on one process (BatchNorm normalises chunk by chunk); 0: all at once", at_least(0)
     )
     kept_minibatches: int = option(0, "micro-batches whose activations are kept, not recomputed", at_least(0))
     gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every so many blocks", at_least(0))
@@ -317,5 +315,8 @@ class TrainerOptions(dict[str, Any]):
 
 def flat(*groups: Any) -> dict[str, Any]:
     """The fields of several groups by their names, plain data but for paths."""
-    values = {name: value for group in groups for name, value in vars(group).items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for group in groups
+        for name, value in vars(group).items()
+    }

@@ -22,8 +22,8 @@ from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOpt
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
 COLOURS = {
-    "red": (214, 39, 40), "orange": (255, 150, 30), "yellow": (240, 215, 40), "green": (44, 160, 44),
-    "blue": (31, 100, 210), "purple": (135, 70, 180), "pink": (250, 140, 190), "black": (25, 25, 25),
+    "red": "#d62728", "orange": "#ff961e", "yellow": "#f0d728", "green": "#2ca02c",
+    "blue": "#1f64d2", "purple": "#8746b4", "pink": "#fa8cbe", "black": "#191919",
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RECTANGLES = {"square": [(0.85, 0.85)], "cross": [(0.35, 1.0), (1.0, 0.35)]}  # half their sides; the radius is 1

@@ -16,13 +16,9 @@ from rich.table import Table
 from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
 from train_clip.checkpoints.load import Pretrained, open_weights
 from train_clip.commands.progress import with_progress
-from train_clip.data.crops import read_picture
-from train_clip.data.pairs import Pair, read_captions, split_pairs
-from train_clip.data.samples import Skip, image_loader
-from train_clip.data.scan import scan_source
+from train_clip.data import crops, pairs, samples, scan
 from train_clip.errors import BadSample, UserError
-from train_clip.evaluation import embed
-from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, image_labels
+from train_clip.evaluation import embed, zero_shot
 from train_clip.files import replacing, write_text
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
 
@@ -83,7 +79,7 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         options: what to score
         weights: what they leave open
     """
-    model = load_for_scoring(checkpoint, options.device, weights, options.backbone)
+    model = load_for_scoring(find_weights(checkpoint, weights, options.backbone), options.device)
     scores, collection = score(model, options)
     report(scores)
     if options.json is not None:
@@ -94,17 +90,15 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     return scores
 
 
-def load_for_scoring(
-    source: str | Path | Found, device: str, choices: WeightOptions = NO_CHOICE, backbone: str | None = None
-) -> Pretrained:
-    """Load whatever ``load`` takes, or what was found there, onto a device: ``auto``, or what PyTorch calls it."""
+def load_for_scoring(weights: Found, device: str) -> Pretrained:
+    """Load weights onto a device: ``auto``, or what PyTorch calls it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}). Try cpu.") from None
-    loaded = open_weights(source if isinstance(source, Found) else find_weights(source, choices, backbone))
+    loaded = open_weights(weights)
     loaded.model.to(device)
     return loaded
 
@@ -168,7 +162,7 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
         panel.axis("off")
     panels = iter(axes.flat)
     for image, values, places in zip(chosen, best.values.tolist(), best.indices.tolist(), strict=True):
-        next(panels).imshow(read_picture(paths[image]).picture)
+        next(panels).imshow(crops.read_picture(paths[image]).picture)
         beside = next(panels)
         for line, (value, place) in enumerate(zip(values, places, strict=True)):
             caption = different[place]
@@ -185,11 +179,11 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     classes, templates = _read_classes(options)
     found = _find(options)
     # Before anything is embedded: an image of no class is refused.
-    labels = image_labels([pair.image for pair in found], classes) if classes else []
-    skips: list[Skip] = []
+    labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
+    skips: list[samples.Skip] = []
     kept: list[int] = []
     parts: list[torch.Tensor] = []
-    loader = image_loader(
+    loader = samples.image_loader(
         [pair.pixels for pair in found], model.model.image_size, options.batch_size, options.num_workers
     )
     for indices, pixels, bad in with_progress(loader, "batches of images"):
@@ -206,7 +200,7 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
             try:
                 captions += pair.captions()
             except BadSample as bad:
-                skips.append(Skip(bad.path, bad.reason))
+                skips.append(samples.Skip(bad.path, bad.reason))
             owners += [place] * (len(captions) - len(owners))
 
     def embed_texts(texts: list[str], batch_size: int = embed.EMBED_AT_ONCE) -> torch.Tensor:
@@ -226,23 +220,23 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     )
 
 
-def _find(options: ScoreOptions) -> list[Pair]:
-    scan = scan_source(options.folder, options)
-    if options.classes is None or scan.faults:
-        scan.require_pairs()
-    found, pairs = list(scan.pairs), scan.pairs
+def _find(options: ScoreOptions) -> list[pairs.Pair]:
+    found = scan.scan_source(options.folder, options)
+    if options.classes is None or found.faults:
+        found.require_pairs()
+    chosen = list(found.pairs)
     if options.split != "all":
-        found = list(split_pairs(pairs, options.val_share)[options.split == "held_out"])
+        chosen = list(pairs.split_pairs(found.pairs, options.val_share)[options.split == "held_out"])
     elif options.classes is not None:
         # To be classified an image needs no caption.
-        found += [Pair(posixpath.join(pairs.root, image)) for image in scan.lone_images]
-    if not found:
-        raise UserError(f"{scan.source}: no images to score in the split {options.split!r}. Try --split all.")
-    return found
+        chosen += [pairs.Pair(posixpath.join(found.pairs.root, image)) for image in found.lone_images]
+    if not chosen:
+        raise UserError(f"{found.source}: no images to score in the split {options.split!r}. Try --split all.")
+    return chosen
 
 
 def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
-    templates = list(DEFAULT_TEMPLATES)
+    templates = list(zero_shot.DEFAULT_TEMPLATES)
     if options.classes is None:
         return [], templates
     if options.templates is not None:
@@ -254,6 +248,6 @@ def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
 
 def _read_lines(path: Path, holding: str) -> list[str]:
     try:
-        return read_captions(str(path))
+        return pairs.read_captions(str(path))
     except BadSample as bad:
         raise UserError(f"{path}: {bad.reason.replace('caption', 'file')}. Expected {holding}, one a line.") from None

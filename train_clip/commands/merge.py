@@ -5,7 +5,6 @@ Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, 
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,14 +58,14 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         raise UserError(f"{tuned}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
     if "config" in arguments:
         # The start is of the tuned model's configuration, whatever its file leaves open.
-        begin: Any = found.find_model(start, config_from_dict(arguments["config"], start))
+        begin: found.Found = found.find_model(start, config_from_dict(arguments["config"], start))
     else:
         begin = found.find_weights(start)
     first = of_one_loss(begin.read(), second)
     # Before anything is written: what cannot be mixed or scored leaves no files behind, which would be in the next
     # run's way.
     require_one_model(first, second)
-    scores = {weight: _scores(one, options) for weight, one in ((0.0, begin), (1.0, tuned))}
+    scores = {weight: _scores(one, options) for weight, one in ((0.0, begin), (1.0, found.find_weights(tuned)))}
     if options.json is not None:
         require_place(options.json)
     about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **own.OF_RUN}}
@@ -75,7 +74,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
         if weight not in scores:
-            scores[weight] = _scores(target, options)
+            scores[weight] = _scores(found.find_weights(target), options)
     _report(dict(sorted(scores.items())), options.json)
     return targets
 
@@ -134,7 +133,7 @@ def _weights(options: MergeOptions) -> list[float]:
     return weights
 
 
-def _scores(one: Any, options: MergeOptions) -> dict[str, evaluate.Scores]:
+def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.Scores]:
     """Scores by what a model is scored on; none where nothing is given."""
     sets: dict[str, evaluate.ScoreOptions] = {}
     if (first := options.folder or options.pairs) is not None:
@@ -146,7 +145,7 @@ def _scores(one: Any, options: MergeOptions) -> dict[str, evaluate.Scores]:
         )
     if not sets:
         return {}
-    model = evaluate.load_for_scoring(one, options.device)
+    model = evaluate.load_for_scoring(weights, options.device)
     return {name: evaluate.score(model, how)[0] for name, how in sets.items()}
 
 

@@ -6,9 +6,7 @@ from collections import Counter
 import torch
 import yaml
 
-from train_clip.commands.evaluate import print_table
-from train_clip.commands.run import count
-from train_clip.commands.train import DEFAULT_MODEL
+from train_clip.commands import evaluate, run, train
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, presets, read_config
 from train_clip.training.clip_wrapper import CLIPWrapper
@@ -22,7 +20,7 @@ OF_PRESETS = "model,parameters,image,text,pixels,embed,image tower,text tower,lr
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}  # of others, the option's own
 
 
-def models(show: str | None = None, optimizer: str | None = None, model_name: str = DEFAULT_MODEL) -> None:
+def models(show: str | None = None, optimizer: str | None = None, model_name: str = train.DEFAULT_MODEL) -> None:
     """List the models, their parameters, sizes and optimizer numbers; or what an optimizer does with each parameter.
 
     Args:
@@ -31,11 +29,11 @@ def models(show: str | None = None, optimizer: str | None = None, model_name: st
         model_name: whose, a preset or a YAML file of your own
     """
     if optimizer is not None:
-        print_table(_updates(read_config(model_name), optimizer), WIDTH)
+        evaluate.print_table(_updates(read_config(model_name), optimizer), WIDTH)
     elif show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
     else:
-        print_table([OF_PRESETS, *map(_row, presets())], WIDTH)
+        evaluate.print_table([OF_PRESETS, *map(_row, presets())], WIDTH)
 
 
 def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:
@@ -61,7 +59,7 @@ def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:
 def _row(config: ModelConfig) -> list[str]:
     with torch.device("meta"):
         model = CLIP(config)
-    total, in_image, text, numbers = count(model), count(model.visual), config.text, config.optimizer
+    total, in_image, text, numbers = run.count(model), run.count(model.visual), config.text, config.optimizer
     return [
         config.name,
         f"{total:,}",

@@ -57,7 +57,7 @@ class Resumption:
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
         """
         if (own := self.config) is None:
-            own, asked = dict(known or {}), {name: value for name, value in asked.items() if value is not None}
+            own, asked = known or {}, {name: value for name, value in asked.items() if value is not None}
         kept = {name: own.get(name) for name in asked}
         weights, of_run = asked.get("pretrained"), kept.get("pretrained")
         is_one_file = weights and of_run and Path(weights).resolve() == Path(of_run).resolve()
@@ -74,8 +74,9 @@ class Resumption:
 
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
     """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint."""
-    path = Path(resume) if resume != AUTO else _newest_run() if output is None else output
-    path = path.parent if path.is_dir() and path.name == "checkpoints" else path
+    path = Path(resume) if resume != AUTO else output or _newest_run()
+    if path.is_dir() and path.name == "checkpoints":
+        path = path.parent
     if path.is_dir() or resume == AUTO:
         if not _newest_first(path):
             raise UserError(
@@ -121,7 +122,7 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
 
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
     """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
-    if resumed and resumed.run and (output is None or (output.exists() and output.samefile(resumed.run))):
+    if resumed and resumed.run and (output or resumed.run).resolve() == resumed.run.resolve():
         return resumed.run
     if output is None:
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
@@ -159,7 +160,6 @@ def write_run_files(
         write_text(folder / OWN_MODEL, yaml.safe_dump(model, sort_keys=False))
     # Without what is not installed, as this package where it runs from its source.
     versions = {name: metadata.version(name) for name in VERSIONS_OF if any(metadata.Distribution.discover(name=name))}
-    resumption = {} if resumed is None else {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
     about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -167,7 +167,7 @@ def write_run_files(
         "system": platform.platform(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions,
-        **resumption,
+        **({"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step} if resumed else {}),
         "output": str(folder),
         **facts,
     }

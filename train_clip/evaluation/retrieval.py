@@ -87,9 +87,7 @@ def _search(
 
 def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:
     """(n, size) bool: to which right ones each wanted left one is related, by the pairs of left and right."""
-    different, inverse = torch.unique(wanted, return_inverse=True)
-    place = torch.searchsorted(different, left).clamp(max=len(different) - 1)
-    mine = different[place] == left
-    table = torch.zeros(len(different), size, dtype=torch.bool, device=wanted.device)
-    table[place[mine], right[mine]] = True
-    return table[inverse]
+    table = torch.zeros(len(wanted), size, dtype=torch.bool, device=wanted.device)
+    rows, pairs = (wanted[:, None] == left).nonzero(as_tuple=True)
+    table[rows, right[pairs]] = True
+    return table
