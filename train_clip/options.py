@@ -104,9 +104,7 @@ class SourceOptions(Options):
     pairs: Path | None = option(None, "a table (.csv, .tsv, .jsonl) in place of a folder, paths relative to it")
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
-    pair_by: PairBy = option(
-        "stem", "what a pair shares: its stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)"
-    )
+    pair_by: PairBy = option("stem", "what a pair shares: stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
 
 
 @dataclass(frozen=True, kw_only=True)

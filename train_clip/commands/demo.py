@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.commands.train import train
 from train_clip.errors import UserError
-from train_clip.files import write_text
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -53,9 +52,9 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         raise UserError(f"{output}: exists already and stays as it is. Give another --output, or remove it.")
     training, unseen = write_synthetic(output / "data", COPIES, seed)
     classes, templates = output / "data" / "classes.txt", output / "data" / "templates.txt"
-    write_text(classes, "\n".join(things()) + "\n")
+    classes.write_text("\n".join(things()) + "\n", encoding="utf-8")
     every = (TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES))
-    write_text(templates, "\n".join(every) + "\n")
+    templates.write_text("\n".join(every) + "\n", encoding="utf-8")
     example = min(training.glob("*.txt"))
     said = f"{example.with_suffix('.png').name}: “{example.read_text(encoding='utf-8').splitlines()[0]}”"
     print(f"Wrote pictures of {len(scenes()):,} scenes to {output / 'data'}/, such as {said}.")

@@ -65,9 +65,7 @@ class EvaluateOptions(ScoreOptions):
     """What to score, and where figures and pictures go."""
 
     picture: Path | None = option(None, "a PNG to draw, images beside the captions that the model finds most similar")
-    backbone: str | None = option(
-        None, "of a checkpoint of visual prompts, where its backbone lies; default: where it lay"
-    )
+    backbone: str | None = option(None, "of visual prompts: where their backbone lies; default: where it lay")
 
 
 def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE) -> Scores:
@@ -106,9 +104,9 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Collection]:
     """Score a model, on its device, by every evaluator that applies; the figures, and what they are of."""
     collection = _collect(model, options)
-    scores: Scores = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
-    scores |= {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
-    return scores | {"skips": collection.skips}, collection
+    counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
+    found = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
+    return counts | found | {"skips": collection.skips}, collection
 
 
 def figures(scores: Scores) -> dict[str, float]:

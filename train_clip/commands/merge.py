@@ -27,9 +27,7 @@ KEPT = (own.LIGHTNING, "epoch", "global_step", "hyper_parameters")
 class MergeOptions(evaluate.ScoreOptions):
     """How much of each, and what to score them on."""
 
-    weight: float | list[float] = option(
-        0.5, 'share of the second checkpoint, from 0 to 1; several as "[0.25, 0.5, 0.75]"'
-    )
+    weight: float | list[float] = option(0.5, 'share of the second checkpoint, 0 to 1; several as "[0.25, 0.5, 0.75]"')
     output: Path = option(Path(), "the folder for merged-WEIGHT.ckpt")
     other_folder: Path | None = option(None, "a second folder to score on, of what the model knew before")
     other_classes: Path | None = option(None, "as --classes, for --other_folder")

@@ -106,6 +106,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         utilities.rank_zero_info(line)
     module.require_batch_size(data.batch_size)
     module.require_precision(trainer.precision)
+    facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
     num_steps = _num_steps(data, trainer)
     if resumed is not None:
         module.require_same_model(resumed.arguments)
@@ -115,10 +116,10 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
                 f"{resumed.checkpoint}: the run has done {steps_before:,} steps, and is to take {num_steps:,} in all. "
                 "To train on give more --epochs or --max_steps."
             )
+        facts |= {"resumed_from": str(resumed.checkpoint), "after_steps": steps_before}
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
-    facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
-    write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model, resumed)
+    write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model)
     say_start(module, trainer, folder, resumed)
     try:
         trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)

@@ -13,8 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN, read_checkpoint
-from train_clip.checkpoints.sources import openai_name
+from train_clip.checkpoints import own, sources
 from train_clip.errors import UserError
 from train_clip.files import sweep, write_text
 from train_clip.training.same_run import require_same
@@ -56,13 +55,13 @@ class Resumption:
 
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
         """
-        if (own := self.config) is None:
-            own, asked = known or {}, {name: value for name, value in asked.items() if value is not None}
-        kept = {name: own.get(name) for name in asked}
+        if (began := self.config) is None:
+            began, asked = known or {}, {name: value for name, value in asked.items() if value is not None}
+        kept = {name: began.get(name) for name in asked}
         weights, of_run = asked.get("pretrained"), kept.get("pretrained")
         is_one_file = weights and of_run and Path(weights).resolve() == Path(of_run).resolve()
         # Or OpenAI's weights, which a run keeps by their model's name.
-        if is_one_file or (weights == OPENAI and of_run and openai_name(of_run) is not None):
+        if is_one_file or (weights == OPENAI and of_run and sources.openai_name(of_run) is not None):
             kept |= {"pretrained": weights}
         require_same(
             asked,
@@ -128,28 +127,19 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
         return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     # Other processes of the same run come here after the first has begun to write.
-    if rank_zero_only.rank == 0 and output.exists():  # type: ignore[attr-defined]
-        if not output.is_dir():
-            raise UserError(f"{output}: is a file; expected a folder for the run. Give another --output.")
-        if _holds_run(output):
-            number = 2
-            while (free := output.with_name(f"{output.name}-{number}")).exists():
-                number += 1
-            raise UserError(
-                f"{output}: holds a run already, which stays as it is. Try --output {free}, or --resume {output} to go "
-                "on with it."
-            )
+    if rank_zero_only.rank == 0 and _holds_run(output):  # type: ignore[attr-defined]
+        number = 2
+        while (free := output.with_name(f"{output.name}-{number}")).exists():
+            number += 1
+        raise UserError(
+            f"{output}: holds a run already, which stays as it is. Try --output {free}, or --resume {output} to go on "
+            "with it."
+        )
     return output
 
 
 @rank_zero_only
-def write_run_files(
-    folder: Path,
-    config: dict[str, Any],
-    facts: dict[str, Any],
-    model: dict[str, Any] | None,
-    resumed: Resumption | None,
-) -> None:
+def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any], model: dict[str, Any] | None) -> None:
     """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later.
 
     A ``model`` of no preset becomes ``model.yaml``.
@@ -167,7 +157,6 @@ def write_run_files(
         "system": platform.platform(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions,
-        **({"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step} if resumed else {}),
         "output": str(folder),
         **facts,
     }
@@ -196,9 +185,9 @@ def _newest_first(run: Path) -> list[Path]:
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
-    state = read_checkpoint(file)
-    if RUNNING_MEAN in state:
-        raise UserError(f"{file}: {NO_STATE}")
+    state = own.read_checkpoint(file)
+    if own.RUNNING_MEAN in state:
+        raise UserError(f"{file}: {own.NO_STATE}")
     if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:
         raise UserError(
             f"{file}: holds no state of a run, only weights or something else. Expected a checkpoint of `train-clip "
