@@ -131,19 +131,17 @@ def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
     words = normalise(words, verb)
     _require_one_word(words, lists)
     values = parser.parse_args(words).as_dict()
+    values["trainer"] = TrainerOptions({name: values[name] for name in of_trainer})
     for name, parameter in call.signature.parameters.items():
         kind = parameter.annotation
-        if kind is TrainerOptions:
-            call.arguments[name] = TrainerOptions({other: values[other] for other in of_trainer})
-        else:
-            call.arguments[name] = kind.pick(values) if hasattr(kind, "pick") else values[name]
+        call.arguments[name] = kind.pick(values) if hasattr(kind, "pick") else values[name]
     return function, call
 
 
 def _add_groups(parser: Any, kind: Any) -> list[str]:
     """Add a group of options, or several, flat; return the names of those that take a list."""
     lists = []
-    for options in kind.groups().values():
+    for options in kind.groups().values() if hasattr(kind, "groups") else [kind]:
         group = parser.add_argument_group(options.__doc__.partition("\n")[0].rstrip("."))
         for one in dataclasses.fields(options):
             # --lock_image stands for --lock_image true.

@@ -70,11 +70,6 @@ class Options:
                 raise UserError(f"{one.name} is {value}; expected {check.expected}.")
 
     @classmethod
-    def groups(cls) -> dict[str, type[Self]]:
-        """The group itself, as ``TrainingOptions`` has several."""
-        return {"": cls}
-
-    @classmethod
     def pick(cls, values: dict[str, Any]) -> Self:
         """Build the group from those of the values that are its fields."""
         return cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})

@@ -178,9 +178,7 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     found = _find(options)
     # Before anything is embedded: an image of no class is refused.
     labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
-    skips: list[samples.Skip] = []
-    kept: list[int] = []
-    parts: list[torch.Tensor] = []
+    skips, kept, parts = list[samples.Skip](), list[int](), list[torch.Tensor]()
     loader = samples.image_loader(
         [pair.pixels for pair in found], model.model.image_size, options.batch_size, options.num_workers
     )
@@ -191,8 +189,7 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
             parts.append(embed.embed_images(model.model, pixels, options.batch_size))
     if not parts:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
-    captions: list[str] = []
-    owners: list[int] = []
+    captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):
         if pair.caption or pair.texts:
             try:
@@ -239,8 +236,9 @@ def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
         return [], templates
     if options.templates is not None:
         templates = _read_lines(options.templates, "captions with {} where the class goes")
-        if without := [template for template in templates if "{}" not in template]:
-            raise UserError(f"{options.templates}: {without[0]!r} has no {{}} where the class would go.")
+        for template in templates:
+            if "{}" not in template:
+                raise UserError(f"{options.templates}: {template!r} has no {{}} where the class would go.")
     return _read_lines(options.classes, "class names"), templates
 
 

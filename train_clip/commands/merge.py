@@ -47,8 +47,9 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     """
     weights = _weights(options)
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in weights]
-    if there := [target for target in targets if target.exists()]:
-        raise UserError(f"{there[0]}: exists already and stays as it is. Give another --output, or remove it.")
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
     end = own.read_checkpoint(tuned)
     arguments, state = end.get("hyper_parameters"), end.get("state_dict", {})
     second = {name.removeprefix(own.MODEL): value for name, value in state.items() if name.startswith(own.MODEL)}
@@ -125,9 +126,8 @@ def _weights(options: MergeOptions) -> list[float]:
             raise UserError(f"--weight {name}: expected from 0, the first checkpoint, to 1, the second.")
         if names.count(name) > 1:
             raise UserError(f"--weight: {name} comes twice to six figures, by which the files are named.")
-    for name in ("other_classes", "other_templates"):
-        if (value := getattr(options, name)) is not None and options.other_folder is None:
-            raise UserError(f"--{name} {value}: is for --other_folder, which was not given.")
+    if options.other_folder is None and (options.other_classes or options.other_templates):
+        raise UserError("What --other_classes and --other_templates name is for --other_folder, which was not given.")
     return weights
 
 

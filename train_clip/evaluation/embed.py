@@ -70,7 +70,7 @@ def embed_texts(
     return _embed(model, texts, lambda batch: model.encode_text(texts_on(device, tokenize(batch))), batch_size)
 
 
-def _embed(model: DualEncoder, items: Any, encode: Callable[[Any], torch.Tensor], batch_size: int) -> torch.Tensor:
+def _embed(model: DualEncoder, items: Any, encode: Any, batch_size: int) -> torch.Tensor:
     parts = [torch.empty(0, model.embed_dim, device=model.logit_scale.device)]
     training = [module for module in model.modules() if module.training]
     model.eval()

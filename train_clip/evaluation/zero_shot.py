@@ -63,12 +63,11 @@ def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor)
     # On the CPU: some devices (MPS) have no float64.
     places, labels = ranks(images, classes, right).cpu(), labels.cpu()
     hits = (places < 1).double()
-    counts = torch.bincount(labels, minlength=len(classes)).double()
-    per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]
+    found, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
     return ZeroShot(
         top1=hits.mean().item(),
         top5=(places < 5).double().mean().item(),
-        mean_per_class=per_class.mean().item(),
+        mean_per_class=(found / counts)[counts > 0].mean().item(),
         chance=1 / len(classes),
         num_images=len(images),
         num_classes=len(classes),
