@@ -139,7 +139,7 @@ def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Pat
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
     side, colour = SIDE * OVERSAMPLING, COLOURS[scene.colour]
-    picture = Image.new("RGB", (side, side), tuple(int(tint) for tint in rng.integers(200, 256, 3)))
+    picture = Image.new("RGB", (side, side), tuple(rng.integers(200, 256, 3).tolist()))
     x, y = (side * (centre + rng.uniform(-JITTER, JITTER)) for centre in PLACES[scene.place])
     radius = side * SIZES[scene.size] * rng.uniform(0.9, 1.1)
     pen = ImageDraw.Draw(picture)
