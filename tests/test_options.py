@@ -55,7 +55,7 @@ def test_no_option_is_declared_twice() -> None:
         for group in groups:
             for one in dataclasses.fields(group):
                 assert len(one.metadata["help"]) > 15, one.name
-                assert one.name in group.hints()
+                assert not isinstance(one.type, str), one.name
 
 
 @pytest.mark.parametrize("verb", GROUPS)

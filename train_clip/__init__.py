@@ -3,9 +3,7 @@
 The public names are loaded when they are first used: importing the package takes no time.
 """
 
-from __future__ import annotations
-
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,8 +44,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'train_clip' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return pkgutil.resolve_name(f"{_HOMES[name]}:{name}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

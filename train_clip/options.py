@@ -4,11 +4,10 @@ The command line adds these classes flat, the wrappers build them from keyword a
 and a run's ``config.yaml`` are their fields. Where a default is None, the model's preset or the verb decides.
 """
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
 
 from train_clip.errors import UserError
 
@@ -24,8 +23,7 @@ DISTILLATION = {
     "softmax": "train_clip.losses.distillation:softmax_targets",
 }
 
-MOMENTUM: dict[Any, float] = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
-USUAL_MOMENTUM = 0.9
+MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon; of others 0.9
 PairBy = Literal["stem", "number"]
 
 
@@ -50,9 +48,9 @@ UP_TO_TWO = Check(lambda value: 0 <= value <= 2, "from 0 (none) to 2; SimCLR's f
 BETAS = Check(lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers from 0 to below 1")
 
 
-def option(default: Any, help: str, check: Check | None = None, choices: Mapping[str, Any] | None = None) -> Any:
-    """Declare an option: a dataclass field that carries its help, its check, and the table whose names it chooses."""
-    return field(default=default, metadata={"help": help, "check": check, "choices": tuple(choices or ())})
+def option(default: Any, help: str, check: Check | None = None) -> Any:
+    """Declare an option: a dataclass field that carries its help and its check."""
+    return field(default=default, metadata={"help": help, "check": check})
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,11 @@ class Options:
     """A group of options; its docstring is the group's heading in ``--help``. A value that cannot work is refused."""
 
     def __post_init__(self) -> None:
-        hints = self.hints()
         for one in fields(self):
-            value, check = getattr(self, one.name), one.metadata.get("check")
+            value, check = getattr(self, one.name), one.metadata["check"]
             if value is None:
                 continue
-            kinds = (hints[one.name], *get_args(hints[one.name]))
+            kinds = (one.type, *get_args(one.type))
             names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
             if names and value not in names:
                 raise UserError(f"{one.name} is {value!r}; expected one of {', '.join(names)}.")
@@ -73,26 +70,9 @@ class Options:
                 raise UserError(f"{one.name} is {value}; expected {check.expected}.")
 
     @classmethod
-    @functools.cache
-    def hints(cls) -> dict[str, Any]:
-        """Each option's type; that of a table's names is a Literal of them."""
-        hints = get_type_hints(cls)
-        for one in fields(cls):
-            if names := one.metadata.get("choices"):
-                named = Literal[names]  # type: ignore[valid-type]
-                hints[one.name] = named | None if one.default is None else named
-        return hints
-
-    @classmethod
-    def groups(cls) -> dict[str, type[Self]]:
-        """The group itself, as ``TrainingOptions`` has several."""
-        return {"": cls}
-
-    @classmethod
-    def pick(cls, values: Mapping[str, Any], **rest: Any) -> Self:
-        """Build the group from those of the values that are its fields; ``rest`` wins."""
-        names = {one.name for one in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names} | rest)
+    def pick(cls, values: dict[str, Any]) -> Self:
+        """Build the group from those of the values that are its fields."""
+        return cls(**{one.name: values[one.name] for one in fields(cls) if one.name in values})
 
 
 @dataclass(frozen=True)
@@ -119,9 +99,7 @@ class SourceOptions(Options):
     pairs: Path | None = option(None, "a table (.csv, .tsv, .jsonl) in place of a folder, paths relative to it")
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
-    pair_by: PairBy = option(
-        "stem", "what a pair shares: its stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)"
-    )
+    pair_by: PairBy = option("stem", "what a pair shares: stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +147,8 @@ class AugmentationOptions(Options):
 class OptimizerOptions(Options):
     """The optimizer."""
 
-    optimizer: str | None = option(
-        None, "muon is for the towers' matrices, beside AdamW; default: adamw, sgd for two encoders", choices=OPTIMIZERS
+    optimizer: Literal[*OPTIMIZERS] | None = option(  # type: ignore[valid-type]
+        None, "muon is for the towers' matrices, beside AdamW; default: adamw, sgd for two encoders"
     )
     momentum: float | None = option(None, "of SGD, default 0.9, or of Muon, default 0.95", BELOW_ONE)
     muon_learning_rate: float | None = option(None, "Muon's; default: 8 times --learning_rate", POSITIVE)
@@ -206,7 +184,9 @@ class OptimizerOptions(Options):
 class ObjectiveOptions(Options):
     """The loss, and what a step leaves out at random."""
 
-    loss: str = option("softmax", "CLIP's cross-entropy in both directions, or sigmoid (SigLIP)", choices=LOSSES)
+    loss: Literal[*LOSSES] = option(  # type: ignore[valid-type]
+        "softmax", "CLIP's cross-entropy in both directions, or sigmoid (SigLIP)"
+    )
     equal_captions: Literal["keep", "mask"] = option(
         "keep", "whether other pairs of an equal caption stay in the loss (keep) or leave it (mask)"
     )
@@ -225,10 +205,9 @@ class TowerOptions(Options):
     text_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", RATE_OF_TOWER)
     lock_image: bool = option(False, "keep the image tower frozen")
     lock_text: bool = option(False, "keep the text tower frozen")
-    distillation: str | None = option(
+    distillation: Literal[*DISTILLATION, "none"] | None = option(  # type: ignore[valid-type]
         None,
         "from an EMA teacher, by optimal transport (OTTER) or softmax; default: transport for two encoders, else none",
-        choices=DISTILLATION | {"none": ""},
     )
     kl_coeff: float = option(1.0, "weight of the distillation term", at_least(0))
     layer_decay: float = option(1.0, "factor on the learning rate for each layer from a tower's output on", UP_TO_ONE)
@@ -244,9 +223,7 @@ class StepOptions(Options):
     """How a step is computed. The gradient stays the same."""
 
     minibatch_size: int = option(
-        0,
-        "pairs encoded at a time on one process (BatchNorm normalises chunk by chunk), 0 for all at once",
-        at_least(0),
+        0, "pairs encoded at a time on one process (BatchNorm normalises chunk by chunk); 0: all at once", at_least(0)
     )
     kept_minibatches: int = option(0, "micro-batches whose activations are kept, not recomputed", at_least(0))
     gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every so many blocks", at_least(0))
@@ -289,20 +266,20 @@ class TrainingOptions:
     @classmethod
     def groups(cls) -> dict[str, Any]:
         """The groups by their names."""
-        return {one.name: type(one.default) for one in fields(cls)}
+        return {one.name: one.type for one in fields(cls)}
 
     @classmethod
-    def pick(cls, values: Mapping[str, Any]) -> Self:
+    def pick(cls, values: dict[str, Any]) -> Self:
         """Build the groups from those of flat values that are their fields."""
         return cls(**{name: group.pick(values) for name, group in cls.groups().items()})
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], **defaults: Any) -> Self:
+    def of(cls, values: dict[str, Any], **defaults: Any) -> Self:
         """Build the groups from flat values; ``defaults``, and a momentum, stand where a value is missing or None."""
         if unknown := sorted(set(values) - set(cls().flat())):
             raise TypeError(f"Unknown argument {unknown[0]!r}; expected the options of {', '.join(cls.groups())}.")
         given = defaults | {name: value for name, value in values.items() if value is not None}
-        given = {"momentum": MOMENTUM.get(given.get("optimizer"), USUAL_MOMENTUM)} | given
+        given = {"momentum": MOMENTUM.get(given.get("optimizer", ""), 0.9)} | given
         return cls.pick({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def flat(self) -> dict[str, Any]:
@@ -331,5 +308,8 @@ class TrainerOptions(dict[str, Any]):
 
 def flat(*groups: Any) -> dict[str, Any]:
     """The fields of several groups by their names, plain data but for paths."""
-    values = {name: value for group in groups for name, value in asdict(group).items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for group in groups
+        for name, value in vars(group).items()
+    }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 from train_clip.commands import demo as synthetic
 from train_clip.commands.demo import COLOURS, PLACES, SHAPES, SIDE, SIZES, Scene, draw, is_unseen, scenes, things
@@ -47,7 +48,9 @@ def test_a_picture_shows_its_caption(shape: str, place: str) -> None:
         assert pixels.shape == (SIDE, SIDE, 3)
         ground = pixels[0, 0]
         assert ground.min() >= 200
-        mask = np.linalg.norm(pixels - COLOURS["blue"], axis=-1) < np.linalg.norm(pixels - ground, axis=-1)
+        mask = np.linalg.norm(pixels - ImageColor.getrgb(COLOURS["blue"]), axis=-1) < np.linalg.norm(
+            pixels - ground, axis=-1
+        )
         rows, columns = np.nonzero(mask)
         assert (columns.mean() / SIDE, rows.mean() / SIDE) == pytest.approx(PLACES[place], abs=0.08)
         covered[size] = mask.sum()

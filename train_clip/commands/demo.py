@@ -3,11 +3,9 @@
 Some pairs of colour and shape are kept out of training: what a model scores on them it did not learn by heart.
 """
 
-import math
+import cmath
 import time
-from collections.abc import Iterator
-from importlib import resources
-from itertools import product, starmap
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +16,13 @@ from PIL import Image, ImageDraw
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.commands.train import train
 from train_clip.errors import UserError
-from train_clip.files import write_text
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+
 COLOURS = {
-    "red": (214, 39, 40), "orange": (255, 150, 30), "yellow": (240, 215, 40), "green": (44, 160, 44),
-    "blue": (31, 100, 210), "purple": (135, 70, 180), "pink": (250, 140, 190), "black": (25, 25, 25),
+    "red": "#d62728", "orange": "#ff961e", "yellow": "#f0d728", "green": "#2ca02c",
+    "blue": "#1f64d2", "purple": "#8746b4", "pink": "#fa8cbe", "black": "#191919",
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RECTANGLES = {"square": [(0.85, 0.85)], "cross": [(0.35, 1.0), (1.0, 0.35)]}  # half their sides; the radius is 1
@@ -53,19 +52,20 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         raise UserError(f"{output}: exists already and stays as it is. Give another --output, or remove it.")
     training, unseen = write_synthetic(output / "data", COPIES, seed)
     classes, templates = output / "data" / "classes.txt", output / "data" / "templates.txt"
-    write_text(classes, "\n".join(things()) + "\n")
+    classes.write_text("\n".join(things()) + "\n", encoding="utf-8")
     every = (TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES))
-    write_text(templates, "\n".join(every) + "\n")
+    templates.write_text("\n".join(every) + "\n", encoding="utf-8")
     example = min(training.glob("*.txt"))
     said = f"{example.with_suffix('.png').name}: “{example.read_text(encoding='utf-8').splitlines()[0]}”"
-    print(f"Wrote pictures of {len(list(scenes())):,} scenes to {output / 'data'}/, such as {said}.")
+    print(f"Wrote pictures of {len(scenes()):,} scenes to {output / 'data'}/, such as {said}.")
 
-    recipe = yaml.safe_load((resources.files("train_clip") / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    options |= {"folder": training, "seed": seed, "output": output / "run"}
     run = train(
-        ModelOptions.pick(recipe),
-        DataOptions.pick(recipe, folder=training),
-        TrainingOptions.pick(recipe | {"seed": seed}),
-        RunOptions.pick(recipe, output=output / "run"),
+        ModelOptions.pick(options),
+        DataOptions.pick(options),
+        TrainingOptions.pick(options),
+        RunOptions.pick(options),
         # One device: more would run this verb once for each.
         TrainerOptions(devices=1),
     )
@@ -116,9 +116,9 @@ def is_unseen(scene: Scene) -> bool:
     return (list(COLOURS).index(scene.colour) - SHAPES.index(scene.shape)) % len(COLOURS) in (0, 3)
 
 
-def scenes() -> Iterator[Scene]:
+def scenes() -> list[Scene]:
     """Every scene once."""
-    return starmap(Scene, product(COLOURS, SHAPES, SIZES, PLACES))
+    return [Scene(*parts) for parts in product(COLOURS, SHAPES, SIZES, PLACES)]
 
 
 def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Path]:
@@ -131,25 +131,25 @@ def write_synthetic(folder: Path, copies: int, seed: int = 0) -> tuple[Path, Pat
         for copy in range(1, number + 1):
             stem = "-".join([*scene.thing.split(), scene.size, *scene.place.split()[2:], str(copy)])
             draw(scene, rng).save(target / f"{stem}.png")
-            for suffix, text in (("txt", "\n".join(scene.captions())), ("cls", scene.thing)):
-                (target / f"{stem}.{suffix}").write_text(f"{text}\n", encoding="utf-8")
+            (target / f"{stem}.txt").write_text("\n".join(scene.captions()) + "\n", encoding="utf-8")
+            (target / f"{stem}.cls").write_text(f"{scene.thing}\n", encoding="utf-8")
     return training, unseen
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
     side, colour = SIDE * OVERSAMPLING, COLOURS[scene.colour]
-    picture = Image.new("RGB", (side, side), tuple(int(tint) for tint in rng.integers(200, 256, 3)))
+    picture = Image.new("RGB", (side, side), tuple(rng.integers(200, 256, 3).tolist()))
     x, y = (side * (centre + rng.uniform(-JITTER, JITTER)) for centre in PLACES[scene.place])
     radius = side * SIZES[scene.size] * rng.uniform(0.9, 1.1)
     pen = ImageDraw.Draw(picture)
-    if scene.shape in ("circle", "ring"):
-        fill, outline = (colour, None) if scene.shape == "circle" else (None, colour)
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill, outline, width=int(radius * 0.4))
+    if scene.shape == "circle":
+        pen.circle((x, y), radius, colour)
+    elif scene.shape == "ring":
+        pen.circle((x, y), radius, outline=colour, width=int(radius * 0.4))
     for wide, high in RECTANGLES.get(scene.shape, ()):
-        pen.rectangle((x - wide * radius, y - high * radius, x + wide * radius, y + high * radius), fill=colour)
-    if radii := TIPS.get(scene.shape):
-        angles = (-math.pi / 2 + 2 * math.pi * tip / len(radii) for tip in range(len(radii)))
-        tips = [(length * math.cos(at), length * math.sin(at)) for length, at in zip(radii, angles, strict=True)]
-        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in tips], fill=colour)
+        pen.rectangle((x - wide * radius, y - high * radius, x + wide * radius, y + high * radius), colour)
+    if lengths := TIPS.get(scene.shape):
+        turns = [cmath.rect(radius * long, cmath.tau * (tip / len(lengths) - 0.25)) for tip, long in enumerate(lengths)]
+        pen.polygon([(x + turn.real, y + turn.imag) for turn in turns], colour)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -4,51 +4,34 @@ Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, 
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from torch import Tensor
 
-from train_clip.checkpoints.found import Found, find_model, find_weights
-from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, read_checkpoint
-from train_clip.commands.evaluate import ScoreOptions, Scores, figures, load_for_scoring, score, table
+from train_clip.checkpoints import found, own
+from train_clip.commands import evaluate
 from train_clip.errors import UserError
-from train_clip.files import require_place, write_text
+from train_clip.files import require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
 from train_clip.training.checkpoints import AtomicCheckpointIO
 
+Tensors = dict[str, torch.Tensor]
+
 OF_LOSS = ("logit_scale", "logit_bias")
 # What a merged checkpoint takes over from the tuned one besides its weights.
-KEPT = (LIGHTNING, "epoch", "global_step", "hyper_parameters")
+KEPT = (own.LIGHTNING, "epoch", "global_step", "hyper_parameters")
 
 
-@dataclass(frozen=True)
-class MergeOptions(ScoreOptions):
+@dataclasses.dataclass(frozen=True)
+class MergeOptions(evaluate.ScoreOptions):
     """How much of each, and what to score them on."""
 
-    weight: float | list[float] = option(
-        0.5, 'share of the second checkpoint, from 0 to 1; several as "[0.25, 0.5, 0.75]"'
-    )
+    weight: float | list[float] = option(0.5, 'share of the second checkpoint, 0 to 1; several as "[0.25, 0.5, 0.75]"')
     output: Path = option(Path(), "the folder for merged-WEIGHT.ckpt")
     other_folder: Path | None = option(None, "a second folder to score on, of what the model knew before")
     other_classes: Path | None = option(None, "as --classes, for --other_folder")
     other_templates: Path | None = option(None, "as --templates, for --other_folder")
-
-    def sets(self) -> dict[str, ScoreOptions]:
-        """What to score on, by its name; empty where nothing is given."""
-        found: dict[str, ScoreOptions] = {}
-        if (first := self.folder or self.pairs) is not None:
-            found[str(first)] = self
-        if (second := self.other_folder) is not None:
-            found[str(second)] = dataclasses.replace(
-                self, folder=second, pairs=None, split="all", classes=self.other_classes, templates=self.other_templates
-            )
-        return found
 
 
 def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
@@ -64,36 +47,38 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     """
     weights = _weights(options)
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in weights]
-    if there := [target for target in targets if target.exists()]:
-        raise UserError(f"{there[0]}: exists already and stays as it is. Give another --output, or remove it.")
-    end = read_checkpoint(tuned)
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
+    end = own.read_checkpoint(tuned)
     arguments, state = end.get("hyper_parameters"), end.get("state_dict", {})
-    second = {name.removeprefix(MODEL): value for name, value in state.items() if name.startswith(MODEL)}
+    second = {name.removeprefix(own.MODEL): value for name, value in state.items() if name.startswith(own.MODEL)}
     if not second or arguments is None or "backbone" in arguments:
         raise UserError(f"{tuned}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
-    # The start is of the tuned model's configuration, whatever its file leaves open.
-    of_clip = "config" in arguments
-    begin = find_model(start, config_from_dict(arguments["config"], start)) if of_clip else find_weights(start)
+    if "config" in arguments:
+        # The start is of the tuned model's configuration, whatever its file leaves open.
+        begin: found.Found = found.find_model(start, config_from_dict(arguments["config"], start))
+    else:
+        begin = found.find_weights(start)
     first = of_one_loss(begin.read(), second)
+    # Before anything is written: what cannot be mixed or scored leaves no files behind, which would be in the next
+    # run's way.
     require_one_model(first, second)
-    sets = options.sets()
-    # Before anything is written: what cannot be scored leaves no files behind, which would be in the next run's way.
-    scores = {weight: _scores(one, sets, options.device) for weight, one in ((0.0, begin), (1.0, tuned)) if sets}
+    scores = {weight: _scores(one, options) for weight, one in ((0.0, begin), (1.0, found.find_weights(tuned)))}
     if options.json is not None:
         require_place(options.json)
-    about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **OF_RUN}}
+    about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **own.OF_RUN}}
     for weight, target in zip(weights, targets, strict=True):
-        merged = {MODEL + name: value for name, value in interpolate(first, second, weight).items()}
+        merged = {own.MODEL + name: value for name, value in interpolate(first, second, weight).items()}
         AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
-        if sets and weight not in scores:
-            scores[weight] = _scores(target, sets, options.device)
-    if sets:
-        _report(dict(sorted(scores.items())), options.json)
+        if weight not in scores:
+            scores[weight] = _scores(found.find_weights(target), options)
+    _report(dict(sorted(scores.items())), options.json)
     return targets
 
 
-def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+def interpolate(start: Tensors, tuned: Tensors, weight: float) -> Tensors:
     """The line between two state dicts of the same names and shapes.
 
         θ = (1 - w) θ_start + w θ_tuned
@@ -110,7 +95,7 @@ def interpolate(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
     return merged
 
 
-def of_one_loss(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_one_loss(start: Tensors, tuned: Tensors) -> Tensors:
     """The start with the tuned model's temperature and bias, where one was trained with the sigmoid loss alone.
 
     A temperature means another thing in each loss. Which caption fits best depends on neither of the two.
@@ -121,7 +106,7 @@ def of_one_loss(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dic
     return towers | {name: tuned[name] for name in OF_LOSS if name in tuned}
 
 
-def require_one_model(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+def require_one_model(start: Tensors, tuned: Tensors) -> None:
     """Refuse state dicts whose names or shapes differ."""
     if lone := sorted(start.keys() ^ tuned.keys()):
         raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
@@ -141,25 +126,33 @@ def _weights(options: MergeOptions) -> list[float]:
             raise UserError(f"--weight {name}: expected from 0, the first checkpoint, to 1, the second.")
         if names.count(name) > 1:
             raise UserError(f"--weight: {name} comes twice to six figures, by which the files are named.")
-    for name in ("other_classes", "other_templates"):
-        if (value := getattr(options, name)) is not None and options.other_folder is None:
-            raise UserError(f"--{name} {value}: is for --other_folder, which was not given.")
+    if options.other_folder is None and (options.other_classes or options.other_templates):
+        raise UserError("What --other_classes and --other_templates name is for --other_folder, which was not given.")
     return weights
 
 
-def _scores(one: Found | Path, sets: Mapping[str, ScoreOptions], device: str) -> dict[str, Scores]:
-    model = load_for_scoring(one, device)
-    return {name: score(model, options)[0] for name, options in sets.items()}
+def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.Scores]:
+    """Scores by what a model is scored on; none where nothing is given."""
+    sets: dict[str, evaluate.ScoreOptions] = {}
+    if (first := options.folder or options.pairs) is not None:
+        sets[str(first)] = options
+    if (other := options.other_folder) is not None:
+        classes, templates = options.other_classes, options.other_templates
+        sets[str(other)] = dataclasses.replace(
+            options, folder=other, pairs=None, split="all", classes=classes, templates=templates
+        )
+    if not sets:
+        return {}
+    model = evaluate.load_for_scoring(weights, options.device)
+    return {name: evaluate.score(model, how)[0] for name, how in sets.items()}
 
 
-def _report(by_weight: Mapping[float, Mapping[str, Scores]], target: Path | None) -> None:
+def _report(by_weight: dict[float, dict[str, evaluate.Scores]], target: Path | None) -> None:
     """Print a table for each set, a row a weight."""
-    console = Console()
-    for name in next(iter(by_weight.values())):
-        rows = {f"{weight:g}": figures(scores[name]) for weight, scores in by_weight.items()}
-        heading = ["weight", *next(iter(rows.values()))]
-        console.print(f"\n{name}", highlight=False)
-        console.print(table([heading, *([one, *(f"{x:.1%}" for x in row.values())] for one, row in rows.items())]))
-    if target is not None:
-        found = {f"{weight:g}": dict(sets) for weight, sets in by_weight.items()}
-        write_text(target, json.dumps(found, indent=2, default=dataclasses.asdict) + "\n")
+    for name in by_weight[0.0]:
+        rows = {f"{weight:g}": evaluate.figures(scores[name]) for weight, scores in by_weight.items()}
+        print(f"\n{name}")
+        heading = ["weight", *rows["0"]]
+        evaluate.print_table([heading, *([one, *(f"{x:.1%}" for x in row.values())] for one, row in rows.items())])
+    if target is not None and by_weight[0.0]:
+        evaluate.write_json(target, {f"{weight:g}": scores for weight, scores in by_weight.items()})

@@ -1,9 +1,9 @@
 """How far a scan is: a bar on a terminal, a line now and then in a file."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -14,10 +14,8 @@ from train_clip.data.samples import available_cores
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 BATCH = 16  # items that travel together from a worker
 
-Found = TypeVar("Found")
 
-
-def in_workers(function: Callable[[Any], Found], items: Any, num_workers: int | None, what: str) -> Iterator[Found]:
+def in_workers(function: Any, items: Any, num_workers: int | None, what: str) -> Iterator[Any]:
     """Call a function on each item of a sequence in processes, None for one a core, and yield in order."""
     workers = available_cores() if num_workers is None else num_workers
     calls = DataLoader(items, batch_size=BATCH, num_workers=workers, collate_fn=partial(_call, function))
@@ -25,7 +23,7 @@ def in_workers(function: Callable[[Any], Found], items: Any, num_workers: int | 
         yield from batch
 
 
-def _call(function: Callable[[Any], Found], items: list[Any]) -> list[Found]:
+def _call(function: Any, items: list[Any]) -> list[Any]:
     return list(map(function, items))
 
 

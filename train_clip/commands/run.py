@@ -5,30 +5,21 @@ import math
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import instantiate_class
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch import nn
+from lightning.pytorch import cli, loggers, utilities
 
-from train_clip.commands.run_folder import Resumption, choose_run_folder, find_checkpoint, write_run_files
+from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
 from train_clip.errors import UserError
-from train_clip.files import write_text
-from train_clip.models.config import ModelConfig
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
-from train_clip.training.checkpoints import BY_RECALL, AtomicCheckpointIO, Checkpoints, Interval
+from train_clip.training import checkpoints, display, signals
 from train_clip.training.data_module import TextImageDataModule
-from train_clip.training.display import Curves, MetricsLog, RunProgress, Throughput
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.signals import Stopped, end_with_starter
 
 # Messages that are about Lightning's products, repeat what the verb prints, or describe how it is meant to be here.
 NOT_ABOUT_THE_RUN = re.compile(
@@ -49,8 +40,6 @@ WARNINGS_BY_DESIGN = (
     r"|Found \d+ module\(s\) in eval mode at the start of training|.*your dataloader is not resumable"
 )
 
-M = TypeVar("M", bound=ContrastiveModule)
-OWN_MODEL = "model.yaml"
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
 
@@ -64,9 +53,9 @@ class Job:
     data: TextImageDataModule
     options: dict[str, Any]  # the verb's, flat, for the run's config.yaml
     epochs: int  # where neither --epochs nor --max_steps is given
-    best_by: str = BY_RECALL  # what its best.ckpt is best at
-    advice: Callable[[int], str | None] | None = None  # a line to begin a run on so many pairs with
-    own_model: ModelConfig | None = None  # of no preset: kept in the run, to be repeated when its file has changed
+    best_by: str = checkpoints.BY_RECALL  # what its best.ckpt is best at
+    advice: Any = None  # a function of the number of pairs: a line to begin a new run with, or None
+    own_model: dict[str, Any] | None = None  # of no preset: kept in the run, to be repeated when its file has changed
 
 
 def begin(run: RunOptions, seed: int) -> Resumption | None:
@@ -75,12 +64,12 @@ def begin(run: RunOptions, seed: int) -> Resumption | None:
         lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
     )
     warnings.filterwarnings("ignore", message=WARNINGS_BY_DESIGN)
-    end_with_starter()
+    signals.end_with_starter()
     L.seed_everything(seed, verbose=False)
     return None if run.resume is None else find_checkpoint(run.resume, run.output)
 
 
-def remake(kind: type[M], arguments: Mapping[str, Any], source: str, **how: Any) -> M:
+def remake(kind: Any, arguments: Any, source: str, **how: Any) -> Any:
     """The module of a checkpoint's ``arguments``, before its weights are loaded, to be trained in another way."""
     try:
         return kind(**{name: arguments[name] for name in kind.names_of_model}, **how)
@@ -105,34 +94,47 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     folder = choose_run_folder(run.output, module.model.name, resumed)
     precision = options.get("precision") or default_precision(options.get("accelerator", "auto"))
     options = TrainerOptions(options | {"precision": precision})
-    # Without a word on epochs, as many as --max_steps takes, or the usual ones.
-    usual = -1 if (options.get("max_steps") or -1) > 0 else job.epochs
-    run = replace(run, epochs=usual if run.epochs is None else run.epochs)
-    trainer = build_trainer(options, folder, run, job.best_by, first_step=resumed.step if resumed else 0)
+    if run.epochs is None:
+        # As many as --max_steps takes, or the usual ones.
+        run = replace(run, epochs=-1 if (options.get("max_steps") or -1) > 0 else job.epochs)
+    steps_before = resumed.step if resumed else 0
+    trainer = build_trainer(options, folder, run, job.best_by, steps_before)
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = trainer
     data.setup()
-    if resumed is None and job.advice is not None and (line := job.advice(len(data.training_pairs))):
-        rank_zero_info(line)
+    if resumed is None and job.advice and (line := job.advice(len(data.training_pairs))):
+        utilities.rank_zero_info(line)
     module.require_batch_size(data.batch_size)
     module.require_precision(trainer.precision)
+    facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
     num_steps = _num_steps(data, trainer)
     if resumed is not None:
         module.require_same_model(resumed.arguments)
         data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
-        if num_steps <= resumed.step:
+        if num_steps <= steps_before:
             raise UserError(
-                f"{resumed.checkpoint}: the run has done {resumed.step:,} steps, and is to take {num_steps:,} in all. "
+                f"{resumed.checkpoint}: the run has done {steps_before:,} steps, and is to take {num_steps:,} in all. "
                 "To train on give more --epochs or --max_steps."
             )
+        facts |= {"resumed_from": str(resumed.checkpoint), "after_steps": steps_before}
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
-    facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
-    write_run_files(folder, settled(job, run, folder) | options, facts, resumed)
-    if job.own_model is not None and trainer.is_global_zero:
-        write_text(folder / OWN_MODEL, yaml.safe_dump(job.own_model.to_dict(), sort_keys=False))
+    write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model)
     say_start(module, trainer, folder, resumed)
-    _fit(trainer, job, resumed, folder)
+    try:
+        trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
+    except signals.Stopped:
+        if trainer.is_global_zero and trainer.checkpoint_callbacks:
+            print(f"To go on: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
+        raise
+    except MisconfigurationException as error:
+        raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
+    if trainer.global_step == steps_before:
+        raise UserError(
+            f"Not one step was trained{f' after the {steps_before:,} of {resumed.checkpoint}' if resumed else ''}. "
+            "Expected --epochs, --max_steps and the Trainer's other limits, such as --max_time, to leave something to "
+            "do."
+        )
     say_end(trainer, folder, data)
     return folder
 
@@ -145,25 +147,24 @@ def default_precision(accelerator: Any) -> str:
 
 
 def build_trainer(
-    options: TrainerOptions, folder: Path, run: RunOptions, best_by: str = BY_RECALL, first_step: int = 0
+    options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int
 ) -> L.Trainer:
     """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's."""
     asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
-    callbacks: list[L.Callback] = [Throughput(), Curves(folder)]
+    callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
     if asked.get("enable_progress_bar", True):
-        callbacks.append(RunProgress())
+        callbacks.append(display.RunProgress())
     if asked.get("enable_checkpointing", True):
-        interval = None if run.save_every is None else Interval.parse(str(run.save_every))
-        callbacks.append(Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))
-    loggers: Any = asked.get("logger", True)
-    if loggers is not False:
-        # CSV always, for the curves; TensorBoard where the user names no other logger.
-        board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)
-        loggers = [MetricsLog(folder, first_step), *([board] if loggers is True else _listed(loggers))]
+        interval = None if run.save_every is None else checkpoints.Interval.parse(str(run.save_every))
+        callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))
+    logger = asked.get("logger", True)
+    if logger is True:
+        logger = loggers.TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)
     own = {
         "callbacks": callbacks + _listed(asked.get("callbacks", [])),
-        "plugins": [AtomicCheckpointIO(), *_listed(asked.get("plugins", []))],
-        "logger": loggers,
+        "plugins": [checkpoints.AtomicCheckpointIO(), *_listed(asked.get("plugins", []))],
+        # CSV always, for the curves.
+        "logger": logger is not False and [display.MetricsLog(folder, first_step), *_listed(logger)],
         "enable_progress_bar": False,
         "max_epochs": run.epochs,
         "default_root_dir": folder,
@@ -174,7 +175,7 @@ def build_trainer(
         raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
 
 
-@rank_zero_only
+@utilities.rank_zero_only
 def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resumed: Resumption | None) -> None:
     """Name the model, its size, the device and the run's folder, and what the run goes on from."""
     if resumed is not None:
@@ -190,26 +191,25 @@ def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resum
     )
 
 
-@rank_zero_only
+@utilities.rank_zero_only
 def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None:
     """Name the output files, and the command that evaluates them."""
     print(f"Done after {trainer.global_step:,} steps. The output files are in {folder}/.")
-    checkpoints = {file.stem: file for file in (folder / "checkpoints").glob("*.ckpt")}
-    if not checkpoints:
+    best, last = (folder / "checkpoints" / name for name in (checkpoints.BEST, checkpoints.LAST))
+    if not last.is_file():
         return
     options = data.options
     table = options.val_pairs or options.pairs
-    names = ["folder", "pair_by"] if table is None else ["image_column", "caption_column"]
-    given = {"pairs": table} | {name: getattr(options, name) for name in names}
+    command = ["train-clip", "evaluate", str(best if best.is_file() else last)]
+    command += ["--pairs", str(table)] if table else []
+    for name in ("image_column", "caption_column") if table else ("folder", "pair_by"):
+        if (value := getattr(options, name)) != getattr(DataOptions, name):
+            command += [f"--{name}", str(value)]
     if data.validation_pairs and options.val_pairs is None:
-        given |= {"split": "held_out", "val_share": options.val_share}
-    usual = vars(DataOptions()) | {"val_share": None}
-    command = ["train-clip", "evaluate", str(checkpoints.get("best", checkpoints["last"]))]
-    for name, value in given.items():
-        command += [f"--{name}", str(value)] if value != usual.get(name) else []
+        command += ["--split", "held_out", "--val_share", str(options.val_share)]
     if data.validation_pairs and "val/loss" not in trainer.callback_metrics:
-        best = "best.ckpt is as it was before" if "best" in checkpoints else "there is no best.ckpt"
-        print(f"No validation was reached, so {best}; --val_check_interval sets how often it comes.")
+        kept = "best.ckpt is as it was before" if best.is_file() else "there is no best.ckpt"
+        print(f"No validation was reached, so {kept}; --val_check_interval sets how often it comes.")
     print(f"Next: {shlex.join(command)}")
     say_mean(trainer, folder)
 
@@ -218,14 +218,14 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
     """Name the EMA's best file, where it has scored better than the weights that were trained."""
     best = folder / "ema" / "best.ckpt"
     for saving in trainer.checkpoint_callbacks:
-        if isinstance(saving, Checkpoints) and saving.mean_is_better and best.is_file():
+        if isinstance(saving, checkpoints.Checkpoints) and saving.mean_is_better and best.is_file():
             print(
                 f"The EMA of the weights scored better: {saving.best_by} {saving.best['best_mean']:.4f}, the trained "
                 f"weights {saving.best['best']:.4f}. Evaluate it by {best} in place of the file above."
             )
 
 
-def count(module: nn.Module, trained: bool = False) -> int:
+def count(module: torch.nn.Module, trained: bool = False) -> int:
     """All numbers that the module's parameters hold, or those that are trained."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
 
@@ -241,7 +241,7 @@ def _instantiate(value: Any) -> Any:
     if not isinstance(value, dict) or "class_path" not in value:
         return value
     try:
-        return instantiate_class((), value)
+        return cli.instantiate_class((), value)
     except ImportError as error:
         raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
 
@@ -257,23 +257,6 @@ def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
         given["model_name"] = folder / OWN_MODEL
     values = {name: own.get(name) if value is None else value for name, value in given.items()}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _fit(trainer: L.Trainer, job: Job, resumed: Resumption | None, folder: Path) -> None:
-    try:
-        trainer.fit(job.module, job.data, ckpt_path=None if resumed is None else resumed.checkpoint, weights_only=True)
-    except Stopped:
-        if trainer.is_global_zero and trainer.checkpoint_callbacks:
-            print(f"To go on: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
-        raise
-    except MisconfigurationException as error:
-        raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
-    before = 0 if resumed is None else resumed.step
-    if trainer.global_step == before:
-        raise UserError(
-            f"Not one step was trained{f' after the {before:,} of {resumed.checkpoint}' if resumed else ''}. Expected "
-            "--epochs, --max_steps and the Trainer's other limits, such as --max_time, to leave something to do."
-        )
 
 
 def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:

@@ -1,10 +1,8 @@
 """The folder of a run: what it was asked, what it ran on, its checkpoints, and from which of them it goes on."""
 
-import itertools
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -15,14 +13,14 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN, read_checkpoint
-from train_clip.checkpoints.sources import openai_name
+from train_clip.checkpoints import own, sources
 from train_clip.errors import UserError
 from train_clip.files import sweep, write_text
 from train_clip.training.same_run import require_same
 
 AUTO = "auto"
 OPENAI = "openai"
+OWN_MODEL = "model.yaml"
 RUNS = Path("runs")  # where runs lie that were given no folder
 VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
 
@@ -33,7 +31,7 @@ class Resumption:
 
     run: Path | None  # the folder of the run that the checkpoint is of; None where it lies in none
     checkpoint: Path  # one that loads
-    state: Mapping[str, Any]  # what it holds besides tensors of the model and the optimizer
+    state: dict[str, Any]  # what it holds besides tensors of the model and the optimizer
     passed_over: tuple[str, ...] = ()  # newer ones and why they were not taken, a line each
 
     @property
@@ -52,18 +50,18 @@ class Resumption:
         file = None if self.run is None else self.run / "config.yaml"
         return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file and file.is_file() else None
 
-    def require_same_start(self, asked: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    def require_same_start(self, asked: dict[str, Any], known: dict[str, Any] | None = None) -> None:
         """Refuse another start than the run had: its state holds the model, and what is asked for would go unheard.
 
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
         """
-        if (own := self.config) is None:
-            own, asked = dict(known or {}), {name: value for name, value in asked.items() if value is not None}
-        kept = {name: own.get(name) for name in asked}
+        if (began := self.config) is None:
+            began, asked = known or {}, {name: value for name, value in asked.items() if value is not None}
+        kept = {name: began.get(name) for name in asked}
         weights, of_run = asked.get("pretrained"), kept.get("pretrained")
         is_one_file = weights and of_run and Path(weights).resolve() == Path(of_run).resolve()
         # Or OpenAI's weights, which a run keeps by their model's name.
-        if is_one_file or (weights == OPENAI and of_run and openai_name(of_run) is not None):
+        if is_one_file or (weights == OPENAI and of_run and sources.openai_name(of_run) is not None):
             kept |= {"pretrained": weights}
         require_same(
             asked,
@@ -75,8 +73,9 @@ class Resumption:
 
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
     """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint."""
-    path = Path(resume) if resume != AUTO else _newest_run() if output is None else output
-    path = path.parent if path.is_dir() and path.name == "checkpoints" else path
+    path = Path(resume) if resume != AUTO else output or _newest_run()
+    if path.is_dir() and path.name == "checkpoints":
+        path = path.parent
     if path.is_dir() or resume == AUTO:
         if not _newest_first(path):
             raise UserError(
@@ -89,15 +88,20 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
     return path.parent.parent if path.parent.name == "checkpoints" else None
 
 
-def require_verb(run: Path, verb: str) -> None:
-    """Refuse to go on with a run by another verb than the one that began it."""
-    about = run / "run.yaml"
+def options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
+    """The options that the run which ``--resume`` means began with, as words; refuse to go on by another verb."""
+    run = run_to_resume(resume, None if output is None else Path(output))
+    if run is None or not (run / "config.yaml").is_file():
+        return []
+    about, model = run / "run.yaml", run / OWN_MODEL
     starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
-    began = starts[-1].get("verb", verb) if starts and isinstance(starts[-1], dict) else verb
-    if began != verb:
+    if starts and (began := starts[-1].get("verb", verb)) != verb:
         raise UserError(
             f"{run}: a run of `train-clip {began}`, not of `{verb}`. To go on: train-clip {began} --resume {run}"
         )
+    # The run's own copy of its model, wherever the run lies by now.
+    own_model = ["--model_name", str(model)] if model.is_file() else []
+    return ["--config", str(run / "config.yaml"), *own_model]
 
 
 def find_checkpoint(resume: str, output: Path | None) -> Resumption:
@@ -117,35 +121,35 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
 
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
     """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
-    if resumed and resumed.run and (output is None or (output.exists() and output.samefile(resumed.run))):
+    if resumed and resumed.run and (output or resumed.run).resolve() == resumed.run.resolve():
         return resumed.run
     if output is None:
         stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
         return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     # Other processes of the same run come here after the first has begun to write.
-    if rank_zero_only.rank == 0 and output.exists():  # type: ignore[attr-defined]
-        if not output.is_dir():
-            raise UserError(f"{output}: is a file; expected a folder for the run. Give another --output.")
-        if _holds_run(output):
-            others = (output.with_name(f"{output.name}-{number}") for number in itertools.count(2))
-            free = next(folder for folder in others if not folder.exists())
-            raise UserError(
-                f"{output}: holds a run already, which stays as it is. Try --output {free}, or --resume {output} to go "
-                "on with it."
-            )
+    if rank_zero_only.rank == 0 and _holds_run(output):  # type: ignore[attr-defined]
+        number = 2
+        while (free := output.with_name(f"{output.name}-{number}")).exists():
+            number += 1
+        raise UserError(
+            f"{output}: holds a run already, which stays as it is. Try --output {free}, or --resume {output} to go on "
+            "with it."
+        )
     return output
 
 
 @rank_zero_only
-def write_run_files(
-    folder: Path, config: dict[str, Any], facts: dict[str, Any], resumed: Resumption | None = None
-) -> None:
-    """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later."""
+def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any], model: dict[str, Any] | None) -> None:
+    """Write ``config.yaml``, to be run again by ``--config``, and add to ``run.yaml`` what is good to know later.
+
+    A ``model`` of no preset becomes ``model.yaml``.
+    """
     sweep(folder)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    if model is not None:
+        write_text(folder / OWN_MODEL, yaml.safe_dump(model, sort_keys=False))
     # Without what is not installed, as this package where it runs from its source.
     versions = {name: metadata.version(name) for name in VERSIONS_OF if any(metadata.Distribution.discover(name=name))}
-    resumption = {} if resumed is None else {"resumed_from": str(resumed.checkpoint), "after_steps": resumed.step}
     about = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -153,7 +157,6 @@ def write_run_files(
         "system": platform.platform(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "versions": versions,
-        **resumption,
         "output": str(folder),
         **facts,
     }
@@ -182,9 +185,9 @@ def _newest_first(run: Path) -> list[Path]:
 
 
 def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
-    state = read_checkpoint(file)
-    if RUNNING_MEAN in state:
-        raise UserError(f"{file}: {NO_STATE}")
+    state = own.read_checkpoint(file)
+    if own.RUNNING_MEAN in state:
+        raise UserError(f"{file}: {own.NO_STATE}")
     if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:
         raise UserError(
             f"{file}: holds no state of a run, only weights or something else. Expected a checkpoint of `train-clip "

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from train_clip.checkpoints.found import Found, find_weights
-from train_clip.checkpoints.sources import openai_name
+from train_clip.checkpoints import found, sources
 from train_clip.commands.run import Job, begin, data_for, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ def train(
         # The model itself is held against the run's by its sizes.
         resumed.require_same_start({"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
-    config = choose_config(model) if weights is None else _require_vocabulary(weights.require_clip(TWO_ENCODERS).config)
+    config = choose_config(model, weights)
     module = CLIPWrapper(config.name, config, **training.flat())
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
@@ -42,7 +41,7 @@ def train(
         flat(model, data) | training.flat(),
         config.optimizer.epochs,
         advice=recipe_for if training.optimizer.optimizer is None and weights is None else None,
-        own_model=config if is_own else None,
+        own_model=config.to_dict() if is_own else None,
     )
     return train_job(job, run, trainer, resumed)
 
@@ -56,30 +55,29 @@ def recipe_for(num_pairs: int) -> str | None:
     )
 
 
-def pretrained_weights(model: ModelOptions) -> Found | None:
+def pretrained_weights(model: ModelOptions) -> found.Found | None:
     """The weights that the options name; None where they name none."""
     if model.pretrained is None:
         return None
     if model.pretrained != OPENAI:
-        return find_weights(model.pretrained, model)
+        return found.find_weights(model.pretrained, model)
     name = model.model_name or DEFAULT_MODEL
-    if openai_name(name) is None:
+    if sources.openai_name(name) is None:
         raise UserError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has published no such model.")
-    return find_weights(name, replace(model, model_name=None, pretrained=None))
+    return found.find_weights(name, replace(model, model_name=None, pretrained=None))
 
 
-def choose_config(model: ModelOptions) -> ModelConfig:
+def choose_config(model: ModelOptions, weights: found.Found | None) -> ModelConfig:
     """The model that the options name; refused where it cannot be built, or CLIP's tokens are more than it has."""
-    if model.activation is not None and model.pretrained is None:
-        raise UserError(
-            f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model of "
-            "your own into a YAML file: `train-clip models --show ViT-B/32` prints one to start from."
-        )
-    config = _require_vocabulary(read_config(model.model_name or DEFAULT_MODEL))
-    return config.with_sizes(model.image_size, model.context_length)
-
-
-def _require_vocabulary(config: ModelConfig) -> ModelConfig:
+    if weights is not None:
+        config = weights.require_clip(TWO_ENCODERS).config
+    else:
+        config = read_config(model.model_name or DEFAULT_MODEL).with_sizes(model.image_size, model.context_length)
+        if model.activation is not None and model.pretrained is None:
+            raise UserError(
+                f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model "
+                "of your own into a YAML file: `train-clip models --show ViT-B/32` prints one to start from."
+            )
     if config.text.vocab < Tokenizer.vocab_size:
         raise UserError(
             f"{config.name}: a vocabulary of {config.text.vocab:,}; CLIP's tokenizer has {Tokenizer.vocab_size:,} "

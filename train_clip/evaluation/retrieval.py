@@ -60,9 +60,11 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     """
     different, ids = torch.unique(caption_ids, return_inverse=True)
     places = torch.arange(len(images), device=images.device)
-    image_to_text = _search(images, texts, ks, lambda at: _related(places[at], owners, ids, len(different))[:, ids])
-    text_to_image = _search(texts, images, ks, lambda at: _related(ids[at], ids, owners, len(images)))
-    return Retrieval(image_to_text[0], text_to_image[0], image_to_text[1], text_to_image[1])
+    to_text, chance_of_text = _search(
+        images, texts, ks, lambda at: _related(places[at], owners, ids, len(different))[:, ids]
+    )
+    to_image, chance_of_image = _search(texts, images, ks, lambda at: _related(ids[at], ids, owners, len(images)))
+    return Retrieval(to_text, to_image, chance_of_text, chance_of_image)
 
 
 def _search(
@@ -87,9 +89,7 @@ def _search(
 
 def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:
     """(n, size) bool: to which right ones each wanted left one is related, by the pairs of left and right."""
-    different, inverse = torch.unique(wanted, return_inverse=True)
-    place = torch.searchsorted(different, left).clamp(max=len(different) - 1)
-    mine = different[place] == left
-    table = torch.zeros(len(different), size, dtype=torch.bool, device=wanted.device)
-    table[place[mine], right[mine]] = True
-    return table[inverse]
+    table = torch.zeros(len(wanted), size, dtype=torch.bool, device=wanted.device)
+    rows, pairs = (wanted[:, None] == left).nonzero(as_tuple=True)
+    table[rows, right[pairs]] = True
+    return table

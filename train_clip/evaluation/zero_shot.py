@@ -3,12 +3,11 @@
 N  images      C  classes      T  templates      D  embedding width
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import Collection
@@ -48,9 +47,7 @@ def score_classes(collection: Collection) -> ZeroShot | None:
     return zero_shot(collection.images, torch.tensor(collection.labels, device=collection.images.device), classes)
 
 
-def class_embeddings(
-    classes: Sequence[str], templates: Sequence[str], embed_texts: Callable[[list[str]], Tensor]
-) -> Tensor:
+def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any) -> torch.Tensor:
     """Embed the classes, (C, D) float of unit norm: encode and normalise each template, average, normalise again.
 
     ``templates`` have ``{}`` where the name goes; ``embed_texts`` maps n strings to (n, D) of unit norm.
@@ -60,25 +57,24 @@ def class_embeddings(
     return torch.nn.functional.normalize(embeddings.mean(dim=1), dim=-1)
 
 
-def zero_shot(images: Tensor, labels: Tensor, classes: Tensor) -> ZeroShot:
+def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor) -> ZeroShot:
     """Score (N, D) images by their (N,) labels against (C, D) classes, of unit norm; ties and NaN count against."""
     right = labels[:, None] == torch.arange(len(classes), device=labels.device)
     # On the CPU: some devices (MPS) have no float64.
     places, labels = ranks(images, classes, right).cpu(), labels.cpu()
     hits = (places < 1).double()
-    counts = torch.bincount(labels, minlength=len(classes)).double()
-    per_class = torch.zeros_like(counts).index_add_(0, labels, hits)[counts > 0] / counts[counts > 0]
+    found, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
     return ZeroShot(
         top1=hits.mean().item(),
         top5=(places < 5).double().mean().item(),
-        mean_per_class=per_class.mean().item(),
+        mean_per_class=(found / counts)[counts > 0].mean().item(),
         chance=1 / len(classes),
         num_images=len(images),
         num_classes=len(classes),
     )
 
 
-def image_labels(paths: Sequence[str], classes: Sequence[str]) -> list[int]:
+def image_labels(paths: list[str], classes: list[str]) -> list[int]:
     """The place of each image's class: what ``STEM.cls`` says, by name or place from 0, or else its folder's name.
 
     Case, and underscores for blanks, make no difference.
@@ -106,9 +102,11 @@ def _label(path: Path, places: dict[str, int]) -> int:
     # The name before the number: a class may be called "1".
     if (place := places.get(_plain(named))) is not None:
         return place
-    if label_file.is_file() and named.isdecimal() and int(named) < len(places):
-        return int(named)
-    source = label_file if label_file.is_file() else f"its folder ({path.parent})"
+    source = f"its folder ({path.parent})"
+    if label_file.is_file():
+        if named.isdecimal() and int(named) < len(places):
+            return int(named)
+        source = str(label_file)
     raise UserError(
         f"{path}: its class is {named!r} by {source}, and that is none of the {len(places)} classes. Expected one of "
         f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "
