@@ -20,15 +20,15 @@ N  pairs of the global batch      B  pairs on this process      S  side of the i
 
 import contextlib
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train_clip.data.pairs import Pair
+from train_clip.data.pairs import Pair, PairList
 from train_clip.errors import BadSample, UserError
 from train_clip.options import AugmentationOptions
 from train_clip.tensors import sent
@@ -124,6 +124,7 @@ def recolour(images: Tensor, mixes: Tensor, lifts: Tensor) -> Tensor:
     return mixed.round_().clamp_(0, 255).view(images.shape)
 
 
+MOST_SHOWN = 80  # letters of a caption
 LOOKED_AT = 2000  # pairs: a share of 1% is found to within a fifth of it or so
 
 TURNS_AND_TEXT = """
@@ -152,6 +153,22 @@ class Named(NamedTuple):
     of: int  # captions that were looked at
     word: str  # of the example
     example: str  # the first of them; empty where there is none
+
+
+def warnings_of_flips(how: AugmentationOptions, pairs: Any) -> Iterator[str]:
+    """What is to be said of flips that some captions of this package's pairs contradict."""
+    flips = [flip for flip in WORDS if getattr(how, flip)]
+    captions = some_captions(pairs) if flips and isinstance(pairs, PairList) else []
+    for flip in flips:
+        named = count_named(captions, flip)
+        if named.number:
+            shown = named.example if len(named.example) <= MOST_SHOWN else named.example[:MOST_SHOWN] + "…"
+            yield (
+                f"{flip} is {getattr(how, flip)}, and {named.number:,} of {named.of:,} captions looked at "
+                f"({named.number / named.of:.1%}) name a side, a sense of turning or text, such as {named.word!r} in "
+                f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
+                "something else here."
+            )
 
 
 def some_captions(pairs: Sequence[Pair], most: int = LOOKED_AT) -> list[str]:

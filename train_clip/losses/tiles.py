@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from typing_extensions import override
 
 TILE = 2**22  # similarities that are held at a time
 
@@ -38,7 +37,7 @@ def tiled_loss(
     if not torch.is_grad_enabled():
         inputs = tuple(tensor if tensor is None else tensor.detach() for tensor in inputs)  # type: ignore[assignment]
     with torch.autocast(inputs[0].device.type, enabled=False):
-        loss: Tensor = _Tiled.apply(*inputs, tile_loss, offset, groups)
+        loss: Tensor = _Tiled.apply(*inputs, (tile_loss, offset, groups))
     return loss
 
 
@@ -47,17 +46,8 @@ class _Tiled(torch.autograd.Function):
     # ∂rows = scale · G columns      ∂columns = scale · Gᵀ rows      ∂scale = Σ rows ∘ G columns      ∂bias = Σ G
 
     @staticmethod
-    @override
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        tile_loss: TileLoss,
-        offset: int,
-        groups: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, how: Any) -> Tensor:
+        tile_loss, offset, groups = how
         wants_gradient = any(ctx.needs_input_grad)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
@@ -87,7 +77,6 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @override
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (part if part is None else upstream.to(part.dtype) * part for part in ctx.saved_tensors)
-        return *scaled, None, None, None
+        return *scaled, None

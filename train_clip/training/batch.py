@@ -6,10 +6,8 @@ B  pairs on this process      L  tokens of the longest caption      S  side of t
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 from torch import Tensor
 
 from train_clip.errors import UserError
@@ -23,19 +21,19 @@ class Inputs(NamedTuple):
 
     images: Tensor  # (B, 3, S, S) uint8, or float that is already normalised
     texts: Texts  # tokens
-    lengths: NDArray[np.int64]  # (B,) tokens of each caption, on the host: what comes after them is padding
+    lengths: Tensor  # (B,) int64 tokens of each caption, on the host: what comes after them is padding
     captions: Tensor  # (B,) int64, equal for equal captions
 
 
 class BatchReader:
     """Reads batches of any accepted kind for a model; texts that are strings need a tokenizer."""
 
-    def __init__(self, model: DualEncoder, tokenizer: Any) -> None:
+    def __init__(self, model: DualEncoder) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = None
         self.padding_counts = False  # whether the text tower makes something else of a caption that is padded
         self._checked_values = False
-        self._lengths: NDArray[np.int64] | None = None
+        self._lengths: Tensor | None = None
 
     def measure(self, batch: Any) -> None:
         """Note the lengths of the captions of the batch that is read next while it is on the host."""
@@ -46,16 +44,15 @@ class BatchReader:
         if all(isinstance(one, Tensor) and one.numel() for one in (*tensors, ids)) and ids.ndim == 2:
             self._lengths = self.lengths(self._taken(texts))
 
-    def lengths(self, texts: Texts) -> NDArray[np.int64]:
-        """Tokens of each caption up to where nothing but padding comes, (B,) on the host."""
+    def lengths(self, texts: Texts) -> Tensor:
+        """Tokens of each caption up to where nothing but padding comes, (B,) int64 on the host."""
         mask = self.model.caption_mask(texts)
         tensors = texts.values() if isinstance(texts, Mapping) else [texts]
         if self.padding_counts or any(tensor.ndim > 1 and tensor.shape != mask.shape for tensor in tensors):
             # Of a mask of pairs, for instance, it is not known what padding is to it.
-            return np.full(len(mask), mask.shape[1])
+            return torch.full((len(mask),), mask.shape[1])
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        lengths: NDArray[np.int64] = (mask * places).amax(dim=1).clamp(min=1).cpu().numpy()
-        return lengths
+        return (mask * places).amax(dim=1).clamp(min=1).cpu()
 
     def read(self, batch: Any, device: torch.device) -> Inputs:
         """Images and tokens on a device, of a batch that starts with images and with tokens, a mapping or strings."""

@@ -6,7 +6,7 @@ has one dimension or none, a thousandth of a model, stays float32.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class HalfOptimizer(Optimizer):
         super().__init__(groups, defaults)
         self._state_type = getattr(torch, options.adam_statistics)
         self._seed, self._step_supports_amp_scaling = seed, held_back
-        self._generators: dict[torch.device, torch.Generator] = {}
 
     @override
     @torch.no_grad()
@@ -124,11 +123,8 @@ class HalfOptimizer(Optimizer):
 
     def noise(self, parameter: Tensor, place: int, *key: int) -> torch.Generator:
         """The source of the noise of a parameter's step; ``place`` says which parameter it is."""
-        device = parameter.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
         seed = seed_of(self._seed, self.state[parameter]["step"], place, *shard_of(parameter), *key)
-        return self._generators[device].manual_seed(seed)
+        return torch.Generator(parameter.device).manual_seed(seed)
 
     def write(self, old: Tensor, new: Tensor) -> None:
         """Write new numbers, where nothing holds the update back."""
@@ -157,15 +153,12 @@ class HalfAdamW(HalfOptimizer):
 
     def _step_one(self, parameter: Tensor, gradient: Tensor, place: int, group: dict[str, Any]) -> None:
         state = self.next_state(parameter, *MOMENTS)
-        rate, (beta1, beta2), step = group["lr"], group["betas"], state["step"]
-        decay, root = rate * group["weight_decay"], math.sqrt(1 - beta2**step)
-        numbers = (1 - decay, rate / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, 1 / root, group["eps"])
         kept = [local(tensor) for tensor in (parameter.detach(), *(state[name] for name in MOMENTS))]
         flat = [tensor.reshape(-1) for tensor in kept]
         num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
         generator, size = self.noise(parameter, place), PIECE.get(parameter.device.type, LARGE_PIECE)
         for piece, *now in zip(*(tensor.split(size) for tensor in (gradient.reshape(-1), *flat)), strict=True):
-            then = adamw_step(now, piece, numbers, draw(generator, num_rounded, len(piece)))
+            then = adamw_step(now, piece, group, state["step"], draw(generator, num_rounded, len(piece)))
             for old, new in zip(now, then, strict=True):
                 self.write(old, new)
         for tensor, values in zip(kept, flat, strict=True):
@@ -173,23 +166,20 @@ class HalfAdamW(HalfOptimizer):
                 tensor.copy_(values.view_as(tensor))
 
 
-def adamw_step(
-    kept: Sequence[Tensor], gradient: Tensor, numbers: tuple[float, ...], noise: Tensor
-) -> tuple[Tensor, ...]:
+def adamw_step(kept: list[Tensor], gradient: Tensor, group: dict[str, Any], step: int, noise: Tensor) -> list[Tensor]:
     """The next w, m, v of ``kept``, (n,) each, computed in float32, rounded once where they are kept in bfloat16.
 
-    The numbers are 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε; of the noise, (k, n) int16, there is a
-    row for each of the kept that is bfloat16.
+    Of the noise, (k, n) int16, there is a row for each of the kept that is bfloat16.
     """
-    shrink, rate, new_first, keep_second, new_second, root, eps = numbers
+    rate, (beta1, beta2) = group["lr"], group["betas"]
     weights, first, second = (tensor.float() for tensor in kept)
     gradient = gradient.float()
-    first = first.lerp(gradient, new_first)
-    second = (second * keep_second).add_(gradient.square().mul_(new_second))
-    size = second.sqrt().mul_(root).add_(eps)
-    weights = (weights * shrink).sub_((first / size).mul_(rate))
-    rows = iter(noise.unbind())
-    return tuple(
+    first = first.lerp(gradient, 1 - beta1)
+    second = (second * beta2).add_(gradient.square().mul_(1 - beta2))
+    size = second.sqrt().mul_(1 / math.sqrt(1 - beta2**step)).add_(group["eps"])
+    weights = (weights * (1 - rate * group["weight_decay"])).sub_((first / size).mul_(rate / (1 - beta1**step)))
+    rows = iter(noise)
+    return [
         round_stochastically(wide, next(rows)) if tensor.dtype == torch.bfloat16 else wide
         for tensor, wide in zip(kept, (weights, first, second), strict=True)
-    )
+    ]

@@ -11,7 +11,6 @@ A, B  rows and columns of a matrix      K  matrices of one shape
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,10 +110,9 @@ class Muon(HalfOptimizer):
             places = {parameter: number for number, parameter in enumerate(group["params"], place)}
             place += len(places)
             for some in _alike([parameter for parameter in places if parameter.grad is not None]):
-                updates = [self._follow(parameter, group["momentum"], places[parameter]) for parameter in some]
-                directions = orthogonalise(torch.cat([_lying(update) for update in updates]))
-                counts = [row_blocks(update) for update in updates]
-                for parameter, blocks in zip(some, directions.split(counts), strict=True):
+                updates = [_lying(self._follow(one, group["momentum"], places[one])) for one in some]
+                directions = orthogonalise(torch.cat(updates)).split([len(blocks) for blocks in updates])
+                for parameter, blocks in zip(some, directions, strict=True):
                     self._move(parameter, blocks, group, places[parameter])
 
     def _follow(self, parameter: Tensor, momentum: float, place: int) -> Tensor:
@@ -131,21 +129,21 @@ class Muon(HalfOptimizer):
         return DTensor.from_local(update, mesh, parameter.placements, shape=shape, stride=stride).full_tensor()
 
     def _move(self, parameter: Tensor, blocks: Tensor, group: dict[str, Any], place: int) -> None:
-        rows, columns = _block_shape(parameter)
-        direction = (blocks.mT if rows > columns else blocks).reshape(parameter.shape)
+        lies = parameter.shape[1] == blocks.shape[2]
+        direction = (blocks if lies else blocks.mT).reshape(parameter.shape)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             direction = distribute_tensor(direction, mesh, placements, src_data_rank=None).to_local()
         rate, weights = group["lr"], parameter.detach()
         moved = local(weights).float() * (1 - rate * group["weight_decay"])
-        moved.add_(direction, alpha=-RMS_OF_ADAMW * rate * math.sqrt(max(rows, columns)))
+        moved.add_(direction, alpha=-RMS_OF_ADAMW * rate * math.sqrt(blocks.shape[2]))
         self._round(parameter, weights, moved, place, 1)
 
     def _round(self, parameter: Tensor, tensor: Tensor, values: Tensor, place: int, which: int) -> None:
         kept = local(tensor)
         if kept.dtype == torch.bfloat16:
             noise = draw(self.noise(parameter, place, STREAM, which), 1, values.numel()).view(values.shape)
-            values = round_stochastically(values.contiguous(), noise)
+            values = round_stochastically(values, noise)
         self.write(kept, values)
 
 
@@ -169,22 +167,19 @@ def row_blocks(matrix: Tensor) -> int:
     return 3 if rows == 3 * columns else 1
 
 
-def _block_shape(matrix: Tensor) -> tuple[int, int]:
-    rows, columns = matrix.shape
-    return rows // row_blocks(matrix), columns
-
-
 def _lying(update: Tensor) -> Tensor:
     # (A or 3 A, B) → its matrices, (1 or 3, A, B), or (…, B, A) where that is wider than high; bfloat16.
-    blocks = update.bfloat16().view(row_blocks(update), *_block_shape(update))
-    return blocks.mT if blocks.shape[-2] > blocks.shape[-1] else blocks
+    blocks = update.bfloat16().unflatten(0, (row_blocks(update), -1))
+    return blocks.mT if blocks.shape[1] > blocks.shape[2] else blocks
 
 
 def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     # By the shape of their blocks, of which there are three at most, a transpose being the same.
-    found: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    found: dict[Any, list[Tensor]] = {}
     for matrix in matrices:
-        found[*sorted(_block_shape(matrix)), matrix.device].append(matrix)
+        rows, columns = matrix.shape
+        key = *sorted((rows // row_blocks(matrix), columns)), matrix.device
+        found.setdefault(key, []).append(matrix)
     for (low, high, _), some in found.items():
         size = -(-AT_ONCE // (3 * low * high))
         yield from (some[start : start + size] for start in range(0, len(some), size))

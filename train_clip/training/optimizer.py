@@ -1,7 +1,7 @@
 """The optimizer, its groups of parameters, and a warm-up and cosine over the whole run (CLIP paper, section 2.5)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
@@ -36,13 +36,13 @@ def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused
     """PyTorch's AdamW; ``HalfAdamW`` where weights or state are kept in bfloat16."""
     if options.keeps_halves:
         return HalfAdamW(groups, options, seed, held_back=fused)
-    numbers: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps}
+    numbers: Any = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps}
     return AdamW(groups, **numbers, fused=fused)
 
 
 def build_sgd(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, __: int) -> Optimizer:
     """SGD with momentum, whose weight decay is a part of the gradient."""
-    numbers: dict[str, Any] = {"lr": options.learning_rate, "momentum": options.momentum}
+    numbers: Any = {"lr": options.learning_rate, "momentum": options.momentum}
     sgd = SGD(groups, **numbers, fused=fused)
     for parameter in (p for group in sgd.param_groups for p in group["params"] if fused and options.momentum):
         # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
@@ -88,8 +88,7 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
     ):
         own = getattr(options, f"{name}_learning_rate")
         found |= dict.fromkeys(parameters, own) if own else {}
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if options.layer_decay == 1 or not trained:
+        if options.layer_decay == 1 or not any(parameter.requires_grad for parameter in parameters):
             continue
         blocks = blocks_of(tower)
         if not blocks:
@@ -99,17 +98,16 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
                 f"nn.ModuleList. Leave layer_decay out, or freeze that tower: lock_{name}. {name}_learning_rate sets "
                 "one rate for all of it."
             )
-        layers = {parameter: place for place, block in enumerate(blocks, 1) for parameter in block.parameters()}
-        declared_in_order, reached, after = last.isdisjoint(parameters), 0, len(blocks) + 1
+        layers = {parameter: layer for layer, block in enumerate(blocks, 1) for parameter in block.parameters()}
+        declared_in_order, layer, after = last.isdisjoint(parameters), 0, len(blocks) + 1
         for parameter in parameters:
-            if parameter in layers:
-                reached = layers[parameter]
-            elif declared_in_order:
-                layers[parameter] = after if reached == len(blocks) else reached
+            if declared_in_order:
+                other = layer if layer < len(blocks) else after
             else:
-                layers[parameter] = after if parameter in last else 0
-        for parameter in trained:
-            found[parameter] = found.get(parameter, usual) * options.layer_decay ** (after - layers[parameter])
+                other = after if parameter in last else 0
+            layer = layers.get(parameter, other)
+            if parameter.requires_grad:
+                found[parameter] = found.get(parameter, usual) * options.layer_decay ** (after - layer)
     return found
 
 
@@ -119,22 +117,18 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     Of a library's tower, what holds the most parameters among modules of one class beside each other that have parts of
     their own, and of those that hold as many the outermost.
     """
+    alike: list[list[nn.Module]] = []
     for module in tower.modules():
         if isinstance(module, Transformer):
             return list(module.resblocks)
-    return max(_alike(tower), key=lambda blocks: sum(p.numel() for b in blocks for p in b.parameters()), default=[])
-
-
-def _alike(tower: nn.Module) -> Iterator[list[nn.Module]]:
-    # Two and more children of one class, from the outside inwards. Of what only holds others, such as a ResNet's stages
-    # and its stem, these have to be of one class too.
-    for module in tower.modules():
+        # Of what only holds others, such as a ResNet's stages and its stem, these have to be of one class too.
         kinds: dict[Any, list[nn.Module]] = {}
         for child in module.children():
             if parts := list(child.children()):
                 holds = isinstance(child, nn.Sequential | nn.ModuleList)
                 kinds.setdefault((type(child), holds and type(parts[0])), []).append(child)
-        yield from (children for children in kinds.values() if len(children) > 1)
+        alike += [children for children in kinds.values() if len(children) > 1]
+    return max(alike, key=lambda blocks: sum(p.numel() for b in blocks for p in b.parameters()), default=[])
 
 
 def usual_rate(optimizer: Optimizer, peak: float | None) -> float:
