@@ -4,7 +4,6 @@ B  rows on this process      W  processes      D  width
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,10 +49,10 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def largest(values: Sequence[int]) -> list[int]:
+def largest(values: list[int]) -> list[int]:
     """The largest of each value over all ranks, as many on each, between the hosts: no one waits for a device."""
     if world()[1] == 1:
-        return list(values)
+        return values
     everyones = torch.tensor(values, dtype=torch.int64)
     distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=_host_group(distributed.group.WORLD))
     return everyones.tolist()

@@ -53,11 +53,10 @@ class _Tiled(torch.autograd.Function):
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
         loss = of_bias = torch.zeros((), dtype=dtype, device=rows.device)
         of_rows, of_columns = (torch.zeros_like(side) if wants_gradient else side for side in (wide_rows, wide_columns))
-        at_once = max(1, TILE // max(1, len(columns)))
-        for start in range(0, len(rows), at_once):
-            tile = slice(start, min(start + at_once, len(rows)))
-            own = torch.arange(offset + tile.start, offset + tile.stop, device=rows.device)[:, None]
-            logits = (scale.to(dtype) * wide_rows[tile]) @ wide_columns.T
+        places = torch.arange(offset, offset + len(rows), device=rows.device)[:, None]
+        tiles = (side.split(max(1, TILE // max(1, len(columns)))) for side in (wide_rows, of_rows, places))
+        for some, of_some, own in zip(*tiles, strict=True):
+            logits = (scale.to(dtype) * some) @ wide_columns.T
             if bias is not None:
                 logits.add_(bias)
             if groups is not None:
@@ -65,8 +64,8 @@ class _Tiled(torch.autograd.Function):
             loss = loss + tile_loss(logits, own, wants_gradient)
             if wants_gradient:
                 of_bias = of_bias if bias is None else of_bias + logits.sum()
-                torch.mm(logits, wide_columns, out=of_rows[tile])
-                of_columns.addmm_(logits.T, wide_rows[tile])
+                torch.mm(logits, wide_columns, out=of_some)
+                of_columns.addmm_(logits.T, some)
         if wants_gradient:
             of_scale = (wide_rows * of_rows).sum() / len(rows)
             of_rows.mul_(scale / len(rows))

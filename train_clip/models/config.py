@@ -122,6 +122,10 @@ class OptimizerConfig:
             _require(value >= 0, f"{name} {value}, expected 0 or above")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
 
+    def options(self) -> dict[str, Any]:
+        """The options of an optimizer whose defaults are a model's."""
+        return {"learning_rate": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -38,17 +38,15 @@ class BatchReader:
     def measure(self, batch: Any) -> None:
         """Note the lengths of the captions of the batch that is read next while it is on the host."""
         self._lengths = None
-        texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-        tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
-        ids: Any = texts.get("input_ids") if isinstance(texts, Mapping) else texts
-        if all(isinstance(one, Tensor) and one.numel() for one in (*tensors, ids)) and ids.ndim == 2:
-            self._lengths = self.lengths(self._taken(texts))
+        texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else {}
+        named = _named(texts)
+        if "input_ids" in named and all(isinstance(one, Tensor) and one.numel() for one in named.values()):
+            self._lengths = self.lengths(self._taken(texts)) if named["input_ids"].ndim == 2 else None
 
     def lengths(self, texts: Texts) -> Tensor:
         """Tokens of each caption up to where nothing but padding comes, (B,) int64 on the host."""
         mask = self.model.caption_mask(texts)
-        tensors = texts.values() if isinstance(texts, Mapping) else [texts]
-        if self.padding_counts or any(tensor.ndim > 1 and tensor.shape != mask.shape for tensor in tensors):
+        if self.padding_counts or any(one.ndim > 1 and one.shape != mask.shape for one in _named(texts).values()):
             # Of a mask of pairs, for instance, it is not known what padding is to it.
             return torch.full((len(mask),), mask.shape[1])
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
@@ -80,19 +78,23 @@ class BatchReader:
                     "data module one (custom_tokenizer=…)."
                 )
             texts = self.tokenizer.batch(list(texts))[0]
-        if isinstance(texts, Tensor):
-            return texts.to(device)
-        if "input_ids" not in texts:
-            raise UserError(f"The texts of a batch have the keys {', '.join(texts)}; expected input_ids among them.")
-        if odd := [name for name, value in texts.items() if not isinstance(value, Tensor)]:
-            raise UserError(
-                f"The texts of a batch hold a {type(texts[odd[0]]).__name__} under {odd[0]}; expected tensors. Ask the "
-                'tokenizer for them: return_tensors="pt", padding=True.'
-            )
+        named = _named(texts)
+        if "input_ids" not in named:
+            raise UserError(f"The texts of a batch have the keys {', '.join(named)}; expected input_ids among them.")
+        for name, value in named.items():
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"The texts of a batch hold a {type(value).__name__} under {name}; expected tensors. Ask the "
+                    'tokenizer for them: return_tensors="pt", padding=True.'
+                )
         return texts_on(device, self._taken(texts))
 
     def _taken(self, texts: Texts) -> Texts:
-        return texts["input_ids"] if isinstance(self.model, CLIP) and isinstance(texts, Mapping) else texts
+        return token_ids(texts) if isinstance(self.model, CLIP) else texts
+
+
+def _named(texts: Any) -> Mapping[str, Any]:
+    return texts if isinstance(texts, Mapping) else {"input_ids": texts}
 
 
 def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class WeightsEMA(nn.Module):
         """Move towards the model, after an update."""
         share = 1 - min(self.momentum, (1 + self.num_updates) / (10 + self.num_updates))
         own: list[Tensor] = []
-        theirs: list[Tensor] = []
+        theirs = []
         for mean, now in zip(self.model.parameters(), model.parameters(), strict=True):
             if mean.dtype != now.dtype:
                 # One by one: copies of all half weights at once would be as large as the EMA.

@@ -10,13 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd import Function
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from train_clip.gather import gather_with_gradient, world
 from train_clip.losses import Pairs
@@ -34,6 +31,8 @@ LEAST_ROWS = 64
 PRODUCTS = (nn.Linear, nn.Conv2d, SelfAttention)
 LARGE = 10_000  # rows of a table from which on it is worth gathering those that were looked up
 
+Encode = Callable[[Any], Tensor]
+"""What maps b rows to their embeddings, (b, D)."""
 Rows = Tensor | Mapping[str, Tensor]
 """(B, …), or several tensors of B rows by their names."""
 
@@ -97,7 +96,7 @@ class Chunks(NamedTuple):
 
 
 def encode_in_chunks(
-    encode: Callable[[Any], Tensor], batch: Rows, chunks: Chunks, encoder: nn.Module, lengths: Tensor | None = None
+    encode: Encode, batch: Rows, chunks: Chunks, encoder: nn.Module, lengths: Tensor | None = None
 ) -> Tensor:
     """Encode B rows to (B, D), in their order, holding the activations of few chunks at a time.
 
@@ -125,7 +124,7 @@ def encode_in_chunks(
     embeddings: list[Any] = []
     statistics: Statistics = {norm: [] for norm in norms}
     for place, part in enumerate(parts):
-        run = partial(checkpoint, _seeded, **how) if place < recomputed else _seeded
+        run = partial(torch.utils.checkpoint.checkpoint, _seeded, **how) if place < recomputed else _seeded
         with _recording(statistics) if norms else nullcontext():
             embeddings.append(run(encode, part, seed_of(*chunks.seed, place)))
     for norm, seen in statistics.items():
@@ -158,15 +157,15 @@ def _cut(batch: Rows, number: int, lengths: Tensor | None) -> tuple[list[Any], T
     return [dict(zip(batch, parts, strict=True)) for parts in columns], order
 
 
-def _seeded(encode: Callable[[Any], Tensor], chunk: Any, seed: int) -> Tensor:
+def _seeded(encode: Encode, chunk: Any, seed: int) -> Tensor:
     rows = _first(chunk)
     with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
         torch.manual_seed(seed)
         return encode(chunk)
 
 
-Statistics = dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]]
-"""Of each norm (n_k, mean_k, var_k) of the chunks that went through it."""
+Statistics = dict[Any, list[tuple[int, Tensor, Tensor]]]
+"""Of each BatchNorm (n_k, mean_k, var_k) of the chunks that went through it."""
 
 
 @contextmanager
@@ -187,7 +186,7 @@ def _recording(statistics: Statistics) -> Iterator[None]:
         yield
         for norm, count in counts.items():
             if count:
-                statistics[norm].append((count, cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)))
+                statistics[norm].append((count, norm.running_mean, norm.running_var))
 
 
 @torch.no_grad()
@@ -217,7 +216,7 @@ class WeightSubstitutes:
 
     def __init__(self, model: nn.Module, halves: bool, tables: bool = False) -> None:
         # Where something is replaced: a module's dictionary, the key, and what makes the substitute.
-        self.places: list[tuple[dict[str, Any], str, Callable[[], Any]]] = []
+        self.places: list[tuple[dict, str, Callable]] = []
         copies: dict[Tensor, Tensor] = {}
         found = [
             (module, name, weight)
@@ -257,7 +256,7 @@ class WeightSubstitutes:
             for place, key, value in reversed(before):
                 place[key] = value
 
-    def around(self, encode: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    def around(self, encode: Encode) -> Encode:
         """Wrap what encodes (b, …) rows of a chunk, so that chunks meet in the substitutes.
 
         In the recomputation of a chunk too, within the backward pass. Autocast goes without its cache of weights: with
@@ -278,7 +277,7 @@ def _always(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-class _Carrier(Function):
+class _Carrier(torch.autograd.Function):
     # A weight → float32 of its shape and of no memory, at which gradients of the chunks are added in float32.
 
     @staticmethod
@@ -290,7 +289,7 @@ class _Carrier(Function):
         return sums[0].bfloat16()  # rounded once
 
 
-class _Carried(Function):
+class _Carried(torch.autograd.Function):
     # The weight itself, for one chunk, whose gradient goes to the carrier.
 
     @staticmethod
@@ -302,7 +301,7 @@ class _Carried(Function):
         return gradients[0].float(), None
 
 
-class _RowsToTable(Function):
+class _RowsToTable(torch.autograd.Function):
     # A table, at which the rows of all chunks' gradients are gathered, and added into one gradient of the whole.
 
     @staticmethod

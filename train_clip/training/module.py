@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from train_clip.checkpoints import found, own
-from train_clip.data.augment import augment, draw_batch, warnings_of_flips
-from train_clip.data.samples import Batch
+from train_clip.data import augment, samples
 from train_clip.errors import UserError
 from train_clip.evaluation import embed
 from train_clip.gather import world
@@ -52,13 +51,8 @@ class ContrastiveModule(L.LightningModule):
         # Beside a data module the module's own hook is as welcome as anywhere.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         self.model, self._preset, self._reader = model, preset, BatchReader(model)
-        self.options = options = TrainingOptions.of(
-            options.flat(),
-            optimizer="adamw",
-            distillation="none",
-            learning_rate=preset.lr,
-            **{name: getattr(preset, name) for name in ("weight_decay", "betas", "eps")},
-        )
+        options = TrainingOptions.of(options.flat(), optimizer="adamw", distillation="none", **preset.options())
+        self.options = options
         towers, objective = options.towers, options.objective
         model.lock(towers.lock_image, towers.lock_text)
         if {parameter for parameter in model.parameters() if parameter.requires_grad} <= {*model.temperature()}:
@@ -108,8 +102,8 @@ class ContrastiveModule(L.LightningModule):
         # By draws that depend on the seed, the batch and an image's place in it alone.
         how, (rank, processes) = self.options.augmentation, world()
         rows = slice(rank * len(images), (rank + 1) * len(images))
-        draws = draw_batch(how, (self.options.step.seed, self.consumed_batches), rows, processes * len(images))
-        return augment(images, how, draws.on(images.device))
+        draws = augment.draw_batch(how, (self.options.step.seed, self.consumed_batches), rows, processes * len(images))
+        return augment.augment(images, how, draws.on(images.device))
 
     @torch.no_grad()
     def _log_step(self, loss: Tensor, parts: dict[str, Tensor], pairs: Pairs) -> None:
@@ -117,22 +111,21 @@ class ContrastiveModule(L.LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.device.type != "cpu" and not (every and (self.trainer.global_step + 1) % every == 0):
             return
-        rate = usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate)
         floor = 0.0 if self._mask_equal else self._loss.floor(cast(Tensor, pairs.captions))
-        figures = {
+        figures: dict[str, Any] = {
             "loss": loss,
             "loss_above_floor": parts["contrastive_loss"] - floor,
             "accuracy_image_to_text": softmax.accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
             "accuracy_text_to_image": softmax.accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
             "logit_scale": self.model.logit_scale.exp(),
-            "learning_rate": torch.tensor(rate, device=self.device),
+            "learning_rate": usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate),
         }
         if self.model.logit_bias is not None:
             figures["logit_bias"] = self.model.logit_bias
         if self.distillation is not None:
             figures |= parts | {"distillation_scale": self.distillation.log_scale.exp()}
-        figures = {f"train/{name}": figure.detach() for name, figure in figures.items()}
-        self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
+        named = {f"train/{name}": figure for name, figure in figures.items()}
+        self.log_dict(named, sync_dist=True, batch_size=len(pairs.images))
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
@@ -150,18 +143,17 @@ class ContrastiveModule(L.LightningModule):
                 "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
                 "max_epochs is -1. Set the Trainer's max_steps."
             )
-        num_steps, warmup_steps = int(num_steps), self.options.optimizer.warmup_steps
-        warmup_steps = warmup_for(num_steps, self._preset) if warmup_steps is None else warmup_steps
+        warmup_steps = self.options.optimizer.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = warmup_for(int(num_steps), self._preset)
         optimizer = build_optimizer(self, self.model, self.options, self._fuses())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(warmup_steps, int(num_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _fuses(self) -> bool:
         # Under a scaler a fused update would unscale after the gradient was looked at and clipped.
-        return (
-            self.trainer.strategy.root_device.type in ("cpu", "cuda")
-            and internals.gradient_scaler(self.trainer) is None
-        )
+        has_scaler = internals.gradient_scaler(self.trainer) is not None
+        return self.trainer.strategy.root_device.type in ("cpu", "cuda") and not has_scaler
 
     @override
     def configure_gradient_clipping(
@@ -191,7 +183,7 @@ class ContrastiveModule(L.LightningModule):
         if dataloader_idx:
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
         inputs = self._reader.read(batch, self.device)
-        missing = batch.missing if isinstance(batch, Batch) else ()
+        missing = batch.missing if isinstance(batch, samples.Batch) else ()
         for split, model in self._splits:
             split.add(*self._towers.embed(model, inputs, self.consumed_batches), inputs.captions, missing)
 
@@ -254,7 +246,8 @@ class ContrastiveModule(L.LightningModule):
                 switches.compile_tower(self.model.visual, dynamic=False)
                 switches.compile_tower(self.model.transformer, dynamic=True)
             pairs = getattr(getattr(self.trainer, "datamodule", None), "training_pairs", None)
-            for warning in warnings_of_flips(self.options.augmentation, pairs) if self.trainer.is_global_zero else ():
+            warnings_of_flips = augment.warnings_of_flips(self.options.augmentation, pairs)
+            for warning in warnings_of_flips if self.trainer.is_global_zero else ():
                 rank_zero_warn(warning)
 
     @override
@@ -277,15 +270,14 @@ class ContrastiveModule(L.LightningModule):
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Measure the captions while they are on the host, unless someone changes the batch on its way.
-        owners = self, getattr(self.trainer, "datamodule", None)
-        if not any(
-            model_helpers.is_overridden(hook, owner) for owner in owners if owner is not None for hook in LATER_HOOKS
-        ):
+        data = getattr(self.trainer, "datamodule", None)
+        owners = [self] if data is None else [self, data]
+        if not any(model_helpers.is_overridden(hook, owner) for owner in owners for hook in LATER_HOOKS):
             self._reader.measure(batch)
         return batch
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
         # Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants.
         self._towers.fixed_texts.clear()
         if internals.resuming(internals.trainer_of(self)):
@@ -294,10 +286,11 @@ class ContrastiveModule(L.LightningModule):
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
-                    group |= {"fused": self._fuses()} if "fused" in group else {}
+                    if "fused" in group:
+                        group["fused"] = self._fuses()
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
         self._end_of_step.finite.read()  # no state is saved after a step that was not finite
 
     def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:

@@ -5,15 +5,12 @@ from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
-import torch
-from torch import nn
+from torch import nn, zeros_like
 from torch.optim import SGD, AdamW, Optimizer
 
 from train_clip.errors import UserError
+from train_clip.models import clip, config, vit
 from train_clip.models.blocks import Transformer
-from train_clip.models.clip import CLIP, DualEncoder
-from train_clip.models.config import OptimizerConfig
-from train_clip.models.vit import VisionTransformer
 from train_clip.options import OPTIMIZERS, OptimizerOptions, TowerOptions, TrainingOptions
 from train_clip.training.half_precision import Groups, HalfAdamW
 
@@ -21,18 +18,20 @@ WARMUP_SHARE = 0.1  # of a run that is too short for the preset's warm-up
 LAST = ("proj", "ln_post", "text_projection", "ln_final")  # follow the blocks in our own towers, wherever declared
 
 
-def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOptions, fused: bool = False) -> Optimizer:
+def build_optimizer(
+    module: nn.Module, model: clip.DualEncoder, options: TrainingOptions, fused: bool = False
+) -> Optimizer:
     """Make the optimizer that the options name for what is trained of a module: the model's, and what is beside it.
 
     With ``fused``, one kernel makes the whole update, which a flag on the device (``found_inf``) can hold back.
     """
     numbers = options.optimizer
     groups = parameter_groups(module, numbers, peak_rates(model, options.towers, numbers.learning_rate))
-    build: Callable[..., Optimizer] = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
+    build = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
     return build(groups, model, numbers, fused, options.step.seed)
 
 
-def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
+def build_adamw(groups: Groups, _: clip.DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
     """PyTorch's AdamW; ``HalfAdamW`` where weights or state are kept in bfloat16."""
     if options.keeps_halves:
         return HalfAdamW(groups, options, seed, held_back=fused)
@@ -40,13 +39,13 @@ def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused
     return AdamW(groups, **numbers, fused=fused)
 
 
-def build_sgd(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, __: int) -> Optimizer:
+def build_sgd(groups: Groups, _: clip.DualEncoder, options: OptimizerOptions, fused: bool, __: int) -> Optimizer:
     """SGD with momentum, whose weight decay is a part of the gradient."""
     numbers: Any = {"lr": options.learning_rate, "momentum": options.momentum}
     sgd = SGD(groups, **numbers, fused=fused)
     for parameter in (p for group in sgd.param_groups for p in group["params"] if fused and options.momentum):
         # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        sgd.state[parameter]["momentum_buffer"] = zeros_like(parameter)
     return sgd
 
 
@@ -67,7 +66,7 @@ def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mappin
     ]
 
 
-def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
+def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
     """Peak learning rates of the towers' parameters, where they differ from the usual one.
 
         rate · D^(L + 1 - l)        l = 0 before the L blocks of a tower, 1 … L in them, L + 1 after the last one
@@ -79,7 +78,7 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
     last = {
         parameter
         for module in model.modules()
-        if isinstance(module, CLIP | VisionTransformer)
+        if isinstance(module, clip.CLIP | vit.VisionTransformer)
         for name, parameter in module.named_parameters()
         if name.startswith(LAST)
     }
@@ -137,9 +136,9 @@ def usual_rate(optimizer: Optimizer, peak: float | None) -> float:
     return next((group["lr"] for group in groups if group["initial_lr"] == peak), groups[0]["lr"])
 
 
-def warmup_for(num_steps: int, config: OptimizerConfig) -> int:
+def warmup_for(num_steps: int, preset: config.OptimizerConfig) -> int:
     """The warm-up of a run for which none is given: the preset's, or a tenth of the run where that is less."""
-    return min(config.warmup_steps, int(WARMUP_SHARE * num_steps))
+    return min(preset.warmup_steps, int(WARMUP_SHARE * num_steps))
 
 
 def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], float]:

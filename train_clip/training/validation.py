@@ -1,6 +1,5 @@
 """The validation split, scored as a whole: the figures are one process's whatever the number of processes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ class ValidationSplit:
         self._embed_dim, self._loss = embed_dim, loss
         self._batches: list[tuple[Tensor, ...]] = []
 
-    def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: Sequence[int] = ()) -> None:
+    def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: tuple[int, ...] = ()) -> None:
         """Add one process's batch of unit norm, (n, D) float, and (n,) int64, equal for equal captions.
 
         Rows that are ``missing`` only hold a place, for pairs that could not be read; they are not scored.
