@@ -34,10 +34,8 @@ def tiled_loss(
         offset: column of this process's first pair.
         groups: (N,) int64: columns equal to a row's own leave its loss, the own one stays. None for all to stay.
     """
-    if not torch.is_grad_enabled():
-        inputs = tuple(tensor if tensor is None else tensor.detach() for tensor in inputs)  # type: ignore[assignment]
     with torch.autocast(inputs[0].device.type, enabled=False):
-        loss: Tensor = _Tiled.apply(*inputs, (tile_loss, offset, groups))
+        loss: Tensor = _Tiled.apply(*inputs, (tile_loss, offset, groups, torch.is_grad_enabled()))
     return loss
 
 
@@ -47,8 +45,8 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, how: Any) -> Tensor:
-        tile_loss, offset, groups = how
-        wants_gradient = any(ctx.needs_input_grad)
+        tile_loss, offset, groups, is_recorded = how
+        wants_gradient = is_recorded and any(ctx.needs_input_grad)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
         loss = of_bias = torch.zeros((), dtype=dtype, device=rows.device)

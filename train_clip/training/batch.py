@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from train_clip.errors import UserError
-from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on, token_ids
+from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on
 
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
 
@@ -60,7 +60,7 @@ class BatchReader:
                 "Give the loader a collate_fn that returns (images, texts)."
             )
         images, texts = batch[0], self.tokens(batch[1], device)
-        ids = token_ids(texts)
+        ids = _named(texts)["input_ids"]
         _check_shapes(images, ids, self.model)
         if not self._checked_values:
             self._checked_values = True
@@ -90,7 +90,7 @@ class BatchReader:
         return texts_on(device, self._taken(texts))
 
     def _taken(self, texts: Texts) -> Texts:
-        return token_ids(texts) if isinstance(self.model, CLIP) else texts
+        return _named(texts)["input_ids"] if isinstance(self.model, CLIP) else texts
 
 
 def _named(texts: Any) -> Mapping[str, Any]:
