@@ -13,9 +13,7 @@ import random
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from clock import now
 from torch import Tensor
@@ -43,7 +41,7 @@ def main() -> None:
         some = [" ".join(caption.split()[:WORDS]) for caption in captions[:batch]]
         some += some[: batch - len(some)]
         padded = Tokenizer()(some)
-        lengths = (padded.argmax(dim=1) + 1).numpy()
+        lengths = padded.argmax(dim=1) + 1
         model = CLIP(read_config(name)).to("cuda" if torch.cuda.is_available() else "cpu")
         padded = padded.to(model.logit_scale.device)
         times: dict[int, list[float]] = {}
@@ -52,10 +50,10 @@ def main() -> None:
                 taken = one_pass(model, padded, lengths, pieces)
                 times.setdefault(pieces, []).extend([taken] if round_ else [])
         row = " | ".join(f"{1000 * statistics.median(times[pieces]):,.0f}" for pieces in (0, *PIECES))
-        print(f"| {name}, {batch} | {lengths.mean():.1f}, {lengths.max()} | {row} |", flush=True)
+        print(f"| {name}, {batch} | {lengths.float().mean():.1f}, {lengths.max()} | {row} |", flush=True)
 
 
-def one_pass(model: CLIP, tokens: Tensor, lengths: np.ndarray[Any, Any], pieces: int) -> float:
+def one_pass(model: CLIP, tokens: Tensor, lengths: Tensor, pieces: int) -> float:
     """Seconds of a forward and a backward pass in pieces; in none the rows keep their padding."""
     chunks.MOST_PIECES, chunks.LEAST_ROWS = max(1, pieces), 1
     encode = WeightSubstitutes(model, halves=False, tables=True).around(model.encode_text)

@@ -4,12 +4,10 @@ B  rows on this process      W  processes      D  width
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from typing_extensions import override
 
 T = TypeVar("T")
 
@@ -45,20 +43,19 @@ def gather_all(rows: Tensor) -> list[Tensor]:
 
 def gather_objects(value: T) -> list[T]:
     """Everyone's value, any object that pickles, in the order of the ranks. Small ones: they travel as bytes."""
-    values: list[Any] = [None] * world()[1]
-    if len(values) == 1:
-        return [value]
-    distributed.all_gather_object(values, value)
+    values = [value] * world()[1]
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
     return values
 
 
-def largest(values: Sequence[int]) -> list[int]:
+def largest(values: list[int]) -> list[int]:
     """The largest of each value over all ranks, as many on each, between the hosts: no one waits for a device."""
     if world()[1] == 1:
-        return list(values)
+        return values
     everyones = torch.tensor(values, dtype=torch.int64)
     distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=_host_group(distributed.group.WORLD))
-    return [int(value) for value in everyones]
+    return everyones.tolist()
 
 
 def total(number: int) -> int:
@@ -86,7 +83,6 @@ def on_any(flag: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    @override
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rank, size = world()
         ctx.length = len(rows)
@@ -96,7 +92,6 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    @override
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # All-reduce and cut, since gloo has no reduce-scatter; of a copy, since others may hold the same gradient.
         gradient = gradient.clone(memory_format=torch.contiguous_format)

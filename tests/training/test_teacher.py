@@ -244,7 +244,7 @@ def test_similarities_are_in_float32_under_autocast(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("train_clip.training.ema.divergence", spy(divergence))
+    monkeypatch.setattr("train_clip.losses.distillation.divergence", spy(divergence))
     monkeypatch.setattr("train_clip.losses.softmax.info_nce", spy(info_nce))
     module.distillation._targets = spy(module.distillation._targets)
     bare_trainer(precision="bf16-mixed").fit(module, loader(4, 4))

@@ -19,7 +19,8 @@ N  pairs of the global batch      B  pairs on this process      S  side of the i
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,6 +119,7 @@ def recolour(images: torch.Tensor, mixes: torch.Tensor, lifts: torch.Tensor) -> 
     return mixed.round_().clamp_(0, 255).view(images.shape)
 
 
+MOST_SHOWN = 80  # letters of a caption
 LOOKED_AT = 2000  # pairs: a share of 1% is found to within a fifth of it or so
 
 TURNS_AND_TEXT = """
@@ -137,6 +139,22 @@ WORDS = {
     "horizontal_flip": frozenset((SIDES + TURNS_AND_TEXT).split()),
     "vertical_flip": frozenset((HEIGHTS + TURNS_AND_TEXT).split()),
 }
+
+
+def warnings_of_flips(how: AugmentationOptions, pairs: Any) -> Iterator[str]:
+    """What is to be said of flips that some captions of this package's pairs contradict."""
+    flips = [flip for flip in WORDS if getattr(how, flip)]
+    captions = some_captions(pairs) if flips and isinstance(pairs, PairList) else []
+    for flip in flips:
+        if against := captions_against(flip, captions):
+            word, line = against[0]
+            shown = line if len(line) <= MOST_SHOWN else line[:MOST_SHOWN] + "…"
+            yield (
+                f"{flip} is {getattr(how, flip)}, and {len(against):,} of {len(captions):,} captions looked at "
+                f"({len(against) / len(captions):.1%}) name a side, a sense of turning or text, such as {word!r} in "
+                f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
+                "something else here."
+            )
 
 
 def some_captions(pairs: PairList, most: int = LOOKED_AT) -> list[str]:

@@ -1,12 +1,9 @@
 """Losses: pure functions of tensors. ``options.LOSSES`` names them, each a ``Loss`` in a file of its own."""
 
-import pkgutil
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor
-
-from train_clip.options import LOSSES
 
 
 class Pairs(NamedTuple):
@@ -27,8 +24,3 @@ class Loss(NamedTuple):
     of: Callable[[Pairs, Tensor, Tensor | None, bool], Tensor]
     # (N,) int64, equal for equal captions → () float32, the least that it can be where none leave it
     floor: Callable[[Tensor], Tensor]
-
-
-def loss_named(name: str) -> Loss:
-    """Find a loss by its name in ``options.LOSSES``."""
-    return cast(Loss, pkgutil.resolve_name(LOSSES[name]))

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 STRENGTH = 0.15  # λ, of the entropy
 ITERATIONS = 5  # of Sinkhorn's algorithm
@@ -52,7 +51,7 @@ def divergence(rows: Tensor, columns: Tensor, scale: Tensor, log_target: Tensor)
     """
     similarity = scale * rows @ columns.T
     log_student = similarity.to(torch.promote_types(similarity.dtype, torch.float32)).log_softmax(dim=1)
-    return F.kl_div(log_student, log_target, reduction="batchmean", log_target=True)
+    return torch.nn.functional.kl_div(log_student, log_target, reduction="batchmean", log_target=True)
 
 
 def _targets(images: Tensor, texts: Tensor, spread: Callable[[Tensor], Tensor]) -> Targets:

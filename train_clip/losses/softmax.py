@@ -5,7 +5,6 @@ B  pairs on this process      N  pairs of the global batch      D  embedding wid
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from train_clip.losses import Loss, Pairs
 from train_clip.losses.tiles import TILE, tiled_loss
@@ -37,7 +36,7 @@ def info_nce(rows: Tensor, columns: Tensor, scale: Tensor, offset: int = 0, grou
     if groups is not None:
         others = (groups[own, None] == groups).scatter_(1, own[:, None], False)
         similarity = similarity.masked_fill(others, -torch.inf)
-    return F.cross_entropy(similarity, own)
+    return torch.nn.functional.cross_entropy(similarity, own)
 
 
 def softmax_tile(logits: Tensor, own: Tensor, wants_gradient: bool) -> Tensor:

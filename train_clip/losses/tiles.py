@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from typing_extensions import override
 
 TILE = 2**22  # similarities that are held at a time
 
@@ -35,10 +34,8 @@ def tiled_loss(
         offset: column of this process's first pair.
         groups: (N,) int64: columns equal to a row's own leave its loss, the own one stays. None for all to stay.
     """
-    if not torch.is_grad_enabled():
-        inputs = tuple(tensor if tensor is None else tensor.detach() for tensor in inputs)  # type: ignore[assignment]
     with torch.autocast(inputs[0].device.type, enabled=False):
-        loss: Tensor = _Tiled.apply(*inputs, tile_loss, offset, groups)
+        loss: Tensor = _Tiled.apply(*inputs, (tile_loss, offset, groups, torch.is_grad_enabled()))
     return loss
 
 
@@ -47,27 +44,17 @@ class _Tiled(torch.autograd.Function):
     # ∂rows = scale · G columns      ∂columns = scale · Gᵀ rows      ∂scale = Σ rows ∘ G columns      ∂bias = Σ G
 
     @staticmethod
-    @override
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        tile_loss: TileLoss,
-        offset: int,
-        groups: Tensor | None,
-    ) -> Tensor:
-        wants_gradient = any(ctx.needs_input_grad)
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, how: Any) -> Tensor:
+        tile_loss, offset, groups, is_recorded = how
+        wants_gradient = is_recorded and any(ctx.needs_input_grad)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
         wide_rows, wide_columns = rows.to(dtype), columns.to(dtype)
         loss = of_bias = torch.zeros((), dtype=dtype, device=rows.device)
         of_rows, of_columns = (torch.zeros_like(side) if wants_gradient else side for side in (wide_rows, wide_columns))
-        at_once = max(1, TILE // max(1, len(columns)))
-        for start in range(0, len(rows), at_once):
-            tile = slice(start, min(start + at_once, len(rows)))
-            own = torch.arange(offset + tile.start, offset + tile.stop, device=rows.device)[:, None]
-            logits = (scale.to(dtype) * wide_rows[tile]) @ wide_columns.T
+        places = torch.arange(offset, offset + len(rows), device=rows.device)[:, None]
+        tiles = (side.split(max(1, TILE // max(1, len(columns)))) for side in (wide_rows, of_rows, places))
+        for some, of_some, own in zip(*tiles, strict=True):
+            logits = (scale.to(dtype) * some) @ wide_columns.T
             if bias is not None:
                 logits.add_(bias)
             if groups is not None:
@@ -75,8 +62,8 @@ class _Tiled(torch.autograd.Function):
             loss = loss + tile_loss(logits, own, wants_gradient)
             if wants_gradient:
                 of_bias = of_bias if bias is None else of_bias + logits.sum()
-                torch.mm(logits, wide_columns, out=of_rows[tile])
-                of_columns.addmm_(logits.T, wide_rows[tile])
+                torch.mm(logits, wide_columns, out=of_some)
+                of_columns.addmm_(logits.T, some)
         if wants_gradient:
             of_scale = (wide_rows * of_rows).sum() / len(rows)
             of_rows.mul_(scale / len(rows))
@@ -87,7 +74,6 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @override
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (part if part is None else upstream.to(part.dtype) * part for part in ctx.saved_tensors)
-        return *scaled, None, None, None
+        return *scaled, None

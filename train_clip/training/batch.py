@@ -6,14 +6,12 @@ B  pairs on this process      L  tokens of the longest caption      S  side of t
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 from torch import Tensor
 
 from train_clip.errors import UserError
-from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on, token_ids
+from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on
 
 LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
 
@@ -23,39 +21,36 @@ class Inputs(NamedTuple):
 
     images: Tensor  # (B, 3, S, S) uint8, or float that is already normalised
     texts: Texts  # tokens
-    lengths: NDArray[np.int64]  # (B,) tokens of each caption, on the host: what comes after them is padding
+    lengths: Tensor  # (B,) int64 tokens of each caption, on the host: what comes after them is padding
     captions: Tensor  # (B,) int64, equal for equal captions
 
 
 class BatchReader:
     """Reads batches of any accepted kind for a model; texts that are strings need a tokenizer."""
 
-    def __init__(self, model: DualEncoder, tokenizer: Any) -> None:
+    def __init__(self, model: DualEncoder) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = None
         self.padding_counts = False  # whether the text tower makes something else of a caption that is padded
         self._checked_values = False
-        self._lengths: NDArray[np.int64] | None = None
+        self._lengths: Tensor | None = None
 
     def measure(self, batch: Any) -> None:
         """Note the lengths of the captions of the batch that is read next while it is on the host."""
         self._lengths = None
-        texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else None
-        tensors = list(texts.values()) if isinstance(texts, Mapping) else [texts]
-        ids: Any = texts.get("input_ids") if isinstance(texts, Mapping) else texts
-        if all(isinstance(one, Tensor) and one.numel() for one in (*tensors, ids)) and ids.ndim == 2:
-            self._lengths = self.lengths(self._taken(texts))
+        texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else {}
+        named = _named(texts)
+        if "input_ids" in named and all(isinstance(one, Tensor) and one.numel() for one in named.values()):
+            self._lengths = self.lengths(self._taken(texts)) if named["input_ids"].ndim == 2 else None
 
-    def lengths(self, texts: Texts) -> NDArray[np.int64]:
-        """Tokens of each caption up to where nothing but padding comes, (B,) on the host."""
+    def lengths(self, texts: Texts) -> Tensor:
+        """Tokens of each caption up to where nothing but padding comes, (B,) int64 on the host."""
         mask = self.model.caption_mask(texts)
-        tensors = texts.values() if isinstance(texts, Mapping) else [texts]
-        if self.padding_counts or any(tensor.ndim > 1 and tensor.shape != mask.shape for tensor in tensors):
+        if self.padding_counts or any(one.ndim > 1 and one.shape != mask.shape for one in _named(texts).values()):
             # Of a mask of pairs, for instance, it is not known what padding is to it.
-            return np.full(len(mask), mask.shape[1])
+            return torch.full((len(mask),), mask.shape[1])
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        lengths: NDArray[np.int64] = (mask * places).amax(dim=1).clamp(min=1).cpu().numpy()
-        return lengths
+        return (mask * places).amax(dim=1).clamp(min=1).cpu()
 
     def read(self, batch: Any, device: torch.device) -> Inputs:
         """Images and tokens on a device, of a batch that starts with images and with tokens, a mapping or strings."""
@@ -65,7 +60,7 @@ class BatchReader:
                 "Give the loader a collate_fn that returns (images, texts)."
             )
         images, texts = batch[0], self.tokens(batch[1], device)
-        ids = token_ids(texts)
+        ids = _named(texts)["input_ids"]
         _check_shapes(images, ids, self.model)
         if not self._checked_values:
             self._checked_values = True
@@ -83,19 +78,23 @@ class BatchReader:
                     "data module one (custom_tokenizer=…)."
                 )
             texts = self.tokenizer.batch(list(texts))[0]
-        if isinstance(texts, Tensor):
-            return texts.to(device)
-        if "input_ids" not in texts:
-            raise UserError(f"The texts of a batch have the keys {', '.join(texts)}; expected input_ids among them.")
-        if odd := [name for name, value in texts.items() if not isinstance(value, Tensor)]:
-            raise UserError(
-                f"The texts of a batch hold a {type(texts[odd[0]]).__name__} under {odd[0]}; expected tensors. Ask the "
-                'tokenizer for them: return_tensors="pt", padding=True.'
-            )
+        named = _named(texts)
+        if "input_ids" not in named:
+            raise UserError(f"The texts of a batch have the keys {', '.join(named)}; expected input_ids among them.")
+        for name, value in named.items():
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"The texts of a batch hold a {type(value).__name__} under {name}; expected tensors. Ask the "
+                    'tokenizer for them: return_tensors="pt", padding=True.'
+                )
         return texts_on(device, self._taken(texts))
 
     def _taken(self, texts: Texts) -> Texts:
-        return texts["input_ids"] if isinstance(self.model, CLIP) and isinstance(texts, Mapping) else texts
+        return _named(texts)["input_ids"] if isinstance(self.model, CLIP) else texts
+
+
+def _named(texts: Any) -> Mapping[str, Any]:
+    return texts if isinstance(texts, Mapping) else {"input_ids": texts}
 
 
 def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """CLIP from scratch: a preset or a configuration, and the module that trains it."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.models.clip import CLIP
@@ -24,8 +24,8 @@ class CLIPWrapper(ContrastiveModule):
         options: of ``train_clip.options.TrainingOptions``, as ``minibatch_size``.
     """
 
-    names_of_model: ClassVar[tuple[str, ...]] = ("model_name", "config")
-    free_to_change: ClassVar[tuple[str, ...]] = (*ContrastiveModule.free_to_change, "model_name")
+    names_of_model = ("model_name", "config")
+    free_to_change = (*ContrastiveModule.free_to_change, "model_name")
 
     def __init__(
         self,

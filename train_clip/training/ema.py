@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from typing_extensions import override
 
 from train_clip.errors import UserError
 from train_clip.gather import gather_with_gradient
-from train_clip.losses import Pairs
-from train_clip.losses.distillation import Targets, divergence
+from train_clip.losses import Pairs, distillation
 from train_clip.models.clip import DualEncoder
 from train_clip.options import DISTILLATION
 
@@ -44,7 +42,7 @@ class WeightsEMA(nn.Module):
         """Move towards the model, after an update."""
         share = 1 - min(self.momentum, (1 + self.num_updates) / (10 + self.num_updates))
         own: list[Tensor] = []
-        theirs: list[Tensor] = []
+        theirs = []
         for mean, now in zip(self.model.parameters(), model.parameters(), strict=True):
             if mean.dtype != now.dtype:
                 # One by one: copies of all half weights at once would be as large as the EMA.
@@ -64,7 +62,7 @@ class WeightsEMA(nn.Module):
         return {"num_updates": self.num_updates}
 
     @override
-    def set_extra_state(self, state: Any) -> None:
+    def set_extra_state(self, state: dict[str, int]) -> None:
         self.num_updates = state["num_updates"]
 
 
@@ -90,16 +88,17 @@ class Distillation(nn.Module):
         super().__init__()
         self.teacher = WeightsEMA(student, TEACHER_MOMENTUM)
         self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
-        self._targets: Callable[[Tensor, Tensor], Targets] = resolve_name(DISTILLATION[kind])
+        self._targets = resolve_name(DISTILLATION[kind])
 
     @override
     def forward(self, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
         # The student's pairs and the teacher's embeddings, (B, D) and of unit norm, of this process → () float32.
+        require_room(len(pairs.all_images))
         targets = self._targets(gather_with_gradient(images), gather_with_gradient(texts))
         own = slice(pairs.offset, pairs.offset + len(images))
         scale = self.log_scale.exp()
-        of_images = divergence(pairs.images, pairs.all_texts, scale, targets.image_to_text[own])
-        of_texts = divergence(pairs.texts, pairs.all_images, scale, targets.text_to_image[own])
+        of_images = distillation.divergence(pairs.images, pairs.all_texts, scale, targets.image_to_text[own])
+        of_texts = distillation.divergence(pairs.texts, pairs.all_images, scale, targets.text_to_image[own])
         return (of_images + of_texts) / 2
 
     def after_update(self, student: DualEncoder) -> None:

@@ -7,25 +7,18 @@ B  rows of the batch on this process      D  embedding width      n_k  elements 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
-from torch.autograd import Function
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
-from typing_extensions import override
 
 from train_clip.gather import gather_with_gradient, world
 from train_clip.losses import Pairs
 from train_clip.models.blocks import SelfAttention, recomputing, scratch_statistics, training_norms
-from train_clip.models.clip import CLIP, DualEncoder, Texts, unit_norm
+from train_clip.models.clip import CLIP, DualEncoder, unit_norm
 from train_clip.options import TrainingOptions
 from train_clip.tensors import seed_of, sent
 from train_clip.training.batch import Inputs
@@ -38,6 +31,8 @@ LEAST_ROWS = 64
 PRODUCTS = (nn.Linear, nn.Conv2d, SelfAttention)
 LARGE = 10_000  # rows of a table from which on it is worth gathering those that were looked up
 
+Encode = Callable[[Any], Tensor]
+"""What maps b rows to their embeddings, (b, D)."""
 Rows = Tensor | Mapping[str, Tensor]
 """(B, …), or several tensors of B rows by their names."""
 
@@ -63,7 +58,7 @@ class Towers:
         of_images, of_texts = (Chunks(size, kept, (*key, tower)) for tower in (0, 1))
         encode_image, encode_text = substitutes.around(model.encode_image), substitutes.around(model.encode_text)
 
-        def embed_texts(texts: Texts, lengths: NDArray[np.int64]) -> Tensor:
+        def embed_texts(texts: Rows, lengths: Tensor) -> Tensor:
             return encode_in_chunks(encode_text, texts, of_texts, model.transformer, lengths)
 
         if model.text_is_fixed and model is self.model:
@@ -74,7 +69,7 @@ class Towers:
         return unit_norm(images), unit_norm(texts)
 
     @torch.no_grad()
-    def _look_up(self, inputs: Inputs, embed: Callable[[Texts, NDArray[np.int64]], Tensor]) -> Tensor:
+    def _look_up(self, inputs: Inputs, embed: Callable[[Rows, Tensor], Tensor]) -> Tensor:
         # Each caption is encoded once. Among others it differs by rounding: what a run computes after it was resumed
         # equals what it would have computed to within that.
         keys = inputs.captions.tolist()
@@ -92,8 +87,7 @@ def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pair
     return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)
 
 
-@dataclass(frozen=True)
-class Chunks:
+class Chunks(NamedTuple):
     """How a batch is cut on one process."""
 
     size: int = 0  # rows of a chunk at most, which is recomputed in the backward pass; 0, or B and more, for no chunks
@@ -102,26 +96,21 @@ class Chunks:
 
 
 def encode_in_chunks(
-    encode: Callable[[Any], Tensor],
-    batch: Rows,
-    chunks: Chunks,
-    encoder: nn.Module,
-    lengths: NDArray[np.int64] | None = None,
+    encode: Encode, batch: Rows, chunks: Chunks, encoder: nn.Module, lengths: Tensor | None = None
 ) -> Tensor:
     """Encode B rows to (B, D), in their order, holding the activations of few chunks at a time.
 
     ``encode`` runs ``encoder``, whose BatchNorms normalise chunk by chunk, with one update of their running statistics
-    a batch; where nothing of it is trained, nothing is recomputed. What comes after ``lengths``, (B,) tokens of each
-    row, makes no difference; None where all are looked at.
+    a batch; where nothing of it is trained, nothing is recomputed. What comes after ``lengths``, (B,) int64 tokens of
+    each row, on the host, makes no difference; None where all are looked at.
     """
     norms = training_norms(encoder)
     # With a BatchNorm among the words the captions that meet in a chunk, and their padding, would make a difference.
     lengths = None if norms else lengths
     num_rows = len(_first(batch))
-    asked = 1 if chunks.size <= 0 else -(-num_rows // chunks.size)
-    number = asked
+    number = asked = -(-num_rows // chunks.size) if chunks.size else 1
     if lengths is not None and lengths.min() < lengths.max():
-        number = max(number, min(MOST_PIECES, num_rows // LEAST_ROWS))
+        number = max(asked, min(MOST_PIECES, num_rows // LEAST_ROWS))
     # Of the chunks that were asked for: pieces are smaller.
     trained = any(parameter.requires_grad for parameter in encoder.parameters())
     recomputed = -(-max(0, asked - chunks.kept) * number // asked) if trained and asked > 1 else 0
@@ -133,12 +122,12 @@ def encode_in_chunks(
     how: Any = {"use_reentrant": False, "preserve_rng_state": False}
     how |= {"context_fn": partial(recomputing, norms)} if norms else {}
     embeddings: list[Any] = []
-    statistics: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in norms]
+    statistics: Statistics = {norm: [] for norm in norms}
     for place, part in enumerate(parts):
-        run = partial(checkpoint, _seeded, **how) if place < recomputed else _seeded
-        with _recording(norms, statistics) if norms else nullcontext():
+        run = partial(torch.utils.checkpoint.checkpoint, _seeded, **how) if place < recomputed else _seeded
+        with _recording(statistics) if norms else nullcontext():
             embeddings.append(run(encode, part, seed_of(*chunks.seed, place)))
-    for norm, seen in zip(norms, statistics, strict=True):
+    for norm, seen in statistics.items():
         if seen:
             _update(norm, seen)
     joined = torch.cat(embeddings)
@@ -149,14 +138,14 @@ def _first(rows: Rows) -> Tensor:
     return rows if isinstance(rows, Tensor) else next(iter(rows.values()))
 
 
-def _cut(batch: Rows, number: int, lengths: NDArray[np.int64] | None) -> tuple[list[Any], Tensor | None]:
+def _cut(batch: Rows, number: int, lengths: Tensor | None) -> tuple[list[Any], Tensor | None]:
     # Chunks of nearly equal numbers of rows (one row alone is more than some BatchNorms can bear), and their order:
     # with lengths the rows are sorted by them, and a chunk ends with its longest.
     order = None
     if lengths is not None and number > 1:
-        places = np.argsort(lengths, kind="stable")
-        order, lengths = sent(torch.from_numpy(places), _first(batch).device), lengths[places]
-    ends = [None] * number if lengths is None else [int(some.max()) for some in np.array_split(lengths, number)]
+        lengths, places = lengths.sort(stable=True)
+        order = sent(places, _first(batch).device)
+    ends = [None] * number if lengths is None else [int(some.max()) for some in lengths.tensor_split(number)]
 
     def cut(rows: Tensor) -> list[Tensor]:
         parts = (rows if order is None else rows[order]).tensor_split(number)
@@ -164,54 +153,57 @@ def _cut(batch: Rows, number: int, lengths: NDArray[np.int64] | None) -> tuple[l
 
     if isinstance(batch, Tensor):
         return cut(batch), order
-    columns = {name: cut(rows) for name, rows in batch.items()}
-    return [{name: parts[place] for name, parts in columns.items()} for place in range(number)], order
+    columns = zip(*map(cut, batch.values()), strict=True)
+    return [dict(zip(batch, parts, strict=True)) for parts in columns], order
 
 
-def _seeded(encode: Callable[[Any], Tensor], chunk: Any, seed: int) -> Tensor:
+def _seeded(encode: Encode, chunk: Any, seed: int) -> Tensor:
     rows = _first(chunk)
     with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
         torch.manual_seed(seed)
         return encode(chunk)
 
 
-@contextmanager
-def _recording(norms: Sequence[_BatchNorm], statistics: Sequence[list[tuple[int, Tensor, Tensor]]]) -> Iterator[None]:
-    """What a chunk's forward pass runs in: adds (n_k, mean_k, var_k) to the list of each norm that it goes through."""
-    counts = [0] * len(norms)
+Statistics = dict[Any, list[tuple[int, Tensor, Tensor]]]
+"""Of each BatchNorm (n_k, mean_k, var_k) of the chunks that went through it."""
 
-    def count_elements(place: int, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        counts[place] = inputs[0].numel() // inputs[0].shape[1]
+
+@contextmanager
+def _recording(statistics: Statistics) -> Iterator[None]:
+    """What a chunk's forward pass runs in: adds what it was like to the lists."""
+    counts = dict.fromkeys(statistics, 0)
+
+    def count_elements(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        counts[norm] = inputs[0].numel() // inputs[0].shape[1]
         if isinstance(norm, nn.SyncBatchNorm) and world()[1] > 1:
-            counts[place] *= distributed.get_world_size(cast(Any, norm.process_group))
+            counts[norm] *= distributed.get_world_size(norm.process_group)
 
     with ExitStack() as stack:
-        for place, norm in enumerate(norms):
-            stack.callback(norm.register_forward_pre_hook(partial(count_elements, place)).remove)
+        for norm in statistics:
+            stack.enter_context(norm.register_forward_pre_hook(count_elements))
         # Not the momentum of a recomputation: the compiler tells its form, without these hooks, by that alone.
-        stack.enter_context(scratch_statistics(norms, momentum=1.0))
+        stack.enter_context(scratch_statistics(statistics, momentum=1.0))
         yield
-        for norm, count, seen in zip(norms, counts, statistics, strict=True):
+        for norm, count in counts.items():
             if count:
-                seen.append((count, cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)))
+                statistics[norm].append((count, norm.running_mean, norm.running_var))
 
 
 @torch.no_grad()
-def _update(norm: _BatchNorm, chunks: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+def _update(norm: Any, chunks: list[tuple[int, Tensor, Tensor]]) -> None:
     # mean = Σ n_k mean_k / n      var = Σ n_k (var_k + (mean_k - mean)²) / n      unbiased: var · n / (n - 1)
     counts, means, variances = zip(*chunks, strict=True)
-    before, tracked = cast(Tensor, norm.running_mean), cast(Tensor, norm.num_batches_tracked)
-    wide = torch.promote_types(before.dtype, torch.float32)
-    n = sent(torch.tensor(counts, dtype=wide), before.device)[:, None]
+    wide = torch.promote_types(norm.running_mean.dtype, torch.float32)
+    n = sent(torch.tensor(counts, dtype=wide), norm.running_mean.device)[:, None]
     mean_k, var_k = torch.stack(means).to(wide), torch.stack(variances).to(wide)
     mean = (n * mean_k).sum(dim=0) / n.sum()
     # Squares of differences, not differences of squares, which cancel where the mean is large.
     var = (n * (var_k * (n - 1) / n + (mean_k - mean) ** 2)).sum(dim=0) / (n.sum() - 1)
     # momentum None is a cumulative average (torch.nn.BatchNorm2d).
-    share = 1 / (int(tracked) + 1) if norm.momentum is None else norm.momentum
-    for running, pooled in ((before, mean), (cast(Tensor, norm.running_var), var)):
+    share = 1 / (int(norm.num_batches_tracked) + 1) if norm.momentum is None else norm.momentum
+    for running, pooled in ((norm.running_mean, mean), (norm.running_var, var)):
         running.copy_(running.to(wide).lerp(pooled, share))
-    tracked.add_(1)
+    norm.num_batches_tracked.add_(1)
 
 
 class WeightSubstitutes:
@@ -224,8 +216,8 @@ class WeightSubstitutes:
 
     def __init__(self, model: nn.Module, halves: bool, tables: bool = False) -> None:
         # Where something is replaced: a module's dictionary, the key, and what makes the substitute.
-        self.places: list[tuple[dict[str, Any], str, Callable[[], Any]]] = []
-        copies: dict[nn.Parameter, Tensor] = {}
+        self.places: list[tuple[dict, str, Callable]] = []
+        copies: dict[Tensor, Tensor] = {}
         found = [
             (module, name, weight)
             for module in (model.modules() if halves else ())
@@ -234,8 +226,10 @@ class WeightSubstitutes:
         ]
         uses = Counter(weight for _, _, weight in found)
         for module, name, weight in found:
-            if type(module) in PRODUCTS and uses[weight] == 1 and _autocast_type(weight) == torch.bfloat16:
-                substitute: Callable[[], Any] = partial(_Carried.apply, _Carrier.apply(weight), weight.detach())
+            device = weight.device.type
+            in_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+            if in_half and type(module) in PRODUCTS and uses[weight] == 1:
+                substitute: Any = partial(_Carried.apply, _Carrier.apply(weight), weight.detach())
             else:
                 # One copy of a weight that several modules share.
                 if weight not in copies:
@@ -248,8 +242,7 @@ class WeightSubstitutes:
             table = module._parameters.get("weight")  # not there where it is pruned
             if table is not None and table.requires_grad and len(table) >= LARGE:
                 rows = _RowsToTable.apply(copies.get(table, table))
-                self.places.append((module._parameters, "weight", _always(rows)))
-                self.places.append((vars(module), "sparse", _always(True)))
+                self.places += [(module._parameters, "weight", _always(rows)), (vars(module), "sparse", _always(True))]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -263,7 +256,7 @@ class WeightSubstitutes:
             for place, key, value in reversed(before):
                 place[key] = value
 
-    def around(self, encode: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    def around(self, encode: Encode) -> Encode:
         """Wrap what encodes (b, …) rows of a chunk, so that chunks meet in the substitutes.
 
         In the recomputation of a chunk too, within the backward pass. Autocast goes without its cache of weights: with
@@ -272,8 +265,8 @@ class WeightSubstitutes:
         """
 
         def encode_in_place(rows: Any) -> Tensor:
-            device, dtype = _first(rows).device.type, _autocast_type(_first(rows))
-            uncached = nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False)
+            device = _first(rows).device.type
+            uncached = torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
             with self.in_place(), uncached:
                 return encode(rows)
 
@@ -284,49 +277,37 @@ def _always(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _autocast_type(tensor: Tensor) -> torch.dtype | None:
-    """What autocast casts to on a tensor's device; None where it is off."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-class _Carrier(Function):
+class _Carrier(torch.autograd.Function):
     # A weight → float32 of its shape and of no memory, at which gradients of the chunks are added in float32.
 
     @staticmethod
-    @override
     def forward(_: Any, weight: Tensor) -> Tensor:
         return torch.zeros((), device=weight.device).expand(weight.shape)
 
     @staticmethod
-    @override
     def backward(_: Any, *sums: Tensor) -> Tensor:
         return sums[0].bfloat16()  # rounded once
 
 
-class _Carried(Function):
+class _Carried(torch.autograd.Function):
     # The weight itself, for one chunk, whose gradient goes to the carrier.
 
     @staticmethod
-    @override
     def forward(_: Any, _carrier: Tensor, weight: Tensor) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    @override
     def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].float(), None
 
 
-class _RowsToTable(Function):
+class _RowsToTable(torch.autograd.Function):
     # A table, at which the rows of all chunks' gradients are gathered, and added into one gradient of the whole.
 
     @staticmethod
-    @override
     def forward(_: Any, table: Tensor) -> Tensor:
         return table.view_as(table)
 
     @staticmethod
-    @override
     def backward(_: Any, *gradients: Tensor) -> Tensor:
         return gradients[0].to_dense() if gradients[0].is_sparse else gradients[0]

@@ -6,12 +6,10 @@ has one dimension or none, a thousandth of a model, stays float32.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from train_clip.models.clip import DualEncoder
@@ -19,7 +17,7 @@ from train_clip.options import OptimizerOptions
 from train_clip.tensors import local, seed_of, shard_of
 from train_clip.training.end_of_step import known_at_once
 
-Groups = list[dict[str, Any]]  # of an optimizer's parameters
+Groups = list[dict]  # of an optimizer's parameters
 
 HALF_STEP = 1 << 15  # of the 2^16 float32 numbers from one bfloat16 number to the next
 TOP_16_BITS = -(1 << 16)
@@ -66,7 +64,7 @@ def draw(generator: torch.Generator, rows: int, length: int) -> Tensor:
     return drawn.view(torch.int16)[:count].view(rows, length)
 
 
-class HalfOptimizer(Optimizer):
+class HalfOptimizer(torch.optim.Optimizer):
     """An optimizer that rounds stochastically what it keeps in bfloat16, and that a flag on the device can hold back.
 
     The noise of an update follows from (seed, step, the parameter's place, its shard) alone: replicas on equal devices
@@ -76,22 +74,21 @@ class HalfOptimizer(Optimizer):
 
     found_inf: Tensor | None = None  # () float32; above 0, nothing changes
 
-    def __init__(
-        self, groups: Groups, defaults: dict[str, Any], options: OptimizerOptions, seed: int, held_back: bool
-    ) -> None:
+    def __init__(self, groups: Groups, defaults: dict, options: OptimizerOptions, seed: int, held_back: bool) -> None:
         super().__init__(groups, defaults)
         self._state_type = getattr(torch, options.adam_statistics)
         self._seed, self._step_supports_amp_scaling = seed, held_back
-        self._generators: dict[torch.device, torch.Generator] = {}
 
     @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self.found_inf is None or not (known_at_once(self.found_inf) and self.found_inf > 0):
+            everything = (parameter for group in self.param_groups for parameter in group["params"])
+            self._places = {parameter: place for place, parameter in enumerate(everything)}
             self.update()
         return loss
 
@@ -100,7 +97,7 @@ class HalfOptimizer(Optimizer):
         raise NotImplementedError
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         # PyTorch gives state the type of its weights: back to the type that it was saved in.
         saved, own = (
@@ -112,7 +109,7 @@ class HalfOptimizer(Optimizer):
                 if isinstance(kept, Tensor) and name != "step":
                     self.state[parameter][name] = kept.to(parameter.device, copy=True)
 
-    def next_state(self, parameter: Tensor, *names: str) -> dict[str, Any]:
+    def next_state(self, parameter: Tensor, *names: str) -> dict:
         """The state of a parameter, in the step that begins; zeros at first."""
         state = self.state[parameter]
         if not state:
@@ -122,13 +119,11 @@ class HalfOptimizer(Optimizer):
         state["step"] += 1
         return state
 
-    def noise(self, parameter: Tensor, place: int, *key: int) -> torch.Generator:
-        """The source of the noise of a parameter's step; ``place`` says which parameter it is."""
-        device = parameter.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-        seed = seed_of(self._seed, self.state[parameter]["step"], place, *shard_of(parameter), *key)
-        return self._generators[device].manual_seed(seed)
+    def noise(self, parameter: Tensor, *key: int) -> torch.Generator:
+        """The source of the noise of a parameter's step."""
+        step, place = self.state[parameter]["step"], self._places[parameter]
+        seed = seed_of(self._seed, step, place, *shard_of(parameter), *key)
+        return torch.Generator(parameter.device).manual_seed(seed)
 
     def write(self, old: Tensor, new: Tensor) -> None:
         """Write new numbers, where nothing holds the update back."""
@@ -150,22 +145,19 @@ class HalfAdamW(HalfOptimizer):
 
     @override
     def update(self) -> None:
-        parameters = ((group, parameter) for group in self.param_groups for parameter in group["params"])
-        for place, (group, parameter) in enumerate(parameters):
-            if parameter.grad is not None:
-                self._step_one(parameter, local(parameter.grad), place, group)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, local(parameter.grad), group)
 
-    def _step_one(self, parameter: Tensor, gradient: Tensor, place: int, group: dict[str, Any]) -> None:
+    def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict) -> None:
         state = self.next_state(parameter, *MOMENTS)
-        rate, (beta1, beta2), step = group["lr"], group["betas"], state["step"]
-        decay, root = rate * group["weight_decay"], math.sqrt(1 - beta2**step)
-        numbers = (1 - decay, rate / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, 1 / root, group["eps"])
         kept = [local(tensor) for tensor in (parameter.detach(), *(state[name] for name in MOMENTS))]
         flat = [tensor.reshape(-1) for tensor in kept]
         num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
-        generator, size = self.noise(parameter, place), PIECE.get(parameter.device.type, LARGE_PIECE)
+        generator, size = self.noise(parameter), PIECE.get(parameter.device.type, LARGE_PIECE)
         for piece, *now in zip(*(tensor.split(size) for tensor in (gradient.reshape(-1), *flat)), strict=True):
-            then = adamw_step(now, piece, numbers, draw(generator, num_rounded, len(piece)))
+            then = adamw_step(now, piece, group, state["step"], draw(generator, num_rounded, len(piece)))
             for old, new in zip(now, then, strict=True):
                 self.write(old, new)
         for tensor, values in zip(kept, flat, strict=True):
@@ -173,23 +165,20 @@ class HalfAdamW(HalfOptimizer):
                 tensor.copy_(values.view_as(tensor))
 
 
-def adamw_step(
-    kept: Sequence[Tensor], gradient: Tensor, numbers: tuple[float, ...], noise: Tensor
-) -> tuple[Tensor, ...]:
+def adamw_step(kept: list[Tensor], gradient: Tensor, group: dict, step: int, noise: Tensor) -> list[Tensor]:
     """The next w, m, v of ``kept``, (n,) each, computed in float32, rounded once where they are kept in bfloat16.
 
-    The numbers are 1 - ηλ, η / (1 - β₁ᵗ), 1 - β₁, β₂, 1 - β₂, 1 / √(1 - β₂ᵗ), ε; of the noise, (k, n) int16, there is a
-    row for each of the kept that is bfloat16.
+    Of the noise, (k, n) int16, there is a row for each of the kept that is bfloat16.
     """
-    shrink, rate, new_first, keep_second, new_second, root, eps = numbers
+    rate, (beta1, beta2) = group["lr"], group["betas"]
     weights, first, second = (tensor.float() for tensor in kept)
     gradient = gradient.float()
-    first = first.lerp(gradient, new_first)
-    second = (second * keep_second).add_(gradient.square().mul_(new_second))
-    size = second.sqrt().mul_(root).add_(eps)
-    weights = (weights * shrink).sub_((first / size).mul_(rate))
-    rows = iter(noise.unbind())
-    return tuple(
+    first = first.lerp(gradient, 1 - beta1)
+    second = (second * beta2).add_(gradient.square().mul_(1 - beta2))
+    size = second.sqrt().mul_(1 / math.sqrt(1 - beta2**step)).add_(group["eps"])
+    weights = (weights * (1 - rate * group["weight_decay"])).sub_((first / size).mul_(rate / (1 - beta1**step)))
+    rows = iter(noise)
+    return [
         round_stochastically(wide, next(rows)) if tensor.dtype == torch.bfloat16 else wide
         for tensor, wide in zip(kept, (weights, first, second), strict=True)
-    )
+    ]

@@ -1,53 +1,39 @@
 """The one LightningModule: two encoders, the contrastive objective, and the step that every kind of training shares.
 
-B  pairs on this process      W  processes      N  pairs of the global batch (W · B)      D  embedding width
+B  pairs on this process      W  processes      N  pairs of the global batch (W · B), or of whoever embeds
+D  embedding width      S  side of the image in pixels
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities import model_helpers, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from train_clip.checkpoints.found import fill
-from train_clip.checkpoints.own import NO_STATE, RUNNING_MEAN
-from train_clip.data.augment import WORDS, augment, captions_against, draw_batch, some_captions
-from train_clip.data.pairs import PairList
-from train_clip.data.samples import Batch
+from train_clip.checkpoints import found, own
+from train_clip.data import augment, samples
 from train_clip.errors import UserError
+from train_clip.evaluation import embed
 from train_clip.gather import world
-from train_clip.losses import Pairs, loss_named
-from train_clip.losses.softmax import accuracy
-from train_clip.models.clip import DualEncoder
-from train_clip.models.config import START_OF_SIGMOID, OptimizerConfig
-from train_clip.models.switches import compile_tower, patches_to_keep, recompute_blocks, skip_blocks
-from train_clip.options import AugmentationOptions, TrainingOptions
-from train_clip.training.ema import Distillation, WeightsEMA, ema_figure, require_room
-from train_clip.training.embedding import EmbeddingModule
-from train_clip.training.encode import Towers, share
-from train_clip.training.end_of_step import EndOfStep
-from train_clip.training.half_precision import narrow, widen
-from train_clip.training.lightning_internals import gradient_scaler, resuming, trainer_of
+from train_clip.losses import Loss, Pairs, softmax
+from train_clip.models import clip, config, switches
+from train_clip.options import LOSSES, AugmentationOptions, TrainingOptions
+from train_clip.training import ema, encode, end_of_step, half_precision, same_run, skips, validation
+from train_clip.training import lightning_internals as internals
+from train_clip.training.batch import BatchReader
 from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, usual_rate, warmup_for
-from train_clip.training.same_run import completed, require_same
-from train_clip.training.skips import SkipReport
-from train_clip.training.validation import ValidationSplit
 
 BIAS = "logit_bias"
 LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than the one that measures captions
-MOST_SHOWN = 80  # letters of a caption
 FLOAT32_WEIGHTS, HALF = ("32-true", "16-mixed", "bf16-mixed"), ("bf16-true", "16-true")
 
 
-class ContrastiveModule(EmbeddingModule):
+class ContrastiveModule(L.LightningModule):
     """Trains a model of two towers on batches that start with images and texts, under any ``Trainer``, with any loader.
 
     Images are uint8, or float that is already normalised; texts are token tensors (B, L), lists of strings, or a
@@ -60,14 +46,13 @@ class ContrastiveModule(EmbeddingModule):
         *("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile"),
     )
 
-    def __init__(self, model: DualEncoder, preset: OptimizerConfig, options: TrainingOptions) -> None:
-        super().__init__(model, options.optimizer.has_half_weights)
+    def __init__(self, model: clip.DualEncoder, preset: config.OptimizerConfig, options: TrainingOptions) -> None:
+        super().__init__()
         # Beside a data module the module's own hook is as welcome as anywhere.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
-        self._preset = preset
-        self.options = options = TrainingOptions.of(
-            options.flat(), optimizer="adamw", distillation="none", **preset.options()
-        )
+        self.model, self._preset, self._reader = model, preset, BatchReader(model)
+        options = TrainingOptions.of(options.flat(), optimizer="adamw", distillation="none", **preset.options())
+        self.options = options
         towers, objective = options.towers, options.objective
         model.lock(towers.lock_image, towers.lock_text)
         if {parameter for parameter in model.parameters() if parameter.requires_grad} <= {*model.temperature()}:
@@ -75,21 +60,21 @@ class ContrastiveModule(EmbeddingModule):
                 "Both towers are locked and nothing joins them: only the temperature would be trained. Leave out "
                 "lock_image or lock_text."
             )
-        self.distillation = Distillation(model, str(towers.distillation)) if towers.distils else None
-        self.ema = WeightsEMA(model, options.optimizer.ema) if options.optimizer.ema else None
+        self.distillation = ema.Distillation(model, str(towers.distillation)) if towers.distils else None
+        self.ema = ema.WeightsEMA(model, options.optimizer.ema) if options.optimizer.ema else None
         for name, tower in (("image", model.visual), ("text", model.transformer)):
             if any(parameter.requires_grad for parameter in tower.parameters()):
-                recompute_blocks(tower, options.step.gradient_checkpointing)
-                skip_blocks(tower, name, objective.stochastic_depth)
-        self._kept_patches = patches_to_keep(model.visual, objective.mask_ratio)
+                switches.recompute_blocks(tower, options.step.gradient_checkpointing)
+                switches.skip_blocks(tower, name, objective.stochastic_depth)
+        self._kept_patches = switches.patches_to_keep(model.visual, objective.mask_ratio)
         build_optimizer(self, model, options)  # refuses a model that has no layers, or nothing for Muon
-        self._towers = Towers(model, options)
-        self._end_of_step = EndOfStep()
+        self._towers = encode.Towers(model, options)
+        self._end_of_step = end_of_step.EndOfStep()
         self._augments = options.augmentation != AugmentationOptions()
         self._mask_equal = objective.equal_captions == "mask"
-        self._loss = loss_named(objective.loss)
+        self._loss: Loss = resolve_name(LOSSES[objective.loss])
         scored = [model] if self.ema is None else [model, self.ema.model]
-        self._splits = [(ValidationSplit(model.embed_dim, self._loss), one) for one in scored]
+        self._splits = [(validation.ValidationSplit(model.embed_dim, self._loss), one) for one in scored]
 
     @override
     def training_step(self, batch: Any, _: int) -> Tensor:
@@ -99,9 +84,8 @@ class ContrastiveModule(EmbeddingModule):
         if self._augments:
             inputs = inputs._replace(images=self._augmented(inputs.images))
         images, texts = self._towers.embed(self.model, inputs, self.consumed_batches)
-        pairs = share(images, texts, inputs.captions)
+        pairs = encode.share(images, texts, inputs.captions)
         if self.distillation is not None:
-            require_room(len(pairs.all_images))
             with torch.no_grad():
                 taught = self._towers.embed(self.distillation.teacher.model, inputs, self.consumed_batches)
         # Similarities in full precision: in bf16 a logit of 100 is off by up to a quarter.
@@ -118,8 +102,8 @@ class ContrastiveModule(EmbeddingModule):
         # By draws that depend on the seed, the batch and an image's place in it alone.
         how, (rank, processes) = self.options.augmentation, world()
         rows = slice(rank * len(images), (rank + 1) * len(images))
-        draws = draw_batch(how, (self.options.step.seed, self.consumed_batches), rows, processes * len(images))
-        return augment(images, how, draws.on(images.device))
+        draws = augment.draw_batch(how, (self.options.step.seed, self.consumed_batches), rows, processes * len(images))
+        return augment.augment(images, how, draws.on(images.device))
 
     @torch.no_grad()
     def _log_step(self, loss: Tensor, parts: dict[str, Tensor], pairs: Pairs) -> None:
@@ -127,22 +111,21 @@ class ContrastiveModule(EmbeddingModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.device.type != "cpu" and not (every and (self.trainer.global_step + 1) % every == 0):
             return
-        rate = usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate)
         floor = 0.0 if self._mask_equal else self._loss.floor(cast(Tensor, pairs.captions))
-        figures = {
+        figures: dict[str, Any] = {
             "loss": loss,
             "loss_above_floor": parts["contrastive_loss"] - floor,
-            "accuracy_image_to_text": accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
-            "accuracy_text_to_image": accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
+            "accuracy_image_to_text": softmax.accuracy(pairs.images, pairs.all_texts, pairs.offset, pairs.captions),
+            "accuracy_text_to_image": softmax.accuracy(pairs.texts, pairs.all_images, pairs.offset, pairs.captions),
             "logit_scale": self.model.logit_scale.exp(),
-            "learning_rate": torch.tensor(rate, device=self.device),
+            "learning_rate": usual_rate(self.trainer.optimizers[0], self.options.optimizer.learning_rate),
         }
         if self.model.logit_bias is not None:
             figures["logit_bias"] = self.model.logit_bias
         if self.distillation is not None:
             figures |= parts | {"distillation_scale": self.distillation.log_scale.exp()}
-        figures = {f"train/{name}": figure.detach() for name, figure in figures.items()}
-        self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
+        named = {f"train/{name}": figure for name, figure in figures.items()}
+        self.log_dict(named, sync_dist=True, batch_size=len(pairs.images))
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
@@ -153,26 +136,28 @@ class ContrastiveModule(EmbeddingModule):
             cast(Any, self.model.visual).kept_patches = 0 if whole else self._kept_patches
 
     @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> Any:
         num_steps = self.trainer.estimated_stepping_batches
         if not 0 < num_steps < float("inf"):
             raise UserError(
                 "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
                 "max_epochs is -1. Set the Trainer's max_steps."
             )
-        num_steps, warmup_steps = int(num_steps), self.options.optimizer.warmup_steps
-        warmup_steps = warmup_for(num_steps, self._preset) if warmup_steps is None else warmup_steps
+        warmup_steps = self.options.optimizer.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = warmup_for(int(num_steps), self._preset)
         optimizer = build_optimizer(self, self.model, self.options, self._fuses())
-        schedule = LambdaLR(optimizer, cosine_with_warmup(warmup_steps, num_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(warmup_steps, int(num_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _fuses(self) -> bool:
         # Under a scaler a fused update would unscale after the gradient was looked at and clipped.
-        return self.trainer.strategy.root_device.type in ("cpu", "cuda") and gradient_scaler(self.trainer) is None
+        has_scaler = internals.gradient_scaler(self.trainer) is not None
+        return self.trainer.strategy.root_device.type in ("cpu", "cuda") and not has_scaler
 
     @override
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         # As Lightning does, which refuses to clip for fused optimizers in any mixed precision.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -198,7 +183,7 @@ class ContrastiveModule(EmbeddingModule):
         if dataloader_idx:
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
         inputs = self._reader.read(batch, self.device)
-        missing = batch.missing if isinstance(batch, Batch) else ()
+        missing = batch.missing if isinstance(batch, samples.Batch) else ()
         for split, model in self._splits:
             split.add(*self._towers.embed(model, inputs, self.consumed_batches), inputs.captions, missing)
 
@@ -209,9 +194,44 @@ class ContrastiveModule(EmbeddingModule):
         for split, model in self._splits:
             figures = split.score(model.logit_scale.exp(), dataset, model.logit_bias)
             if model is not self.model:
-                figures = {ema_figure(name): value for name, value in figures.items()}
+                figures = {ema.ema_figure(name): value for name, value in figures.items()}
             # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
             self.log_dict(figures, sync_dist=True)
+
+    @property
+    def tokenizer(self) -> Any:
+        """For captions that are strings: its ``batch`` gives tokens, and the number of captions that were cut."""
+        return self._reader.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._reader.tokenizer = tokenizer
+
+    @override
+    def forward(self, images: Tensor, texts: clip.Texts) -> tuple[Tensor, Tensor]:
+        """Score every image against every caption, as ``DualEncoder.forward``."""
+        with self._float32():
+            return self.model(images, texts)
+
+    def embed_images(
+        self, images: embed.Picture | Sequence[embed.Picture] | Tensor, batch_size: int = embed.EMBED_AT_ONCE
+    ) -> Tensor:
+        """Embed images in eval mode, so many at a time, to (N, D) float32, unit norm, on this module's device.
+
+        ``images`` are paths or pictures, one or several, which are resized and centre-cropped, or a tensor
+        (N, 3, S, S), uint8 or already normalised. An image's embedding times a caption's is their similarity.
+        """
+        with self._float32():
+            return embed.embed_images(self.model, images, batch_size)
+
+    def embed_texts(self, texts: str | Sequence[str], batch_size: int = embed.EMBED_AT_ONCE) -> Tensor:
+        """Embed captions likewise, one or several; what is over the context length is cut."""
+        with self._float32():
+            return embed.embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+
+    def _float32(self) -> Any:
+        # Some weights may be kept in bfloat16 while the model trains.
+        return encode.WeightSubstitutes(self.model, self.options.optimizer.has_half_weights).in_place()
 
     @property
     def consumed_batches(self) -> int:
@@ -223,49 +243,54 @@ class ContrastiveModule(EmbeddingModule):
         if stage == "fit":
             self.require_precision(self.trainer.precision)
             if self.options.step.compile:
-                compile_tower(self.model.visual, dynamic=False)
-                compile_tower(self.model.transformer, dynamic=True)
-            _warn_of_flips(self.options.augmentation, getattr(self.trainer, "datamodule", None))
+                switches.compile_tower(self.model.visual, dynamic=False)
+                switches.compile_tower(self.model.transformer, dynamic=True)
+            pairs = getattr(getattr(self.trainer, "datamodule", None), "training_pairs", None)
+            warnings_of_flips = augment.warnings_of_flips(self.options.augmentation, pairs)
+            for warning in warnings_of_flips if self.trainer.is_global_zero else ():
+                rank_zero_warn(warning)
 
     @override
     def configure_model(self) -> None:
         # Before training: keep in bfloat16 what is to be, whatever was loaded; everywhere else it is float32.
-        if resuming(trainer_of(self)):
-            narrow(self.model, self.options.optimizer)
+        if internals.resuming(internals.trainer_of(self)):
+            half_precision.narrow(self.model, self.options.optimizer)
 
     @override
     def teardown(self, stage: str) -> None:
         # After training: give the model back in float32, and looking at whole images.
         if self._kept_patches:
             cast(Any, self.model.visual).kept_patches = 0
-        widen(self.model, self.options.optimizer)
+        half_precision.widen(self.model, self.options.optimizer)
 
     @override
     def configure_callbacks(self) -> list[L.Callback]:
-        return [self._end_of_step, SkipReport()]
+        return [self._end_of_step, skips.SkipReport()]
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Measure the captions while they are on the host, unless someone changes the batch on its way.
-        owners = self, getattr(self.trainer, "datamodule", None)
-        if not any(is_overridden(hook, owner) for owner in owners if owner is not None for hook in LATER_HOOKS):
+        data = getattr(self.trainer, "datamodule", None)
+        owners = [self] if data is None else [self, data]
+        if not any(model_helpers.is_overridden(hook, owner) for owner in owners for hook in LATER_HOOKS):
             self._reader.measure(batch)
         return batch
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
         # Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants.
         self._towers.fixed_texts.clear()
-        if resuming(trainer_of(self)):
-            if RUNNING_MEAN in checkpoint:
-                raise UserError(f"The checkpoint {NO_STATE}")
+        if internals.resuming(internals.trainer_of(self)):
+            if own.RUNNING_MEAN in checkpoint:
+                raise UserError(f"The checkpoint {own.NO_STATE}")
             self.require_same_model(checkpoint.get("hyper_parameters", {}))
             for state in checkpoint.get("optimizer_states", []):
                 for group in state["param_groups"]:
-                    group |= {"fused": self._fuses()} if "fused" in group else {}
+                    if "fused" in group:
+                        group["fused"] = self._fuses()
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
         self._end_of_step.finite.read()  # no state is saved after a step that was not finite
 
     def begin_with(self, weights: Mapping[str, Tensor], source: str) -> None:
@@ -275,22 +300,22 @@ class ContrastiveModule(EmbeddingModule):
                 f"{source}: has no {BIAS}, so that it was not trained with the sigmoid loss. Temperature and bias "
                 "begin as from scratch, at a scale of 10 and at -10."
             )
-            weights = {**weights} | {name: torch.tensor(value) for name, value in START_OF_SIGMOID.items()}
+            weights = {**weights} | {name: torch.tensor(value) for name, value in config.START_OF_SIGMOID.items()}
         elif self.model.logit_bias is None and BIAS in weights:
             rank_zero_info(f"{source}: its {BIAS}, of the sigmoid loss, is left out: the softmax loss has none.")
             weights = {name: value for name, value in weights.items() if name != BIAS}
-        fill(self.model, weights, source)
+        found.fill(self.model, weights, source)
         self._towers.fixed_texts.clear()
         for mean in self._means():
             mean.model.load_state_dict(weights)
 
-    def _means(self) -> list[WeightsEMA]:
-        return [module for module in self.modules() if isinstance(module, WeightsEMA)]
+    def _means(self) -> list[ema.WeightsEMA]:
+        return [module for module in self.modules() if isinstance(module, ema.WeightsEMA)]
 
     def require_batch_size(self, num_pairs: int) -> None:
         """Refuse a global batch of N pairs for which distillation would need matrices that are too large."""
         if self.distillation is not None:
-            require_room(num_pairs)
+            ema.require_room(num_pairs)
 
     def require_precision(self, precision: str) -> None:
         """Refuse a Trainer's precision in which an EMA would stand still, or half weights be another thing."""
@@ -314,28 +339,10 @@ class ContrastiveModule(EmbeddingModule):
 
     def require_same_model(self, kept: Mapping[str, Any]) -> None:
         """Hold this module's arguments against those that a run began with, ``hparams`` of another module."""
-        require_same(
+        same_run.require_same(
             self.hparams,
-            completed(kept, self.hparams),
+            same_run.completed(kept, self.hparams),
             "The run began with another model or optimizer (found {found}), and its checkpoint holds their state. Give "
             "the earlier values, or leave them out; to train with others begin a new run.",
             self.free_to_change,
         )
-
-
-@rank_zero_only
-def _warn_of_flips(how: AugmentationOptions, data: Any) -> None:
-    # Of this package's data module.
-    pairs = getattr(data, "training_pairs", None)
-    flips = [flip for flip in WORDS if getattr(how, flip)]
-    captions = some_captions(pairs) if flips and isinstance(pairs, PairList) else []
-    for flip in flips:
-        if against := captions_against(flip, captions):
-            word, line = against[0]
-            shown = line if len(line) <= MOST_SHOWN else line[:MOST_SHOWN] + "…"
-            rank_zero_warn(
-                f"{flip} is {getattr(how, flip)}, and {len(against):,} of {len(captions):,} captions looked at "
-                f"({len(against) / len(captions):.1%}) name a side, a sense of turning or text, such as {word!r} in "
-                f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
-                "something else here."
-            )

@@ -11,20 +11,16 @@ A, B  rows and columns of a matrix      K  matrices of one shape
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from train_clip.errors import UserError
+from train_clip.models import clip, resnet
 from train_clip.models.blocks import SelfAttention
-from train_clip.models.clip import DualEncoder
-from train_clip.models.resnet import AttentionPool
 from train_clip.options import OptimizerOptions
 from train_clip.tensors import local
 from train_clip.training.half_precision import Groups, HalfOptimizer, draw, round_stochastically
@@ -43,7 +39,7 @@ BUFFER = "momentum_buffer"  # as torch.optim.Muon calls it
 STREAM = 2  # parts its random numbers from those of the other optimizer
 
 
-def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
+def build_muon(groups: Groups, model: clip.DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Any:
     """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest."""
     matrices = {matrix for matrix in hidden_matrices(model) if matrix.requires_grad}
     if not matrices:
@@ -64,7 +60,7 @@ def build_muon(groups: Groups, model: DualEncoder, options: OptimizerOptions, fu
     return Muon(of_muon, build_adamw(rest, model, options, fused, seed), options, seed, held_back=fused)
 
 
-def hidden_matrices(model: DualEncoder) -> set[nn.Parameter]:
+def hidden_matrices(model: clip.DualEncoder) -> set[nn.Parameter]:
     """Weights of linear layers, and fused in-projections, inside both towers of CLIP's own or a library's.
 
     "Muon should only be applied to hidden layers": embeddings, what leads out of a tower, gains and biases take AdamW
@@ -73,27 +69,27 @@ def hidden_matrices(model: DualEncoder) -> set[nn.Parameter]:
     modules = [module for tower in (model.visual, model.transformer) for module in tower.modules()]
     found: set[Any] = {module.weight for module in modules if isinstance(module, nn.Linear)}
     found |= {module.in_proj_weight for module in modules if isinstance(module, SelfAttention | nn.MultiheadAttention)}
-    return found - {module.c_proj.weight for module in modules if isinstance(module, AttentionPool)} - {None}
+    return found - {module.c_proj.weight for module in modules if isinstance(module, resnet.AttentionPool)} - {None}
 
 
 class Muon(HalfOptimizer):
     """Updates matrices by Muon, and leaves the rest to another optimizer, with which it shares its groups and state."""
 
     def __init__(
-        self, groups: Groups, rest: Optimizer, options: OptimizerOptions, seed: int = 0, held_back: bool = False
+        self, groups: Groups, rest: Any, options: OptimizerOptions, seed: int = 0, held_back: bool = False
     ) -> None:
         super().__init__(groups, {"momentum": options.momentum, "weight_decay": 0.0}, options, seed, held_back)
         self._num_groups = len(self.param_groups)
         self.rest = rest
         self.__setstate__({"state": self.state, "param_groups": [*self.param_groups, *rest.param_groups]})
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict) -> None:
         # Groups and state are shared with the other optimizer from the start, and after each loading.
         super().__setstate__(state)
         self.rest.__setstate__({"state": self.state, "param_groups": self.param_groups[self._num_groups :]})
 
     @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict) -> None:
         if not hasattr(self, "rest"):
             super().add_param_group(param_group)
             return
@@ -103,49 +99,41 @@ class Muon(HalfOptimizer):
 
     @override
     def update(self) -> None:
-        self.rest.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self.rest.found_inf = self.found_inf
         self.rest.step()
-        place = 0
         for group in self.param_groups[: self._num_groups]:
-            # A matrix's noise follows from its place among all.
-            places = {parameter: number for number, parameter in enumerate(group["params"], place)}
-            place += len(places)
-            for some in _alike([parameter for parameter in places if parameter.grad is not None]):
-                updates = [self._follow(parameter, group["momentum"], places[parameter]) for parameter in some]
-                directions = orthogonalise(torch.cat([_lying(update) for update in updates]))
-                counts = [row_blocks(update) for update in updates]
-                for parameter, blocks in zip(some, directions.split(counts), strict=True):
-                    self._move(parameter, blocks, group, places[parameter])
+            for some in _alike([parameter for parameter in group["params"] if parameter.grad is not None]):
+                updates = [_lying(self._follow(parameter, group["momentum"])) for parameter in some]
+                directions = orthogonalise(torch.cat(updates)).split([len(blocks) for blocks in updates])
+                for parameter, blocks in zip(some, directions, strict=True):
+                    self._move(parameter, blocks, group)
 
-    def _follow(self, parameter: Tensor, momentum: float, place: int) -> Tensor:
+    def _follow(self, parameter: Tensor, momentum: float) -> Tensor:
         # Nesterov's mixture of momentum and gradient, (A, B) float32, whole also of a shard.
         buffer = self.next_state(parameter, BUFFER)[BUFFER]
         assert parameter.grad is not None
-        gradient = local(parameter.grad).float()
-        mean = local(buffer).float().lerp(gradient, 1 - momentum)
-        self._round(parameter, buffer, mean, place, 0)
+        gradient = parameter.grad.float()
+        mean = buffer.float().lerp(gradient, 1 - momentum)
+        self._round(parameter, buffer, mean, 0)
         update = gradient.lerp(mean, momentum)
-        if not isinstance(parameter, DTensor):
-            return update
-        mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
-        return DTensor.from_local(update, mesh, parameter.placements, shape=shape, stride=stride).full_tensor()
+        return update.full_tensor() if isinstance(update, DTensor) else update
 
-    def _move(self, parameter: Tensor, blocks: Tensor, group: dict[str, Any], place: int) -> None:
-        rows, columns = _block_shape(parameter)
-        direction = (blocks.mT if rows > columns else blocks).reshape(parameter.shape)
+    def _move(self, parameter: Tensor, blocks: Tensor, group: dict) -> None:
+        lies = parameter.shape[1] == blocks.shape[2]
+        direction = (blocks if lies else blocks.mT).reshape(parameter.shape)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
-            direction = distribute_tensor(direction, mesh, placements, src_data_rank=None).to_local()
+            direction = distribute_tensor(direction, mesh, placements, src_data_rank=None)
         rate, weights = group["lr"], parameter.detach()
-        moved = local(weights).float() * (1 - rate * group["weight_decay"])
-        moved.add_(direction, alpha=-RMS_OF_ADAMW * rate * math.sqrt(max(rows, columns)))
-        self._round(parameter, weights, moved, place, 1)
+        moved = weights.float() * (1 - rate * group["weight_decay"])
+        moved.add_(direction, alpha=-RMS_OF_ADAMW * rate * math.sqrt(blocks.shape[2]))
+        self._round(parameter, weights, moved, 1)
 
-    def _round(self, parameter: Tensor, tensor: Tensor, values: Tensor, place: int, which: int) -> None:
-        kept = local(tensor)
+    def _round(self, parameter: Tensor, tensor: Tensor, values: Tensor, which: int) -> None:
+        kept, values = local(tensor), local(values)
         if kept.dtype == torch.bfloat16:
-            noise = draw(self.noise(parameter, place, STREAM, which), 1, values.numel()).view(values.shape)
-            values = round_stochastically(values.contiguous(), noise)
+            noise = draw(self.noise(parameter, STREAM, which), 1, values.numel()).view(values.shape)
+            values = round_stochastically(values, noise)
         self.write(kept, values)
 
 
@@ -169,22 +157,21 @@ def row_blocks(matrix: Tensor) -> int:
     return 3 if rows == 3 * columns else 1
 
 
-def _block_shape(matrix: Tensor) -> tuple[int, int]:
-    rows, columns = matrix.shape
-    return rows // row_blocks(matrix), columns
-
-
 def _lying(update: Tensor) -> Tensor:
     # (A or 3 A, B) → its matrices, (1 or 3, A, B), or (…, B, A) where that is wider than high; bfloat16.
-    blocks = update.bfloat16().view(row_blocks(update), *_block_shape(update))
-    return blocks.mT if blocks.shape[-2] > blocks.shape[-1] else blocks
+    blocks = update.bfloat16().unflatten(0, (row_blocks(update), -1))
+    return blocks.mT if blocks.shape[1] > blocks.shape[2] else blocks
 
 
-def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+def _alike(matrices: list[Tensor]) -> list[list[Tensor]]:
     # By the shape of their blocks, of which there are three at most, a transpose being the same.
-    found: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    found: dict[Any, list[Tensor]] = {}
     for matrix in matrices:
-        found[*sorted(_block_shape(matrix)), matrix.device].append(matrix)
+        rows, columns = matrix.shape
+        key = *sorted((rows // row_blocks(matrix), columns)), matrix.device
+        found.setdefault(key, []).append(matrix)
+    parts = []
     for (low, high, _), some in found.items():
         size = -(-AT_ONCE // (3 * low * high))
-        yield from (some[start : start + size] for start in range(0, len(some), size))
+        parts += [some[start : start + size] for start in range(0, len(some), size)]
+    return parts

@@ -1,19 +1,16 @@
 """The optimizer, its groups of parameters, and a warm-up and cosine over the whole run (CLIP paper, section 2.5)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
-import torch
-from torch import nn
+from torch import nn, zeros_like
 from torch.optim import SGD, AdamW, Optimizer
 
 from train_clip.errors import UserError
+from train_clip.models import clip, config, vit
 from train_clip.models.blocks import Transformer
-from train_clip.models.clip import CLIP, DualEncoder
-from train_clip.models.config import OptimizerConfig
-from train_clip.models.vit import VisionTransformer
 from train_clip.options import OPTIMIZERS, OptimizerOptions, TowerOptions, TrainingOptions
 from train_clip.training.half_precision import Groups, HalfAdamW
 
@@ -21,32 +18,34 @@ WARMUP_SHARE = 0.1  # of a run that is too short for the preset's warm-up
 LAST = ("proj", "ln_post", "text_projection", "ln_final")  # follow the blocks in our own towers, wherever declared
 
 
-def build_optimizer(module: nn.Module, model: DualEncoder, options: TrainingOptions, fused: bool = False) -> Optimizer:
+def build_optimizer(
+    module: nn.Module, model: clip.DualEncoder, options: TrainingOptions, fused: bool = False
+) -> Optimizer:
     """Make the optimizer that the options name for what is trained of a module: the model's, and what is beside it.
 
     With ``fused``, one kernel makes the whole update, which a flag on the device (``found_inf``) can hold back.
     """
     numbers = options.optimizer
     groups = parameter_groups(module, numbers, peak_rates(model, options.towers, numbers.learning_rate))
-    build: Callable[..., Optimizer] = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
+    build = resolve_name(OPTIMIZERS[str(numbers.optimizer)])
     return build(groups, model, numbers, fused, options.step.seed)
 
 
-def build_adamw(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
+def build_adamw(groups: Groups, _: clip.DualEncoder, options: OptimizerOptions, fused: bool, seed: int) -> Optimizer:
     """PyTorch's AdamW; ``HalfAdamW`` where weights or state are kept in bfloat16."""
     if options.keeps_halves:
         return HalfAdamW(groups, options, seed, held_back=fused)
-    numbers: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps}
+    numbers: Any = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps}
     return AdamW(groups, **numbers, fused=fused)
 
 
-def build_sgd(groups: Groups, _: DualEncoder, options: OptimizerOptions, fused: bool, __: int) -> Optimizer:
+def build_sgd(groups: Groups, _: clip.DualEncoder, options: OptimizerOptions, fused: bool, __: int) -> Optimizer:
     """SGD with momentum, whose weight decay is a part of the gradient."""
-    numbers: dict[str, Any] = {"lr": options.learning_rate, "momentum": options.momentum}
+    numbers: Any = {"lr": options.learning_rate, "momentum": options.momentum}
     sgd = SGD(groups, **numbers, fused=fused)
     for parameter in (p for group in sgd.param_groups for p in group["params"] if fused and options.momentum):
         # As the first step would make it. The fused one fails where a layer has its first gradient in a later step.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        sgd.state[parameter]["momentum_buffer"] = zeros_like(parameter)
     return sgd
 
 
@@ -67,7 +66,7 @@ def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mappin
     ]
 
 
-def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
+def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
     """Peak learning rates of the towers' parameters, where they differ from the usual one.
 
         rate · D^(L + 1 - l)        l = 0 before the L blocks of a tower, 1 … L in them, L + 1 after the last one
@@ -79,7 +78,7 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
     last = {
         parameter
         for module in model.modules()
-        if isinstance(module, CLIP | VisionTransformer)
+        if isinstance(module, clip.CLIP | vit.VisionTransformer)
         for name, parameter in module.named_parameters()
         if name.startswith(LAST)
     }
@@ -88,8 +87,7 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
     ):
         own = getattr(options, f"{name}_learning_rate")
         found |= dict.fromkeys(parameters, own) if own else {}
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if options.layer_decay == 1 or not trained:
+        if options.layer_decay == 1 or not any(parameter.requires_grad for parameter in parameters):
             continue
         blocks = blocks_of(tower)
         if not blocks:
@@ -99,17 +97,16 @@ def peak_rates(model: DualEncoder, options: TowerOptions, usual: float | None) -
                 f"nn.ModuleList. Leave layer_decay out, or freeze that tower: lock_{name}. {name}_learning_rate sets "
                 "one rate for all of it."
             )
-        layers = {parameter: place for place, block in enumerate(blocks, 1) for parameter in block.parameters()}
-        declared_in_order, reached, after = last.isdisjoint(parameters), 0, len(blocks) + 1
+        layers = {parameter: layer for layer, block in enumerate(blocks, 1) for parameter in block.parameters()}
+        declared_in_order, layer, after = last.isdisjoint(parameters), 0, len(blocks) + 1
         for parameter in parameters:
-            if parameter in layers:
-                reached = layers[parameter]
-            elif declared_in_order:
-                layers[parameter] = after if reached == len(blocks) else reached
+            if declared_in_order:
+                other = layer if layer < len(blocks) else after
             else:
-                layers[parameter] = after if parameter in last else 0
-        for parameter in trained:
-            found[parameter] = found.get(parameter, usual) * options.layer_decay ** (after - layers[parameter])
+                other = after if parameter in last else 0
+            layer = layers.get(parameter, other)
+            if parameter.requires_grad:
+                found[parameter] = found.get(parameter, usual) * options.layer_decay ** (after - layer)
     return found
 
 
@@ -119,22 +116,18 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     Of a library's tower, what holds the most parameters among modules of one class beside each other that have parts of
     their own, and of those that hold as many the outermost.
     """
+    alike: list[list[nn.Module]] = []
     for module in tower.modules():
         if isinstance(module, Transformer):
             return list(module.resblocks)
-    return max(_alike(tower), key=lambda blocks: sum(p.numel() for b in blocks for p in b.parameters()), default=[])
-
-
-def _alike(tower: nn.Module) -> Iterator[list[nn.Module]]:
-    # Two and more children of one class, from the outside inwards. Of what only holds others, such as a ResNet's stages
-    # and its stem, these have to be of one class too.
-    for module in tower.modules():
+        # Of what only holds others, such as a ResNet's stages and its stem, these have to be of one class too.
         kinds: dict[Any, list[nn.Module]] = {}
         for child in module.children():
             if parts := list(child.children()):
                 holds = isinstance(child, nn.Sequential | nn.ModuleList)
                 kinds.setdefault((type(child), holds and type(parts[0])), []).append(child)
-        yield from (children for children in kinds.values() if len(children) > 1)
+        alike += [children for children in kinds.values() if len(children) > 1]
+    return max(alike, key=lambda blocks: sum(p.numel() for b in blocks for p in b.parameters()), default=[])
 
 
 def usual_rate(optimizer: Optimizer, peak: float | None) -> float:
@@ -143,9 +136,9 @@ def usual_rate(optimizer: Optimizer, peak: float | None) -> float:
     return next((group["lr"] for group in groups if group["initial_lr"] == peak), groups[0]["lr"])
 
 
-def warmup_for(num_steps: int, config: OptimizerConfig) -> int:
+def warmup_for(num_steps: int, preset: config.OptimizerConfig) -> int:
     """The warm-up of a run for which none is given: the preset's, or a tenth of the run where that is less."""
-    return min(config.warmup_steps, int(WARMUP_SHARE * num_steps))
+    return min(preset.warmup_steps, int(WARMUP_SHARE * num_steps))
 
 
 def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], float]:

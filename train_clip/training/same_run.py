@@ -1,6 +1,6 @@
 """Whether a run that goes on is the one that began: the same model, optimizer, data and start."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from train_clip.errors import UserError
@@ -14,7 +14,7 @@ def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, 
 
     The message has both values in place of ``{found}``.
     """
-    now, then = (dict(_flat({name: values[name] for name in values if name not in free})) for values in (own, kept))
+    now, then = (_flat({name: values[name] for name in values if name not in free}) for values in (own, kept))
     differ = [name for name in now | then if now.get(name) != then.get(name)]
     if differ:
         found = "; ".join(f"{name} {now.get(name)}, was {then.get(name)}" for name in differ[:MOST_NAMED])
@@ -27,13 +27,11 @@ def completed(kept: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     It did what their defaults do; where the preset decides (None), what it decides for this module, ``own``.
     """
     defaults = TrainingOptions().flat()
-    missing = {name: own.get(name) if value is None else value for name, value in defaults.items() if name not in kept}
-    return missing | dict(kept)
+    return {name: own.get(name) if value is None else value for name, value in defaults.items()} | dict(kept)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

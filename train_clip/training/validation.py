@@ -1,26 +1,23 @@
 """The validation split, scored as a whole: the figures are one process's whatever the number of processes."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from train_clip.evaluation.retrieval import retrieval
-from train_clip.gather import gather_all, world
-from train_clip.losses import Loss, Pairs
-from train_clip.losses.softmax import SOFTMAX
+from train_clip.gather import gather_all, largest, world
+from train_clip.losses import Loss, Pairs, softmax
 
 
 class ValidationSplit:
     """Collects embeddings of width D batch by batch; ``score`` gathers them and starts afresh."""
 
-    def __init__(self, embed_dim: int, loss: Loss = SOFTMAX) -> None:
-        self._embed_dim = embed_dim
-        self._loss = loss
-        self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    def __init__(self, embed_dim: int, loss: Loss = softmax.SOFTMAX) -> None:
+        self._embed_dim, self._loss = embed_dim, loss
+        self._batches: list[tuple[Tensor, ...]] = []
 
-    def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: Sequence[int] = ()) -> None:
+    def add(self, images: Tensor, texts: Tensor, captions: Tensor, missing: tuple[int, ...] = ()) -> None:
         """Add one process's batch of unit norm, (n, D) float, and (n,) int64, equal for equal captions.
 
         Rows that are ``missing`` only hold a place, for pairs that could not be read; they are not scored.
@@ -36,8 +33,7 @@ class ValidationSplit:
         ``val/loss_above_floor`` what it is above the least that equal captions leave possible. A sampler's repetitions
         are dropped where the data set has a length. The scale is exp of the learned temperature.
         """
-        first = torch.tensor([len(self._batches[0][0]) if self._batches else 0], device=scale.device)
-        batch = int(torch.cat(gather_all(first)).max()) * world()[1]
+        batch = largest([len(self._batches[0][0]) if self._batches else 0])[0] * world()[1]
         total = len(dataset) if hasattr(dataset, "__len__") else None
         # A process may have had no batch at all, and must gather with the others all the same.
         dtype = torch.promote_types(scale.dtype, torch.float32)
@@ -48,24 +44,17 @@ class ValidationSplit:
         images, texts, captions = images[present], texts[present], captions[present]
         if not len(images):
             return {}
-        rows = torch.arange(len(images), device=images.device)
-        found = retrieval(images, texts, rows, captions)
-
-        def mean(figure: Callable[[Tensor], Tensor]) -> float:
-            return sum(figure(part).item() * len(part) for part in rows.split(batch)) / len(rows)
-
-        def loss(part: Tensor) -> Tensor:
-            pairs = Pairs(images[part], texts[part], images[part], texts[part])
-            return self._loss.of(pairs, scale.float(), bias, False)
-
-        figures = {"val/loss": mean(loss)}
-        figures["val/loss_above_floor"] = figures["val/loss"] - mean(lambda part: self._loss.floor(captions[part]))
-        recalls = {
-            f"val/R@{k}_{way}": recall
-            for way in ("image_to_text", "text_to_image")
-            for k, recall in getattr(found, way).items()
-        }
-        return figures | recalls | {"val/mean_recall": sum(recalls.values()) / len(recalls)}
+        loss = floor = 0.0
+        for rows, columns, groups in zip(images.split(batch), texts.split(batch), captions.split(batch), strict=True):
+            pairs = Pairs(rows, columns, rows, columns)
+            loss += self._loss.of(pairs, scale.float(), bias, False).item() * len(rows)
+            floor += self._loss.floor(groups).item() * len(rows)
+        loss, floor = loss / len(images), floor / len(images)
+        found = retrieval(images, texts, torch.arange(len(images), device=images.device), captions)
+        ways = {"image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
+        recalls = {f"val/R@{k}_{way}": recall for way, by_k in ways.items() for k, recall in by_k.items()}
+        mean_recall = sum(recalls.values()) / len(recalls)
+        return {"val/loss": loss, "val/loss_above_floor": loss - floor} | recalls | {"val/mean_recall": mean_recall}
 
 
 def interleave(parts: list[Tensor], total: int | None) -> Tensor:
