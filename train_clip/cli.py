@@ -210,10 +210,10 @@ def _options_in(name: str) -> dict[str, Any]:
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:
     number = r"[\d.e+-]*\d[\d.e+-]*"
-    for option, given in re.findall(rf"--(\w+)[ =]({number}(?:[ ,]{number})+)(?!\S)", " ".join(words)):
-        if option in lists:
-            numbers = re.sub("[ ,]", ", ", given)
-            raise UserError(f'--{option} {given}: several values are one word: --{option} "[{numbers}]".')
+    several = rf"--({'|'.join(lists)})[ =]({number}(?:[ ,]{number})+)(?!\S)"
+    for option, given in re.findall(several, " ".join(words)):
+        numbers = re.sub("[ ,]", ", ", given)
+        raise UserError(f'--{option} {given}: several values are one word: --{option} "[{numbers}]".')
 
 
 if __name__ == "__main__":

@@ -131,11 +131,10 @@ def write_json(target: Path, scores: dict[str, Any]) -> None:
 
 def print_table(rows: list[list[str]]) -> None:
     """Print a heading and rows of figures, in a line each on any terminal: folded they cannot be read or piped."""
-    (first, *headings), *others = rows
-    table = Table(first, box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in others:
+    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
         table.add_row(*row)
     Console(width=WIDTH).print(table)
 
@@ -185,9 +184,8 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     for indices, pixels, bad in with_progress(loader, "batches of images"):
         skips += bad
         kept += indices
-        if indices:
-            parts.append(embed.embed_images(model.model, pixels, options.batch_size))
-    if not parts:
+        parts.append(embed.embed_images(model.model, pixels, options.batch_size))
+    if not kept:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
     captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):

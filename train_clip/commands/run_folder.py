@@ -118,8 +118,7 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
     if resumed and resumed.run and (output or resumed.run).resolve() == resumed.run.resolve():
         return resumed.run
     if output is None:
-        stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
-        return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        return RUNS / f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
     # Other processes of the same run come here after the first has begun to write.
     if rank_zero_only.rank == 0 and _holds_run(output):  # type: ignore[attr-defined]
         raise UserError(
