@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb is known: ``train-clip --help`` takes a moment, not seconds.
 """
 
+import argparse
 import dataclasses
 import errno
 import inspect
@@ -12,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from train_clip.errors import UserError
 from train_clip.options import TrainerOptions
@@ -78,7 +81,7 @@ def _run(words: list[str]) -> None:
     if verb is not None:
         function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
-    elif not rest or rest[0] in ("-h", "--help"):
+    elif rest[-1:] in ([], ["-h"], ["--help"]):
         verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items())
         print(
             f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
@@ -93,9 +96,7 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
     for number in (2, 1):
         if (verb := " ".join(words[:number])) in VERBS:
             return verb, words[number:]
-    # A group of verbs alone, or with --help, asks for the list of all.
-    is_group = any(verb.startswith(f"{words[0]} ") for verb in VERBS) if words else False
-    return None, words[1:] if is_group and words[1:2] in ([], ["-h"], ["--help"]) else words
+    return None, words
 
 
 def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
@@ -126,7 +127,7 @@ def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
         elif hasattr(kind, "pick"):
             lists += _add_groups(parser, kind)
         else:
-            _add_parameter(parser, parameter, help_texts.get(name))
+            _add_parameter(parser, parameter, help_texts[name])
     parser.usage += " [options]"
     words = normalise(words, verb)
     _require_one_word(words, lists)
@@ -170,23 +171,22 @@ def normalise(words: list[str], verb: str) -> list[str]:
     which is passed on by its content. A run that is resumed (``--resume``) brings the options that it began with; one
     that another verb began is refused.
     """
-    queue, rest, configs, values = list(words), list[str](), list[str](), dict[str, Any]()
-    while queue:
-        word = queue.pop(0)
-        option, equals, value = word.partition("=")
-        if option == "--config" and (equals or queue):
-            configs += _config(value if equals else queue.pop(0), values)
-        elif option.startswith("--"):
-            name = _one_name(option[2:])
-            values[name] = value if equals or not queue else queue[0]
-            rest.append(f"--{name}{equals}{value}")
-        else:
-            rest.append(word)
-    if values.get("resume") is not None:
-        from train_clip.commands.run_folder import options_of_run
+    words = [re.sub("(?<=^--)[^=]+", lambda option: _one_name(option[0]), word) for word in words]
+    ahead = argparse.ArgumentParser(f"train-clip {verb}", add_help=False, allow_abbrev=False)
+    ahead.add_argument("--config", action="append", default=[])
+    files, words = ahead.parse_known_args(words)
+    configs = [_options_in(name) for name in files.config]
+    ahead.add_argument("--resume")
+    ahead.add_argument("--output")
+    for config in configs:
+        ahead.set_defaults(**config)
+    given = ahead.parse_known_args(words)[0]
+    words = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs] + words
+    if given.resume is None:
+        return words
+    from train_clip.commands.run_folder import options_of_run
 
-        configs = options_of_run(verb, str(values["resume"]), values.get("output")) + configs
-    return configs + rest
+    return options_of_run(verb, str(given.resume), given.output) + words
 
 
 def _one_name(option: str) -> str:
@@ -194,31 +194,26 @@ def _one_name(option: str) -> str:
     return ALIASES.get(option, option)
 
 
-def _config(name: str, values: dict[str, Any]) -> list[str]:
-    # What the file says is noted in ``values``, over which the command line wins.
-    import yaml
-
+def _options_in(name: str) -> dict[str, Any]:
     recipes = {file.stem: file for file in Path(__file__).with_name("recipes").glob("*.yaml")}
     path = recipes.get(name, Path(name))
     if not path.is_file():
         raise UserError(f"--config {name}: neither a file nor a recipe. Recipes: {', '.join(sorted(recipes))}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        content = None
-    if not isinstance(content, dict):
-        return ["--config", str(path)]  # the parser says what it is instead
-    content = {_one_name(str(option)): value for option, value in content.items()}
-    values |= content | values
-    return ["--config", yaml.safe_dump(content, sort_keys=False)]
+        return {_one_name(option): value for option, value in content.items()}
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UserError(
+            f"--config {name}: holds no options ({error}). Expected YAML, a line NAME: VALUE for each."
+        ) from error
 
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:
     number = r"[\d.e+-]*\d[\d.e+-]*"
-    for option, given in re.findall(rf"--(\w+)[ =]({number}(?:[ ,]{number})+)(?!\S)", " ".join(words)):
-        if option in lists:
-            numbers = re.sub("[ ,]", ", ", given)
-            raise UserError(f'--{option} {given}: several values are one word: --{option} "[{numbers}]".')
+    several = rf"--({'|'.join(lists)})[ =]({number}(?:[ ,]{number})+)(?!\S)"
+    for option, given in re.findall(several, " ".join(words)):
+        numbers = re.sub("[ ,]", ", ", given)
+        raise UserError(f'--{option} {given}: several values are one word: --{option} "[{numbers}]".')
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ and a run's ``config.yaml`` are their fields. Where a default is None, the model
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from train_clip.errors import UserError
 
@@ -63,7 +63,7 @@ class Options:
             if value is None:
                 continue
             kinds = (one.type, *get_args(one.type))
-            names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+            names = [name for kind in kinds for name in get_args(kind) if isinstance(name, str)]
             if names and value not in names:
                 raise UserError(f"{one.name} is {value!r}; expected one of {', '.join(names)}.")
             if check and not check.holds(value):
@@ -242,26 +242,29 @@ class TrainingOptions:
     step: StepOptions = StepOptions()
 
     def __post_init__(self) -> None:
-        optimizer, towers, mask_ratio = self.optimizer, self.towers, self.objective.mask_ratio
-        refusals = {
-            f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {optimizer.half_weights!r} beside "
-            "optimizer 'sgd', which does not round stochastically; expected 'float32' and 'none', or 'adamw' or "
-            "'muon'.": optimizer.optimizer == "sgd" and optimizer.keeps_halves,
-            f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; expected "
-            "'muon'.": optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon",
-            f"mask_ratio is {mask_ratio} beside lock_image: a frozen tower sees whole images. Leave one of the two "
-            "out.": mask_ratio and towers.lock_image,
-        }
+        optimizer, halves = self.optimizer, self.optimizer.half_weights
+        if optimizer.optimizer == "sgd" and optimizer.keeps_halves:
+            raise UserError(
+                f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {halves!r} beside optimizer 'sgd', "
+                "which does not round stochastically; expected 'float32' and 'none', or 'adamw' or 'muon'."
+            )
+        if optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon":
+            raise UserError(
+                f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; "
+                "expected 'muon'."
+            )
         for tower in ("image", "text"):
-            rate, locked = getattr(towers, f"{tower}_learning_rate"), getattr(towers, f"lock_{tower}")
-            refusals |= {
-                f"{tower}_learning_rate is {rate} beside lock_{tower}: a frozen tower has no learning rate. Leave one "
-                f"of the two out, a recipe's by --{tower}_learning_rate null.": rate is not None and locked,
-                f"half_weights is {optimizer.half_weights!r} beside lock_{tower}: rounding would change a frozen "
-                "tower. Leave one of the two out.": locked and optimizer.half_weights in (tower, "both"),
+            idle = {
+                f"{tower}_learning_rate": getattr(self.towers, f"{tower}_learning_rate"),
+                "half_weights": halves in (tower, "both") and halves,
+                "mask_ratio": tower == "image" and self.objective.mask_ratio,
             }
-        for message in (message for message, refused in refusals.items() if refused):
-            raise UserError(message)
+            for name, value in idle.items():
+                if value and getattr(self.towers, f"lock_{tower}"):
+                    raise UserError(
+                        f"{name} is {value!r} beside lock_{tower}: a frozen tower has no learning rate, is not rounded "
+                        "and sees whole images. Leave one of the two out, a recipe's learning rate by null."
+                    )
 
     @classmethod
     def groups(cls) -> dict[str, Any]:

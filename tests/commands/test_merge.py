@@ -12,7 +12,7 @@ import yaml
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
 from train_clip.checkpoints.own import read_checkpoint
-from train_clip.commands.merge import interpolate
+from train_clip.commands.merge import interpolate, require_one_model
 from train_clip.errors import UserError
 
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1".split()
@@ -69,14 +69,14 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
     ("files", "words", "expected"),
     [
         (("start", "other"), "", "another model: its embed_dim is 16, expected 8"),
-        (("start", "tuned"), "--weight 1.5", "expected from 0, the first checkpoint, to 1"),
-        (("start", "tuned"), "--weight [0.5,1.5]", "expected from 0, the first checkpoint, to 1"),
+        (("start", "tuned"), "--weight 1.5", "expected a number from 0, the first checkpoint, to 1"),
+        (("start", "tuned"), "--weight [0.5,1.5]", "expected a number from 0, the first checkpoint, to 1"),
         (
             ("start", "tuned"),
             "--weight []",
-            r'no weight\. Expected one, such as 0\.5, or several: --weight "\[0\.25, 0\.5\]"',
+            r'--weight \[\]: expected a number .*, or several .*: --weight "\[0\.25, 0\.5\]"',
         ),
-        (("start", "tuned"), "--weight [0.5,0.5000001]", r"0\.5 comes twice"),
+        (("start", "tuned"), "--weight [0.5,0.5000001]", r"\[0\.5, 0\.5000001\]: .*several that differ in six figures"),
         (("start", "tuned"), "--weight 0.25 0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
         (("start", "tuned"), "--weight 0.25,0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
         (("start", "tuned"), "--weight=0.25 0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
@@ -114,5 +114,7 @@ def test_whole_numbers_are_the_tuned_models():
     assert merged["count"] == 8
     assert merged["half"].dtype == torch.bfloat16
     assert merged["half"].tolist() == [1.5, 3.0]
-    with pytest.raises(UserError, match="in one of the checkpoints only"):
-        interpolate({"a": torch.zeros(1)}, {"b": torch.zeros(1)}, 0.5)
+    with pytest.raises(UserError, match=r"two models \(found b \(1,\), was None; a None, was \(1,\)\)|a None"):
+        require_one_model({"a": torch.zeros(1)}, {"b": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"two models \(found a \(2,\), was \(1,\)\)"):
+        require_one_model({"a": torch.zeros(1)}, {"a": torch.zeros(2)})

@@ -76,10 +76,10 @@ def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys
 
 
 def test_a_run_is_not_overwritten(pair_folder, model_file, tmp_path):
-    """The second run into the same folder stops, names another, and leaves the first as it was."""
+    """The second run into the same folder stops, asks for another, and leaves the first as it was."""
     run = run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
-    with pytest.raises(SystemExit, match=r"holds a run already.*--output .*run-2"):
+    with pytest.raises(SystemExit, match=r"holds a run already.*another --output, or --resume .*run"):
         run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
@@ -240,7 +240,7 @@ def test_a_gpu_trains_in_its_default_precision(pair_folder, model_file, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "Not one step was trained"),
+        (["--epochs", "0"], "the run has done 0 steps, and is to take 0 in all"),
         (["--accelerator", "cuda"], "Lightning's Trainer refuses these options"),
         (["--logger", "WandbLogger"], "WandbLogger: .*Install the package that it needs"),
         (["--val_share", "1.5"], r"val_share is 1\.5; expected from 0 to below 1"),

@@ -55,9 +55,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     classes.write_text("\n".join(things()) + "\n", encoding="utf-8")
     every = (TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES))
     templates.write_text("\n".join(every) + "\n", encoding="utf-8")
-    example = min(training.glob("*.txt"))
-    said = f"{example.with_suffix('.png').name}: “{example.read_text(encoding='utf-8').splitlines()[0]}”"
-    print(f"Wrote pictures of {len(scenes()):,} scenes to {output / 'data'}/, such as {said}.")
+    print(f"Wrote pictures of {len(scenes()):,} scenes to {output}/data/, such as “{scenes()[0].captions()[0]}”.")
 
     options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     options |= {"folder": training, "seed": seed, "output": output / "run"}

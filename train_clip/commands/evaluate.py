@@ -30,6 +30,7 @@ EVALUATORS = {
 NAMED = 5  # files named on the screen; --json names all
 IMAGES_DRAWN, COLUMNS = 18, 3
 CAPTIONS_DRAWN = 3  # of each
+WIDTH = 200  # characters, what the widest row of a table takes
 
 # ``num_images``, ``num_captions``, each evaluator's result, and ``skips``: files that could not be read.
 Scores = dict[str, Any]
@@ -115,14 +116,12 @@ def figures(scores: Scores) -> dict[str, float]:
 
 def report(scores: Scores) -> None:
     """Print the figures beside chance."""
-    print("{num_images:,} images, {num_captions:,} captions".format(**scores))
+    skips = scores["skips"]
+    print(f"{scores['num_images']:,} images, {scores['num_captions']:,} captions, {len(skips):,} files not scored")
     for rows in (scores[name].rows() for name in EVALUATORS if scores[name]):
         (print if isinstance(rows, str) else print_table)(rows)
-    skips = scores["skips"]
     for path, reason in skips[:NAMED]:
         print(f"Not scored: {path}: {reason}")
-    if len(skips) > NAMED:
-        print(f"… and {len(skips) - NAMED:,} more files that were not scored.")
 
 
 def write_json(target: Path, scores: dict[str, Any]) -> None:
@@ -130,15 +129,14 @@ def write_json(target: Path, scores: dict[str, Any]) -> None:
     write_text(target, json.dumps(scores, indent=2, default=dataclasses.asdict) + "\n")
 
 
-def print_table(rows: list[list[str]], least_width: int = 0) -> None:
-    """Print a heading and rows of figures."""
-    (first, *headings), *others = rows
-    table = Table(first, box=None, header_style="bold", pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in others:
+def print_table(rows: list[list[str]]) -> None:
+    """Print a heading and rows of figures, in a line each on any terminal: folded they cannot be read or piped."""
+    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
         table.add_row(*row)
-    Console(width=max(least_width, Console().width)).print(table)
+    Console(width=WIDTH).print(table)
 
 
 def draw_best_captions(collection: embed.Collection, target: Path) -> None:
@@ -149,8 +147,8 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
     paths, captions = collection.paths, collection.captions
     own = set(zip(collection.owners, captions, strict=True))
     chosen = sorted(random.Random(0).sample(range(len(paths)), min(IMAGES_DRAWN, len(paths))))
-    different = list(dict.fromkeys(captions))
-    texts = collection.texts[[captions.index(caption) for caption in different]]
+    places = {caption: place for place, caption in enumerate(captions)}
+    different, texts = list(places), collection.texts[list(places.values())]
     best = (collection.images[chosen] @ texts.T).cpu().topk(min(CAPTIONS_DRAWN, len(different)), dim=1)
     rows = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 1.45 * rows), layout="constrained")
@@ -158,16 +156,18 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
     for panel in axes.flat:
         panel.axis("off")
     panels = iter(axes.flat)
-    for image, values, places in zip(chosen, best.values.tolist(), best.indices.tolist(), strict=True):
+    for image, values, indices in zip(chosen, best.values.tolist(), best.indices.tolist(), strict=True):
         next(panels).imshow(crops.read_picture(paths[image]).picture)
         beside = next(panels)
-        for line, (value, place) in enumerate(zip(values, places, strict=True)):
-            caption = different[place]
+        for line, (value, index) in enumerate(zip(values, indices, strict=True)):
+            caption = different[index]
             mark, colour = ("✓", "#12813a") if (image, caption) in own else (" ", "#555555")
-            # A dollar sign would begin a formula.
-            shortened = textwrap.shorten(caption, 64, placeholder=" …").replace("$", r"\$")
-            text = textwrap.fill(f"{value:.2f} {mark} {shortened}", 41, subsequent_indent=" " * 10)
-            beside.text(0, 0.88 - 0.34 * line, text, color=colour, fontsize=8, verticalalignment="top")
+            text = textwrap.fill(
+                f"{value:.2f} {mark} {caption}", 41, subsequent_indent=" " * 10, max_lines=2, placeholder=" …"
+            )
+            # A dollar sign begins no formula.
+            how = {"color": colour, "fontsize": 8, "verticalalignment": "top", "parse_math": False}
+            beside.text(0, 0.88 - 0.34 * line, text, **how)
     with replacing(target) as file:
         figure.savefig(file, dpi=110, format="png")
 
@@ -184,9 +184,8 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     for indices, pixels, bad in with_progress(loader, "batches of images"):
         skips += bad
         kept += indices
-        if indices:
-            parts.append(embed.embed_images(model.model, pixels, options.batch_size))
-    if not parts:
+        parts.append(embed.embed_images(model.model, pixels, options.batch_size))
+    if not kept:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
     captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):
@@ -230,19 +229,16 @@ def _find(options: ScoreOptions) -> list[pairs.Pair]:
 
 
 def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
-    templates = list(zero_shot.DEFAULT_TEMPLATES)
-    if options.classes is None:
-        return [], templates
-    if options.templates is not None:
-        templates = _read_lines(options.templates, "captions with {} where the class goes")
-        for template in templates:
-            if "{}" not in template:
-                raise UserError(f"{options.templates}: {template!r} has no {{}} where the class would go.")
-    return _read_lines(options.classes, "class names"), templates
+    classes, templates = (_read_lines(path) for path in (options.classes, options.templates))
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"{options.templates}: {template!r} has no {{}} where the class would go.")
+    return classes, templates or list(zero_shot.DEFAULT_TEMPLATES)
 
 
-def _read_lines(path: Path, holding: str) -> list[str]:
+def _read_lines(path: Path | None) -> list[str]:
     try:
-        return pairs.read_captions(str(path))
+        return [] if path is None else pairs.read_captions(str(path))
     except BadSample as bad:
-        raise UserError(f"{path}: {bad.reason.replace('caption', 'file')}. Expected {holding}, one a line.") from None
+        reason = bad.reason.replace("caption", "file")
+        raise UserError(f"{path}: {reason}. Expected class names, or captions with {{}}, one a line.") from None

@@ -15,6 +15,7 @@ from train_clip.files import require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
 from train_clip.training.checkpoints import AtomicCheckpointIO
+from train_clip.training.same_run import require_same
 
 Tensors = dict[str, torch.Tensor]
 
@@ -79,14 +80,13 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
 
 
 def interpolate(start: Tensors, tuned: Tensors, weight: float) -> Tensors:
-    """The line between two state dicts of the same names and shapes.
+    """The line between two state dicts of the same names and shapes (``require_one_model``).
 
         θ = (1 - w) θ_start + w θ_tuned
 
     Running statistics of BatchNorm lie on the line too; whole numbers, such as their counts of batches, are the tuned
     model's, and so are the dtypes. At w = 0 and 1 the tensors are the one's and the other's, bit for bit.
     """
-    require_one_model(start, tuned)
     merged = {}
     for name, end in tuned.items():
         wide = torch.promote_types(end.dtype, torch.float32)
@@ -101,31 +101,25 @@ def of_one_loss(start: Tensors, tuned: Tensors) -> Tensors:
     A temperature means another thing in each loss. Which caption fits best depends on neither of the two.
     """
     if ("logit_bias" in start) == ("logit_bias" in tuned):
-        return dict(start)
+        return start
     towers = {name: tensor for name, tensor in start.items() if name not in OF_LOSS}
     return towers | {name: tuned[name] for name in OF_LOSS if name in tuned}
 
 
 def require_one_model(start: Tensors, tuned: Tensors) -> None:
     """Refuse state dicts whose names or shapes differ."""
-    if lone := sorted(start.keys() ^ tuned.keys()):
-        raise UserError(f"{lone[0]} is in one of the checkpoints only; expected two of one model.")
-    for name, end in tuned.items():
-        if start[name].shape != end.shape:
-            shapes = f"{tuple(start[name].shape)} and {tuple(end.shape)}"
-            raise UserError(f"{name} has the shapes {shapes}; expected one model.")
+    begun, ended = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (start, tuned))
+    require_same(ended, begun, "The checkpoints are of two models (found {found}); expected two of one model.")
 
 
 def _weights(options: MergeOptions) -> list[float]:
     weights = options.weight if isinstance(options.weight, list) else [options.weight]
-    if not weights:
-        raise UserError('--weight []: no weight. Expected one, such as 0.5, or several: --weight "[0.25, 0.5]".')
-    names = [f"{weight:g}" for weight in weights]
-    for name, weight in zip(names, weights, strict=True):
-        if not 0 <= weight <= 1:
-            raise UserError(f"--weight {name}: expected from 0, the first checkpoint, to 1, the second.")
-        if names.count(name) > 1:
-            raise UserError(f"--weight: {name} comes twice to six figures, by which the files are named.")
+    names = {f"{weight:g}" for weight in weights if 0 <= weight <= 1}
+    if not names or len(names) < len(weights):
+        raise UserError(
+            f"--weight {options.weight}: expected a number from 0, the first checkpoint, to 1, the second, or several "
+            'that differ in six figures, by which the files are named: --weight "[0.25, 0.5]".'
+        )
     if options.other_folder is None and (options.other_classes or options.other_templates):
         raise UserError("What --other_classes and --other_templates name is for --other_folder, which was not given.")
     return weights
@@ -133,14 +127,11 @@ def _weights(options: MergeOptions) -> list[float]:
 
 def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.Scores]:
     """Scores by what a model is scored on; none where nothing is given."""
-    sets: dict[str, evaluate.ScoreOptions] = {}
-    if (first := options.folder or options.pairs) is not None:
-        sets[str(first)] = options
-    if (other := options.other_folder) is not None:
-        classes, templates = options.other_classes, options.other_templates
-        sets[str(other)] = dataclasses.replace(
-            options, folder=other, pairs=None, split="all", classes=classes, templates=templates
-        )
+    classes, templates = options.other_classes, options.other_templates
+    other = dataclasses.replace(
+        options, folder=options.other_folder, pairs=None, split="all", classes=classes, templates=templates
+    )
+    sets = {str(place): how for how in (options, other) if (place := how.folder or how.pairs)}
     if not sets:
         return {}
     model = evaluate.load_for_scoring(weights, options.device)
@@ -150,9 +141,11 @@ def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.S
 def _report(by_weight: dict[float, dict[str, evaluate.Scores]], target: Path | None) -> None:
     """Print a table for each set, a row a weight."""
     for name in by_weight[0.0]:
-        rows = {f"{weight:g}": evaluate.figures(scores[name]) for weight, scores in by_weight.items()}
         print(f"\n{name}")
-        heading = ["weight", *rows["0"]]
-        evaluate.print_table([heading, *([one, *(f"{x:.1%}" for x in row.values())] for one, row in rows.items())])
+        rows = []
+        for weight, scores in by_weight.items():
+            figures = evaluate.figures(scores[name])
+            rows.append([f"{weight:g}", *(f"{figure:.1%}" for figure in figures.values())])
+        evaluate.print_table([["weight", *figures], *rows])
     if target is not None and by_weight[0.0]:
         evaluate.write_json(target, {f"{weight:g}": scores for weight, scores in by_weight.items()})

@@ -13,7 +13,6 @@ from train_clip.training.clip_wrapper import CLIPWrapper
 from train_clip.training.muon import HIDDEN, row_blocks
 from train_clip.training.optimizer import build_optimizer
 
-WIDTH = 200  # characters, what the widest row takes: a table that is folded to a terminal cannot be read or piped
 OF_PRESETS = "model,parameters,image,text,pixels,embed,image tower,text tower,lr,betas,eps,decay,warm-up,epochs".split(
     ","
 )
@@ -29,11 +28,11 @@ def models(show: str | None = None, optimizer: str | None = None, model_name: st
         model_name: whose, a preset or a YAML file of your own
     """
     if optimizer is not None:
-        evaluate.print_table(_updates(read_config(model_name), optimizer), WIDTH)
+        evaluate.print_table(_updates(read_config(model_name), optimizer))
     elif show is not None:
         print(yaml.safe_dump(read_config(show).to_dict(), sort_keys=False, default_flow_style=None), end="")
     else:
-        evaluate.print_table([OF_PRESETS, *map(_row, presets())], WIDTH)
+        evaluate.print_table([OF_PRESETS, *map(_row, presets())])
 
 
 def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import cli, loggers, utilities
 
 from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
-from train_clip.errors import UserError
+from train_clip.errors import UserError, root_cause
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
 from train_clip.training import checkpoints, display, signals
 from train_clip.training.data_module import TextImageDataModule
@@ -76,24 +76,23 @@ def remake(kind: Any, arguments: Any, source: str, **how: Any) -> Any:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(
-            f"{source}: cannot be loaded ({reason}). Expected a checkpoint that this version of train-clip wrote."
+            f"{source}: cannot be loaded ({root_cause(error)}). Expected a checkpoint that this version of train-clip "
+            "wrote."
         ) from error
 
 
 def data_for(module: ContrastiveModule, options: DataOptions) -> TextImageDataModule:
     """The pairs as a module takes them."""
-    how = {"image_size": module.model.image_size, "custom_tokenizer": module.tokenizer}
-    return TextImageDataModule(**how, seed=module.options.step.seed, **flat(options))
+    size, seed = module.model.image_size, module.options.step.seed
+    return TextImageDataModule(image_size=size, custom_tokenizer=module.tokenizer, seed=seed, **flat(options))
 
 
 def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> Path:
     """Train, from the start or from what a run is resumed from; return the run's folder."""
     module, data = job.module, job.data
     folder = choose_run_folder(run.output, module.model.name, resumed)
-    precision = options.get("precision") or default_precision(options.get("accelerator", "auto"))
-    options = TrainerOptions(options | {"precision": precision})
+    options |= {"precision": options.get("precision") or default_precision(options.get("accelerator", "auto"))}
     if run.epochs is None:
         # As many as --max_steps takes, or the usual ones.
         run = replace(run, epochs=-1 if (options.get("max_steps") or -1) > 0 else job.epochs)
@@ -111,12 +110,12 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     if resumed is not None:
         module.require_same_model(resumed.arguments)
         data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
-        if num_steps <= steps_before:
-            raise UserError(
-                f"{resumed.checkpoint}: the run has done {steps_before:,} steps, and is to take {num_steps:,} in all. "
-                "To train on give more --epochs or --max_steps."
-            )
         facts |= {"resumed_from": str(resumed.checkpoint), "after_steps": steps_before}
+    if num_steps <= steps_before:
+        raise UserError(
+            f"{resumed.checkpoint if resumed else folder}: the run has done {steps_before:,} steps, and is to take "
+            f"{num_steps:,} in all. To train on give more --epochs or --max_steps."
+        )
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
     write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model)
@@ -129,12 +128,6 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         raise
     except MisconfigurationException as error:
         raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
-    if trainer.global_step == steps_before:
-        raise UserError(
-            f"Not one step was trained{f' after the {steps_before:,} of {resumed.checkpoint}' if resumed else ''}. "
-            "Expected --epochs, --max_steps and the Trainer's other limits, such as --max_time, to leave something to "
-            "do."
-        )
     say_end(trainer, folder, data)
     return folder
 
@@ -177,15 +170,13 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
 def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resumed: Resumption | None) -> None:
     """Name the model, its size, the device and the run's folder, and what the run goes on from."""
     if resumed is not None:
-        for reason in resumed.passed_over:
-            print(f"Passed over {reason}")
         batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
         print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
-    device, model, trained = trainer.strategy.root_device.type, module.model, count(module, trained=True)
-    share = "" if trained >= count(model) else f" ({trained:,} of them trained)"
+    device, model = trainer.strategy.root_device.type, module.model
     print(
-        f"{model.name}: {count(model):,} parameters{share}, {model.image_size}×{model.image_size} pixels; "
-        f"{trainer.world_size} × {device}, {trainer.precision}. Everything goes to {folder}/."
+        f"{model.name}: {count(model):,} parameters ({count(module, trained=True):,} of them trained), "
+        f"{model.image_size}×{model.image_size} pixels; {trainer.world_size} × {device}, {trainer.precision}. "
+        f"Everything goes to {folder}/."
     )
 
 
@@ -197,17 +188,20 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None
     if not last.is_file():
         return
     options = data.options
-    table = options.val_pairs or options.pairs
+    if options.val_pairs is not None:
+        options = replace(options, pairs=options.val_pairs, folder=None, pair_by="stem")
     command = ["train-clip", "evaluate", str(best if best.is_file() else last)]
-    command += ["--pairs", str(table)] if table else []
-    for name in ("image_column", "caption_column") if table else ("folder", "pair_by"):
+    for name in ("pairs", "image_column", "caption_column", "folder", "pair_by"):
         if (value := getattr(options, name)) != getattr(DataOptions, name):
             command += [f"--{name}", str(value)]
-    if data.validation_pairs and options.val_pairs is None:
-        command += ["--split", "held_out", "--val_share", str(options.val_share)]
-    if data.validation_pairs and "val/loss" not in trainer.callback_metrics:
-        kept = "best.ckpt is as it was before" if best.is_file() else "there is no best.ckpt"
-        print(f"No validation was reached, so {kept}; --val_check_interval sets how often it comes.")
+    if data.validation_pairs:
+        if options.val_pairs is None:
+            command += ["--split", "held_out", "--val_share", str(options.val_share)]
+        if "val/loss" not in trainer.callback_metrics:
+            print(
+                "No validation was reached, so best.ckpt, if there is one, is as it was before; --val_check_interval "
+                "sets how often it comes."
+            )
     print(f"Next: {shlex.join(command)}")
     say_mean(trainer, folder)
 

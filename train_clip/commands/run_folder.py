@@ -32,7 +32,6 @@ class Resumption:
     run: Path | None  # the folder of the run that the checkpoint is of; None where it lies in none
     checkpoint: Path  # one that loads
     state: dict[str, Any]  # what it holds besides tensors of the model and the optimizer
-    passed_over: tuple[str, ...] = ()  # newer ones and why they were not taken, a line each
 
     @property
     def step(self) -> int:
@@ -74,18 +73,15 @@ class Resumption:
 def run_to_resume(resume: str, output: Path | None) -> Path | None:
     """The folder of the run that ``--resume`` (and, with ``auto``, ``--output``) means; None for a lone checkpoint."""
     path = Path(resume) if resume != AUTO else output or _newest_run()
-    if path.is_dir() and path.name == "checkpoints":
-        path = path.parent
-    if path.is_dir() or resume == AUTO:
-        if not _newest_first(path):
-            raise UserError(
-                f"--resume {resume}: there is no checkpoint in {path}/checkpoints/. Expected a run that was saved at "
-                "least once; to begin one leave --resume out."
-            )
-        return path
-    if not path.is_file():
-        raise UserError(f"--resume {resume}: there is no such file or folder. Expected a run, a checkpoint, or auto.")
-    return path.parent.parent if path.parent.name == "checkpoints" else None
+    if path.is_file():
+        return path.parent.parent if path.parent.name == "checkpoints" else None
+    run = path.parent if path.name == "checkpoints" else path
+    if not _newest_first(run):
+        raise UserError(
+            f"--resume {resume}: there is no checkpoint in {run}/checkpoints/, and no such file. Expected a run that "
+            "was saved at least once, a checkpoint, or auto; to begin a run leave --resume out."
+        )
+    return run
 
 
 def options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
@@ -109,14 +105,12 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
     run = run_to_resume(resume, output)
     if run is None or Path(resume).is_file():
         return _read(run, Path(resume))
-    passed_over: list[str] = []
     for file in _newest_first(run):
         try:
-            return _read(run, file, tuple(passed_over))
+            return _read(run, file)
         except UserError as error:
-            passed_over.append(str(error))
-    reasons = "".join(f"\n  Passed over {reason}" for reason in passed_over)
-    raise UserError(f"--resume {resume}: no checkpoint loads in {run}/checkpoints/.{reasons}")
+            rank_zero_only(print)(f"Passed over {error}")
+    raise UserError(f"--resume {resume}: no checkpoint loads in {run}/checkpoints/, for the reasons above.")
 
 
 def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
@@ -124,16 +118,12 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
     if resumed and resumed.run and (output or resumed.run).resolve() == resumed.run.resolve():
         return resumed.run
     if output is None:
-        stem = Path(model_name).stem if model_name.endswith((".yaml", ".yml")) else model_name.replace("/", "-")
-        return RUNS / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        return RUNS / f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
     # Other processes of the same run come here after the first has begun to write.
     if rank_zero_only.rank == 0 and _holds_run(output):  # type: ignore[attr-defined]
-        number = 2
-        while (free := output.with_name(f"{output.name}-{number}")).exists():
-            number += 1
         raise UserError(
-            f"{output}: holds a run already, which stays as it is. Try --output {free}, or --resume {output} to go on "
-            "with it."
+            f"{output}: holds a run already, which stays as it is. Give another --output, or --resume {output} to go "
+            "on with it."
         )
     return output
 
@@ -167,13 +157,14 @@ def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any],
 
 
 def _newest_run() -> Path:
-    runs = [folder for folder in RUNS.glob("*") if _newest_first(folder)]
-    if not runs:
+    files = RUNS.glob("*/checkpoints/*.ckpt")
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+    if newest is None:
         raise UserError(
             f"--resume auto: no run below {RUNS}/ has a checkpoint. Give the run's folder by --output, or leave "
             "--resume out to begin a run."
         )
-    return max(runs, key=lambda folder: _newest_first(folder)[0].stat().st_mtime_ns)
+    return newest.parent.parent
 
 
 def _newest_first(run: Path) -> list[Path]:
@@ -184,7 +175,7 @@ def _newest_first(run: Path) -> list[Path]:
     return sorted({file.stat().st_ino: file for file in oldest_first}.values(), key=oldest_first.index, reverse=True)
 
 
-def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Resumption:
+def _read(run: Path | None, file: Path) -> Resumption:
     state = own.read_checkpoint(file)
     if own.RUNNING_MEAN in state:
         raise UserError(f"{file}: {own.NO_STATE}")
@@ -194,7 +185,7 @@ def _read(run: Path | None, file: Path, passed_over: tuple[str, ...] = ()) -> Re
             "train`."
         )
     small = {name: value for name, value in state.items() if name not in ("state_dict", "optimizer_states")}
-    return Resumption(run, file, small, passed_over)
+    return Resumption(run, file, small)
 
 
 def _holds_run(folder: Path) -> bool:
