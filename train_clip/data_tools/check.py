@@ -1,8 +1,7 @@
 """Look at every pair before training."""
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from train_clip.data import scan, table
@@ -30,9 +29,11 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     sources, val_pairs = [found.source], None
     if options.val_pairs is not None:
         held_out = table.scan_table(options.val_pairs, options)
-        joined = ("num_entries", "lone_images", "lone_captions", "faults")
-        both = {name: getattr(found, name) + getattr(held_out, name) for name in joined}
-        found = dataclasses.replace(found, pairs=found.pairs.followed_by(held_out.pairs), **both)
+        found.pairs = found.pairs.followed_by(held_out.pairs)
+        found.num_entries += held_out.num_entries
+        found.lone_images += held_out.lone_images
+        found.lone_captions += held_out.lone_captions
+        found.faults += held_out.faults
         val_pairs = len(held_out.pairs)
         sources.append(held_out.source)
     facts = look_at(found.pairs, sources, options.num_workers, options.cache)
@@ -62,40 +63,38 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
         yield from ("  " + fault.replace("\n", "\n  ") for fault in report["faults"])
     if report["bad"]:
         share = report["bad_pairs"] / report["pairs"]
-        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training draws others for them."
-        yield from by_reason(report["bad"], "; --json names all")
+        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training draws others for them; --json names all."
+        yield from by_reason(report["bad"])
     if report["mended"]:
         yield "Mended at each reading:"
         for what, found in report["mended"].items():
-            yield f"  {found['number']:,} × {what}, for instance {found['examples'][0]}"
+            yield from _named(what, found)
     yield from _sizes(report["sizes"], options.image_size)
     yield from _captions(report["captions"], options.context_length)
     yield from _repeats(report["repeats"])
     yield from _leaks(report["leaks"], options)
 
 
-def by_reason(bad: Mapping[str, Sequence[str]], more: str = "") -> Iterator[str]:
-    """Files under the reason why they are bad; ``more`` says where those are named that are too many for a screen."""
-    for reason, paths in bad.items():
+def by_reason(bad: Mapping[str, list[str]]) -> Iterator[str]:
+    """Files under the reason why they are bad, as many as a screen may hold."""
+    for reason, paths in sorted(bad.items()):
         yield f"  {len(paths):,} × {reason}"
         yield from (f"    {path}" for path in paths[:NAMED])
         if len(paths) > NAMED:
-            yield f"    … and {len(paths) - NAMED:,} more{more}"
+            yield f"    … and {len(paths) - NAMED:,} more"
 
 
 def _named(what: str, found: Report) -> Iterator[str]:
     if found["number"]:
-        more = ", …" if found["number"] > len(found["examples"]) else ""
-        yield f"  {found['number']:,} × {what}: {', '.join(found['examples'])}{more}"
+        yield f"  {found['number']:,} × {what}, for instance {', '.join(found['examples'])}"
 
 
 def _sizes(sizes: Report | None, image_size: int) -> Iterator[str]:
     if sizes is None:
         return
-    yield "Images         least     5%  median    95%   most"
+    yield "Images           least      5%  median     95%    most"
     for name, key, form in (("width", "width", ",d"), ("height", "height", ",d"), ("long / short", "aspect", ".2f")):
-        columns = (format(value, form) for value in sizes[key])
-        yield "  {:12} {:>6} {:>6} {:>7} {:>6} {:>6}".format(name, *columns)
+        yield f"  {name:12}" + "".join(f"{value:8{form}}" for value in sizes[key])
     if sizes["enlarged"]:
         yield f"  {sizes['enlarged']:,} are smaller than the model's {image_size} pixels and would be enlarged"
 

@@ -12,7 +12,6 @@ import torch
 from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, is_of_library, reading
 
 KIND = "PreTrainedTokenizerBase"
-TENSORS = ("input_ids", "attention_mask", "token_type_ids")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = ("padding_side", "truncation_side", "model_input_names", "pad_token_type_id", "split_special_tokens")
 UNLIMITED = 10**6  # tokenizers without a limit say 10³⁰
@@ -49,19 +48,20 @@ class PretrainedTokenizer:
         """
         if not is_of_library(self.tokenizer, KIND):
             return dict(self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")), 0
-        rows = self._rows(texts)
-        long = [place for place, ids in enumerate(rows["input_ids"]) if len(ids) > self.context_length]
-        cut = self._rows([texts[i] for i in long], truncation=True, max_length=self.context_length) if long else {}
+        plain = {"return_attention_mask": True, "verbose": False}
+        rows, most = self.tokenizer(texts, **plain), self.context_length
+        long = [place for place, ids in enumerate(rows["input_ids"]) if len(ids) > most]
+        cut = self.tokenizer([texts[i] for i in long], truncation=True, max_length=most, **plain) if long else {}
         # Padding is masked, so a tokenizer without it (GPT-2) lends its end token.
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         fill = next(token for token in tokens if token is not None)
         padding = {"input_ids": fill, "attention_mask": 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         tensors = {}
-        for name, columns in rows.items():
+        for name in (name for name in padding if name in rows):
             for place, column in zip(long, cut.get(name, ()), strict=True):
-                columns[place] = column
+                rows[name][place] = column
             blank = [1 if name == "attention_mask" else padding[name]]
-            each = [torch.tensor(column or blank, dtype=torch.int64) for column in columns]
+            each = [torch.tensor(column or blank, dtype=torch.int64) for column in rows[name]]
             tensors[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=padding[name])
         return tensors, len(long)
 
@@ -86,17 +86,12 @@ class PretrainedTokenizer:
             "settings": {key: getattr(tokenizer, key) for key in SETTINGS},
         }
 
-    def _rows(self, texts: list[str], **cut: Any) -> dict[str, list[list[int]]]:
-        """Tokenize without padding: for each name B lists."""
-        encoded = self.tokenizer(texts, return_attention_mask=True, verbose=False, **cut)
-        return {name: encoded[name] for name in TENSORS if name in encoded}
-
 
 def wrap_tokenizer(tokenizer: Any, context_length: int | None = None) -> PretrainedTokenizer:
     """Wrap a tokenizer of the user's own, which keeps a smaller context of its own, or 512 where it has none."""
     own = getattr(tokenizer, "model_max_length", UNLIMITED)
     own = own if own < UNLIMITED else DEFAULT_CONTEXT
-    return PretrainedTokenizer(tokenizer, own if context_length is None else min(own, context_length))
+    return PretrainedTokenizer(tokenizer, min(own, context_length or own))
 
 
 def load_tokenizer(name: str, context_length: int) -> PretrainedTokenizer:
