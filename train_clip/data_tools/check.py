@@ -56,8 +56,8 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
     yield from _named("caption without an image", report["lone_captions"])
     yield from _named("link to a folder, not followed", report["folder_links"])
     if report["others"]:
-        counts = sorted(report["others"].items(), key=lambda item: (-item[1], item[0]))
-        yield "  neither image nor caption: " + ", ".join(f"{count:,} × {suffix}" for suffix, count in counts)
+        others = (f"{count:,} × {suffix}" for suffix, count in report["others"].items())
+        yield "  neither image nor caption: " + ", ".join(others)
     if report["faults"]:
         yield f"Faults: {len(report['faults']):,}. No run begins with them."
         yield from ("  " + fault.replace("\n", "\n  ") for fault in report["faults"])

@@ -66,8 +66,10 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
             bad[found.reason].append(shown(found.path))
         else:
             counts.update(found)
-    size, written, there = options.image_size, counts["written"], counts["there"]
-    print(f"{folder / CACHE}: {written:,} arrays written, {there:,} were there; {size} pixels on their shorter side")
+    print(
+        f"{folder / CACHE}: {counts['written']:,} arrays written, {counts['there']:,} were there; {options.image_size} "
+        "pixels on their shorter side"
+    )
     if bad:
         print(f"Bad: {counts['bad']:,} images have no array. Training skips them as it did.", *by_reason(bad), sep="\n")
     if counts["bad"] == len(images):

@@ -47,7 +47,7 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
         "cached": pairs.num_cached,  # pairs that are read from npz/, in place of the image
         "lone_images": _listed(scan.lone_images),
         "lone_captions": _listed(scan.lone_captions),
-        "others": dict(scan.others),  # files that are neither image nor caption, by suffix
+        "others": dict(scan.others.most_common()),  # files that are neither image nor caption, by suffix
         "folder_links": _listed(scan.folder_links),
         "faults": scan.faults,
         **_notes(pairs, facts),
@@ -158,7 +158,7 @@ def find_repeats(pairs: PairList, facts: Facts, held_out: np.ndarray) -> dict[st
     return {"repeats": repeats, "leaks": leaks}
 
 
-def _near(looks: np.ndarray, content_of: np.ndarray, held: np.ndarray) -> tuple[int | None, int | None, list[Any]]:
+def _near(looks: np.ndarray, content_of: np.ndarray, held: np.ndarray) -> tuple[Any, Any, list[Any]]:
     if perceptual_hash() is None:
         return None, None, []
     looks, first, look_of = np.unique(looks, return_index=True, return_inverse=True)

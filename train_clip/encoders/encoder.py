@@ -4,10 +4,11 @@ B  images or captions      C, D  width      L  tokens or patches      H, W  what
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ class ImageEncoder:
     module: nn.Module  # takes (B, 3, S, S) float, normalised; ``image_features`` reads what it gives
     width: int  # D
     size: int  # S
-    mean: tuple[float, float, float]  # the module was trained on (x / 255 - mean) / std of each channel
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # the module was trained on (x / 255 - mean) / std of each channel
+    std: tuple[float, ...]
     description: Description
 
 
@@ -47,21 +48,19 @@ class Pixels(NamedTuple):
     """What an image encoder was trained on: S, and the mean and deviation of each channel, of pixels in [0, 1]."""
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @classmethod
-    def of(
-        cls, size: int, mean: Sequence[float], std: Sequence[float], names: str = "mean and std", scale: float = 1
-    ) -> Self:
+    def of(cls, size: int, mean: Any, std: Any, names: str = "mean and std", scale: float = 1) -> Self:
         """Take any kinds of numbers, divided by the scale; ``names`` begins the message where they are not three."""
         try:
-            (r, g, b), (r_std, g_std, b_std) = ([float(one) / scale for one in three] for three in (mean, std))
+            both = np.array([mean, std], float).reshape(2, 3) / scale
         except (TypeError, ValueError):
             raise UserError(
                 f"{names} are {mean!r} and {std!r}; expected three numbers each: red, green, blue."
             ) from None
-        return cls(size, (r, g, b), (r_std, g_std, b_std))
+        return cls(size, *map(tuple, both.tolist()))
 
 
 def image_features(output: Any) -> Tensor:

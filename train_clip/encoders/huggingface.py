@@ -156,7 +156,7 @@ def _side(values: dict[str, Any], name: str) -> int:
     size: Any = values.get(key)
     sides = size if isinstance(size, list | tuple) else [size]
     if isinstance(size, dict):
-        sides = [size[side] for side in ("height", "width", "shortest_edge") if size.get(side) is not None]
+        sides = [size[side] for side in ("height", "width", "shortest_edge") if size.get(side)]
     if any(type(side) is not int or side < 1 for side in sides) or len(set(sides)) != 1:
         raise UserError(
             f"hf:{name}: its {key} is {size!r} (preprocessor_config.json, or image_size in config.json); expected the "
@@ -176,8 +176,8 @@ def _measured_text(module: Any, average: bool, description: Description) -> Text
 
 
 def _context(module: Any) -> int:
-    rows = getattr(module.config, "max_position_embeddings", None)
-    if not isinstance(rows, int) or rows < 1:
+    rows = getattr(module.config, "max_position_embeddings", None) or 0
+    if rows < 1:
         return DEFAULT_CONTEXT
     # RoBERTa counts positions from the padding's on: its row and those before it (2 of 514) never hold a token.
     for path, table in module.named_modules():
@@ -202,7 +202,7 @@ def _description(module: Any, name: str) -> Description:
 def _live_description(module: Any) -> Description:
     # Of one of the library's own classes, which alone can be built again.
     kind = type(module)
-    if not is_of_library(module, "PreTrainedModel") or getattr(find_transformers(), kind.__name__, None) is not kind:
+    if getattr(sys.modules.get("transformers"), kind.__name__, None) is not kind:
         return {}
     return _description(module, module.config.name_or_path or kind.__name__)
 
@@ -240,12 +240,6 @@ def _build(description: Description) -> torch.nn.Module:
 def find_transformers() -> Any:
     """Import the library, or say how to install it."""
     return find_library("transformers", "'train-clip[hf]'")
-
-
-def is_of_library(thing: Any, kind: str) -> bool:
-    """Whether something is of a class of the library, which is not imported to find out."""
-    library = sys.modules.get("transformers")
-    return library is not None and isinstance(thing, getattr(library, kind))
 
 
 def from_cache_first(load: Callable[..., Any], name: str, **arguments: Any) -> Any:

@@ -97,20 +97,21 @@ def load_timm(name: str) -> ImageEncoder:
             f"timm:{name}: takes images of {channels} × {height} × {width}; expected 3 channels and a square. "
             "Take another encoder."
         )
-    pixels = Pixels.of(height, trained_on["mean"], trained_on["std"])
     # What create_model needs: a tag of the name or a folder may be gone by then. timm tells a model's arguments in no
     # public place.
-    config, arguments = _plain(module.pretrained_cfg), _plain(getattr(module, "_model_args", {}))
-    described = {"architecture": config["architecture"], "config": config, "arguments": arguments | {"num_classes": 0}}
-    return measured(module, pixels, {"source": "timm", "name": name, **described})
+    config = _plain(module.pretrained_cfg)
+    arguments = _plain(getattr(module, "_model_args", {})) | {"num_classes": 0}
+    description = {"source": "timm", "name": name, "architecture": config["architecture"]}
+    description |= {"config": config, "arguments": arguments}
+    return measured(module, Pixels.of(height, trained_on["mean"], trained_on["std"]), description)
 
 
 def build_timm(description: Description) -> ImageEncoder:
     """Build an image encoder from its description, with random weights."""
     timm = find_library("timm")
-    architecture, config, arguments = (description[key] for key in ("architecture", "config", "arguments"))
+    config = dict(description["config"])
     try:
-        module = timm.create_model(architecture, pretrained=False, pretrained_cfg={**config}, **arguments)
+        module = timm.create_model(description["architecture"], pretrained_cfg=config, **description["arguments"])
     except RuntimeError as error:
         raise UserError(
             f"timm:{description['name']}: cannot be built ({first_line(error)}). Install the version of timm that it "

@@ -3,15 +3,15 @@
 B  captions      L  tokens of the longest caption of the batch, at most the context
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 import torch
 
-from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, is_of_library, reading
+from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, reading
 
-KIND = "PreTrainedTokenizerBase"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = ("padding_side", "truncation_side", "model_input_names", "pad_token_type_id", "split_special_tokens")
 UNLIMITED = 10**6  # tokenizers without a limit say 10³⁰
@@ -28,7 +28,7 @@ class PretrainedTokenizer:
     context_length: int  # the most tokens of a caption, special ones included
 
     def __post_init__(self) -> None:
-        special = self.tokenizer.num_special_tokens_to_add() if is_of_library(self.tokenizer, KIND) else 0
+        special = self.tokenizer.num_special_tokens_to_add() if _is_pretrained(self.tokenizer) else 0
         if self.context_length <= special:
             raise ValueError(f"context_length: found {self.context_length}, expected at least {special + 1}.")
 
@@ -46,7 +46,7 @@ class PretrainedTokenizer:
             (B, L) int64 tensors ``input_ids``, ``attention_mask`` and, of a tokenizer that has them,
             ``token_type_ids``; and how many captions were cut.
         """
-        if not is_of_library(self.tokenizer, KIND):
+        if not _is_pretrained(self.tokenizer):
             return dict(self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")), 0
         plain = {"return_attention_mask": True, "verbose": False}
         rows, most = self.tokenizer(texts, **plain), self.context_length
@@ -71,7 +71,7 @@ class PretrainedTokenizer:
         None of a callable that is not of the library.
         """
         tokenizer = self.tokenizer
-        if not is_of_library(tokenizer, KIND):
+        if not _is_pretrained(tokenizer):
             return None
         described = {"source": "hf", "name": str(tokenizer.name_or_path), "context": self.context_length}
         if not tokenizer.is_fast:
@@ -85,6 +85,12 @@ class PretrainedTokenizer:
             "special_tokens": {key: str(token) for key, token in tokenizer.special_tokens_map.items() if key in NAMED},
             "settings": {key: getattr(tokenizer, key) for key in SETTINGS},
         }
+
+
+def _is_pretrained(tokenizer: Any) -> bool:
+    """Whether it is of the library, which is not imported to find out."""
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(tokenizer, library.PreTrainedTokenizerBase)
 
 
 def wrap_tokenizer(tokenizer: Any, context_length: int | None = None) -> PretrainedTokenizer:
