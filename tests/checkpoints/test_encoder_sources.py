@@ -95,9 +95,14 @@ def timm(monkeypatch) -> ModuleType:
         if pretrained and package.failure:
             raise package.failure
         module = Network("head", nn.Identity())
+        module.register_forward_pre_hook(require_its_size)
         module.pretrained_cfg = pretrained_cfg or {"architecture": "net", "mean": MEAN, "what": object()}
         module._model_args = {"num_classes": 0, "depth": 2, **arguments}
         return module
+
+    def require_its_size(_: nn.Module, images: tuple[Tensor]) -> None:
+        if images[0].shape[1:] != package.input_size:
+            raise ValueError(f"takes {package.input_size}")
 
     package.create_model = create_model
     package.is_model = lambda name: name == "net"
@@ -189,7 +194,7 @@ def test_timm_failures(timm):
     timm.failure = None
     for size in ((1, 8, 8), (3, 8, 6)):
         timm.input_size = size
-        with pytest.raises(UserError, match="expected 3 channels and a square"):
+        with pytest.raises(UserError, match=r"timm:net: Network fails on an image of 8 × 8 .*ValueError: takes \("):
             load_image_encoder("timm:net")
 
 

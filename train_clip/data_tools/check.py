@@ -8,7 +8,7 @@ from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
 from train_clip.errors import UserError
-from train_clip.files import require_place, write_text
+from train_clip.files import write_text
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -23,8 +23,6 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     Raises:
         UserError: training would not begin, or would stop.
     """
-    if options.json is not None:
-        require_place(options.json)
     found = scan.scan_source(folder, options)
     sources, val_pairs = [found.source], None
     if options.val_pairs is not None:
@@ -49,7 +47,7 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
 def lines(report: Report, options: CheckOptions) -> Iterator[str]:
     """The report in words."""
     kind = "rows" if Path(report["source"]).is_file() else "files"
-    yield "{source}: {pairs:,} pairs among {entries:,} {kind}".format(**report, kind=kind)
+    yield f"{report['source']}: {report['pairs']:,} pairs among {report['entries']:,} {kind}"
     if report["cached"]:
         yield f"  {report['cached']:,} × read from npz/, in place of the image"
     yield from _named("image without a caption", report["lone_images"])
@@ -103,9 +101,10 @@ def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
     if captions is None:
         return
     yield (
-        "Captions: {lines:,} lines, up to {most_lines:,} an image; {median_tokens:g} tokens in the median, {longest:,} "
-        "at most ({longest_in})"
-    ).format(**captions)
+        f"Captions: {captions['lines']:,} lines, up to {captions['most_lines']:,} an image; "
+        f"{captions['median_tokens']:g} tokens in the median, {captions['longest']:,} at most "
+        f"({captions['longest_in']})"
+    )
     cut, repeated, number = captions["cut"], captions["repeated"], captions["lines"]
     if cut:
         yield (
@@ -133,10 +132,10 @@ def _repeats(repeats: Report) -> Iterator[str]:
 def _leaks(leaks: Report, options: CheckOptions) -> Iterator[str]:
     if leaks["held_out"]:
         by = f"--val_share {options.val_share:g}" if options.val_pairs is None else "--val_pairs"
-        similar = "" if leaks["images_nearly"] is None else ", {images_nearly:,} by a similar image"
-        yield f"Held out by {by}: " + (
-            "{held_out:,} pairs. Of them in training too: {images:,} by the same image" + similar + ", {captions:,} by "
-            "a caption"
-        ).format(**leaks)
+        similar = "" if leaks["images_nearly"] is None else f", {leaks['images_nearly']:,} by a similar image"
+        yield (
+            f"Held out by {by}: {leaks['held_out']:,} pairs. Of them in training too: {leaks['images']:,} by the same "
+            f"image{similar}, {leaks['captions']:,} by a caption"
+        )
     if leaks["images"]:
         yield f"  for instance {', '.join(leaks['examples'])}. `train-clip data split` keeps equal images on one side"

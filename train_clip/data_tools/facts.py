@@ -93,8 +93,12 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
     keys = np.fromiter(map(_key, pairs.names, pairs), np.uint64, len(pairs))
     # Lists for training and validation can name one image twice: each is a pair of its own.
     keys[np.unique(keys, return_index=True)[1]] ^= 1
-    file = _cache_file(sources) if cache else None
-    if file is not None:
+    file = None
+    if cache:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111, never raises
+        paths = [source.resolve() for source in sources]
+        digest = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
+        file = folder / "train-clip" / "scans" / f"{paths[0].name[:40]}-{digest}.npz"
         try:
             facts.recall(file, keys)
         except Exception:  # there is none yet; or whatever a damaged one makes NumPy raise: it is written anew
@@ -113,13 +117,6 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
     finally:
         facts.keep(file)
     return facts
-
-
-def _cache_file(sources: list[Path]) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111, never raises
-    paths = [source.resolve() for source in sources]
-    key = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
-    return folder / "train-clip" / "scans" / f"{paths[0].name[:40]}-{key}.npz"
 
 
 def _key(name: str, pair: Pair) -> int:

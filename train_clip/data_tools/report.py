@@ -1,7 +1,7 @@
 """What was found, in figures: what is bad, mended, cut, repeated, or would be in training and validation."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train_clip.data import crops, images
-from train_clip.data.pairs import Pair, PairList, held_out_indices, shown
+from train_clip.data.pairs import PairList, held_out_indices, shown
 from train_clip.data.scan import Scan
 from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
 from train_clip.errors import BadSample
@@ -78,11 +78,11 @@ def _notes(pairs: PairList, facts: Facts) -> Report:
     }
 
 
-def _listed(names: Sequence[str]) -> Report:
+def _listed(names: list[str]) -> Report:
     return {"number": len(names), "examples": [shown(name) for name in names[:EXAMPLES]]}
 
 
-def _first(pairs: PairList, places: Iterable[int]) -> list[str]:
+def _first(pairs: PairList, places: Any) -> list[str]:
     return [shown(name) for name in sorted(pairs.names[at] for at in places)[:EXAMPLES]]
 
 
@@ -126,7 +126,7 @@ def _largest(counts: np.ndarray) -> list[int]:
     return [at for at in np.argsort(-counts, kind="stable")[:EXAMPLES].tolist() if counts[at] > 1]
 
 
-def _text(pair: Pair, digest: int) -> str:
+def _text(pair: Any, digest: int) -> str:
     try:
         return next((text for text in pair.captions() if words_digest(text) == digest), "")
     except BadSample:
@@ -169,10 +169,10 @@ def _near(looks: np.ndarray, content_of: np.ndarray, held: np.ndarray) -> tuple[
     leaking = similar & trained
     examples = np.c_[at[:-1], at[1:]][same][:EXAMPLES].tolist()
     for one, other in near_pairs(looks.view(np.uint64)):
-        similar[one] = similar[other] = True
-        # Several places of one hash may be among them, so that |= on an index would keep the last alone.
-        leaking[one[trained[other]]] = True
-        leaking[other[trained[one]]] = True
+        for each, like in ((one, other), (other, one)):
+            similar[each] = True
+            # Several places of one hash may be among them, so that |= on an index would keep the last alone.
+            leaking[each[trained[like]]] = True
         if len(examples) < EXAMPLES:
             # The same two come once for each piece that they share.
             examples += [two for two in np.c_[first[one], first[other]].tolist() if two not in examples]

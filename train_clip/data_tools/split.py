@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,7 @@ def _look(pairs: PairList, place: int) -> bytes | BadSample:
         return bad
 
 
-def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOptions) -> dict[str, list[int]]:
+def divide(contents: list[bytes], classes: list[str], options: SplitOptions) -> dict[str, list[int]]:
     """Divide pairs into ``train``, ``val`` and ``test``; those whose images are the same stay together.
 
     Pairs are taken by a hash of the seed and their image's digest; a class that is capped keeps the first. Test and
@@ -127,7 +127,7 @@ def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOpti
     return {part: sorted(indices) for part, indices in parts.items()}
 
 
-def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
+def write_table(table: Path, rows: Iterable[tuple[str, list[str]]]) -> None:
     """Write a CSV table, whole or not at all, of images and their captions; its folder is made."""
     here = os.path.realpath(table.parent)
     with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:

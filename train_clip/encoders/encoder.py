@@ -6,7 +6,7 @@ B  images or captions      C, D  width      L  tokens or patches      H, W  what
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Pixels(NamedTuple):
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, size: int, mean: Any, std: Any, names: str = "mean and std", scale: float = 1) -> Self:
+    def of(cls, size: int, mean: Any, std: Any, names: str = "mean and std", scale: float = 1) -> "Pixels":
         """Take any kinds of numbers, divided by the scale; ``names`` begins the message where they are not three."""
         try:
             both = np.array([mean, std], float).reshape(2, 3) / scale
@@ -139,10 +139,9 @@ def measured(module: nn.Module, pixels: Pixels, description: Description) -> Ima
     if description:  # a module of the user's own may give other features for the same image each time
         if not torch.allclose(features, image_trial(module, pixels.size, description), equal_nan=True):
             raise UserError(
-                "{source}:{name}: gives other features for the same image each time; expected the same. "
-                "A masked autoencoder, for one, hides parts of its input at random. Take another encoder.".format(
-                    **description
-                )
+                f"{description['source']}:{description['name']}: gives other features for the same image each time; "
+                "expected the same. A masked autoencoder, for one, hides parts of its input at random. Take another "
+                "encoder."
             )
         description = {**description, "width": width, "size": pixels.size, "mean": [*pixels.mean], "std": [*pixels.std]}
     return ImageEncoder(module, width, *pixels, description)
@@ -176,7 +175,7 @@ def _trying(module: nn.Module, description: Description, given: str) -> Iterator
     except UserError:
         raise
     except Exception as error:  # a module of any kind raises anything
-        name = "{source}:{name}: ".format(**description) if description else ""
+        name = f"{description['source']}:{description['name']}: " if description else ""
         raise UserError(
             f"{name}{type(module).__name__} fails on {given} ({type(error).__name__}: {first_line(error)}). "
             "Expected an encoder that takes this. Take another."

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ def build_image(description: Description) -> ImageEncoder:
 
 def build_text(description: Description) -> TextEncoder:
     """Build a text encoder from its description, with random weights."""
-    measures = {key: description[key] for key in ("width", "context", "vocab")}
-    return TextEncoder(_build(description), **measures, description=description)
+    width, context, vocab = (description[key] for key in ("width", "context", "vocab"))
+    return TextEncoder(_build(description), width, context, vocab, description)
 
 
 def live_image_encoder(module: torch.nn.Module, pixels: Pixels) -> ImageEncoder:
@@ -242,7 +242,7 @@ def find_transformers() -> Any:
     return find_library("transformers", "'train-clip[hf]'")
 
 
-def from_cache_first(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
+def from_cache_first(load: Any, name: str, **arguments: Any) -> Any:
     """Read what is on this machine; ask the hub only for what is not: without a network it is asked for 20 s a file."""
     try:
         return load(name, local_files_only=True, trust_remote_code=False, **arguments)

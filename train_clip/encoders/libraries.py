@@ -91,19 +91,14 @@ def load_timm(name: str) -> ImageEncoder:
             "FOLDER`) and give the folder: --image_encoder timm:local-dir:FOLDER."
         ) from error
     trained_on = timm.data.resolve_model_data_config(module)
-    channels, height, width = trained_on["input_size"]
-    if channels != 3 or height != width:
-        raise UserError(
-            f"timm:{name}: takes images of {channels} × {height} × {width}; expected 3 channels and a square. "
-            "Take another encoder."
-        )
+    pixels = Pixels.of(trained_on["input_size"][1], trained_on["mean"], trained_on["std"])
     # What create_model needs: a tag of the name or a folder may be gone by then. timm tells a model's arguments in no
     # public place.
     config = _plain(module.pretrained_cfg)
     arguments = _plain(getattr(module, "_model_args", {})) | {"num_classes": 0}
     description = {"source": "timm", "name": name, "architecture": config["architecture"]}
     description |= {"config": config, "arguments": arguments}
-    return measured(module, Pixels.of(height, trained_on["mean"], trained_on["std"]), description)
+    return measured(module, pixels, description)
 
 
 def build_timm(description: Description) -> ImageEncoder:

@@ -53,16 +53,18 @@ class PretrainedTokenizer:
         long = [place for place, ids in enumerate(rows["input_ids"]) if len(ids) > most]
         cut = self.tokenizer([texts[i] for i in long], truncation=True, max_length=most, **plain) if long else {}
         # Padding is masked, so a tokenizer without it (GPT-2) lends its end token.
-        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        fill = next(token for token in tokens if token is not None)
+        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        fill = next(token for token in ends if token is not None)
         padding = {"input_ids": fill, "attention_mask": 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         tensors = {}
-        for name in (name for name in padding if name in rows):
+        for name, value in padding.items():
+            if name not in rows:
+                continue
             for place, column in zip(long, cut.get(name, ()), strict=True):
                 rows[name][place] = column
-            blank = [1 if name == "attention_mask" else padding[name]]
+            blank = [1 if name == "attention_mask" else value]
             each = [torch.tensor(column or blank, dtype=torch.int64) for column in rows[name]]
-            tensors[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=padding[name])
+            tensors[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=value)
         return tensors, len(long)
 
     def describe(self) -> dict[str, Any] | None:
