@@ -108,7 +108,9 @@ def test_more_bad_pairs_than_may_be(tmp_path: Path, max_bad: float, stops: bool)
         check(folder, max_bad=max_bad)
 
 
-@pytest.mark.parametrize(("number", "problem"), [(0, "There is no pair."), (1, "fewer than 2 pairs to train on")])
+@pytest.mark.parametrize(
+    ("number", "problem"), [(0, "fewer than 2 pairs to train on"), (1, "fewer than 2 pairs to train on")]
+)
 def test_too_few_pairs(tmp_path: Path, number: int, problem: str) -> None:
     """Nothing and a single pair: training would not begin."""
     with pytest.raises(UserError, match=problem):

@@ -154,7 +154,7 @@ def test_images_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[
     for image in (folder / "img").iterdir():
         image.write_bytes(b"")
         os.utime(image, (time.time() + 60,) * 2)
-    with pytest.raises(UserError, match="none of the 12 images can be read"):
+    with pytest.raises(UserError, match="none of its 12 images can be read"):
         make(folder)
 
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path, capsys: pytes
     folder = write_pairs(tmp_path / "pairs", 6)
     (folder / "002.txt").write_text(" \n")
     assert sum(map(len, split(folder, tmp_path / "split").values())) == 5
-    assert f"Left out: {folder}/002.txt: caption is empty" in capsys.readouterr().out
+    assert f"Left out:\n  1 × caption is empty\n    {folder}/002.txt\n" in capsys.readouterr().out
 
 
 def test_a_table_divides_like_its_folder(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
     ("words", "expected"),
     [
         ("--image_encoder bert", r"a path without its library"),
-        ("--image_encoder hf:nowhere/nothing", r"hf download nowhere/nothing .*--image_encoder hf:FOLDER"),
+        ("--image_encoder hf:nowhere/nothing", r"hf download nowhere/nothing .*give hf:FOLDER"),
         ("--text_encoder torchvision:resnet50", r"torchvision has no text encoders"),
         ("--text_encoder train-clip:run/checkpoints/last.ckpt", r"two encoders and no CLIP"),
         ("--image_size 32", r"--image_size 32: is for weights \(--pretrained\)"),

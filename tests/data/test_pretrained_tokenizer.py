@@ -287,9 +287,11 @@ def test_a_name_without_network(monkeypatch, tmp_path):
     with pytest.raises(UserError) as failure:
         load_tokenizer("nobody/nothing", CONTEXT)
     message = str(failure.value)
-    assert message.startswith("hf:nobody/nothing: the tokenizer is not in this machine's cache and not reachable (")
+    assert message.startswith(
+        "hf:nobody/nothing: the tokenizer is no folder, not in this machine's cache and not reachable ("
+    )
     assert "`hf download nobody/nothing --local-dir FOLDER`" in message
-    assert message.endswith("--text_encoder hf:FOLDER.")
+    assert message.endswith("give hf:FOLDER.")
 
 
 def test_without_the_library(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train_clip.data.pairs import IN_TABLE, PairList
-from train_clip.data_tools.facts import Facts, PairFacts, perceptual_hash
+from train_clip.data_tools.facts import Facts, perceptual_hash
 from train_clip.data_tools.report import find_repeats
 
 FAR = 0xFFFF << 16  # sixteen bits from the hashes around 0
@@ -21,7 +21,7 @@ def test_similar_images_leak_whichever_hash_is_the_smaller(held_out: list[int]) 
     pairs = PairList("/", [f"{place}.png" for place in range(6)], [IN_TABLE + "x"] * 6)
     facts = Facts(6)
     for place, look in enumerate(looks):
-        facts.add(place, place + 1, PairFacts((9, 9), f"{place}", look, ("", ""), ()))
+        facts.add(place, place + 1, ((9, 9), f"{place}", look), "\n", ())
     found = find_repeats(pairs, facts, np.isin(np.arange(6), held_out))
     repeats, leaks = found["repeats"], found["leaks"]
     assert (repeats["equal"], repeats["near"], leaks["held_out"]) == (0, 4, 3)

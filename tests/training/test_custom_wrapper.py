@@ -457,9 +457,9 @@ def test_widths_that_differ():
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ({"image": nn.Linear(5, 16)}, UserError, r"Linear: fails on an image of 8 × 8 pixels"),
+        ({"image": nn.Linear(5, 16)}, UserError, r"Linear fails on an image of 8 × 8 pixels"),
         ({"image": nn.Conv2d(3, 16, 4)}, UserError, r"output has the shape \(2, 16, 5, 5\)"),
-        ({"text": nn.Linear(5, 16)}, UserError, r"Linear: fails on input_ids and attention_mask"),
+        ({"text": nn.Linear(5, 16)}, UserError, r"Linear fails on input_ids and attention_mask"),
         ({"temperature": 3}, TypeError, r"Unknown argument 'temperature'"),
         ({"optimizer": "lion"}, UserError, r"optimizer is 'lion'; expected one of adamw, sgd"),
         ({"distillation": "ot"}, UserError, r"distillation is 'ot'; expected one of transport, softmax, none"),
@@ -489,7 +489,7 @@ def test_an_encoder_that_is_missing(missing):
 
 def test_an_image_encoder_for_another_size():
     """A ViT for 8 pixels that is given none of them: the size it was tried with is said."""
-    with pytest.raises(UserError, match=r"ViTModel: fails on an image of 224 × 224 pixels"):
+    with pytest.raises(UserError, match=r"ViTModel fails on an image of 224 × 224 pixels"):
         CustomCLIPWrapper(vit(), bert())
 
 

@@ -1,15 +1,14 @@
 """Look at every pair before training."""
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
 from train_clip.errors import UserError
-from train_clip.files import require_place, write_text
+from train_clip.files import write_text
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -24,15 +23,15 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     Raises:
         UserError: training would not begin, or would stop.
     """
-    if options.json is not None:
-        require_place(options.json)
     found = scan.scan_source(folder, options)
     sources, val_pairs = [found.source], None
     if options.val_pairs is not None:
         held_out = table.scan_table(options.val_pairs, options)
-        joined = ("num_entries", "lone_images", "lone_captions", "faults")
-        both = {name: getattr(found, name) + getattr(held_out, name) for name in joined}
-        found = dataclasses.replace(found, pairs=found.pairs.followed_by(held_out.pairs), **both)
+        found.pairs = found.pairs.followed_by(held_out.pairs)
+        found.num_entries += held_out.num_entries
+        found.lone_images += held_out.lone_images
+        found.lone_captions += held_out.lone_captions
+        found.faults += held_out.faults
         val_pairs = len(held_out.pairs)
         sources.append(held_out.source)
     facts = look_at(found.pairs, sources, options.num_workers, options.cache)
@@ -48,54 +47,52 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
 def lines(report: Report, options: CheckOptions) -> Iterator[str]:
     """The report in words."""
     kind = "rows" if Path(report["source"]).is_file() else "files"
-    yield "{source}: {pairs:,} pairs among {entries:,} {kind}".format(**report, kind=kind)
+    yield f"{report['source']}: {report['pairs']:,} pairs among {report['entries']:,} {kind}"
     if report["cached"]:
         yield f"  {report['cached']:,} × read from npz/, in place of the image"
     yield from _named("image without a caption", report["lone_images"])
     yield from _named("caption without an image", report["lone_captions"])
     yield from _named("link to a folder, not followed", report["folder_links"])
     if report["others"]:
-        counts = sorted(report["others"].items(), key=lambda item: (-item[1], item[0]))
-        yield "  neither image nor caption: " + ", ".join(f"{count:,} × {suffix}" for suffix, count in counts)
+        others = (f"{count:,} × {suffix}" for suffix, count in report["others"].items())
+        yield "  neither image nor caption: " + ", ".join(others)
     if report["faults"]:
         yield f"Faults: {len(report['faults']):,}. No run begins with them."
         yield from ("  " + fault.replace("\n", "\n  ") for fault in report["faults"])
     if report["bad"]:
         share = report["bad_pairs"] / report["pairs"]
-        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training draws others for them."
-        yield from by_reason(report["bad"], "; --json names all")
+        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training draws others for them; --json names all."
+        yield from by_reason(report["bad"])
     if report["mended"]:
         yield "Mended at each reading:"
         for what, found in report["mended"].items():
-            yield f"  {found['number']:,} × {what}, for instance {found['examples'][0]}"
+            yield from _named(what, found)
     yield from _sizes(report["sizes"], options.image_size)
     yield from _captions(report["captions"], options.context_length)
     yield from _repeats(report["repeats"])
     yield from _leaks(report["leaks"], options)
 
 
-def by_reason(bad: Mapping[str, Sequence[str]], more: str = "") -> Iterator[str]:
-    """Files under the reason why they are bad; ``more`` says where those are named that are too many for a screen."""
-    for reason, paths in bad.items():
+def by_reason(bad: Mapping[str, list[str]]) -> Iterator[str]:
+    """Files under the reason why they are bad, as many as a screen may hold."""
+    for reason, paths in sorted(bad.items()):
         yield f"  {len(paths):,} × {reason}"
         yield from (f"    {path}" for path in paths[:NAMED])
         if len(paths) > NAMED:
-            yield f"    … and {len(paths) - NAMED:,} more{more}"
+            yield f"    … and {len(paths) - NAMED:,} more"
 
 
 def _named(what: str, found: Report) -> Iterator[str]:
     if found["number"]:
-        more = ", …" if found["number"] > len(found["examples"]) else ""
-        yield f"  {found['number']:,} × {what}: {', '.join(found['examples'])}{more}"
+        yield f"  {found['number']:,} × {what}, for instance {', '.join(found['examples'])}"
 
 
 def _sizes(sizes: Report | None, image_size: int) -> Iterator[str]:
     if sizes is None:
         return
-    yield "Images         least     5%  median    95%   most"
+    yield "Images           least      5%  median     95%    most"
     for name, key, form in (("width", "width", ",d"), ("height", "height", ",d"), ("long / short", "aspect", ".2f")):
-        columns = (format(value, form) for value in sizes[key])
-        yield "  {:12} {:>6} {:>6} {:>7} {:>6} {:>6}".format(name, *columns)
+        yield f"  {name:12}" + "".join(f"{value:8{form}}" for value in sizes[key])
     if sizes["enlarged"]:
         yield f"  {sizes['enlarged']:,} are smaller than the model's {image_size} pixels and would be enlarged"
 
@@ -104,9 +101,10 @@ def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
     if captions is None:
         return
     yield (
-        "Captions: {lines:,} lines, up to {most_lines:,} an image; {median_tokens:g} tokens in the median, {longest:,} "
-        "at most ({longest_in})"
-    ).format(**captions)
+        f"Captions: {captions['lines']:,} lines, up to {captions['most_lines']:,} an image; "
+        f"{captions['median_tokens']:g} tokens in the median, {captions['longest']:,} at most "
+        f"({captions['longest_in']})"
+    )
     cut, repeated, number = captions["cut"], captions["repeated"], captions["lines"]
     if cut:
         yield (
@@ -134,10 +132,10 @@ def _repeats(repeats: Report) -> Iterator[str]:
 def _leaks(leaks: Report, options: CheckOptions) -> Iterator[str]:
     if leaks["held_out"]:
         by = f"--val_share {options.val_share:g}" if options.val_pairs is None else "--val_pairs"
-        similar = "" if leaks["images_nearly"] is None else ", {images_nearly:,} by a similar image"
-        yield f"Held out by {by}: " + (
-            "{held_out:,} pairs. Of them in training too: {images:,} by the same image" + similar + ", {captions:,} by "
-            "a caption"
-        ).format(**leaks)
+        similar = "" if leaks["images_nearly"] is None else f", {leaks['images_nearly']:,} by a similar image"
+        yield (
+            f"Held out by {by}: {leaks['held_out']:,} pairs. Of them in training too: {leaks['images']:,} by the same "
+            f"image{similar}, {leaks['captions']:,} by a caption"
+        )
     if leaks["images"]:
         yield f"  for instance {', '.join(leaks['examples'])}. `train-clip data split` keeps equal images on one side"

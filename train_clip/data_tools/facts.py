@@ -4,15 +4,14 @@ import hashlib
 import os
 from array import array
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL
 
 from train_clip.commands.progress import in_workers
-from train_clip.data import crops, tokenizer
+from train_clip.data import crops, images, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
 from train_clip.errors import BadSample
 from train_clip.files import replacing
@@ -31,22 +30,15 @@ PAIR = np.dtype([
 ])  # fmt: skip
 
 
-class PairFacts(NamedTuple):
-    """One pair, as a worker finds it."""
-
-    sides: tuple[int, int]  # as in PAIR
-    content: str
-    look: int
-    note: tuple[str, ...]  # what is bad of its captions and of its image, empty for nothing, and what is mended
-    captions: list[tuple[int, int, int]]  # digests of words and of tokens, and how many tokens, uncut
-
-
 class Facts:
-    """What is known of all pairs, in flat arrays by their places: a hundred bytes or so each."""
+    """What is known of all pairs, in flat arrays by their places: a hundred bytes or so each.
+
+    A note's lines are what is bad of the captions and of the image, empty for nothing, and what is mended.
+    """
 
     def __init__(self, num_pairs: int) -> None:
         self.pairs = np.zeros(num_pairs, PAIR)
-        self.notes: dict[tuple[str, ...], int] = {("", ""): 0}
+        self.notes = {"\n": 0}
         self._captions = array("Q")
 
     @property
@@ -54,12 +46,11 @@ class Facts:
         """(M, 4): the place of each caption's pair, its words, its tokens and its length."""
         return np.array(self._captions).reshape(-1, 4)
 
-    def add(self, place: int, key: int, one: PairFacts) -> None:
-        """Take what was found of a pair; a fault that may pass is not kept for the next time."""
-        passes = any(part in fault for fault in one.note[:2] for part in PASSING)
-        note = self.notes.setdefault(one.note, len(self.notes))
-        self.pairs[place] = (0 if passes else key, one.sides, one.content, one.look, note)
-        for caption in one.captions:
+    def add(self, place: int, key: int, image: Any, note: str, captions: Any) -> None:
+        """Take what ``audit`` found of a pair; a fault that may pass is not kept for the next time."""
+        passes = any(part in note for part in PASSING)
+        self.pairs[place] = (0 if passes else key, *image, self.notes.setdefault(note, len(self.notes)))
+        for caption in captions:
             self._captions.extend((place, *caption))
 
     def recall(self, file: Path, keys: np.ndarray) -> None:
@@ -70,7 +61,7 @@ class Facts:
             pairs, notes, captions = kept["pairs"], kept["notes"].tolist(), kept["captions"]
         _, new, old = np.intersect1d(keys, pairs["key"], return_indices=True)
         self.pairs[new] = pairs[old]
-        self.notes = {tuple(note.split("\n")): code for code, note in enumerate(notes)}
+        self.notes = {note: code for code, note in enumerate(notes)}
         places = np.full(len(pairs), len(keys))
         places[old] = new
         captions[:, 0] = places[captions[:, 0]]
@@ -78,11 +69,10 @@ class Facts:
 
     def keep(self, file: Path | None) -> Path | None:
         """Write what is known of the present pairs to a file; None where that cannot be."""
-        notes = ["\n".join(note) for note in self.notes]
         try:
             if file is not None:
                 with replacing(file) as beside, beside.open("wb") as out:
-                    np.savez(out, about=_about(), notes=notes, pairs=self.pairs, captions=self.captions)
+                    np.savez(out, about=_about(), notes=list(self.notes), pairs=self.pairs, captions=self.captions)
             return file
         except OSError as error:
             print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
@@ -103,8 +93,12 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
     keys = np.fromiter(map(_key, pairs.names, pairs), np.uint64, len(pairs))
     # Lists for training and validation can name one image twice: each is a pair of its own.
     keys[np.unique(keys, return_index=True)[1]] ^= 1
-    file = _cache_file(sources) if cache else None
-    if file is not None:
+    file = None
+    if cache:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111, never raises
+        paths = [source.resolve() for source in sources]
+        digest = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
+        file = folder / "train-clip" / "scans" / f"{paths[0].name[:40]}-{digest}.npz"
         try:
             facts.recall(file, keys)
         except Exception:  # there is none yet; or whatever a damaged one makes NumPy raise: it is written anew
@@ -114,26 +108,15 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
         print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last look.")
     due = KEPT_EVERY
     try:
-        found = in_workers(partial(audit, pairs), places, num_workers, "pairs")
-        for number, (place, one) in enumerate(zip(places, found, strict=True), 1):
-            facts.add(place, keys[place], one)
+        looks = in_workers(partial(audit, pairs), places, num_workers, "pairs")
+        for number, (place, found) in enumerate(zip(places, looks, strict=True), 1):
+            facts.add(place, keys[place], *found)
             if number >= due:
                 due = number + max(KEPT_EVERY, number // 8)
                 file = facts.keep(file)
     finally:
         facts.keep(file)
     return facts
-
-
-def _cache_file(sources: list[Path]) -> Path | None:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        print("What is found cannot be kept in the cache folder (this user has no home); going on without.")
-        return None
-    paths = [source.resolve() for source in sources]
-    key = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()[:16]
-    return folder / "train-clip" / "scans" / f"{paths[0].name[:40]}-{key}.npz"
 
 
 def _key(name: str, pair: Pair) -> int:
@@ -149,26 +132,33 @@ def _stamp(path: str) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
-def audit(pairs: PairList, place: int) -> PairFacts:
-    """Look at the pair at a place."""
-    pair, captions, bad, image_bad = pairs[place], [], "", ""
-    sides, content, look, phash = (0, 0), "", 0, perceptual_hash()
-    mended: tuple[str, ...] = ()
+def audit(pairs: PairList, place: int) -> tuple[Any, str, Any]:
+    """Look at the pair at a place.
+
+    Returns:
+        ``sides``, ``content`` and ``look`` as in PAIR; the note; and of each caption the digests of its words and of
+        its tokens, and how many tokens, uncut.
+    """
+    pair, phash, note = pairs[place], perceptual_hash(), ["", ""]
+    image: Any = ((0, 0), "", 0)
+    captions: Any = ()
     try:
         texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
         tokens = tokenizer.Tokenizer().encode(texts)
         digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
         captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
+        note += mended
     except BadSample as error:
-        bad = error.reason
+        note[0] = error.reason
     try:
-        picture, image_mended = crops.read_picture(pair.pixels)
-        with open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
+        picture, mended = crops.read_picture(pair.pixels)
+        with images.reading(pair.pixels, "image"), open(pair.pixels, "rb") as file:  # noqa: PTH123, a third of the time
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        sides, mended, look = picture.size, mended + image_mended, phash(picture) if phash else 0
-    except (BadSample, OSError) as error:
-        image_bad = error.reason if isinstance(error, BadSample) else "file is gone"
-    return PairFacts(sides, content, look, (bad, image_bad, *mended), captions)
+        image = picture.size, content, phash(picture) if phash else 0
+        note += mended
+    except BadSample as error:
+        note[1] = error.reason
+    return image, "\n".join(note), captions
 
 
 def words_digest(text: str) -> int:
@@ -182,10 +172,8 @@ def _digest(content: bytes) -> int:
 
 def perceptual_hash() -> Any:
     """ImageHash's pHash as a signed 64-bit number; None where the library is not installed."""
-    return None if find_spec("imagehash") is None else _phash
-
-
-def _phash(picture: Any) -> int:
-    import imagehash
-
-    return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])
+    try:
+        import imagehash
+    except ImportError:
+        return None
+    return lambda picture: int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])

@@ -4,7 +4,6 @@ An array holds the whole picture, its shorter side the model's size: the crop is
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from train_clip.commands.progress import in_workers
 from train_clip.data import arrays, crops
 from train_clip.data.folder import CACHE, cache_name, scan_folder
 from train_clip.data.images import is_npz, open_rgb, reading
-from train_clip.data.pairs import FlatStrings, plain_name, shown
+from train_clip.data.pairs import plain_name, shown
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.files import sweep
@@ -40,44 +39,56 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
         How many were ``written``, ``there`` and ``bad``, and the ``image_bytes`` and ``cache_bytes`` on disk.
     """
     pairs = scan_folder(folder, SourceOptions(pair_by=options.pair_by)).require_pairs().pairs
-    images = FlatStrings(name for name in pairs.names if not is_npz(name))
-    if not len(images):
-        raise UserError(f"{folder}: its {len(pairs):,} pairs have arrays (.npz) and no images. Expected images.")
-    # Arrays that pair by number have names of their own, and a second one would make their number unclear.
+    images: dict[str, str] = {}  # by the name of its array
     for name, pair in zip(pairs.names, pairs, strict=True):
-        if pair.cache and plain_name(str(Path(pair.cache))) != plain_name(str(folder / cache_name(name))):
+        if is_npz(name):
+            continue
+        array = cache_name(name)
+        # Arrays that pair by number have names of their own, and a second one would make their number unclear.
+        if pair.cache and plain_name(str(Path(pair.cache))) != plain_name(str(folder / array)):
             raise UserError(
                 f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
                 "that this command made. Move it away to make arrays of the images."
             )
-    owners: dict[str, str] = {}
-    for image in images:
-        array = cache_name(image)
-        if (owner := owners.setdefault(array, image)) != image:
+        if (owner := images.setdefault(array, name)) != name:
             raise UserError(
-                f"{folder}: {owner} and {image} would both have {array}. Expected images with a place of their own. "
+                f"{folder}: {owner} and {name} would both have {array}. Expected images with a place of their own. "
                 "Rename one of them, and its caption."
             )
-    for place in {(folder / array).parent for array in owners}:
+    for place in {(folder / array).parent for array in images}:
         sweep(place)
     cache = partial(cache_image, folder, options.image_size)
-    found = Counter(written=0, there=0, bad=0, image_bytes=0, cache_bytes=0)
+    counts = Counter(written=0, there=0, bad=0, image_bytes=0, cache_bytes=0)
     bad: dict[str, list[str]] = defaultdict(list)
-    for counts, fault in in_workers(cache, images, options.num_workers, "images"):
-        found.update(counts)
-        if fault is not None:
-            bad[fault.reason].append(shown(fault.path))
-    print("\n".join(_lines(folder, found, bad, options)))
-    if found["bad"] == len(images):
-        raise UserError(f"{folder}: none of the {len(images):,} images can be read.")
-    return dict(found)
+    for found in in_workers(cache, list(images.values()), options.num_workers, "images"):
+        if isinstance(found, BadSample):
+            counts["bad"] += 1
+            bad[found.reason].append(shown(found.path))
+        else:
+            counts.update(found)
+    print(
+        f"{folder / CACHE}: {counts['written']:,} arrays written, {counts['there']:,} were there; {options.image_size} "
+        "pixels on their shorter side"
+    )
+    if bad:
+        print(f"Bad: {counts['bad']:,} images have no array. Training skips them as it did.", *by_reason(bad), sep="\n")
+    if counts["bad"] == len(images):
+        raise UserError(
+            f"{folder}: none of its {len(images):,} images can be read; {len(pairs) - len(images):,} pairs have arrays "
+            "(.npz) and no images. Expected images."
+        )
+    cached, whole = counts["cache_bytes"] / 2**20, counts["image_bytes"] / 2**20
+    print(f"On disk: {cached:,.1f} MiB beside {whole:,.1f} MiB of images ({cached / whole:.1f} times as much)")
+    by_number = "" if options.pair_by == "stem" else f" --pair_by {options.pair_by}"
+    print(f"Next: train-clip train --folder {folder}{by_number}, which reads them in the images' place.")
+    return dict(counts)
 
 
-def cache_image(folder: Path, size: int, name: str) -> tuple[dict[str, int], BadSample | None]:
+def cache_image(folder: Path, size: int, name: str) -> dict[str, int] | BadSample:
     """Write the array of an image below a folder, unless it is there, newer than its image and of the right size.
 
     Returns:
-        What became of it and its bytes, to be counted; and why there is no array.
+        What became of it and its bytes, to be counted; or why there is no array.
     """
     image, array = folder / name, folder / cache_name(name)
     try:
@@ -89,7 +100,7 @@ def cache_image(folder: Path, size: int, name: str) -> tuple[dict[str, int], Bad
     except BadSample as bad:
         # An earlier array of the image would hide from training that it can no longer be read.
         array.unlink(missing_ok=True)
-        return {"bad": 1}, bad
+        return bad
     except OSError as error:
         # Out of a worker it would come without its number, by which the command line knows it.
         raise UserError(
@@ -97,7 +108,7 @@ def cache_image(folder: Path, size: int, name: str) -> tuple[dict[str, int], Bad
             "that are written stay, and the same command goes on."
         ) from None
     kind = "there" if is_there else "written"
-    return {kind: 1, "image_bytes": found.st_size, "cache_bytes": array.stat().st_size}, None
+    return {kind: 1, "image_bytes": found.st_size, "cache_bytes": array.stat().st_size}
 
 
 def _side(image: Path, array: Path) -> int:
@@ -113,18 +124,3 @@ def _side(image: Path, array: Path) -> int:
         f"{array}: {reason}. It is where the array of {image} would be, and is not replaced. Expected an array that "
         "this command made, or none. Remove it, or move npz/ away."
     )
-
-
-def _lines(folder: Path, found: Counter[str], bad: Mapping[str, list[str]], options: NpzOptions) -> Iterator[str]:
-    yield (
-        f"{folder / CACHE}: {found['written']:,} arrays written, {found['there']:,} were there; "
-        f"{options.image_size} pixels on their shorter side"
-    )
-    if bad:
-        yield f"Bad: {found['bad']:,} images have no array. Training skips them as it did."
-    yield from by_reason(dict(sorted(bad.items())))
-    if found["cache_bytes"]:
-        cached, whole = found["cache_bytes"] / 2**20, found["image_bytes"] / 2**20
-        yield f"On disk: {cached:,.1f} MiB beside {whole:,.1f} MiB of images ({cached / whole:.1f} times as much)"
-        by_number = "" if options.pair_by == "stem" else f" --pair_by {options.pair_by}"
-        yield f"Next: train-clip train --folder {folder}{by_number}, which reads them in the images' place."

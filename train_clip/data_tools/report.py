@@ -1,7 +1,7 @@
 """What was found, in figures: what is bad, mended, cut, repeated, or would be in training and validation."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from train_clip.data import crops, images
-from train_clip.data.pairs import Pair, PairList, held_out_indices, shown
+from train_clip.data.pairs import PairList, held_out_indices, shown
 from train_clip.data.scan import Scan
 from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
 from train_clip.errors import BadSample
@@ -34,13 +34,12 @@ class CheckOptions(PairOptions):
     json: Path | None = option(None, "a file to write the report to")
 
 
-def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int | None = None) -> Report:
+def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int | None) -> Report:
     """Put the figures together; the last ``val_pairs`` of the pairs, if given, are validated on in place of a share."""
     pairs = scan.pairs
-    division = len(pairs) - (val_pairs or 0)
-    held_out = np.arange(len(pairs)) >= division
-    if val_pairs is None:
-        held_out[held_out_indices(pairs, options.val_share)] = True
+    held_out = np.zeros(len(pairs), bool)
+    last = list(range(len(pairs) - (val_pairs or 0), len(pairs)))
+    held_out[held_out_indices(pairs, options.val_share) if val_pairs is None else last] = True
     report = {
         "source": str(scan.source),  # folder or table
         "entries": scan.num_entries,  # files, or rows
@@ -48,7 +47,7 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
         "cached": pairs.num_cached,  # pairs that are read from npz/, in place of the image
         "lone_images": _listed(scan.lone_images),
         "lone_captions": _listed(scan.lone_captions),
-        "others": dict(scan.others),  # files that are neither image nor caption, by suffix
+        "others": dict(scan.others.most_common()),  # files that are neither image nor caption, by suffix
         "folder_links": _listed(scan.folder_links),
         "faults": scan.faults,
         **_notes(pairs, facts),
@@ -56,35 +55,34 @@ def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int
         "captions": _captions(pairs, facts, options.context_length - 2),
         **find_repeats(pairs, facts, held_out),
     }
-    arrays = _array_problems(pairs, facts, options.image_size, division)
-    return report | {"problems": [*_problems(report, options.max_bad, val_pairs), *arrays]}
+    return report | {"problems": list(_problems(report, pairs, facts, options, val_pairs))}
 
 
 def _notes(pairs: PairList, facts: Facts) -> Report:
-    bad: dict[str, list[str]] = defaultdict(list)
-    mended: dict[str, list[int]] = defaultdict(list)
+    bad: Report = defaultdict(list)
+    mended: Report = defaultdict(list)
     bad_pairs, notes = 0, list(facts.notes)
     for place in np.flatnonzero(facts.pairs["note"]).tolist():
-        of_captions, of_image, *whats = notes[facts.pairs["note"][place]]
+        pair = pairs[place]
+        of_captions, of_image, *whats = notes[facts.pairs["note"][place]].split("\n")
         bad_pairs += bool(of_captions or of_image)
-        if of_captions:
-            bad[of_captions].append(pairs[place].caption or pairs[place].image)
-        if of_image:
-            bad[of_image].append(pairs[place].pixels)
+        bad[of_captions].append(pair.caption or pair.image)
+        bad[of_image].append(pair.pixels)
         for what in whats:
-            mended[what].append(place)
+            mended[what].append(pairs.names[place])
+    bad.pop("", None)  # of what is not bad
     return {
         "bad_pairs": bad_pairs,
         "bad": {why: list(map(shown, sorted(paths))) for why, paths in sorted(bad.items())},
-        "mended": {what: {"number": len(at), "examples": _first(pairs, at)} for what, at in sorted(mended.items())},
+        "mended": {what: _listed(sorted(names)) for what, names in sorted(mended.items())},
     }
 
 
-def _listed(names: Sequence[str]) -> Report:
+def _listed(names: list[str]) -> Report:
     return {"number": len(names), "examples": [shown(name) for name in names[:EXAMPLES]]}
 
 
-def _first(pairs: PairList, places: Iterable[int]) -> list[str]:
+def _first(pairs: PairList, places: Any) -> list[str]:
     return [shown(name) for name in sorted(pairs.names[at] for at in places)[:EXAMPLES]]
 
 
@@ -128,7 +126,7 @@ def _largest(counts: np.ndarray) -> list[int]:
     return [at for at in np.argsort(-counts, kind="stable")[:EXAMPLES].tolist() if counts[at] > 1]
 
 
-def _text(pair: Pair, digest: int) -> str:
+def _text(pair: Any, digest: int) -> str:
     try:
         return next((text for text in pair.captions() if words_digest(text) == digest), "")
     except BadSample:
@@ -160,23 +158,21 @@ def find_repeats(pairs: PairList, facts: Facts, held_out: np.ndarray) -> dict[st
     return {"repeats": repeats, "leaks": leaks}
 
 
-def _near(looks: np.ndarray, content_of: np.ndarray, held: np.ndarray) -> tuple[int | None, int | None, list[Any]]:
+def _near(looks: np.ndarray, content_of: np.ndarray, held: np.ndarray) -> tuple[Any, Any, list[Any]]:
     if perceptual_hash() is None:
         return None, None, []
     looks, first, look_of = np.unique(looks, return_index=True, return_inverse=True)
-    trained = np.isin(np.arange(len(looks)), look_of[~held])
     # Images of one look and different contents are similar by themselves.
-    similar = np.bincount(np.unique(np.c_[look_of, content_of], axis=0)[:, 0], minlength=len(looks)) > 1
+    different, at = np.unique(np.c_[look_of, content_of], axis=0, return_index=True)
+    same = different[1:, 0] == different[:-1, 0]
+    similar, trained = (np.isin(np.arange(len(looks)), some) for some in (different[1:][same, 0], look_of[~held]))
     leaking = similar & trained
-    examples = []
-    for look in np.flatnonzero(similar)[:EXAMPLES]:
-        other = (look_of == look) & (content_of != content_of[first[look]])
-        examples.append([first[look], other.argmax()])
+    examples = np.c_[at[:-1], at[1:]][same][:EXAMPLES].tolist()
     for one, other in near_pairs(looks.view(np.uint64)):
-        similar[one] = similar[other] = True
-        # Several places of one hash may be among them, so that |= on an index would keep the last alone.
-        leaking[one[trained[other]]] = True
-        leaking[other[trained[one]]] = True
+        for each, like in ((one, other), (other, one)):
+            similar[each] = True
+            # Several places of one hash may be among them, so that |= on an index would keep the last alone.
+            leaking[each[trained[like]]] = True
         if len(examples) < EXAMPLES:
             # The same two come once for each piece that they share.
             examples += [two for two in np.c_[first[one], first[other]].tolist() if two not in examples]
@@ -208,23 +204,18 @@ def near_pairs(hashes: np.ndarray, most: int = NEAR_BITS) -> Iterator[tuple[np.n
             yield one[near], other[near]
 
 
-def _problems(report: Report, max_bad: float, val_pairs: int | None) -> Iterator[str]:
-    number, bad = report["pairs"], report["bad_pairs"]
+def _problems(
+    report: Report, pairs: PairList, facts: Facts, options: CheckOptions, val_pairs: int | None
+) -> Iterator[str]:
+    number, bad, size, most = len(pairs), report["bad_pairs"], options.image_size, options.max_bad
     if report["faults"]:
         yield f"{len(report['faults']):,} faults, listed above."
-    if not number:
-        yield "There is no pair."
-    elif val_pairs == 0:
+    if val_pairs == 0:
         yield "There is no pair to validate on (--val_pairs)."
     elif number - report["leaks"]["held_out"] < 2:
         yield "There are fewer than 2 pairs to train on."
-    if bad > max_bad * number:
-        yield f"{bad:,} of {number:,} pairs ({bad / number:.1%}) cannot be used, more than --max_bad {max_bad:g}."
-
-
-def _array_problems(pairs: PairList, facts: Facts, size: int, division: int) -> Iterator[str]:
-    if not pairs.num_cached and not any(map(images.is_npz, pairs.names)):
-        return
+    if bad > most * number:
+        yield f"{bad:,} of {number:,} pairs ({bad / number:.1%}) cannot be used, more than --max_bad {most:g}."
     shorter = facts.pairs["sides"].min(axis=1)
     other = np.flatnonzero((shorter > 0) & (shorter != size)).tolist()
     if wrong := [place for place in other if images.is_npz(pairs[place].pixels)]:
@@ -234,10 +225,10 @@ def _array_problems(pairs: PairList, facts: Facts, size: int, division: int) -> 
             "them anew."
         )
     normalised = np.array([crops.NORMALISED in note for note in facts.notes])[facts.pairs["note"]]
-    for part in (slice(division), slice(division, None)):
-        number, legible = normalised[part].sum(), (shorter[part] > 0).sum()
-        if 0 < number < legible:
+    for part in np.split(np.c_[normalised, shorter > 0], [number - (val_pairs or 0)]):
+        arrays, legible = part.sum(axis=0)
+        if 0 < arrays < legible:
             yield (
-                f"{number:,} of {legible:,} images are arrays of already normalised pixels, the others pictures; "
+                f"{arrays:,} of {legible:,} images are arrays of already normalised pixels, the others pictures; "
                 "expected one kind."
             )

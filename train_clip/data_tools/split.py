@@ -5,20 +5,20 @@ import hashlib
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from train_clip.commands.progress import in_workers
+from train_clip.data.images import reading
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.scan import scan_source
+from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
 from train_clip.files import replacing
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, option
-
-NAMED = 5  # files on the screen
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     sizes = {part: len(places) for part, places in parts.items()}
     if left_out := len(pairs) - sum(sizes.values()):
         print(f"{left_out:,} pairs left out by --max_per_class {options.max_per_class}.")
+    validated = f" --val_pairs {tables['val']}"
     if sizes["val"] < 2:
         print(f"Too few pairs for {tables['val']} to be validated on: it takes 2 to tell one from another.")
-    validated = f" --val_pairs {tables['val']}" if sizes["val"] > 1 else ""
+        validated = ""
     print(f"Next: train-clip train --pairs {tables['train']}{validated}")
     return sizes
 
@@ -78,33 +79,31 @@ def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
         except UnicodeEncodeError:
             named = shown(pair.image)
             raise UserError(f"{named}: its name is not UTF-8, so no table can hold it. Rename it.") from None
-    kept, digests, bad = [], [], []
-    for place, (digest, fault) in enumerate(in_workers(partial(_look, pairs), range(len(pairs)), None, "pairs")):
-        if fault:
-            bad.append(f"Left out: {fault}")
+    digests: dict[int, bytes] = {}
+    bad: dict[str, list[str]] = defaultdict(list)
+    for place, found in enumerate(in_workers(partial(_look, pairs), range(len(pairs)), None, "pairs")):
+        if isinstance(found, BadSample):
+            bad[found.reason].append(shown(found.path))
         else:
-            kept.append(place)
-            digests.append(digest)
-    for line in bad[:NAMED]:
-        print(line)
-    if len(bad) > NAMED:
-        print(f"… and {len(bad) - NAMED:,} more.")
-    return pairs.take(kept), digests
+            digests[place] = found
+    if bad:
+        print("Left out:", *by_reason(bad), sep="\n")
+    return pairs.take(list(digests)), list(digests.values())
 
 
-def _look(pairs: PairList, place: int) -> tuple[bytes, str]:
-    """A digest of a pair's image, and what of the pair cannot be read."""
+def _look(pairs: PairList, place: int) -> bytes | BadSample:
+    """A digest of a pair's image; or what of the pair cannot be read."""
     pair = pairs[place]
     try:
-        with open(pair.image, "rb") as file:  # noqa: PTH123, a third of the time
+        with reading(pair.image, "image"), open(pair.image, "rb") as file:  # noqa: PTH123, a third of the time
             digest = hashlib.file_digest(file, "sha256").digest()
         pair.captions()
-        return digest, ""
-    except (BadSample, OSError) as error:
-        return b"", str(error) if isinstance(error, BadSample) else f"{pair.image}: cannot be read"
+        return digest
+    except BadSample as bad:
+        return bad
 
 
-def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOptions) -> dict[str, list[int]]:
+def divide(contents: list[bytes], classes: list[str], options: SplitOptions) -> dict[str, list[int]]:
     """Divide pairs into ``train``, ``val`` and ``test``; those whose images are the same stay together.
 
     Pairs are taken by a hash of the seed and their image's digest; a class that is capped keeps the first. Test and
@@ -121,14 +120,14 @@ def divide(contents: Sequence[bytes], classes: Sequence[str], options: SplitOpti
     total = sum(map(len, taken))
     room = {"test": round(options.test_share * total), "val": round(options.val_share * total), "train": total}
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for group in filter(None, taken):
+    for group in taken:
         part = next(part for part, left in room.items() if len(group) <= left)
         room[part] -= len(group)
         parts[part] += group
     return {part: sorted(indices) for part, indices in parts.items()}
 
 
-def write_table(table: Path, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
+def write_table(table: Path, rows: Iterable[tuple[str, list[str]]]) -> None:
     """Write a CSV table, whole or not at all, of images and their captions; its folder is made."""
     here = os.path.realpath(table.parent)
     with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:

@@ -4,32 +4,33 @@ B  images or captions      C, D  width      L  tokens or patches      H, W  what
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from train_clip.errors import UserError, first_line
 from train_clip.evaluation.embed import evaluating
 
+# Plain data, of which an encoder is rebuilt with random weights and without a network: under "source" the library,
+# under "name" what it was asked for, then what the library needs. It lies in checkpoints, which are read without
+# executing code. Empty for a module of the user's own that cannot be described.
+Description = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """Images to features.
-
-    Its description is plain data, of which it is rebuilt with random weights and without a network: under "source" the
-    library, under "name" what it was asked for, then what the library needs. It lies in checkpoints, which are read
-    without executing code. Empty for a module of the user's own that cannot be described.
-    """
+    """Images to features."""
 
     module: nn.Module  # takes (B, 3, S, S) float, normalised; ``image_features`` reads what it gives
     width: int  # D
     size: int  # S
-    mean: tuple[float, float, float]  # the module was trained on (x / 255 - mean) / std of each channel
-    std: tuple[float, float, float]
-    description: dict[str, Any]
+    mean: tuple[float, ...]  # the module was trained on (x / 255 - mean) / std of each channel
+    std: tuple[float, ...]
+    description: Description
 
 
 @dataclass(frozen=True)
@@ -40,26 +41,26 @@ class TextEncoder:
     width: int  # D, of the average over tokens
     context: int | None  # the most tokens that it takes, start and end included; None where that is not known
     vocab: int | None  # ids are below it; None likewise
-    description: dict[str, Any]  # as ``ImageEncoder``'s
+    description: Description
 
 
 class Pixels(NamedTuple):
     """What an image encoder was trained on: S, and the mean and deviation of each channel, of pixels in [0, 1]."""
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @classmethod
-    def of(cls, size: int, mean: Sequence[float], std: Sequence[float], names: str = "", scale: float = 1) -> Self:
+    def of(cls, size: int, mean: Any, std: Any, names: str = "mean and std", scale: float = 1) -> "Pixels":
         """Take any kinds of numbers, divided by the scale; ``names`` begins the message where they are not three."""
         try:
-            (r, g, b), (r_std, g_std, b_std) = ([float(one) / scale for one in three] for three in (mean, std))
+            both = np.array([mean, std], float).reshape(2, 3) / scale
         except (TypeError, ValueError):
             raise UserError(
-                f"{names or 'mean and std'} are {mean!r} and {std!r}; expected three numbers each: red, green, blue."
+                f"{names} are {mean!r} and {std!r}; expected three numbers each: red, green, blue."
             ) from None
-        return cls(size, (r, g, b), (r_std, g_std, b_std))
+        return cls(size, *map(tuple, both.tolist()))
 
 
 def image_features(output: Any) -> Tensor:
@@ -131,54 +132,51 @@ def _pooled(output: Any, kind: str, *names: str) -> Tensor | None:
     return None
 
 
-def measured(module: nn.Module, pixels: Pixels, description: dict[str, Any]) -> ImageEncoder:
+def measured(module: nn.Module, pixels: Pixels, description: Description) -> ImageEncoder:
     """Complete an image encoder by its width, which a trial tells, and its description by what ``rebuilt`` reads."""
-    name = f"{description['source']}:{description['name']}" if description else ""
-    features = image_trial(module, pixels.size, name)
+    features = image_trial(module, pixels.size, description)
     width = features.shape[1]
     if description:  # a module of the user's own may give other features for the same image each time
-        if not torch.allclose(features, image_trial(module, pixels.size, name), equal_nan=True):
+        if not torch.allclose(features, image_trial(module, pixels.size, description), equal_nan=True):
             raise UserError(
-                f"{name}: gives other features for the same image each time; expected the same. "
-                "A masked autoencoder, for one, hides parts of its input at random. Take another encoder."
+                f"{description['source']}:{description['name']}: gives other features for the same image each time; "
+                "expected the same. A masked autoencoder, for one, hides parts of its input at random. Take another "
+                "encoder."
             )
         description = {**description, "width": width, "size": pixels.size, "mean": [*pixels.mean], "std": [*pixels.std]}
     return ImageEncoder(module, width, *pixels, description)
 
 
-def rebuilt(module: nn.Module, description: dict[str, Any]) -> ImageEncoder:
+def rebuilt(module: nn.Module, description: Description) -> ImageEncoder:
     """Join a module that was built from a description with the figures that ``measured`` left there."""
     pixels = Pixels.of(*(description[key] for key in ("size", "mean", "std")))
     return ImageEncoder(module.eval(), description["width"], *pixels, description)
 
 
-def image_trial(module: nn.Module, size: int, name: str = "") -> Tensor:
+def image_trial(module: nn.Module, size: int, description: Description) -> Tensor:
     """Give a module's features of two made-up images, the same at each call: (2, D)."""
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(_device_of(module))
-    with _trying(module, name, f"an image of {size} × {size} pixels", "single images of its image_size"):
-        return image_features(module(images))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with _trying(module, description, f"an image of {size} × {size} pixels, its image_size") as device:
+        return image_features(module(images.to(device)))
 
 
-def text_trial(module: nn.Module, average: bool, name: str = "") -> Tensor:
+def text_trial(module: nn.Module, average: bool, description: Description) -> Tensor:
     """Give a module's features of two captions of four tokens: (2, D)."""
-    ids = torch.ones(2, 4, dtype=torch.int64, device=_device_of(module))
-    with _trying(module, name, "input_ids and attention_mask", "captions"):
+    with _trying(module, description, "input_ids and attention_mask") as device:
+        ids = torch.ones(2, 4, dtype=torch.int64, device=device)
         return text_features(module(input_ids=ids, attention_mask=ids), ids, average)
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters(), torch.empty(0)).device
-
-
 @contextlib.contextmanager
-def _trying(module: nn.Module, name: str, found: str, expected: str) -> Iterator[None]:
+def _trying(module: nn.Module, description: Description, given: str) -> Iterator[torch.device]:
     try:
         with evaluating(module):
-            yield
+            yield next(module.parameters(), torch.empty(0)).device
     except UserError:
         raise
     except Exception as error:  # a module of any kind raises anything
+        name = f"{description['source']}:{description['name']}: " if description else ""
         raise UserError(
-            f"{name or type(module).__name__}: fails on {found} ({type(error).__name__}: {first_line(error)}). "
-            f"Expected an encoder of {expected}. Take another."
+            f"{name}{type(module).__name__} fails on {given} ({type(error).__name__}: {first_line(error)}). "
+            "Expected an encoder that takes this. Take another."
         ) from error

@@ -9,21 +9,22 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from train_clip.checkpoints import read, sources
-from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, image_trial, measured, rebuilt, text_trial
+from train_clip.encoders import encoder
+from train_clip.encoders.encoder import Description, ImageEncoder, Pixels, TextEncoder
 from train_clip.encoders.libraries import find_library
 from train_clip.errors import UserError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; torchvision's and transformers' default
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_CONTEXT = 512  # of relative positions (T5, arXiv 1910.10683, section 3.1.2), and of most others
-KINDS = {"image": ("vision_config", "pixel_values"), "text": ("text_config", "input_ids")}
+TOWERS = {"image": "vision_config", "text": "text_config"}  # of two-tower models
 # Towers of two-tower models that the library's own choice by configuration, AutoModel, does not know.
 OTHER_TOWERS = {
     "align_text_model": "AlignTextModel",
@@ -39,7 +40,7 @@ def load_image(name: str) -> ImageEncoder:
     module = _load(name, "image")
     with reading(name, "image encoder"), _quiet():
         pixels = _pixels(name, module.config)
-    return measured(module, pixels, _description(module, name))
+    return encoder.measured(module, pixels, _description(module, name))
 
 
 def load_text(name: str) -> TextEncoder:
@@ -48,41 +49,35 @@ def load_text(name: str) -> TextEncoder:
     return _measured_text(module, True, _description(module, name))
 
 
-def build_image(description: dict[str, Any]) -> ImageEncoder:
+def build_image(description: Description) -> ImageEncoder:
     """Build an image encoder from its description, with random weights."""
-    return rebuilt(_build(description), description)
+    return encoder.rebuilt(_build(description), description)
 
 
-def build_text(description: dict[str, Any]) -> TextEncoder:
+def build_text(description: Description) -> TextEncoder:
     """Build a text encoder from its description, with random weights."""
-    measures = {key: description[key] for key in ("width", "context", "vocab")}
-    return TextEncoder(_build(description), **measures, description=description)
+    width, context, vocab = (description[key] for key in ("width", "context", "vocab"))
+    return TextEncoder(_build(description), width, context, vocab, description)
 
 
 def live_image_encoder(module: torch.nn.Module, pixels: Pixels) -> ImageEncoder:
     """Take an image encoder of the user's own, in float32; a model of the library is described, to be rebuilt."""
-    encoder = measured(module.float(), pixels, _live_description(module))
-    return _verified(encoder, lambda part: image_trial(part, pixels.size))
+    return _verified(
+        encoder.measured(module.float(), pixels, _live_description(module)), encoder.image_trial, pixels.size
+    )
 
 
 def live_text_encoder(module: torch.nn.Module, average: bool) -> TextEncoder:
     """Take a text encoder of the user's own, in float32: a model of the library, or one that gives (B, D)."""
-    encoder = _measured_text(module.float(), average, _live_description(module))
-    return _verified(encoder, lambda part: text_trial(part, average))
+    return _verified(_measured_text(module.float(), average, _live_description(module)), encoder.text_trial, average)
 
 
 def _load(name: str, kind: str) -> Any:
     """Read configuration and weights; strictly, but for a pooler that the file does not hold, which is taken off."""
     transformers = find_transformers()
-    tower, takes = KINDS[kind]
-    if Path(name).is_dir():
-        if not Path(name, "config.json").is_file():
-            raise UserError(f"hf:{name}: no config.json in this folder. Give the one that save_pretrained wrote.")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise UserError(f"hf:{name}: there is no such folder. Give a folder with config.json, or a hub name.")
     with reading(name, f"{kind} encoder"), _quiet():
         config = from_cache_first(transformers.AutoConfig.from_pretrained, name)
-        config = getattr(config, tower, config)
+        config = getattr(config, TOWERS[kind], config)
         module, found = from_cache_first(
             _auto_model(transformers, config, name, kind).from_pretrained,
             name,
@@ -91,21 +86,15 @@ def _load(name: str, kind: str) -> Any:
             ignore_mismatched_sizes=True,  # so that they are listed, and refused below
             torch_dtype=torch.float32,  # from 4.56 on dtype, which earlier versions do not take
         )
-    if module.main_input_name != takes:
-        raise UserError(
-            f"hf:{name}: {type(module).__name__} takes {module.main_input_name}; expected {takes}. "
-            f"Give --{kind}_encoder an encoder of {kind}s."
-        )
-    missing, mismatched = set(found["missing_keys"]), {mismatch[0] for mismatch in found["mismatched_keys"]}
+    missing = {*found["missing_keys"], *(mismatch[0] for mismatch in found["mismatched_keys"])}
     if missing and all(key.startswith("pooler.") for key in missing):
-        module.pooler, missing = None, set()
-    for keys, what in ((missing, "are not in the file"), (mismatched, "have another shape there")):
-        if keys:  # they would stay random
-            raise UserError(
-                f"hf:{name}: the weights do not fit. {len(keys)} of {type(module).__name__}'s tensors {what}: "
-                f"{', '.join(sorted(keys)[:5])}{' …' * (len(keys) > 5)}. Expected all of them. "
-                "Take a model whose config.json and weights belong together."
-            )
+        module.pooler = None
+    elif missing:  # they would stay random
+        raise UserError(
+            f"hf:{name}: the weights do not fit. {len(missing)} of {type(module).__name__}'s tensors are not in the "
+            f"file, or have another shape there, such as {', '.join(sorted(missing)[:5])}. Expected all of them. "
+            "Take a model whose config.json and weights belong together."
+        )
     return module
 
 
@@ -167,7 +156,7 @@ def _side(values: dict[str, Any], name: str) -> int:
     size: Any = values.get(key)
     sides = size if isinstance(size, list | tuple) else [size]
     if isinstance(size, dict):
-        sides = [size[side] for side in ("height", "width", "shortest_edge") if size.get(side) is not None]
+        sides = [size[side] for side in ("height", "width", "shortest_edge") if size.get(side)]
     if any(type(side) is not int or side < 1 for side in sides) or len(set(sides)) != 1:
         raise UserError(
             f"hf:{name}: its {key} is {size!r} (preprocessor_config.json, or image_size in config.json); expected the "
@@ -177,9 +166,9 @@ def _side(values: dict[str, Any], name: str) -> int:
     return sides[0]
 
 
-def _measured_text(module: Any, average: bool, description: dict[str, Any]) -> TextEncoder:
+def _measured_text(module: Any, average: bool, description: Description) -> TextEncoder:
     """Complete a text encoder by its width; one of the library's own by its context and its vocabulary too."""
-    width = text_trial(module, average, f"hf:{description['name']}" if description else "").shape[1]
+    width = encoder.text_trial(module, average, description).shape[1]
     if not description:
         return TextEncoder(module, width, None, None, {})
     told = {"width": width, "context": _context(module), "vocab": module.get_input_embeddings().num_embeddings}
@@ -187,8 +176,8 @@ def _measured_text(module: Any, average: bool, description: dict[str, Any]) -> T
 
 
 def _context(module: Any) -> int:
-    rows = getattr(module.config, "max_position_embeddings", None)
-    if not isinstance(rows, int) or rows < 1:
+    rows = getattr(module.config, "max_position_embeddings", None) or 0
+    if rows < 1:
         return DEFAULT_CONTEXT
     # RoBERTa counts positions from the padding's on: its row and those before it (2 of 514) never hold a token.
     for path, table in module.named_modules():
@@ -197,7 +186,7 @@ def _context(module: Any) -> int:
     return rows
 
 
-def _description(module: Any, name: str) -> dict[str, Any]:
+def _description(module: Any, name: str) -> Description:
     config = json.loads(module.config.to_json_string(use_diff=False))
     # About the file, its classifier, and the library's own state, which begins with "_".
     left_out = ("architectures", "id2label", "label2id")
@@ -210,27 +199,28 @@ def _description(module: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _live_description(module: Any) -> dict[str, Any]:
+def _live_description(module: Any) -> Description:
     # Of one of the library's own classes, which alone can be built again.
     kind = type(module)
-    if not is_of_library(module, "PreTrainedModel") or getattr(find_transformers(), kind.__name__, None) is not kind:
+    if getattr(sys.modules.get("transformers"), kind.__name__, None) is not kind:
         return {}
     return _description(module, module.config.name_or_path or kind.__name__)
 
 
-def _verified(encoder: Any, features: Callable[[Any], torch.Tensor]) -> Any:
+def _verified(live: Any, trial: Any, how: Any) -> Any:
     """Drop a description that does not make this very module: a layer may have been changed, taken out or added."""
-    if not encoder.description:
-        return encoder
-    built = _build(encoder.description).to(next(encoder.module.parameters()).device)
+    module, description = live.module, live.description
+    if not description:
+        return live
+    built = _build(description).to(next(module.parameters()).device)
     with contextlib.suppress(RuntimeError):
-        built.load_state_dict(encoder.module.state_dict())
-        if torch.equal(features(built), features(encoder.module)):
-            return encoder
-    return dataclasses.replace(encoder, description={})
+        built.load_state_dict(module.state_dict())
+        if torch.equal(trial(built, how, description), trial(module, how, description)):
+            return live
+    return dataclasses.replace(live, description={})
 
 
-def _build(description: dict[str, Any]) -> torch.nn.Module:
+def _build(description: Description) -> torch.nn.Module:
     transformers = find_transformers()
     kind: Any = getattr(transformers, description["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -252,19 +242,11 @@ def find_transformers() -> Any:
     return find_library("transformers", "'train-clip[hf]'")
 
 
-def is_of_library(thing: Any, kind: str) -> bool:
-    """Whether something is of a class of the library, which is not imported to find out."""
-    library = sys.modules.get("transformers")
-    return library is not None and isinstance(thing, getattr(library, kind))
-
-
-def from_cache_first(load: Callable[..., Any], name: str, **arguments: Any) -> Any:
+def from_cache_first(load: Any, name: str, **arguments: Any) -> Any:
     """Read what is on this machine; ask the hub only for what is not: without a network it is asked for 20 s a file."""
     try:
         return load(name, local_files_only=True, trust_remote_code=False, **arguments)
     except OSError:
-        if Path(name).is_dir():
-            raise
         return load(name, trust_remote_code=False, **arguments)
 
 
@@ -279,9 +261,8 @@ def reading(name: str, part: str) -> Iterator[None]:
         what = "cannot be loaded"
         advice = "Copy or download all of its files again, or take another model or version of transformers."
         if isinstance(error, OSError) and not Path(name).is_dir():
-            what = "is not in this machine's cache and not reachable"
-            option = "--image_encoder" if part == "image encoder" else "--text_encoder"
-            advice = f"Where there is a network, run `hf download {name} --local-dir FOLDER`; give {option} hf:FOLDER."
+            what = "is no folder, not in this machine's cache and not reachable"
+            advice = f"Where there is a network, run `hf download {name} --local-dir FOLDER`; give hf:FOLDER."
         raise UserError(f"hf:{name}: the {part} {what} ({first_line(error)}). {advice}") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, hub, nn
 
 from train_clip.checkpoints.found import fill, find_weights
-from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder, measured, rebuilt
+from train_clip.encoders.encoder import Description, ImageEncoder, Pixels, TextEncoder, measured, rebuilt
 from train_clip.encoders.sources import OWN
 from train_clip.errors import UserError, first_line
 from train_clip.models.clip import CLIP
@@ -36,33 +36,27 @@ class TextTower(nn.Module):
 
 def load_image(name: str) -> ImageEncoder:
     """Load the image tower, projection included, of a CLIP in whatever ``train_clip.load`` takes."""
-    return _image_tower(*_filled(name))
+    return build_image(*_filled(name))
 
 
 def load_text(name: str) -> TextEncoder:
     """Load the text tower, projection included, of a CLIP in whatever ``train_clip.load`` takes."""
-    return _text_tower(*_filled(name))
+    return build_text(*_filled(name))
 
 
-def build_image(description: dict[str, Any]) -> ImageEncoder:
-    """Build an image tower with random weights."""
-    return _image_tower(_random(description), description)
-
-
-def build_text(description: dict[str, Any]) -> TextEncoder:
-    """Build a text tower with random weights."""
-    return _text_tower(_random(description), description)
-
-
-def _image_tower(clip: CLIP, description: dict[str, Any]) -> ImageEncoder:
+def build_image(description: Description, clip: CLIP | None = None) -> ImageEncoder:
+    """Take the image tower of a CLIP: with random weights, unless one is given."""
+    clip = clip or _random(description)
     return ImageEncoder(clip.visual, clip.embed_dim, clip.image_size, clip.config.mean, clip.config.std, description)
 
 
-def _text_tower(clip: CLIP, description: dict[str, Any]) -> TextEncoder:
+def build_text(description: Description, clip: CLIP | None = None) -> TextEncoder:
+    """Take the text tower of a CLIP: with random weights, unless one is given."""
+    clip = clip or _random(description)
     return TextEncoder(TextTower(clip), clip.embed_dim, clip.context_length, clip.vocab_size, description)
 
 
-def _filled(name: str) -> tuple[CLIP, dict[str, Any]]:
+def _filled(name: str) -> tuple[Description, CLIP]:
     found = find_weights(name).require_clip(
         " and no CLIP. Expected a checkpoint of `train-clip train`, or another CLIP; encoders of other libraries come "
         "from there (hf:NAME)."
@@ -70,10 +64,10 @@ def _filled(name: str) -> tuple[CLIP, dict[str, Any]]:
     description = {"source": OWN, "name": name, "label": found.config.name, "config": found.config.to_dict()}
     clip = _random(description)
     fill(clip, found.read(), f"{OWN}:{name}")
-    return clip, description
+    return description, clip
 
 
-def _random(description: dict[str, Any]) -> CLIP:
+def _random(description: Description) -> CLIP:
     return CLIP(config_from_dict(description["config"], description["name"]))
 
 
@@ -84,10 +78,10 @@ HEADS = ("fc", "classifier", "head", "heads")
 def load_timm(name: str) -> ImageEncoder:
     """Load a pretrained image encoder, such as resnet50, vit_small_patch14_dinov2.lvd142m or local-dir:FOLDER."""
     timm = find_library("timm")
-    architecture = name.partition(".")[0]
-    if ":" not in name and not timm.is_model(architecture):  # a prefix is a place of weights, for timm to find
-        hint = _similar(architecture, timm.list_models()) or "timm.list_models() gives its names."
-        raise UserError(f"timm:{name}: timm {timm.__version__} has no such model. {hint}")
+    if ":" not in name and not timm.is_model(
+        name.partition(".")[0]
+    ):  # a prefix is a place of weights, for timm to find
+        raise _unknown("timm", name, timm.list_models())
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
@@ -97,26 +91,22 @@ def load_timm(name: str) -> ImageEncoder:
             "FOLDER`) and give the folder: --image_encoder timm:local-dir:FOLDER."
         ) from error
     trained_on = timm.data.resolve_model_data_config(module)
-    channels, height, width = trained_on["input_size"]
-    if channels != 3 or height != width:
-        raise UserError(
-            f"timm:{name}: takes images of {channels} × {height} × {width}; expected 3 channels and a square. "
-            "Take another encoder."
-        )
-    pixels = Pixels.of(height, trained_on["mean"], trained_on["std"])
+    pixels = Pixels.of(trained_on["input_size"][1], trained_on["mean"], trained_on["std"])
     # What create_model needs: a tag of the name or a folder may be gone by then. timm tells a model's arguments in no
     # public place.
-    config, arguments = _plain(module.pretrained_cfg), _plain(getattr(module, "_model_args", {}))
-    described = {"architecture": config["architecture"], "config": config, "arguments": arguments | {"num_classes": 0}}
-    return measured(module, pixels, {"source": "timm", "name": name, **described})
+    config = _plain(module.pretrained_cfg)
+    arguments = _plain(getattr(module, "_model_args", {})) | {"num_classes": 0}
+    description = {"source": "timm", "name": name, "architecture": config["architecture"]}
+    description |= {"config": config, "arguments": arguments}
+    return measured(module, pixels, description)
 
 
-def build_timm(description: dict[str, Any]) -> ImageEncoder:
+def build_timm(description: Description) -> ImageEncoder:
     """Build an image encoder from its description, with random weights."""
     timm = find_library("timm")
-    architecture, config, arguments = (description[key] for key in ("architecture", "config", "arguments"))
+    config = dict(description["config"])
     try:
-        module = timm.create_model(architecture, pretrained=False, pretrained_cfg={**config}, **arguments)
+        module = timm.create_model(description["architecture"], pretrained_cfg=config, **description["arguments"])
     except RuntimeError as error:
         raise UserError(
             f"timm:{description['name']}: cannot be built ({first_line(error)}). Install the version of timm that it "
@@ -141,7 +131,7 @@ def load_torchvision(name: str) -> ImageEncoder:
     return measured(_without_head(module, name), pixels, {"source": "torchvision", "name": name})
 
 
-def build_torchvision(description: dict[str, Any]) -> ImageEncoder:
+def build_torchvision(description: Description) -> ImageEncoder:
     """Build an image encoder from its description, with random weights."""
     name = description["name"]
     return rebuilt(_without_head(_classifiers(name).get_model(name, weights=None), name), description)
@@ -151,22 +141,16 @@ def _classifiers(name: str) -> Any:
     models = find_library("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
-        hint = _similar(name, known) or f"Known: {', '.join(known)}."
-        raise UserError(f"torchvision:{name}: torchvision has no such image classifier. {hint}")
+        raise _unknown("torchvision", name, known)
     return models
 
 
 def _without_head(module: nn.Module, name: str) -> nn.Module:
-    if hasattr(module, "aux_logits"):
+    linear = [at for at, part in module.named_modules() if isinstance(part, nn.Linear) and at.split(".")[0] in HEADS]
+    if hasattr(module, "aux_logits") or not linear:
         raise UserError(
-            f"torchvision:{name}: classifies half-way too, which is not supported. Take another, such as resnet50."
-        )
-    head = next((head for head in HEADS if isinstance(getattr(module, head, None), nn.Module)), None)
-    linear = [at for at, part in module.named_modules() if isinstance(part, nn.Linear) and at.split(".")[0] == head]
-    if not linear:
-        raise UserError(
-            f"torchvision:{name}: found no nn.Linear at the end, under {', '.join(HEADS)}. Expected a classifier whose "
-            "last layer can be taken off. Take another, such as resnet50."
+            f"torchvision:{name}: found no nn.Linear at the end, under {', '.join(HEADS)}, or a second classifier "
+            "half-way. Expected one whose last layer can be taken off. Take another, such as resnet50."
         )
     module.set_submodule(linear[-1], nn.Identity())
     return module
@@ -184,12 +168,15 @@ def find_library(module: str, install: str = "") -> Any:
         ) from None
 
 
-def _similar(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"Similar: {', '.join(close)}." if close else ""
+def _unknown(library: str, name: str, known: list[str]) -> UserError:
+    nearest = ", ".join(difflib.get_close_matches(name, known, cutoff=0))
+    return UserError(
+        f"{library}:{name}: this version has no such image encoder. Expected one of its list_models(), such as "
+        f"{nearest}."
+    )
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(values: dict[str, Any]) -> Description:
     """Keep what JSON can hold, and give it as JSON gives it back."""
     kept = {}
     for key, value in values.items():

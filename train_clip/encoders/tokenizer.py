@@ -3,16 +3,15 @@
 B  captions      L  tokens of the longest caption of the batch, at most the context
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 import torch
 
-from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, is_of_library, reading
+from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, reading
 
-KIND = "PreTrainedTokenizerBase"
-TENSORS = ("input_ids", "attention_mask", "token_type_ids")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = ("padding_side", "truncation_side", "model_input_names", "pad_token_type_id", "split_special_tokens")
 UNLIMITED = 10**6  # tokenizers without a limit say 10³⁰
@@ -29,7 +28,7 @@ class PretrainedTokenizer:
     context_length: int  # the most tokens of a caption, special ones included
 
     def __post_init__(self) -> None:
-        special = self.tokenizer.num_special_tokens_to_add() if is_of_library(self.tokenizer, KIND) else 0
+        special = self.tokenizer.num_special_tokens_to_add() if _is_pretrained(self.tokenizer) else 0
         if self.context_length <= special:
             raise ValueError(f"context_length: found {self.context_length}, expected at least {special + 1}.")
 
@@ -47,22 +46,25 @@ class PretrainedTokenizer:
             (B, L) int64 tensors ``input_ids``, ``attention_mask`` and, of a tokenizer that has them,
             ``token_type_ids``; and how many captions were cut.
         """
-        if not is_of_library(self.tokenizer, KIND):
+        if not _is_pretrained(self.tokenizer):
             return dict(self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")), 0
-        rows = self._rows(texts)
-        long = [place for place, ids in enumerate(rows["input_ids"]) if len(ids) > self.context_length]
-        cut = self._rows([texts[i] for i in long], truncation=True, max_length=self.context_length) if long else {}
+        plain = {"return_attention_mask": True, "verbose": False}
+        rows, most = self.tokenizer(texts, **plain), self.context_length
+        long = [place for place, ids in enumerate(rows["input_ids"]) if len(ids) > most]
+        cut = self.tokenizer([texts[i] for i in long], truncation=True, max_length=most, **plain) if long else {}
         # Padding is masked, so a tokenizer without it (GPT-2) lends its end token.
-        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        fill = next(token for token in tokens if token is not None)
+        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        fill = next(token for token in ends if token is not None)
         padding = {"input_ids": fill, "attention_mask": 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         tensors = {}
-        for name, columns in rows.items():
+        for name, value in padding.items():
+            if name not in rows:
+                continue
             for place, column in zip(long, cut.get(name, ()), strict=True):
-                columns[place] = column
-            blank = [1 if name == "attention_mask" else padding[name]]
-            each = [torch.tensor(column or blank, dtype=torch.int64) for column in columns]
-            tensors[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=padding[name])
+                rows[name][place] = column
+            blank = [1 if name == "attention_mask" else value]
+            each = [torch.tensor(column or blank, dtype=torch.int64) for column in rows[name]]
+            tensors[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=value)
         return tensors, len(long)
 
     def describe(self) -> dict[str, Any] | None:
@@ -71,7 +73,7 @@ class PretrainedTokenizer:
         None of a callable that is not of the library.
         """
         tokenizer = self.tokenizer
-        if not is_of_library(tokenizer, KIND):
+        if not _is_pretrained(tokenizer):
             return None
         described = {"source": "hf", "name": str(tokenizer.name_or_path), "context": self.context_length}
         if not tokenizer.is_fast:
@@ -86,17 +88,18 @@ class PretrainedTokenizer:
             "settings": {key: getattr(tokenizer, key) for key in SETTINGS},
         }
 
-    def _rows(self, texts: list[str], **cut: Any) -> dict[str, list[list[int]]]:
-        """Tokenize without padding: for each name B lists."""
-        encoded = self.tokenizer(texts, return_attention_mask=True, verbose=False, **cut)
-        return {name: encoded[name] for name in TENSORS if name in encoded}
+
+def _is_pretrained(tokenizer: Any) -> bool:
+    """Whether it is of the library, which is not imported to find out."""
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(tokenizer, library.PreTrainedTokenizerBase)
 
 
 def wrap_tokenizer(tokenizer: Any, context_length: int | None = None) -> PretrainedTokenizer:
     """Wrap a tokenizer of the user's own, which keeps a smaller context of its own, or 512 where it has none."""
     own = getattr(tokenizer, "model_max_length", UNLIMITED)
     own = own if own < UNLIMITED else DEFAULT_CONTEXT
-    return PretrainedTokenizer(tokenizer, own if context_length is None else min(own, context_length))
+    return PretrainedTokenizer(tokenizer, min(own, context_length or own))
 
 
 def load_tokenizer(name: str, context_length: int) -> PretrainedTokenizer:
