@@ -4,14 +4,11 @@ B  rows on this process      W  processes      D  width
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from typing_extensions import override
-
-T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -43,31 +40,22 @@ def gather_all(rows: Tensor) -> list[Tensor]:
     return [part[:count] for part, count in zip(everyone, counts, strict=True)]
 
 
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: Any) -> list[Any]:
     """Everyone's value, any object that pickles, in the order of the ranks. Small ones: they travel as bytes."""
-    values: list[Any] = [None] * world()[1]
+    values = [value] * world()[1]
     if len(values) == 1:
-        return [value]
+        return values
     distributed.all_gather_object(values, value)
     return values
 
 
-def largest(values: Sequence[int]) -> list[int]:
+def largest(values: list[int]) -> list[int]:
     """The largest of each value over all ranks, as many on each, between the hosts: no one waits for a device."""
     if world()[1] == 1:
-        return list(values)
+        return values
     everyones = torch.tensor(values, dtype=torch.int64)
     distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=_host_group(distributed.group.WORLD))
-    return [int(value) for value in everyones]
-
-
-def total(number: int) -> int:
-    """The sum of a number over all ranks, likewise."""
-    if world()[1] == 1:
-        return number
-    everyones = torch.tensor(number, dtype=torch.int64)
-    distributed.all_reduce(everyones, group=_host_group(distributed.group.WORLD))
-    return int(everyones)
+    return everyones.tolist()
 
 
 @functools.lru_cache(1)

@@ -9,8 +9,7 @@ from typing import Any, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints import found, openai, own
-from train_clip.checkpoints.read import Contents
+from train_clip.checkpoints import found, openai, own, read
 from train_clip.errors import UserError, first_line
 from train_clip.models.config import ViTConfig, config_from_dict
 from train_clip.options import WeightOptions
@@ -40,11 +39,6 @@ class PromptConfig:
     def __str__(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return f"{self.number} at each of the blocks {layers}" + ("; class token trained" if self.class_token else "")
-
-
-def prompt_layers(kind: str, blocks: int) -> tuple[int, ...]:
-    """The blocks, of so many, that have prompts: every one (VPT-deep), or the first (VPT-shallow)."""
-    return tuple(range(blocks)) if kind == "deep" else (0,)
 
 
 TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
@@ -120,7 +114,7 @@ def read_backbone(backbone: found.FoundCLIP, expected: str | None) -> tuple[dict
     return backbone.resized(kept), digest
 
 
-def find_prompts(contents: Contents) -> FoundPrompts | None:
+def find_prompts(contents: read.Contents) -> FoundPrompts | None:
     """Find a checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
     arguments = contents.data.get("hyper_parameters")
     if not isinstance(arguments, Mapping) or not {"backbone", "prompts", "digest", "config"} <= set(arguments):
@@ -137,7 +131,7 @@ def find_prompts(contents: Contents) -> FoundPrompts | None:
     return FoundPrompts(format="train-clip visual prompts", config=config, prompts=prompts, **told)
 
 
-def find_fork(contents: Contents) -> FoundPrompts | None:
+def find_fork(contents: read.Contents) -> FoundPrompts | None:
     """Find a checkpoint of the fork's CLIPWrapper2: a whole model, with prompts in each block.
 
     Its first block inserts them, the middle ones replace, and the last one lets those of the block before pass: its own
