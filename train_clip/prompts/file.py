@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from train_clip.checkpoints import found, openai, own, read
 from train_clip.errors import UserError, first_line
-from train_clip.models.config import ViTConfig, config_from_dict
+from train_clip.models.config import config_from_dict
 from train_clip.options import WeightOptions
 
 
@@ -144,11 +144,9 @@ def find_fork(contents: read.Contents) -> FoundPrompts | None:
         return None
     backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
     config = openai.config_from_shapes(backbone, contents)
-    if not isinstance(config.image, ViTConfig):
-        raise UserError(f"{contents.path}: prompts in a ResNet, which has no tokens. Get the file again.")
     last = config.image.layers - 1
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
-    numbers = {record.shape[0] if len(record.shape) == 2 else 0 for record in used.values()}
+    numbers = {record.shape[0] for record in used.values() if record.shape}
     if len(numbers) != 1:
         raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
     tuned = PromptConfig(numbers.pop(), tuple(used), FORK_DROPOUT, class_token=True)

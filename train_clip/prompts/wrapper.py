@@ -56,15 +56,9 @@ class PromptCLIPWrapper(ContrastiveModule):
     ) -> None:
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate}
         given = TrainingOptions.of(options, optimizer="sgd", lock_text=True, distillation="none")
-        usual = {
-            "distillation": "none",
-            "half_weights": "none",
-            "mask_ratio": 0,
-            "stochastic_depth": 0,
-            "layer_decay": 1,
-        }
+        off = {"distillation": "none", "half_weights": "none", "mask_ratio": 0, "stochastic_depth": 0, "layer_decay": 1}
         for name, value in given.flat().items():
-            if value != usual.get(name, value):
+            if value != off.get(name, value):
                 raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**prompts)

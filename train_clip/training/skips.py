@@ -59,10 +59,10 @@ class SkipReport(Callback):
         everyone = gather_objects((self.counts, self.met))
         self.counts = Counter()
         if trainer.is_global_zero:
-            for _, met in everyone:
+            counts, epoch = Counter[str](), f"Epoch {trainer.current_epoch + 1}"
+            for own, met in everyone:
+                counts += own
                 self._log(met)
-            counts: Counter[str] = sum((own for own, _ in everyone), Counter())
-            epoch = f"Epoch {trainer.current_epoch + 1}"
             if counts["replaced"]:
                 print(
                     f"{epoch}: {counts['replaced']:,} samples replaced by others or left out. Bad files so far: "
