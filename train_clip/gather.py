@@ -4,12 +4,10 @@ B  rows on this process      W  processes      D  width
 """
 
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
-
-T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -41,7 +39,7 @@ def gather_all(rows: Tensor) -> list[Tensor]:
     return [part[:count] for part, count in zip(everyone, counts, strict=True)]
 
 
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: Any) -> list[Any]:
     """Everyone's value, any object that pickles, in the order of the ranks. Small ones: they travel as bytes."""
     values = [value] * world()[1]
     if len(values) > 1:
@@ -56,15 +54,6 @@ def largest(values: list[int]) -> list[int]:
     everyones = torch.tensor(values, dtype=torch.int64)
     distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=_host_group(distributed.group.WORLD))
     return everyones.tolist()
-
-
-def total(number: int) -> int:
-    """The sum of a number over all ranks, likewise."""
-    if world()[1] == 1:
-        return number
-    everyones = torch.tensor(number, dtype=torch.int64)
-    distributed.all_reduce(everyones, group=_host_group(distributed.group.WORLD))
-    return int(everyones)
 
 
 @functools.lru_cache(1)

@@ -212,7 +212,7 @@ def test_two_processes_tune_as_one(here, tmp_path):
     ("words", "message"),
     [
         ("--pretrained resnet/checkpoints/last.ckpt", "a ResNet, which has no tokens"),
-        ("--model_name tiny.yaml", "no weights were given. Prompts beside a random backbone learn nothing"),
+        ("--model_name tiny.yaml", "tiny.yaml: OpenAI has published no such model"),
         ("--pretrained run/checkpoints/last.ckpt", "train-clip visual prompts"),
         (f"--pretrained {BACKBONE} --prompts 0", "0 prompts; expected 1 or above"),
         (f"--pretrained {BACKBONE} --prompt_layers [5]", "Prompts at block 5"),

@@ -12,8 +12,9 @@ from torch import Tensor
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.prompts.file import PromptConfig, prompt_layers
+from train_clip.prompts.file import PromptConfig
 from train_clip.prompts.model import PromptedTransformer, add_prompts
+from train_clip.prompts.prompt_tune import PromptOptions
 
 BLOCKS, WIDTH, PATCH = 4, 16, 8
 IMAGE = {"size": 24, "patch": PATCH, "layers": BLOCKS, "width": WIDTH, "heads": 2}
@@ -65,7 +66,8 @@ def test_each_block_has_its_prompts(layers):
 
 def test_the_kinds_of_the_paper():
     """Section 3.2: VPT-deep at every block, VPT-shallow at the first."""
-    assert (prompt_layers("deep", 3), prompt_layers("shallow", 3)) == ((0, 1, 2), (0,))
+    deep, shallow = (PromptOptions(prompt_kind=kind).config(3) for kind in ("deep", "shallow"))
+    assert (list(deep.layers), list(shallow.layers)) == ([0, 1, 2], [0])
 
 
 def test_where_prompts_begin():

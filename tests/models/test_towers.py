@@ -139,7 +139,7 @@ def test_attention(causal, length):
     """softmax(q kᵀ / √E) v, few positions and many, against loops over positions, in float64: 1e-12."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, length, 4, dtype=torch.float64) for _ in range(3))
-    out = attend(q, k, v, causal)
+    out = by_head(attend(*(side_by_side(part) for part in (q, k, v)), heads=2, causal=causal), 2)
     for head in range(2):
         queries, keys, values = (tensor[0, head].tolist() for tensor in (q, k, v))
         for i, query in enumerate(queries):
@@ -159,7 +159,18 @@ def test_one_query_over_many_positions(length):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, rows, 4, dtype=torch.float64) for rows in (1, length, length))
     expected = torch.einsum("bhl,bhle->bhe", torch.einsum("bhe,bhle->bhl", q[:, :, 0] / 2, k).softmax(-1), v)
-    torch.testing.assert_close(attend(q, k, v, causal=False)[:, :, 0], expected, rtol=0, atol=1e-12)
+    out = by_head(attend(*(side_by_side(part) for part in (q, k, v)), heads=3, causal=False), 3)
+    torch.testing.assert_close(out[:, :, 0], expected, rtol=0, atol=1e-12)
+
+
+def side_by_side(heads: Tensor) -> Tensor:
+    """(B, H, L, E) → (B, L, H · E)."""
+    return torch.cat(heads.unbind(1), dim=-1)
+
+
+def by_head(whole: Tensor, heads: int) -> Tensor:
+    """And back."""
+    return torch.stack(whole.chunk(heads, dim=-1), dim=1)
 
 
 def test_layer_norm_in_float32():

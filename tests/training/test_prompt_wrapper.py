@@ -188,7 +188,7 @@ def test_the_digest_is_of_the_file_and_not_of_what_was_interpolated(backbone, tm
 
 def test_there_is_no_teacher(backbone):
     """Distillation is refused: its teacher's prompts would be in no checkpoint."""
-    with pytest.raises(UserError, match="prompts are tuned without a teacher"):
+    with pytest.raises(UserError, match="distillation is transport; the backbone of prompts stays and runs as it is"):
         prompts(backbone, distillation="transport")
 
 

@@ -8,7 +8,7 @@ from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
 from train_clip.errors import UserError
-from train_clip.files import write_text
+from train_clip.files import require_place, write_text
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -23,6 +23,8 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     Raises:
         UserError: training would not begin, or would stop.
     """
+    if options.json is not None:
+        require_place(options.json)
     found = scan.scan_source(folder, options)
     sources, val_pairs = [found.source], None
     if options.val_pairs is not None:

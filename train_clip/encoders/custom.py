@@ -14,7 +14,7 @@ from typing_extensions import override
 from train_clip.encoders import encoder, libraries
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import evaluating
-from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids, up_to_end
+from train_clip.models.clip import DualEncoder, PixelNorm, Texts, token_ids
 
 INITIAL_LOG_SCALE = 3.9  # OTTER's code; clamped to [0, ln 100] there too
 
@@ -68,13 +68,9 @@ class CustomCLIP(DualEncoder):
     @override
     def caption_mask(self, texts: Texts) -> Tensor:
         if isinstance(texts, Tensor) and isinstance(self.transformer, libraries.TextTower):
-            return up_to_end(texts)
+            return super().caption_mask(texts)
         mask = None if isinstance(texts, Tensor) else texts.get("attention_mask")
         return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
-
-    @override
-    def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        return list(self.visual.parameters()), list(self.transformer.parameters())
 
 
 def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:

@@ -102,20 +102,22 @@ class SelfAttention(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        return self.out_proj(attend(q, k, v, self.causal).transpose(1, 2).flatten(2))
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attend(q, k, v, self.heads, self.causal))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Scaled dot-product attention, softmax(q kᵀ / √E) v, of (B, H, L, E) q, (B, H, M, E) k and v: (B, H, L, E)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
+    """Softmax(q kᵀ / √E) v, head by head, of (B, L, W) q, (B, M, W) k and v: (B, L, W)."""
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     if q.device.type != "cpu" or k.shape[-2] > PLAIN_UP_TO:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if causal:
-        later = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)
-        weights = weights.masked_fill(later, -torch.inf)
-    return weights.softmax(dim=-1) @ v
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if causal:
+            later = torch.ones(weights.shape[-2:], dtype=torch.bool).triu(1)
+            weights = weights.masked_fill(later, -torch.inf)
+        out = weights.softmax(dim=-1) @ v
+    return out.transpose(1, 2).flatten(2)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -195,8 +197,8 @@ def through_some_rows(block: Block, x: Tensor, rate: float) -> Tensor:
 
 def training_norms(module: nn.Module) -> list[BatchNorm]:
     """The BatchNorms of a module that are training and keep running statistics."""
-    modules = (one for one in module.modules() if one.training)
-    return [one for one in modules if isinstance(one, BatchNorm) and one.running_mean is not None]
+    norms = [one for one in module.modules() if isinstance(one, BatchNorm)]
+    return [norm for norm in norms if norm.training and norm.running_mean is not None]
 
 
 @contextmanager

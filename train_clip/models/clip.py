@@ -98,19 +98,19 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed images: (B, 3, S, S), uint8 or float that is already normalised → (B, D), not normalised."""
-        raise NotImplementedError
+        return self.visual(self.pixel_norm(images))
 
     def encode_text(self, texts: Texts) -> Tensor:
         """Embed captions: tokens of B captions → (B, D), not normalised."""
         raise NotImplementedError
 
     def caption_mask(self, texts: Texts) -> Tensor:
-        """(B, L) bool: which tokens make up a caption, and which are padding."""
-        raise NotImplementedError
+        """(B, L) bool: which tokens make up a caption, and which are padding; here, of CLIP's tokens."""
+        return up_to_end(token_ids(texts))
 
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters of the image tower and of the text tower; what joins them is in neither."""
-        raise NotImplementedError
+        return list(self.visual.parameters()), list(self.transformer.parameters())
 
     @override
     def forward(self, images: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -171,11 +171,17 @@ class CLIP(DualEncoder):
         self.positional_embedding = nn.Parameter(torch.empty(text.context, text.width))
         self.ln_final = LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        self._initialize_text()
-
-    @override
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.visual(self.pixel_norm(images))
+        # As openai/CLIP, ``initialize_parameters``; attention biases stay 0, the other biases PyTorch's default.
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        residual = text.width**-0.5 * (2 * text.layers) ** -0.5
+        block: Any
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=text.width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+        nn.init.normal_(self.text_projection, std=text.width**-0.5)
 
     @override
     def encode_text(self, texts: Texts) -> Tensor:
@@ -186,25 +192,7 @@ class CLIP(DualEncoder):
         return self.ln_final(ends) @ self.text_projection
 
     @override
-    def caption_mask(self, texts: Texts) -> Tensor:
-        return up_to_end(token_ids(texts))
-
-    @override
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         image = list(self.visual.parameters())
-        other = {id(parameter) for parameter in (*image, *self.temperature())}
-        return image, [parameter for parameter in self.parameters() if id(parameter) not in other]
-
-    def _initialize_text(self) -> None:
-        # As openai/CLIP, ``initialize_parameters``; attention biases stay 0, the other biases PyTorch's default.
-        width, layers = self.config.text.width, self.config.text.layers
-        residual = width**-0.5 * (2 * layers) ** -0.5
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        block: Any
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=residual)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        other = {*image, *self.temperature()}
+        return image, [parameter for parameter in self.parameters() if parameter not in other]

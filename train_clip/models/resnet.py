@@ -96,8 +96,5 @@ class AttentionPool(nn.Module):
         # (B, C, H, W) → (B, D)
         x = feature_map.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
-        q, k, v = (
-            projection(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection, tokens in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
-        )
-        return self.c_proj(attend(q, k, v, causal=False).transpose(1, 2).flatten(2)).squeeze(1)
+        pooled = attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads, causal=False)
+        return self.c_proj(pooled).squeeze(1)

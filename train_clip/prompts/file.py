@@ -9,10 +9,9 @@ from typing import Any, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints import found, openai, own
-from train_clip.checkpoints.read import Contents
+from train_clip.checkpoints import found, openai, own, read
 from train_clip.errors import UserError, first_line
-from train_clip.models.config import ViTConfig, config_from_dict
+from train_clip.models.config import config_from_dict
 from train_clip.options import WeightOptions
 
 
@@ -40,11 +39,6 @@ class PromptConfig:
     def __str__(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return f"{self.number} at each of the blocks {layers}" + ("; class token trained" if self.class_token else "")
-
-
-def prompt_layers(kind: str, blocks: int) -> tuple[int, ...]:
-    """The blocks, of so many, that have prompts: every one (VPT-deep), or the first (VPT-shallow)."""
-    return tuple(range(blocks)) if kind == "deep" else (0,)
 
 
 TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
@@ -120,7 +114,7 @@ def read_backbone(backbone: found.FoundCLIP, expected: str | None) -> tuple[dict
     return backbone.resized(kept), digest
 
 
-def find_prompts(contents: Contents) -> FoundPrompts | None:
+def find_prompts(contents: read.Contents) -> FoundPrompts | None:
     """Find a checkpoint of ``prompt-tune``: what was trained, and which backbone it belongs to."""
     arguments = contents.data.get("hyper_parameters")
     if not isinstance(arguments, Mapping) or not {"backbone", "prompts", "digest", "config"} <= set(arguments):
@@ -137,7 +131,7 @@ def find_prompts(contents: Contents) -> FoundPrompts | None:
     return FoundPrompts(format="train-clip visual prompts", config=config, prompts=prompts, **told)
 
 
-def find_fork(contents: Contents) -> FoundPrompts | None:
+def find_fork(contents: read.Contents) -> FoundPrompts | None:
     """Find a checkpoint of the fork's CLIPWrapper2: a whole model, with prompts in each block.
 
     Its first block inserts them, the middle ones replace, and the last one lets those of the block before pass: its own
@@ -150,11 +144,9 @@ def find_fork(contents: Contents) -> FoundPrompts | None:
         return None
     backbone = {name: record for name, record in records.items() if not OF_FORK.fullmatch(name)}
     config = openai.config_from_shapes(backbone, contents)
-    if not isinstance(config.image, ViTConfig):
-        raise UserError(f"{contents.path}: prompts in a ResNet, which has no tokens. Get the file again.")
     last = config.image.layers - 1
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
-    numbers = {record.shape[0] if len(record.shape) == 2 else 0 for record in used.values()}
+    numbers = {record.shape[0] for record in used.values() if record.shape}
     if len(numbers) != 1:
         raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
     tuned = PromptConfig(numbers.pop(), tuple(used), FORK_DROPOUT, class_token=True)

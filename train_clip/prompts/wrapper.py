@@ -55,18 +55,18 @@ class PromptCLIPWrapper(ContrastiveModule):
         **options: Any,
     ) -> None:
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate}
-        given = TrainingOptions.of(options, optimizer="sgd", lock_text=True)
-        if given.towers.distils:
-            raise UserError(f"distillation is {given.towers.distillation!r}; prompts are tuned without a teacher.")
-        values = given.flat()
-        for name, usual in (("half_weights", "none"), ("mask_ratio", 0), ("stochastic_depth", 0), ("layer_decay", 1)):
-            if (value := values[name]) != usual:
+        given = TrainingOptions.of(options, optimizer="sgd", lock_text=True, distillation="none")
+        off = {"distillation": "none", "half_weights": "none", "mask_ratio": 0, "stochastic_depth": 0, "layer_decay": 1}
+        for name, value in given.flat().items():
+            if value != off.get(name, value):
                 raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**prompts)
         if not isinstance(backbone, found.Found):
-            own = None if config is None else config_from_dict(config, str(backbone))
-            backbone = found.find_weights(backbone) if own is None else found.find_model(backbone, own)
+            if config is None:
+                backbone = found.find_weights(backbone)
+            else:
+                backbone = found.find_model(backbone, config_from_dict(config, str(backbone)))
         backbone = backbone.require_clip()
         source = backbone.source
         tensors, digest = read_backbone(backbone, digest)

@@ -75,7 +75,7 @@ class Interval(NamedTuple):
         minutes = unit.startswith("m")
         if number <= 0 or not (minutes or number.is_integer()):
             raise UserError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
-        return cls(seconds=60 * number) if minutes else cls(steps=int(number))
+        return cls(seconds=60 * number) if minutes else cls(int(number))
 
 
 class Checkpoints(callbacks.Checkpoint):
@@ -219,10 +219,11 @@ class Checkpoints(callbacks.Checkpoint):
 
     def _give_names(self, target: Path, step: int) -> None:
         # The other names of a new file; then what is older than the newest few is deleted.
-        for name in (LAST, f"step-{step:08}.ckpt"):
-            if name != target.name:
-                files.link(target, self.folder / name)
-        names = (re.fullmatch(r"step-(\d{8,})\.ckpt", file.name) for file in self.folder.iterdir())
+        newest = self.folder / f"step-{step:08}.ckpt"
+        for other in (self.folder / LAST, newest):
+            if other != target:
+                files.link(target, other)
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
-        for number in sorted(int(name[1]) for name in names if name and int(name[1]) <= step)[: -self.keep]:
-            (self.folder / f"step-{number:08}.ckpt").unlink(missing_ok=True)
+        steps = [file for file in self.folder.glob(f"step-{'[0-9]' * 8}.ckpt") if file <= newest]
+        for file in sorted(steps)[: -self.keep]:
+            file.unlink(missing_ok=True)

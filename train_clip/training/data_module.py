@@ -83,17 +83,18 @@ class TextImageDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        how, size, process = self.options, self.batch_size, self._process()
+        how, process = self.options, self._process()
         dataset = samples.TrainingPairs(self.training_pairs, self.image_size, how.resize_ratio, self.seed)
-        order = samples.GlobalBatchSampler(dataset, size, self._consumed_batches, how.shuffle, self.seed, process)
-        return self._loader(dataset, size, sampler=order, drop_last=True)
+        order = samples.GlobalBatchSampler(
+            dataset, self.batch_size, self._consumed_batches, how.shuffle, self.seed, process
+        )
+        return self._loader(dataset, sampler=order, drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_pairs:
             return []
-        dataset = samples.ValidationPairs(self.validation_pairs, self.image_size)
-        return self._loader(dataset, self.batch_size)
+        return self._loader(samples.ValidationPairs(self.validation_pairs, self.image_size))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -133,17 +134,16 @@ class TextImageDataModule(LightningDataModule):
                 "same place in the order, where other pairs may stand: some come twice in this epoch, some not at all."
             )
 
-    def _loader(self, dataset: Any, batch_size: int, **how: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, **how: Any) -> DataLoader[Any]:
         device = "cpu" if self.trainer is None else self.trainer.strategy.root_device.type
         workers, processes = self.options.num_workers, self._process()[1]
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
-            cores = samples.available_cores() // processes
-            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, cores))
+            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, samples.available_cores() // processes))
         signals.end_loaders_at_exit()
         return DataLoader(
             dataset,
-            batch_size // processes,
+            self.batch_size // processes,
             collate_fn=functools.partial(samples.collate, self.tokenizer),
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -159,27 +159,25 @@ class TextImageDataModule(LightningDataModule):
         return getattr(getattr(self.trainer, "lightning_module", None), "consumed_batches", 0)
 
     def _summary(self, found: scan.Scan) -> str:
-        number, size, wanted = len(self.training_pairs), self.batch_size, self.options.batch_size
-        pairs, held_out = found.pairs, len(self.validation_pairs)
-        lines = [f"Fewer pairs than a batch: it shrinks from {wanted} to {size}."] if size < wanted else []
+        size, wanted, share = self.batch_size, self.options.batch_size, self.options.val_share
+        number, held_out, pairs = len(self.training_pairs), len(self.validation_pairs), found.pairs
         left_out = f", {number % size:,} pairs left out of an epoch, others each time." if number % size else "."
-        lines.append(
+        lines = {
+            f"Fewer pairs than a batch: it shrinks from {wanted} to {size}.": size < wanted,
             f"{self.source}: {len(pairs):,} pairs, {number:,} to train on and {held_out:,} held out; "
-            f"{number // size:,} batches of {size:,} an epoch{left_out}"
-        )
-        if cached := pairs.num_cached:
-            lines.append(f"  {cached:,} of {len(pairs):,} images are read from npz/, in place of the image files.")
-        if self.options.val_share and not held_out:
-            lines.append(
-                f"  Too few to hold out a share of {self.options.val_share}: it takes 2 pairs to tell one from another."
-            )
+            f"{number // size:,} batches of {size:,} an epoch{left_out}": True,
+            f"  {pairs.num_cached:,} of {len(pairs):,} images are read from npz/, in place of the image "
+            "files.": pairs.num_cached,
+            f"  Too few to hold out a share of {share}: it takes 2 pairs to tell one from another.": share
+            and not held_out,
+        }
         for names, what in (
             (found.lone_images, "images have no caption"),
             (found.lone_captions, "captions have no image"),
             (found.folder_links, "links to folders are not followed"),
         ):
-            lines += [f"  {len(names):,} {what}, for instance {names[0]}."] if names else []
-        return "\n".join(lines)
+            lines |= {f"  {len(names):,} {what}, for instance {name}.": True for name in names[:1]}
+        return "\n".join(line for line, holds in lines.items() if holds)
 
 
 def _tokenizer(custom: Any, context_length: int | None) -> Any:
@@ -202,14 +200,11 @@ def pair_names(pairs: PairList) -> str:
 def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, source: Path) -> int:
     """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer."""
     if wanted % num_processes:
-        below = max(wanted - wanted % num_processes, num_processes)
         raise UserError(
             f"--batch_size {wanted} cannot be shared evenly among {num_processes} processes; it counts the pairs of "
-            f"all of them together. Use {below} or {below + num_processes}."
+            f"all of them together. Use a multiple of {num_processes}."
         )
-    if num_pairs >= wanted:
-        return wanted
-    fitting = num_pairs // num_processes * num_processes
+    fitting = min(wanted, num_pairs // num_processes * num_processes)
     if fitting < 2:
         raise UserError(
             f"{source}: {num_pairs} pairs to train on, {num_processes} processes; expected at least 2 pairs, and one a "

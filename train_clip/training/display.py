@@ -2,7 +2,6 @@
 
 import csv
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ PANELS = {
         "val_ema/R@1_image_to_text": "R@1 image → text, EMA",
         "val_ema/R@1_text_to_image": "R@1 text → image, EMA",
     },
-    "learning rate": {"train/learning_rate": ""},
+    "learning rate": {"train/learning_rate": "learning rate"},
 }
 
 
@@ -60,8 +59,9 @@ class RunProgress(Callback):
     """Figures, pairs/s and the time left: a bar over the whole run on a terminal, a line now and then in a file."""
 
     def __init__(self) -> None:
+        self.done, self.left = MofNCompleteColumn(), TimeRemainingColumn()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
-        columns = (MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (self.done, BarColumn(10), self.left, TextColumn("{task.description}"))
         # Some steps take longer than the half minute over which rich looks back by itself.
         self.progress = Progress(*columns, refresh_per_second=4, speed_estimate_period=3600)
         self.progress.disable = not self.progress.console.is_terminal
@@ -83,9 +83,7 @@ class RunProgress(Callback):
         if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
             self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
-                of = "" if task.total is None else f"/{task.total:,.0f}"
-                left = "" if task.time_remaining is None else f"  {timedelta(seconds=task.time_remaining)} left"
-                self._say(f"batch {task.completed:,.0f}{of}  {task.description}{left}")
+                self._say(f"batch {self.done.render(task)}  {task.description}  left: {self.left.render(task)}")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -106,8 +104,8 @@ class RunProgress(Callback):
 
 
 def _figures(trainer: Trainer, prefix: str) -> str:
-    found = ((trainer.callback_metrics.get(f"{prefix}/{name}"), form) for name, form in FIGURES.items())
-    return "  ".join(form.format(figure.item()) for figure, form in found if figure is not None)
+    found, forms = trainer.callback_metrics, {f"{prefix}/{name}": form for name, form in FIGURES.items()}
+    return "  ".join(form.format(found[name].item()) for name, form in forms.items() if name in found)
 
 
 class Throughput(Callback):
@@ -210,27 +208,24 @@ class Curves(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and (rows := read_metrics(self.folder / METRICS)):
-            _draw(rows, self.folder / "curves.png")
+        if not trainer.is_global_zero or not (rows := read_metrics(self.folder / METRICS)):
+            return
+        # Matplotlib takes half a second to import: only where a picture is drawn. The object-oriented interface needs
+        # no display and leaves a notebook's figures alone.
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 6.5), layout="constrained")
+        axes: Any = figure.subplots(2, 2)
+        for panel, (title, lines) in zip(axes.flat, PANELS.items(), strict=True):
+            panel.set(title=title, xlabel="optimizer step")
+            panel.grid(alpha=0.3)
+            for name, label in lines.items():
+                if points := [(int(row["step"]), float(row[name])) for row in rows if name in row]:
+                    marker = "." if name.startswith("val") else None
+                    panel.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
+            if panel.lines:
+                panel.legend()
+        with replacing(self.folder / "curves.png") as beside:
+            figure.savefig(beside, dpi=110, format="png")
 
     on_fit_end = on_validation_end
-
-
-def _draw(rows: list[dict[str, str]], target: Path) -> None:
-    # Matplotlib takes half a second to import: only where a picture is drawn. The object-oriented interface needs no
-    # display and leaves a notebook's figures alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes: Any = figure.subplots(2, 2)
-    for panel, (title, lines) in zip(axes.flat, PANELS.items(), strict=True):
-        panel.set(title=title, xlabel="optimizer step")
-        panel.grid(alpha=0.3)
-        for name, label in lines.items():
-            if points := [(int(row["step"]), float(row[name])) for row in rows if name in row]:
-                marker = "." if name.startswith("val") else None
-                panel.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
-        if any(lines.values()) and panel.lines:
-            panel.legend()
-    with replacing(target) as beside:
-        figure.savefig(beside, dpi=110, format="png")

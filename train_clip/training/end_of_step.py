@@ -9,7 +9,6 @@ once on a CPU; on a GPU when figures are logged, and before anything is saved. U
 such steps by itself, as it must while it looks for a scale: there they are counted.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,7 @@ class EndOfStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install()
         lightning_internals.begin_next_epoch(trainer)
-        self.finite.scaler = lightning_internals.gradient_scaler(trainer)
-        self.finite.keep_statistics(pl_module)
+        self.finite.begin(pl_module, lightning_internals.gradient_scaler(trainer))
         if trainer.num_training_batches < float("inf"):
             self.require_equal_shares(int(trainer.num_training_batches), UNEVEN_EPOCHS)
         self.require_equal_shares(self.consumed_batches, OTHER_CHECKPOINTS)
@@ -84,13 +82,11 @@ class EndOfStep(Callback):
         self.finite.before_update(optimizer, self.consumed_batches + 1)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.consumed_batches += 1
         steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
         if not steps:
             return
-        if self.finite.scaler is not None:
-            self.finite.keep_statistics(pl_module)
         if trainer.global_step % (trainer.log_every_n_steps or READ_EVERY) == 0:  # type: ignore[attr-defined]
             self.finite.read()
         # An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits.
@@ -137,7 +133,7 @@ class EndOfStep(Callback):
                 f"{self.num_steps:,}: nothing is left, the learning rate is 0. Give more --epochs or --max_steps, or "
                 "the earlier --accumulate_grad_batches."
             )
-        for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+        for schedule in [config.scheduler for config in trainer.lr_scheduler_configs]:
             if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                 for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
                     group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
@@ -150,8 +146,8 @@ class EndOfStep(Callback):
         if number := largest([self.signals.received])[0]:
             saved = save_now(trainer)
             utilities.rank_zero_info(
-                f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; "
-                + (f"saved {saved}." if saved else "nothing was saved, since the run has no checkpoints.")
+                f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; saved "
+                f"{saved or 'nothing, since the run has no checkpoints'}."
             )
             lightning_internals.release_children(trainer)
             raise signals.Stopped(128 + number)
@@ -160,14 +156,13 @@ class EndOfStep(Callback):
 class FiniteSteps:
     """Watches the loss and the gradient of every optimizer step."""
 
-    scaler: Any = None  # of 16-mixed
-
     def __init__(self) -> None:
+        self.scaler: Any = None  # of 16-mixed
         self.skipped_in_a_row = 0
         self.gradient_norm = torch.zeros(())
         self._losses: list[Tensor] = []  # of the batches of this step
         self._report = torch.zeros(2)  # the first batch that was not finite, or 0; its loss
-        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # of BatchNorms, and a copy, for a step that is skipped
 
     def note_loss(self, loss: Tensor) -> Tensor:
         """Take note of a batch's loss, () float, and see to it that one that is not finite has no finite gradient."""
@@ -175,8 +170,9 @@ class FiniteSteps:
         self._losses.append(value)
         return loss * torch.where(value.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
-    def keep_statistics(self, module: nn.Module) -> None:
-        """Copy the running statistics of BatchNorms, before a step that may be skipped and survived."""
+    def begin(self, module: nn.Module, scaler: Any) -> None:
+        """Note what a step that is skipped, and survived, must leave as it was."""
+        self.scaler = scaler
         buffers = [buffer for norm in training_norms(module) for buffer in norm.buffers()]
         self._statistics = [(buffer, buffer.clone()) for buffer in buffers]
 
@@ -203,19 +199,22 @@ class FiniteSteps:
         batch, loss = self._report.tolist()
         if batch:
             raise UserError(
-                f"Batch {batch:,.0f}: the loss is {loss:.4g}{', its gradient not finite' * math.isfinite(loss)}; "
-                "expected finite numbers. No weight was changed by this batch or after it, and no checkpoint holds it. "
+                f"Batch {batch:,.0f}: the loss is {loss:.4g}, its gradient not finite; expected finite numbers. "
+                "No weight was changed by this batch or after it, and no checkpoint holds it. "
                 "Train again with a lower --learning_rate, more --warmup_steps or --gradient_clip_val 1.0; if it is "
                 "the same batch each time, look for an image or caption that is not like the others."
             )
 
     def _count(self, bad: bool, batch: int) -> None:
         # The scaler skips a bad step; what its forward pass did to running statistics is undone.
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if not bad:
+            self.skipped_in_a_row = 0
+            for buffer, kept in self._statistics:
+                kept.copy_(buffer)
             return
-        for buffer, before in self._statistics:
-            buffer.copy_(before)
+        self.skipped_in_a_row += 1
+        for buffer, kept in self._statistics:
+            buffer.copy_(kept)
         scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
         if self.skipped_in_a_row >= MOST_SKIPPED or scale < 1:
             raise UserError(
@@ -239,8 +238,7 @@ def save_now(trainer: Trainer) -> Path | None:
         if isinstance(callback, checkpoints.Checkpoints):
             return callback.save(trainer)
         if isinstance(callback, callbacks.ModelCheckpoint) and callback.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path = Path(callback.dirpath) / "last.ckpt"
-            number = 0
+            path, number = Path(callback.dirpath, "last.ckpt"), 0
             # One of another run in the same folder stays, as with Lightning's own.
             while path.exists() and str(path) not in (callback.last_model_path, str(trainer.ckpt_path)):
                 number += 1

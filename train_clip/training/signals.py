@@ -41,14 +41,14 @@ def end_with_starter() -> None:
     if "LOCAL_RANK" not in os.environ or starter == os.getpid():
         os.environ[STARTER] = str(os.getpid())
     elif "TORCHELASTIC_RUN_ID" not in os.environ:
-        threading.Thread(target=_end_after, args=(starter,), daemon=True).start()
 
+        def end_after() -> None:
+            while os.getppid() == starter:
+                time.sleep(1)
+            time.sleep(GRACE)
+            os._exit(128 + signal.SIGTERM)
 
-def _end_after(starter: int) -> None:
-    while os.getppid() == starter:
-        time.sleep(1)
-    time.sleep(GRACE)
-    os._exit(128 + signal.SIGTERM)
+        threading.Thread(target=end_after, daemon=True).start()
 
 
 def outlive_the_first_signal(_: int) -> None:
@@ -65,11 +65,10 @@ def outlive_the_first_signal(_: int) -> None:
 def end_loaders_at_exit() -> None:
     """Let a process end while its loader processes are at work: Python sends each one SIGTERM, and waits for it."""
 
+    @atexit.register
     def insist() -> None:
         # More of them, before: two that come at once count as one.
         for child in multiprocessing.active_children():
             while child.daemon and child.is_alive():
                 child.terminate()
                 child.join(0.05)
-
-    atexit.register(insist)

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from train_clip.data import pairs, samples
 from train_clip.errors import UserError
-from train_clip.gather import gather_objects, total, world
+from train_clip.gather import gather_objects, largest, world
 from train_clip.training import data_module, end_of_step, lightning_internals
 
 COUNT_EVERY = 10  # batches between counts over all processes
@@ -59,17 +59,18 @@ class SkipReport(Callback):
         everyone = gather_objects((self.counts, self.met))
         self.counts = Counter()
         if trainer.is_global_zero:
-            for _, met in everyone:
+            counts, epoch = Counter[str](), f"Epoch {trainer.current_epoch + 1}"
+            for own, met in everyone:
+                counts += own
                 self._log(met)
-            counts, epoch = sum((own for own, _ in everyone), Counter()), f"Epoch {trainer.current_epoch + 1}"
-            if replaced := counts["replaced"]:
+            if counts["replaced"]:
                 print(
-                    f"{epoch}: {replaced:,} samples replaced by others or left out. Bad files so far: "
+                    f"{epoch}: {counts['replaced']:,} samples replaced by others or left out. Bad files so far: "
                     f"{len(self.known):,} ({_tally(self.known)}); their names are in {self.log_file}."
                 )
-            if cut := counts["cut"]:
+            if counts["cut"]:
                 print(
-                    f"{epoch}: {cut:,} of {counts['captions']:,} captions were longer than "
+                    f"{epoch}: {counts['cut']:,} of {counts['captions']:,} captions were longer than "
                     f"{pl_module.tokenizer.context_length} tokens and cut there, end token kept."
                 )
         self._stop_if_too_many(trainer)
@@ -79,21 +80,22 @@ class SkipReport(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, data_module.TextImageDataModule):
             return
-        number, share = len(data.training_pairs) + len(data.validation_pairs), data.options.max_bad
-        # Two processes can meet one file: this sum is only the cheap question.
-        if total(len(self.met)) <= share * number:
+        number = len(data.training_pairs) + len(data.validation_pairs)
+        allowed = data.options.max_bad * number
+        # The cheap question, between the hosts: could it be, with other files on each process?
+        if largest([len(self.met)])[0] * world()[1] <= allowed:
             return
         bad = {path: reason for met in gather_objects(self.met) for path, reason in met.items()}
-        if len(bad) <= share * number:
+        if len(bad) <= allowed:
             return
         if trainer.is_global_zero:
             self._log(bad)
         saved = end_of_step.save_now(trainer)
         raise UserError(
             f"{data.source}: {len(bad):,} of {number:,} pairs ({len(bad) / number:.1%}) could not be used so far, more "
-            f"than --max_bad {share:g} ({_tally(bad)}). Their names are in {self.log_file}; "
-            "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad."
-            + (f" The state of the run is saved in {saved}." if saved else "")
+            f"than --max_bad {data.options.max_bad:g} ({_tally(bad)}). Their names are in {self.log_file}; "
+            "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad. "
+            f"The state of the run is saved in {saved or 'no file, since it has no checkpoints'}."
         )
 
     def _note(self, batch: Any) -> None:
