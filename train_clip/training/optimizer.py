@@ -66,13 +66,14 @@ def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mappin
     ]
 
 
-def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: Any) -> dict[nn.Parameter, float]:
-    """Peak learning rates of the towers' parameters.
+def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
+    """Peak learning rates of the towers' parameters, where they differ from the usual one.
 
         rate · D^(L + 1 - l)        l = 0 before the L blocks of a tower, 1 … L in them, L + 1 after the last one
 
     (ELECTRA, arXiv 2003.10555; BEiT, arXiv 2106.08254.) What joins the towers, and the temperature, keep the usual.
     """
+    assert usual is not None
     found: dict[nn.Parameter, float] = {}
     last = {
         parameter
@@ -84,8 +85,8 @@ def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: Any) -> di
     for tower, parameters, name in zip(
         (model.visual, model.transformer), model.towers(), ("image", "text"), strict=True
     ):
-        rate = getattr(options, f"{name}_learning_rate") or usual
-        found |= dict.fromkeys(parameters, rate)
+        own = getattr(options, f"{name}_learning_rate")
+        found |= dict.fromkeys(parameters, own) if own else {}
         if options.layer_decay == 1 or not any(parameter.requires_grad for parameter in parameters):
             continue
         blocks = blocks_of(tower)
@@ -104,7 +105,8 @@ def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: Any) -> di
             else:
                 other = after if parameter in last else 0
             layer = layers.get(parameter, other)
-            found[parameter] = rate * options.layer_decay ** (after - layer)
+            if parameter.requires_grad:
+                found[parameter] = found.get(parameter, usual) * options.layer_decay ** (after - layer)
     return found
 
 
