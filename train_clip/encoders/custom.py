@@ -31,14 +31,17 @@ class CustomCLIP(DualEncoder):
     def __init__(
         self, image: encoder.ImageEncoder, text: encoder.TextEncoder, average: bool, project: bool, loss: str
     ) -> None:
-        if image.width != text.width and not project:
+        same = image.width == text.width
+        if not same and not project:
             raise UserError(
                 f"The image encoder gives {image.width:,} numbers, the text encoder {text.width:,}; expected as many. "
                 f"Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, {text.width})), "
                 "or pass project=True, which adds such a layer."
             )
-        told = [(type(one.module).__name__, one.description) for one in (image, text)]
-        names = [description.get("label") or Path(description.get("name", kind)).name for kind, description in told]
+        names = []
+        for one in (image, text):
+            told = {"name": type(one.module).__name__} | one.description
+            names.append(told.get("label") or Path(told["name"]).name)
         super().__init__("+".join(names), text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
         if loss == "sigmoid":
             self.add_bias()
@@ -49,7 +52,6 @@ class CustomCLIP(DualEncoder):
         parameters = inspect.signature(text.module.forward).parameters
         takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
         self._takes = None if takes_any else frozenset(parameters)
-        same = image.width == text.width
         self.image_projection: nn.Module = nn.Identity() if same else nn.Linear(image.width, text.width, bias=False)
 
     @override
@@ -69,8 +71,8 @@ class CustomCLIP(DualEncoder):
     def caption_mask(self, texts: Texts) -> Tensor:
         if isinstance(texts, Tensor) and isinstance(self.transformer, libraries.TextTower):
             return super().caption_mask(texts)
-        mask = None if isinstance(texts, Tensor) else texts.get("attention_mask")
-        return torch.ones_like(token_ids(texts), dtype=torch.bool) if mask is None else mask.bool()
+        all_tokens = torch.ones_like(token_ids(texts))
+        return (all_tokens if isinstance(texts, Tensor) else texts.get("attention_mask", all_tokens)).bool()
 
 
 def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:

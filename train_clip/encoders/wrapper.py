@@ -4,15 +4,14 @@ Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, ar
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.encoders import huggingface, libraries, sources
-from train_clip.encoders.custom import CustomCLIP, freeze_unreached
+from train_clip.encoders import custom, huggingface, libraries, sources
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
 from train_clip.errors import UserError
@@ -48,12 +47,12 @@ class CustomCLIPWrapper(module.ContrastiveModule):
         options: of ``train_clip.options.TrainingOptions``; SGD and optimal transport by default.
     """
 
-    model: CustomCLIP
-    names_of_model: ClassVar[tuple[str, ...]] = (
+    model: custom.CustomCLIP
+    names_of_model = (
         *("image_encoder", "text_encoder", "avg_word_embs", "project", "tokenizer"),
         *("image_size", "pixel_mean", "pixel_std"),
     )
-    free_to_change: ClassVar[tuple[str, ...]] = (*module.ContrastiveModule.free_to_change, "tokenizer")
+    free_to_change = (*module.ContrastiveModule.free_to_change, "tokenizer")
 
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
@@ -75,7 +74,7 @@ class CustomCLIPWrapper(module.ContrastiveModule):
         text: TextEncoder = _encoder(text_encoder, "text", huggingface.live_text_encoder, avg_word_embs)
         options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
         given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
-        super().__init__(CustomCLIP(image, text, avg_word_embs, project, given.objective.loss), OTTER, given)
+        super().__init__(custom.CustomCLIP(image, text, avg_word_embs, project, given.objective.loss), OTTER, given)
         if isinstance(tokenizer, Mapping):
             tokenizer = sources.described_tokenizer(tokenizer)
         elif not (tokenizer is None or hasattr(tokenizer, "batch")):
@@ -98,7 +97,13 @@ class CustomCLIPWrapper(module.ContrastiveModule):
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, data_module.TextImageDataModule):
-            self._require_tokenizer(data.tokenizer)
+            of_clip = isinstance(self.model.transformer, libraries.TextTower)
+            if isinstance(data.tokenizer, Tokenizer) != of_clip:
+                found, expected = ("another", "CLIP's") if of_clip else ("CLIP's", "the text encoder's own")
+                raise UserError(
+                    f"The data module has {found} tokenizer; expected {expected}: "
+                    "TextImageDataModule(…, custom_tokenizer=…)."
+                )
             self.tokenizer = self.tokenizer or data.tokenizer
         super().setup(stage)
         if stage != "fit":
@@ -109,20 +114,20 @@ class CustomCLIPWrapper(module.ContrastiveModule):
                 f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
             )
         self._reader.padding_counts = self._padding_counts()
-        frozen = freeze_unreached(self.model, self._some_tokens())
+        frozen = custom.freeze_unreached(self.model, self._some_tokens())
         if frozen:
             numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
             rank_zero_info(
                 f"{len(frozen)} tensors of {numbers:,} numbers are never reached by the loss and stay as they are: "
                 f"{', '.join(frozen)}."
             )
-        kept = {name: self.hparams[name] for name in ("image_encoder", "text_encoder")}
-        kept |= {} if self.tokenizer is None else {"tokenizer": self._described_tokenizer()}
-        for name in (name for name, description in kept.items() if description is None):
-            rank_zero_info(
-                f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
-                f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
-            )
+        kept = dict(self.hparams) | {"tokenizer": self.tokenizer is None or self._described_tokenizer()}
+        for name in ("image_encoder", "text_encoder", "tokenizer"):
+            if kept[name] is None:
+                rank_zero_info(
+                    f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
+                    f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
+                )
 
     def _padding_counts(self) -> bool:
         """Whether padding changes what the text encoder makes of a caption, as of one that reads the last position."""
@@ -130,15 +135,6 @@ class CustomCLIPWrapper(module.ContrastiveModule):
             return False
         alone, padded = (self.embed_texts(TRIAL_CAPTIONS, number) for number in (1, len(TRIAL_CAPTIONS)))
         return not torch.allclose(alone, padded, atol=ALIKE)
-
-    def _require_tokenizer(self, tokenizer: Any) -> None:
-        of_clip = isinstance(self.model.transformer, libraries.TextTower)
-        if isinstance(tokenizer, Tokenizer) != of_clip:
-            found, expected = ("CLIP's", "the text encoder's own") if not of_clip else ("another", "CLIP's")
-            raise UserError(
-                f"The data module has {found} tokenizer; expected {expected}: "
-                "TextImageDataModule(…, custom_tokenizer=…)."
-            )
 
     def _some_tokens(self) -> Any:
         if self.tokenizer is not None:

@@ -25,7 +25,6 @@ class Targets(NamedTuple):
     text_to_image: Tensor  # (N, N) float32: where that of a caption goes among the images
 
 
-@torch.no_grad()
 def transport_targets(images: Tensor, texts: Tensor) -> Targets:
     """Spread each row's mass over the other pairs by optimal transport: high similarity, high mass.
 
@@ -36,7 +35,6 @@ def transport_targets(images: Tensor, texts: Tensor) -> Targets:
     return _targets(images, texts, _sinkhorn)
 
 
-@torch.no_grad()
 def softmax_targets(images: Tensor, texts: Tensor) -> Targets:
     """Plain self-distillation: Q = softmax(T · S), with S as in ``transport_targets``."""
     return _targets(images, texts, lambda similarity: similarity.mul_(TEMPERATURE).log_softmax(dim=1))
@@ -54,6 +52,7 @@ def divergence(rows: Tensor, columns: Tensor, scale: Tensor, log_target: Tensor)
     return torch.nn.functional.kl_div(log_student, log_target, reduction="batchmean", log_target=True)
 
 
+@torch.no_grad()
 def _targets(images: Tensor, texts: Tensor, spread: Callable[[Tensor], Tensor]) -> Targets:
     # One after the other: (N, N) matrices are what limits the batch. ``spread`` may overwrite its own.
     wide = torch.promote_types(images.dtype, torch.float32)

@@ -65,7 +65,7 @@ class PixelNorm(nn.Module):
 class DualEncoder(nn.Module):
     """Two towers that map images and captions into one space."""
 
-    visual: nn.Module  # the image tower
+    visual: Any  # the image tower
     transformer: nn.Module  # of the text tower
     pixel_norm: PixelNorm
     least_log_scale: float | None = None

@@ -6,7 +6,7 @@ Its checkpoints hold what is trained; the backbone stays in its own file, which 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import override
 
@@ -40,8 +40,8 @@ class PromptCLIPWrapper(ContrastiveModule):
     """
 
     model: CLIP
-    names_of_model: ClassVar[tuple[str, ...]] = ("backbone", "prompts", "digest", "config")
-    free_to_change: ClassVar[tuple[str, ...]] = (*ContrastiveModule.free_to_change, "backbone")
+    names_of_model = ("backbone", "prompts", "digest", "config")
+    free_to_change = (*ContrastiveModule.free_to_change, "backbone")
 
     def __init__(
         self,

@@ -37,11 +37,11 @@ class BatchReader:
 
     def measure(self, batch: Any) -> None:
         """Note the lengths of the captions of the batch that is read next while it is on the host."""
-        self._lengths = None
         texts: Any = batch[1] if isinstance(batch, Sequence) and len(batch) > 1 else {}
         named = _named(texts)
-        if "input_ids" in named and all(isinstance(one, Tensor) and one.numel() for one in named.values()):
-            self._lengths = self.lengths(self._taken(texts)) if named["input_ids"].ndim == 2 else None
+        ids: Any = named.get("input_ids")
+        sound = all(isinstance(one, Tensor) and one.numel() for one in (ids, *named.values()))
+        self._lengths = self.lengths(texts) if sound and ids.ndim == 2 else None
 
     def lengths(self, texts: Texts) -> Tensor:
         """Tokens of each caption up to where nothing but padding comes, (B,) int64 on the host."""
@@ -79,18 +79,13 @@ class BatchReader:
                 )
             texts = self.tokenizer.batch(list(texts))[0]
         named = _named(texts)
-        if "input_ids" not in named:
-            raise UserError(f"The texts of a batch have the keys {', '.join(named)}; expected input_ids among them.")
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
-                raise UserError(
-                    f"The texts of a batch hold a {type(value).__name__} under {name}; expected tensors. Ask the "
-                    'tokenizer for them: return_tensors="pt", padding=True.'
-                )
-        return texts_on(device, self._taken(texts))
-
-    def _taken(self, texts: Texts) -> Texts:
-        return _named(texts)["input_ids"] if isinstance(self.model, CLIP) else texts
+        if "input_ids" not in named or not all(isinstance(one, Tensor) for one in named.values()):
+            found = ", ".join(f"{name} ({type(value).__name__})" for name, value in named.items())
+            raise UserError(
+                f"The texts of a batch hold {found}; expected tensors, input_ids among them. Ask the tokenizer for "
+                'them: return_tensors="pt", padding=True.'
+            )
+        return texts_on(device, texts)
 
 
 def _named(texts: Any) -> Mapping[str, Any]:

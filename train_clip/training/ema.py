@@ -3,7 +3,6 @@
 import copy
 import math
 from pkgutil import resolve_name
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class WeightsEMA(nn.Module):
         self.eval()
 
     @override
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "WeightsEMA":
         return super().train(False)
 
     @torch.no_grad()

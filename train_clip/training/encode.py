@@ -31,8 +31,6 @@ LEAST_ROWS = 64
 PRODUCTS = (nn.Linear, nn.Conv2d, SelfAttention)
 LARGE = 10_000  # rows of a table from which on it is worth gathering those that were looked up
 
-Encode = Callable[[Any], Tensor]
-"""What maps b rows to their embeddings, (b, D)."""
 Rows = Tensor | Mapping[str, Tensor]
 """(B, …), or several tensors of B rows by their names."""
 
@@ -56,35 +54,31 @@ class Towers:
         substitutes = WeightSubstitutes(model, self.has_half_weights, tables)
         size, kept, key = self.step.minibatch_size, self.step.kept_minibatches, (self.step.seed, batch, world()[0])
         of_images, of_texts = (Chunks(size, kept, (*key, tower)) for tower in (0, 1))
-        encode_image, encode_text = substitutes.around(model.encode_image), substitutes.around(model.encode_text)
-
-        def embed_texts(texts: Rows, lengths: Tensor) -> Tensor:
-            return encode_in_chunks(encode_text, texts, of_texts, model.transformer, lengths)
-
+        encode_image, encode_text = map(substitutes.around, (model.encode_image, model.encode_text))
+        embed_texts = partial(encode_in_chunks, encode_text, chunks=of_texts, encoder=model.transformer)
         if model.text_is_fixed and model is self.model:
             texts = self._look_up(inputs, embed_texts)
         else:
-            texts = embed_texts(inputs.texts, inputs.lengths)
+            texts = embed_texts(inputs.texts, lengths=inputs.lengths)
         images = encode_in_chunks(encode_image, inputs.images, of_images, model.visual)
         return unit_norm(images), unit_norm(texts)
 
     @torch.no_grad()
-    def _look_up(self, inputs: Inputs, embed: Callable[[Rows, Tensor], Tensor]) -> Tensor:
+    def _look_up(self, inputs: Inputs, embed: Callable) -> Tensor:
         # Each caption is encoded once. Among others it differs by rounding: what a run computes after it was resumed
         # equals what it would have computed to within that.
         keys = inputs.captions.tolist()
         if new := {key: place for place, key in enumerate(keys) if key not in self.fixed_texts}:
             texts, places = inputs.texts, list(new.values())
             some = {name: t[places] for name, t in texts.items()} if isinstance(texts, Mapping) else texts[places]
-            self.fixed_texts |= zip(new, embed(some, inputs.lengths[places]).cpu(), strict=True)
+            self.fixed_texts |= zip(new, embed(some, lengths=inputs.lengths[places]).cpu(), strict=True)
         return torch.stack([self.fixed_texts[key] for key in keys]).to(inputs.captions.device)
 
 
-def share(images: Tensor, texts: Tensor, captions: Tensor | None = None) -> Pairs:
+def share(images: Tensor, texts: Tensor, captions: Tensor) -> Pairs:
     """Gather everyone's (B, D) embeddings, with gradient, and (B,) numbers of captions around this process's."""
-    all_captions = None if captions is None else gather_with_gradient(captions)
-    offset = world()[0] * len(images)
-    return Pairs(images, texts, gather_with_gradient(images), gather_with_gradient(texts), offset, all_captions)
+    all_captions, all_images, all_texts = map(gather_with_gradient, (captions, images, texts))
+    return Pairs(images, texts, all_images, all_texts, world()[0] * len(images), all_captions)
 
 
 class Chunks(NamedTuple):
@@ -96,13 +90,13 @@ class Chunks(NamedTuple):
 
 
 def encode_in_chunks(
-    encode: Encode, batch: Rows, chunks: Chunks, encoder: nn.Module, lengths: Tensor | None = None
+    encode: Callable, batch: Rows, chunks: Chunks, encoder: nn.Module, lengths: Tensor | None = None
 ) -> Tensor:
     """Encode B rows to (B, D), in their order, holding the activations of few chunks at a time.
 
-    ``encode`` runs ``encoder``, whose BatchNorms normalise chunk by chunk, with one update of their running statistics
-    a batch; where nothing of it is trained, nothing is recomputed. What comes after ``lengths``, (B,) int64 tokens of
-    each row, on the host, makes no difference; None where all are looked at.
+    ``encode`` maps b rows to (b, D) by ``encoder``, whose BatchNorms normalise chunk by chunk, with one update of their
+    running statistics a batch; where nothing of it is trained, nothing is recomputed. What comes after ``lengths``,
+    (B,) int64 tokens of each row, on the host, makes no difference; None where all are looked at.
     """
     norms = training_norms(encoder)
     # With a BatchNorm among the words the captions that meet in a chunk, and their padding, would make a difference.
@@ -157,7 +151,7 @@ def _cut(batch: Rows, number: int, lengths: Tensor | None) -> tuple[list[Any], T
     return [dict(zip(batch, parts, strict=True)) for parts in columns], order
 
 
-def _seeded(encode: Encode, chunk: Any, seed: int) -> Tensor:
+def _seeded(encode: Callable, chunk: Any, seed: int) -> Tensor:
     rows = _first(chunk)
     with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
         torch.manual_seed(seed)
@@ -232,14 +226,11 @@ class WeightSubstitutes:
                 substitute: Any = partial(_Carried.apply, _Carrier.apply(weight), weight.detach())
             else:
                 # One copy of a weight that several modules share.
-                if weight not in copies:
-                    copies[weight] = weight.float()
-                substitute = _always(copies[weight])
+                substitute = _always(copies.setdefault(weight, weight.float()))
             self.places.append((module._parameters, name, substitute))
         for module in model.modules() if tables and torch.is_grad_enabled() else ():
-            if not isinstance(module, nn.Embedding) or module.scale_grad_by_freq or module.max_norm is not None:
-                continue
-            table = module._parameters.get("weight")  # not there where it is pruned
+            plain = isinstance(module, nn.Embedding) and not module.scale_grad_by_freq and module.max_norm is None
+            table = module._parameters.get("weight") if plain else None  # not there where it is pruned
             if table is not None and table.requires_grad and len(table) >= LARGE:
                 rows = _RowsToTable.apply(copies.get(table, table))
                 self.places += [(module._parameters, "weight", _always(rows)), (vars(module), "sparse", _always(True))]
@@ -253,10 +244,10 @@ class WeightSubstitutes:
         try:
             yield
         finally:
-            for place, key, value in reversed(before):
+            for place, key, value in before:
                 place[key] = value
 
-    def around(self, encode: Encode) -> Encode:
+    def around(self, encode: Callable) -> Callable:
         """Wrap what encodes (b, …) rows of a chunk, so that chunks meet in the substitutes.
 
         In the recomputation of a chunk too, within the backward pass. Autocast goes without its cache of weights: with
@@ -310,4 +301,4 @@ class _RowsToTable(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].to_dense() if gradients[0].is_sparse else gradients[0]
+        return gradients[0].to_dense()

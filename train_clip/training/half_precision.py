@@ -82,13 +82,9 @@ class HalfOptimizer(torch.optim.Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if self.found_inf is None or not (known_at_once(self.found_inf) and self.found_inf > 0):
-            everything = (parameter for group in self.param_groups for parameter in group["params"])
-            self._places = {parameter: place for place, parameter in enumerate(everything)}
+            self._places = {parameter: place for place, parameter in enumerate(_listed(self.param_groups))}
             self.update()
         return loss
 
@@ -100,11 +96,7 @@ class HalfOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         # PyTorch gives state the type of its weights: back to the type that it was saved in.
-        saved, own = (
-            [p for group in groups for p in group["params"]]
-            for groups in (state_dict["param_groups"], self.param_groups)
-        )
-        for place, parameter in zip(saved, own, strict=True):
+        for place, parameter in zip(_listed(state_dict["param_groups"]), _listed(self.param_groups), strict=True):
             for name, kept in state_dict["state"].get(place, {}).items():
                 if isinstance(kept, Tensor) and name != "step":
                     self.state[parameter][name] = kept.to(parameter.device, copy=True)
@@ -130,6 +122,10 @@ class HalfOptimizer(torch.optim.Optimizer):
         old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
 
+def _listed(groups: Groups) -> list:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
 class HalfAdamW(HalfOptimizer):
     """AdamW for weights and moments of float32 and bfloat16, mixed as they come.
 
@@ -148,15 +144,17 @@ class HalfAdamW(HalfOptimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, local(parameter.grad), group)
+                    self._step_one(parameter, group)
 
-    def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict) -> None:
+    def _step_one(self, parameter: Any, group: dict) -> None:
         state = self.next_state(parameter, *MOMENTS)
         kept = [local(tensor) for tensor in (parameter.detach(), *(state[name] for name in MOMENTS))]
         flat = [tensor.reshape(-1) for tensor in kept]
         num_rounded = sum(tensor.dtype == torch.bfloat16 for tensor in kept)
         generator, size = self.noise(parameter), PIECE.get(parameter.device.type, LARGE_PIECE)
-        for piece, *now in zip(*(tensor.split(size) for tensor in (gradient.reshape(-1), *flat)), strict=True):
+        for piece, *now in zip(
+            *(tensor.split(size) for tensor in (local(parameter.grad).reshape(-1), *flat)), strict=True
+        ):
             then = adamw_step(now, piece, group, state["step"], draw(generator, num_rounded, len(piece)))
             for old, new in zip(now, then, strict=True):
                 self.write(old, new)

@@ -7,7 +7,7 @@ D  embedding width      S  side of the image in pixels
 import warnings
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from train_clip.checkpoints import found, own
-from train_clip.data import augment, samples
+from train_clip.data import augment
 from train_clip.errors import UserError
 from train_clip.evaluation import embed
 from train_clip.gather import world
-from train_clip.losses import Loss, Pairs, softmax
+from train_clip.losses import Pairs, softmax
 from train_clip.models import clip, config, switches
 from train_clip.options import LOSSES, AugmentationOptions, TrainingOptions
 from train_clip.training import ema, encode, end_of_step, half_precision, same_run, skips, validation
@@ -29,7 +29,6 @@ from train_clip.training.batch import BatchReader
 from train_clip.training.optimizer import build_optimizer, cosine_with_warmup, usual_rate, warmup_for
 
 BIAS = "logit_bias"
-LATER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")  # than the one that measures captions
 FLOAT32_WEIGHTS, HALF = ("32-true", "16-mixed", "bf16-mixed"), ("bf16-true", "16-true")
 
 
@@ -40,11 +39,9 @@ class ContrastiveModule(L.LightningModule):
     tokenizer's mapping with ``input_ids``. ``preset`` fills in what the options leave open.
     """
 
-    names_of_model: ClassVar[tuple[str, ...]] = ()  # arguments; the others say how it is trained
+    names_of_model: tuple[str, ...] = ()  # arguments; the others say how it is trained
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
-    free_to_change: ClassVar[tuple[str, ...]] = (
-        *("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile"),
-    )
+    free_to_change: tuple[str, ...] = ("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile")
 
     def __init__(self, model: clip.DualEncoder, preset: config.OptimizerConfig, options: TrainingOptions) -> None:
         super().__init__()
@@ -72,7 +69,7 @@ class ContrastiveModule(L.LightningModule):
         self._end_of_step = end_of_step.EndOfStep()
         self._augments = options.augmentation != AugmentationOptions()
         self._mask_equal = objective.equal_captions == "mask"
-        self._loss: Loss = resolve_name(LOSSES[objective.loss])
+        self._loss = resolve_name(LOSSES[objective.loss])
         scored = [model] if self.ema is None else [model, self.ema.model]
         self._splits = [(validation.ValidationSplit(model.embed_dim, self._loss), one) for one in scored]
 
@@ -111,7 +108,7 @@ class ContrastiveModule(L.LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.device.type != "cpu" and not (every and (self.trainer.global_step + 1) % every == 0):
             return
-        floor = 0.0 if self._mask_equal else self._loss.floor(cast(Tensor, pairs.captions))
+        floor = 0.0 if self._mask_equal else self._loss.floor(pairs.captions)
         figures: dict[str, Any] = {
             "loss": loss,
             "loss_above_floor": parts["contrastive_loss"] - floor,
@@ -124,8 +121,8 @@ class ContrastiveModule(L.LightningModule):
             figures["logit_bias"] = self.model.logit_bias
         if self.distillation is not None:
             figures |= parts | {"distillation_scale": self.distillation.log_scale.exp()}
-        named = {f"train/{name}": figure for name, figure in figures.items()}
-        self.log_dict(named, sync_dist=True, batch_size=len(pairs.images))
+        figures = {f"train/{name}": figure for name, figure in figures.items()}
+        self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
@@ -133,7 +130,7 @@ class ContrastiveModule(L.LightningModule):
         if self._kept_patches:
             num_steps = self._end_of_step.num_steps
             whole = self.trainer.global_step >= num_steps - round(self.options.objective.unmasked_share * num_steps)
-            cast(Any, self.model.visual).kept_patches = 0 if whole else self._kept_patches
+            self.model.visual.kept_patches = 0 if whole else self._kept_patches
 
     @override
     def configure_optimizers(self) -> Any:
@@ -183,7 +180,7 @@ class ContrastiveModule(L.LightningModule):
         if dataloader_idx:
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
         inputs = self._reader.read(batch, self.device)
-        missing = batch.missing if isinstance(batch, samples.Batch) else ()
+        missing = getattr(batch, "missing", ())  # of this package's loaders
         for split, model in self._splits:
             split.add(*self._towers.embed(model, inputs, self.consumed_batches), inputs.captions, missing)
 
@@ -246,8 +243,7 @@ class ContrastiveModule(L.LightningModule):
                 switches.compile_tower(self.model.visual, dynamic=False)
                 switches.compile_tower(self.model.transformer, dynamic=True)
             pairs = getattr(getattr(self.trainer, "datamodule", None), "training_pairs", None)
-            warnings_of_flips = augment.warnings_of_flips(self.options.augmentation, pairs)
-            for warning in warnings_of_flips if self.trainer.is_global_zero else ():
+            for warning in augment.warnings_of_flips(self.options.augmentation, pairs):
                 rank_zero_warn(warning)
 
     @override
@@ -260,19 +256,19 @@ class ContrastiveModule(L.LightningModule):
     def teardown(self, stage: str) -> None:
         # After training: give the model back in float32, and looking at whole images.
         if self._kept_patches:
-            cast(Any, self.model.visual).kept_patches = 0
+            self.model.visual.kept_patches = 0
         half_precision.widen(self.model, self.options.optimizer)
 
     @override
-    def configure_callbacks(self) -> list[L.Callback]:
+    def configure_callbacks(self) -> Any:
         return [self._end_of_step, skips.SkipReport()]
 
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Measure the captions while they are on the host, unless someone changes the batch on its way.
-        data = getattr(self.trainer, "datamodule", None)
-        owners = [self] if data is None else [self, data]
-        if not any(model_helpers.is_overridden(hook, owner) for owner in owners for hook in LATER_HOOKS):
+        owners = self, getattr(self.trainer, "datamodule", None)
+        later = "transfer_batch_to_device", "on_after_batch_transfer"
+        if not any(model_helpers.is_overridden(hook, owner) for owner in owners for hook in later):
             self._reader.measure(batch)
         return batch
 
@@ -339,9 +335,12 @@ class ContrastiveModule(L.LightningModule):
 
     def require_same_model(self, kept: Mapping[str, Any]) -> None:
         """Hold this module's arguments against those that a run began with, ``hparams`` of another module."""
+        # An option that is newer than the checkpoint had its default, or (None) what the preset decides.
+        defaults = TrainingOptions().flat()
+        usual = {name: self.hparams.get(name) if value is None else value for name, value in defaults.items()}
         same_run.require_same(
             self.hparams,
-            same_run.completed(kept, self.hparams),
+            usual | dict(kept),
             "The run began with another model or optimizer (found {found}), and its checkpoint holds their state. Give "
             "the earlier values, or leave them out; to train with others begin a new run.",
             self.free_to_change,

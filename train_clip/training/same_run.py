@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from train_clip.errors import UserError
-from train_clip.options import TrainingOptions
 
 MOST_NAMED = 4  # values in a message
 
@@ -19,15 +18,6 @@ def require_same(own: Mapping[str, Any], kept: Mapping[str, Any], message: str, 
     if differ:
         found = "; ".join(f"{name} {now.get(name)}, was {then.get(name)}" for name in differ[:MOST_NAMED])
         raise UserError(message.replace("{found}", found))
-
-
-def completed(kept: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``hparams`` of a checkpoint, with the options that the version that wrote it did not have yet.
-
-    It did what their defaults do; where the preset decides (None), what it decides for this module, ``own``.
-    """
-    defaults = TrainingOptions().flat()
-    return {name: own.get(name) if value is None else value for name, value in defaults.items()} | dict(kept)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
