@@ -243,6 +243,6 @@ def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
 
 def _read_lines(path: Path, holding: str) -> list[str]:
     try:
-        return pairs.read_captions(str(path))
+        return pairs.read_caption_lines(str(path))[0]
     except BadSample as bad:
         raise UserError(f"{path}: {bad.reason.replace('caption', 'file')}. Expected {holding}, one a line.") from None

@@ -18,6 +18,7 @@ constant luma; by HSV, as others have it, the largest and the least channel are 
 N  pairs of the global batch      B  pairs on this process      S  side of the image in pixels
 """
 
+import contextlib
 import re
 from typing import NamedTuple
 
@@ -133,27 +134,19 @@ HEIGHTS = """
     above below over under beneath underneath top bottom upper lower upside up down upright
     upward upwards downward downwards north south northern southern northward northwards southward southwards
 """
-WORDS = {
-    "horizontal_flip": frozenset((SIDES + TURNS_AND_TEXT).split()),
-    "vertical_flip": frozenset((HEIGHTS + TURNS_AND_TEXT).split()),
-}
+WORDS = {"horizontal_flip": SIDES + TURNS_AND_TEXT, "vertical_flip": HEIGHTS + TURNS_AND_TEXT}
 
 
 def some_captions(pairs: PairList, most: int = LOOKED_AT) -> list[str]:
     """All lines of so many pairs at most, evenly spaced; what cannot be read is passed over."""
     captions: list[str] = []
     for place in np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int).tolist():
-        try:
+        with contextlib.suppress(BadSample):
             captions += pairs[place].captions()
-        except BadSample:
-            continue
     return captions
 
 
 def captions_against(flip: str, captions: list[str]) -> list[tuple[str, str]]:
     """The captions, single lines, that a flip, a key of ``WORDS``, makes wrong, each behind the first such word."""
-    against = []
-    for line in captions:
-        if words := [word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in WORDS[flip]]:
-            against.append((words[0], line))
-    return against
+    word = re.compile(rf"(?<![^\W\d_])({'|'.join(WORDS[flip].split())})(?![^\W\d_])")
+    return [(found[0], line) for line in captions if (found := word.search(line.lower()))]

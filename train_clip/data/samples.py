@@ -6,6 +6,7 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from train_clip.data import arrays, crops
+from train_clip.data import crops
 from train_clip.data.images import is_npz
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     missing: tuple[int, ...] = ()  # rows that only hold the place of a pair that could not be read (validation)
 
 
+KINDS = {torch.uint8: "a picture", torch.float32: crops.NORMALISED}
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
 
 
@@ -74,11 +76,10 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return self._keys(self.consumed())
 
     def _keys(self, first: int) -> Iterator[tuple[int, int]]:
-        current, order = -1, np.empty(0, np.int64)
         for position in range(first, first + self.batches_per_epoch):
             epoch, batch = divmod(position, self.batches_per_epoch)
-            if epoch != current:
-                rng, current = np.random.default_rng((self.seed, epoch)), epoch
+            if batch == 0 or position == first:
+                rng = np.random.default_rng((self.seed, epoch))
                 order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
             start = batch * self.global_batch + self.rank * self.share
             for index in order[start : start + self.share].tolist():
@@ -106,10 +107,10 @@ class _Pairs(Dataset[Sample]):
         """The pixels, or a ``UserError`` where they are normalised and the first file's are not, or the reverse."""
         if pixels.dtype == self.dtype:
             return pixels
-        found = {self.dtype: self.example, pixels.dtype: self.pairs[index].pixels}
         raise UserError(
-            f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {crops.NORMALISED}. Expected "
-            "one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
+            f"{self.pairs[index].pixels}: holds {KINDS[pixels.dtype]}, while {self.example} holds {KINDS[self.dtype]}. "
+            "Expected one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of "
+            "pictures."
         )
 
 
@@ -118,12 +119,8 @@ def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
     for path in (pair.pixels for pair in pairs):
         if not is_npz(path):
             return torch.uint8, path
-        try:
-            shape, dtype, _ = arrays.read_header(path)
-        except BadSample:
-            continue
-        crops.require_size(path, shape, dtype, size)
-        return torch.uint8 if dtype == np.uint8 else torch.float32, path
+        with contextlib.suppress(BadSample):
+            return crops.read_square(path, size).dtype, path
     return torch.uint8, ""
 
 
