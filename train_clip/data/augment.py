@@ -18,7 +18,6 @@ constant luma; by HSV, as others have it, the largest and the least channel are 
 N  pairs of the global batch      B  pairs on this process      S  side of the image in pixels
 """
 
-import contextlib
 import re
 from typing import NamedTuple
 
@@ -141,8 +140,10 @@ def some_captions(pairs: PairList, most: int = LOOKED_AT) -> list[str]:
     """All lines of so many pairs at most, evenly spaced; what cannot be read is passed over."""
     captions: list[str] = []
     for place in np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int).tolist():
-        with contextlib.suppress(BadSample):
+        try:
             captions += pairs[place].captions()
+        except BadSample:
+            continue
     return captions
 
 

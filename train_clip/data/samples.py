@@ -6,7 +6,6 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -119,8 +118,10 @@ def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
     for path in (pair.pixels for pair in pairs):
         if not is_npz(path):
             return torch.uint8, path
-        with contextlib.suppress(BadSample):
+        try:
             return crops.read_square(path, size).dtype, path
+        except BadSample:
+            continue
     return torch.uint8, ""
 
 
