@@ -80,14 +80,16 @@ def test_what_no_run_begins_with(tmp_path: Path) -> None:
         check(folder, json=tmp_path / "report.json")
     assert str(caught.value) == f"{folder}: training would fail. 5 faults, listed above."
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    regular = "expected a regular file under this name. Rename or remove it."
+    regular = "expected a regular file that may be read (chmod +r; chmod +x a folder). Rename or remove it."
     assert report["faults"] == [
-        f"{folder}/dangling.jpg: is a link to a file that is not there; {regular}",
-        f"{folder}/folder.jpg: is a folder; {regular}",
-        f"{folder}/loop.jpg: is a link that leads back to itself; {regular}",
-        f"{folder}/pipe.jpg: is a pipe; {regular}",
-        f"{folder}/twice: one stem has 2 images and 1 caption, so it is not clear which belong together:\n"
-        "  twice/cat.jpg\n  twice/cat.png\n  twice/cat.txt\n  Expected one of each. Rename or remove the others.",
+        f"{folder}/dangling.jpg: is gone, or a link to a file that is gone; {regular}",
+        f"{folder}/folder.jpg: is no regular file; {regular}",
+        f"{folder}/loop.jpg: cannot be looked up ([Errno 40] Too many levels of symbolic links: '{folder}/loop.jpg'); "
+        f"{regular}",
+        f"{folder}/pipe.jpg: is no regular file; {regular}",
+        f"{folder}/twice: the stem cat is in 3 names, so it is not clear which belong together:\n"
+        "  twice/cat.jpg\n  twice/cat.png\n  twice/cat.txt\n  Expected one image and one caption, and at most one "
+        "array in npz/. Rename or remove the others.",
     ]
     assert report["folder_links"] == {"number": 1, "examples": ["above"]}
     with pytest.raises(SystemExit) as stopped:
@@ -519,7 +521,7 @@ def test_the_report_in_words_and_for_machines(everything: Everything, tmp_path: 
         ("--json /dev/null", "/dev/null: is no regular file"),
         ("--json .", ".: is no regular file"),
         ("--max_bad 2", "max_bad is 2.0; expected from 0 to 1"),
-        ("--pairs other.csv", "were given; expected one"),
+        ("--pairs other.csv", "Expected one of --folder"),
     ],
 )
 def test_what_cannot_work_is_told_in_a_line(tmp_path: Path, words: str, message: str) -> None:

@@ -162,7 +162,7 @@ def _bad_images(to: Everything) -> None:
     to.image("html.jpg", b"<!DOCTYPE html><title>404</title>", bad="not an image but an HTML page")
     to.image("svg.jpg", b'<svg xmlns="http://www.w3.org/2000/svg"/>', bad="not an image but an SVG drawing")
     to.image("text.jpg", b"no picture", bad=no_image)
-    to.image("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(20), bad="HEIF picture, which Pillow does not read")
+    to.image("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(20), bad="HEIF picture or film, which Pillow does not read")
     shades = np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)
     unknown = "floating-point pixels of unknown range"
     to.image("float.tif", Image.fromarray(shades), bad=unknown, kind="TIFF")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_clip.data.pairs import MAX_BYTES, read_caption_lines, read_captions
+from train_clip.data.pairs import MAX_BYTES, read_caption_lines
 from train_clip.errors import BadSample
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, apart from \r and \n
@@ -62,7 +62,7 @@ def test_what_is_mended(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     captions, mended = read_caption_lines(str(tmp_path / "a.txt"))
     assert mended == expected
-    assert captions == read_captions(str(tmp_path / "a.txt"))
+    assert captions == read_caption_lines(str(tmp_path / "a.txt"))[0]
     assert not any("\r\n" in caption or caption.startswith("\ufeff") for caption in captions)
 
 
@@ -75,10 +75,10 @@ def test_a_file_of_a_mebibyte(tmp_path: Path, letter: bytes) -> None:
     with path.open("ab") as file:
         file.write(b"a" * (MAX_BYTES + 1 - path.stat().st_size))
     with pytest.raises(BadSample) as caught:
-        read_captions(str(path))
+        read_caption_lines(str(path))[0]
     assert caught.value.reason == "caption file over 1,048,576 bytes"
     path.write_bytes(b"a" * MAX_BYTES)
-    assert read_captions(str(path)) == ["a" * MAX_BYTES]
+    assert read_caption_lines(str(path))[0] == ["a" * MAX_BYTES]
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -86,7 +86,7 @@ def test_readable(tmp_path: Path, name: str) -> None:
     """Files that hold captions, against their lines in the file's order."""
     content, lines = READABLE[name]
     (tmp_path / "a.txt").write_bytes(content)
-    assert read_captions(str(tmp_path / "a.txt")) == lines
+    assert read_caption_lines(str(tmp_path / "a.txt"))[0] == lines
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -96,7 +96,7 @@ def test_bad(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(BadSample) as caught:
-        read_captions(str(path))
+        read_caption_lines(str(path))[0]
     assert (caught.value.path, caught.value.reason) == (str(path), reason)
     assert str(caught.value) == f"{path}: {reason}"
 
@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     """A file that is gone and a folder in its place are bad samples, not errors of their own kind."""
     for path in (tmp_path / "gone.txt", tmp_path):
         with pytest.raises(BadSample, match="caption cannot be read") as caught:
-            read_captions(str(path))
+            read_caption_lines(str(path))[0]
         assert caught.value.path == str(path)
 
 
@@ -115,7 +115,7 @@ def test_any_bytes(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> 
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:
-        captions = read_captions(str(path))
+        captions = read_caption_lines(str(path))[0]
     except BadSample:
         return
     assert captions

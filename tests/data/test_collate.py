@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from train_clip.data.pairs import read_captions
+from train_clip.data.pairs import read_caption_lines
 from train_clip.data.samples import Batch, Sample, Skip, collate
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders.tokenizer import PretrainedTokenizer
@@ -96,7 +96,7 @@ def test_it_travels_to_a_worker() -> None:
 def test_what_is_read_as_a_caption_can_be_collated(tmp_path: Path, caption: str) -> None:
     """A number without end as an HTML entity, in four disguises: a caption, cut to the context and counted as cut."""
     (tmp_path / "a.txt").write_text(caption, encoding="utf-8")
-    assert read_captions(str(tmp_path / "a.txt")) == [caption]
+    assert read_caption_lines(str(tmp_path / "a.txt"))[0] == [caption]
     batch = collate(Tokenizer(10), samples("a cat", caption))
     assert batch.texts.shape == (2, 10)
     assert batch.texts[1, [0, 9]].tolist() == [Tokenizer.start_token, Tokenizer.end_token]

@@ -163,27 +163,27 @@ def test_two_candidates_at_one_place_stop_the_scan(tmp_path: Path, files: list[s
 
 
 AMBIGUOUS = {
-    "2 images and 1 caption": (["a.jpg", "a.png", "a.txt"], ["  x/a.jpg", "  x/a.png", "  x/a.txt"]),
-    "1 image and 2 captions": (["a.jpg", "u/a.txt", "v/a.txt"], ["  x/a.jpg", "  x/u/a.txt", "  x/v/a.txt"]),
-    "3 images and 3 captions": (
+    "two images, one caption": (["a.jpg", "a.png", "a.txt"], ["  x/a.jpg", "  x/a.png", "  x/a.txt"]),
+    "one image, two captions": (["a.jpg", "u/a.txt", "v/a.txt"], ["  x/a.jpg", "  x/u/a.txt", "  x/v/a.txt"]),
+    "three of each": (
         ["1/a.jpg", "2/a.jpg", "3/a.jpg", "4/a.txt", "5/a.txt", "6/a.txt"],
         ["  x/1/a.jpg", "  x/2/a.jpg", "  x/3/a.jpg", "  x/4/a.txt", "  x/5/a.txt", "  x/6/a.txt"],
     ),
-    "5 images and 4 captions": (
+    "more than are named": (
         ["a.jpg", "a.jpeg", "a.png", "a.bmp", "a.gif", "4/a.txt", "3/a.txt", "2/a.txt", "1/a.txt"],
-        ["  x/1/a.txt", "  x/2/a.txt", "  x/3/a.txt", "  x/4/a.txt", "  x/a.bmp", "  x/a.gif", "  and 3 more."],
+        ["  x/1/a.txt", "  x/2/a.txt", "  x/3/a.txt", "  x/4/a.txt", "  x/a.bmp", "  x/a.gif", "  …"],
     ),
 }
 
 
-@pytest.mark.parametrize("count", AMBIGUOUS)
-def test_the_message_for_an_ambiguous_stem(tmp_path: Path, count: str) -> None:
-    """Word for word: the place, how many of each, six of them in order and the number of the others, what to do."""
-    files, listed = AMBIGUOUS[count]
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_the_message_for_an_ambiguous_stem(tmp_path: Path, case: str) -> None:
+    """Word for word: the place, how many share the stem, six of them in order, what to do."""
+    files, listed = AMBIGUOUS[case]
     assert the_fault(scan_folder(touch(tmp_path / "x", *files).parent)).splitlines() == [
-        f"{tmp_path / 'x'}: one stem has {count}, so it is not clear which belong together:",
+        f"{tmp_path / 'x'}: the stem a is in {len(files)} names, so it is not clear which belong together:",
         *listed,
-        "  Expected one of each. Rename or remove the others.",
+        "  Expected one image and one caption, and at most one array in npz/. Rename or remove the others.",
     ]
 
 
@@ -246,7 +246,7 @@ def test_accents_apart_and_together_are_one_stem(tmp_path: Path) -> None:
     ]
     assert scan.faults == []
     touch(tmp_path, f"v/{apart}.jpg")
-    assert "one stem has 2 images and 1 caption" in the_fault(scan_folder(tmp_path))
+    assert "the stem Bär é 한 is in 3 names" in the_fault(scan_folder(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems hold one form of a name only")
@@ -272,7 +272,7 @@ def test_hidden_files_and_macosx_are_passed_over(tmp_path: Path) -> None:
     assert scan.num_entries == 2
 
 
-ODD = "expected a regular file under this name. Rename or remove it."
+ODD = "expected a regular file that may be read (chmod +r; chmod +x a folder). Rename or remove it."
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
@@ -288,12 +288,12 @@ def test_what_is_no_regular_file_is_a_fault(tmp_path: Path) -> None:
             server.bind("s.gif")
         scan = scan_folder(tmp_path)
     assert sorted(scan.faults) == [
-        f"{tmp_path / 'b.jpg'}: is a pipe; {ODD}",
-        f"{tmp_path / 'c.jpg'}: is a link to a file that is not there; {ODD}",
-        f"{tmp_path / 'notes.TXT'}: is a folder; {ODD}",
-        f"{tmp_path / 'null.png'}: is a device; {ODD}",
-        f"{tmp_path / 's.gif'}: is a socket; {ODD}",
-        f"{tmp_path / 'x.jpg'}: is a folder; {ODD}",
+        f"{tmp_path / 'b.jpg'}: is no regular file; {ODD}",
+        f"{tmp_path / 'c.jpg'}: is gone, or a link to a file that is gone; {ODD}",
+        f"{tmp_path / 'notes.TXT'}: is no regular file; {ODD}",
+        f"{tmp_path / 'null.png'}: is no regular file; {ODD}",
+        f"{tmp_path / 's.gif'}: is no regular file; {ODD}",
+        f"{tmp_path / 'x.jpg'}: is no regular file; {ODD}",
     ]
     assert relative(scan) == [("a.jpg", "a.txt")]
     assert (scan.lone_images, scan.lone_captions) == ([], ["b.txt", "c.txt", "x.txt"])
@@ -326,10 +326,9 @@ def test_a_link_to_itself_is_a_fault(tmp_path: Path) -> None:
     for link, target in (("loop.jpg", "loop.jpg"), ("there.jpg", "back.jpg"), ("back.jpg", "there.jpg")):
         (tmp_path / link).symlink_to(target)
     scan = scan_folder(tmp_path)
-    assert sorted(scan.faults) == [
-        f"{tmp_path / name}: is a link that leads back to itself; {ODD}"
-        for name in ("back.jpg", "loop.jpg", "there.jpg")
-    ]
+    for name, fault in zip(("back.jpg", "loop.jpg", "there.jpg"), sorted(scan.faults), strict=True):
+        assert fault.startswith(f"{tmp_path / name}: cannot be looked up (") and "symbolic links" in fault
+        assert fault.endswith(ODD)
     assert relative(scan) == [("a.jpg", "a.txt")]
     assert (scan.lone_images, scan.lone_captions) == ([], ["loop.txt", "there.txt"])
     assert scan.num_entries == 4
@@ -355,7 +354,7 @@ def test_a_folder_of_nothing_but_links_says_so(tmp_path: Path) -> None:
         scan_folder(tmp_path / "data").require_pairs()
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'data'}: 0 pairs among 1 files.",
-        "  Links to folders, which are not followed: 2, for instance test. Give the folder that it leads to.",
+        "  Links to folders, which are not followed: give what they lead to: 2, for instance test.",
         RENAME,
     ]
 
@@ -400,13 +399,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RELIABILITY 3, no permission: word for word, and only where a run would read. The answer is put in by hand."""
     touch(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt", "u/notes.md")
-    monkeypatch.setattr(
-        "train_clip.data.folder.os.access", lambda path, *_, **__: Path(path).name in ("a.jpg", "a.txt")
-    )
+    monkeypatch.setattr("train_clip.data.scan.os.access", lambda path, *_, **__: Path(path).name in ("a.jpg", "a.txt"))
     scan = scan_folder(tmp_path)
     assert sorted(scan.faults) == [
-        f"{tmp_path / name}: no permission to read this file. Give it (chmod +r), or move the file away."
-        for name in ("b.jpg", "b.txt")
+        f"{tmp_path / name}: no permission to read this file; {ODD}" for name in ("b.jpg", "b.txt")
     ]
     assert (relative(scan), scan.lone_images, scan.lone_captions) == ([("a.jpg", "a.txt")], [], [])
 
@@ -419,14 +415,13 @@ def test_somebody_else(open_folder: Path, as_nobody: Callable[..., None]) -> Non
     (open_folder / "away").symlink_to(open_folder / "shut" / "in", target_is_directory=True)
     (open_folder / "b.jpg").chmod(0)
     (open_folder / "shut").chmod(0)
-    read = "no permission to read this file. Give it (chmod +r), or move the file away."
+    read = f"no permission to read this file; {ODD}"
 
     def look() -> None:
         scan = scan_folder(open_folder)
         assert sorted(scan.faults) == [
             f"{open_folder / 'b.jpg'}: {read}",
-            f"{open_folder / 'd.jpg'}: a link to where there is no permission to look. Give it (chmod +x), or remove "
-            "the link.",
+            f"{open_folder / 'd.jpg'}: no permission to look for it; {ODD}",
             f"{open_folder / 'e.jpg'}: {read}",
             f"{open_folder / 'shut'}: no permission to list this folder. Give it (chmod +rx), or move the folder away.",
         ]
@@ -462,7 +457,7 @@ def test_all_faults_are_collected_and_the_first_five_are_named(tmp_path: Path, n
         (tmp_path / f"{index:02}.jpg").symlink_to("nowhere")
     scan = scan_folder(tmp_path)
     assert sorted(scan.faults) == [
-        f"{tmp_path / f'{index:02}.jpg'}: is a link to a file that is not there; {ODD}" for index in range(number)
+        f"{tmp_path / f'{index:02}.jpg'}: is gone, or a link to a file that is gone; {ODD}" for index in range(number)
     ]
     assert relative(scan) == [("a.jpg", "a.txt")]
     with pytest.raises(UserError) as caught:
@@ -506,7 +501,7 @@ def test_lone_files_are_listed_in_order(tmp_path: Path) -> None:
 
 RENAME = (
     "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, or list them "
-    "in a table (--pairs)."
+    "in a table (--pairs). Where they share a number (image1.jpg, text1.txt), pass --pair_by number."
 )
 
 
@@ -517,7 +512,7 @@ def test_the_message_for_no_pairs(tmp_path: Path) -> None:
         scan_folder(tmp_path).require_pairs()
     assert str(caught.value) == (
         f"{tmp_path}: 0 pairs among 4 files.\n"
-        "  Images without a caption: 2, for instance coco/12.jpg (no 12.txt).\n"
+        "  Images without a caption: 2, for instance coco/12.jpg.\n"
         "  Captions without an image: 1, for instance text/a.txt.\n"
         f"{RENAME}"
     )

@@ -648,10 +648,11 @@ def test_broken_frames_are_no_fault_of_the_first(tmp_path: Path, noise: Callable
             assert (np.asarray(decoded.picture) == np.asarray(first)).all()
 
 
+FILM = "HEIF picture or film, which Pillow does not read"
 NO_IMAGES = {
-    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF picture, which Pillow does not read"),
-    "HEIF of an unknown camera": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1", "HEIF picture, which Pillow does not read"),
-    "a film": (b"\0\0\0\x18ftypisom\0\0\0\0isommp41", "not an image that Pillow can read"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", FILM),
+    "HEIF of an unknown camera": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1", FILM),
+    "a film": (b"\0\0\0\x18ftypisom\0\0\0\0isommp41", FILM),
     "HTML behind blanks and a mark": (b"\xef\xbb\xbf \r\n<HTML lang='en'>", "not an image but an HTML page"),
     "HTML without its first tag": (b"<head><title>404</title>", "not an image but an HTML page"),
     "SVG behind a declaration": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from numpy.lib import format as npy
 from PIL import Image
 
-from train_clip.data.arrays import MAX_DATA, read_array, read_header, write_array
+from train_clip.data.arrays import MAX_DATA, read_array, write_array
 from train_clip.data.crops import read_picture, resize_shorter
 from train_clip.data.pairs import Pair
 from train_clip.data.samples import Skip, TrainingPairs, ValidationPairs, collate, image_loader
@@ -122,7 +123,6 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path, dtype: Any, save: A
     found, expected = read_array(str(tmp_path / "a.npz")), np.load(tmp_path / "a.npz")["data"]
     assert found.dtype == expected.dtype
     assert np.array_equal(found, expected)
-    assert read_header(str(tmp_path / "a.npz"))[:2] == ((3, 5, 9), np.dtype(dtype))
 
 
 def test_what_is_written_numpy_reads(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_place_is_held_in_the_dtype_of_the_others(tmp_path: Path) -> None:
     sample = ValidationPairs(pairs, SIZE)[0]
     assert sample.missing
     assert sample.pixels.dtype == torch.float32
-    assert sample.skips == (Skip(pairs[0].image, "empty file"),)
+    assert sample.skips == (Skip(pairs[0].image, NO_ZIP),)
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -172,18 +172,19 @@ def test_both_kinds_in_one_list_are_refused(tmp_path: Path, first: int) -> None:
     ):
         with pytest.raises(UserError) as refused:
             read()
-        assert f"{tmp_path}/{first}.npz: holds a picture, while {tmp_path}/{1 - first}.npz holds" in str(refused.value)
+        for file, kind in ((first, "a picture"), (1 - first, "already normalised")):
+            assert re.search(f"{tmp_path}/{file}.npz:? holds {kind}", str(refused.value))
 
 
 def test_an_array_for_another_model_stops(tmp_path: Path) -> None:
     """Of another size, as the first of a list and as a later one: a stop that says how to make it anew, no skip."""
     pairs = numbered(tmp_path, [picture(SIZE), picture(SIZE + 4), normalised()])
-    remedy = r"1.npz: was made for a model of 20 pixels.*train-clip data npz FOLDER --image_size 16"
+    remedy = r"1.npz: was made for another model: it is \d+ by \d+.*train-clip data npz FOLDER --image_size 16"
     with pytest.raises(UserError, match=remedy):
         TrainingPairs(pairs[1:], SIZE, None, 0)
     with pytest.raises(UserError, match=remedy):
         TrainingPairs(pairs, SIZE, 0.5, 0)[0, 1]
-    with pytest.raises(UserError, match=r"2.npz: holds already normalised pixels.*16 by 16 of them; expected 32 by 32"):
+    with pytest.raises(UserError, match=r"2.npz: was made for.*16 by 16 pixels; expected 32 .*32 by 32 where"):
         ValidationPairs(pairs[2:], 32)
 
 
@@ -256,15 +257,15 @@ NO_ZIP = "not an npz file, or one that is cut short"
 LIES = "npz whose array is not of the size that its header says"
 HUGE = (3, 2**31, 2**31)
 HOSTILE = {
-    "empty": (b"", "empty file"),
+    "empty": (b"", NO_ZIP),
     "no zip": (b"GIF89a" * 20, NO_ZIP),
     "an npy file": (_plain_npy(), NO_ZIP),
     "cut short": (saved(data=picture())[:-30], NO_ZIP),
     "cut within the data": (saved(data=picture())[:300], NO_ZIP),
     "no array of that name": (saved(image=picture()), "npz without the array 'data'"),
     "no array at all": (saved(), "npz without the array 'data'"),
-    "objects": (saved(data=np.array([Bomb()] * 3, dtype=object)), "npz of objects, which are not read"),
-    "objects in fields": (saved(data=np.zeros(3, dtype=[("a", object)])), "npz of objects, which are not read"),
+    "objects": (saved(data=np.array([Bomb()] * 3, dtype=object)), "npz of dtype |O; expected"),
+    "objects in fields": (saved(data=np.zeros(3, dtype=[("a", object)])), "npz of dtype |V8; expected"),
     "float64": (saved(data=np.zeros((3, 4, 4))), "npz of dtype <f8; expected uint8, float16 or float32"),
     "big-endian": (saved(data=np.zeros((3, 4, 4), ">f4")), "npz of dtype >f4; expected uint8, float16 or float32"),
     "fields": (saved(data=np.zeros(3, dtype="u1,u1")), "npz of dtype |V2; expected uint8, float16 or float32"),

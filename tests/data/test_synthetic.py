@@ -11,7 +11,7 @@ from PIL import ImageColor
 from train_clip.commands import demo as synthetic
 from train_clip.commands.demo import COLOURS, PLACES, SHAPES, SIDE, SIZES, Scene, draw, is_unseen, scenes, things
 from train_clip.data.folder import scan_folder
-from train_clip.data.pairs import read_captions
+from train_clip.data.pairs import read_caption_lines
 
 
 def test_scenes_are_all_and_each_once() -> None:
@@ -71,7 +71,7 @@ def test_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [len(pairs) for pairs in kept] == [36 * 2 * 2 * 2, 12 * 2 * 2]
     for pair in kept[0] + kept[1]:
         thing = Path(pair.image).with_suffix(".cls").read_text(encoding="utf-8").strip()
-        captions = read_captions(pair.caption)
+        captions = read_caption_lines(pair.caption)[0]
         assert len(captions) == len(set(captions)) == 3
         assert all(thing in caption for caption in captions)
         assert Path(pair.image).name.startswith(thing.replace(" ", "-"))

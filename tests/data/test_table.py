@@ -287,6 +287,9 @@ def test_a_table_of_the_other_form_finds_its_images(tmp_path: Path, in_table: st
 # Images that are no files
 
 
+READABLE = "expected a regular file that may be read (chmod +r; chmod +x a folder)"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
 @pytest.mark.parametrize("suffix", KINDS)
 def test_what_is_no_regular_file_is_a_fault(tmp_path: Path, suffix: str) -> None:
@@ -305,7 +308,7 @@ def test_what_is_no_regular_file_is_a_fault(tmp_path: Path, suffix: str) -> None
     loop = [fault for fault in scan.faults if fault.startswith(f"{tmp_path / 'loop.jpg'}: cannot be looked up (")]
     assert len(loop) == 1
     assert sorted(set(scan.faults) - set(loop)) == sorted(
-        f"{os.path.join(tmp_path, name)}: is no regular file; expected an image. Mend or remove its rows."  # noqa: PTH118
+        f"{os.path.join(tmp_path, name)}: is no regular file; {READABLE}. Mend or remove its rows."  # noqa: PTH118
         for name in odd
     )
     assert texts(scan) == {"a.jpg": ["a cat"]}
@@ -315,10 +318,10 @@ def test_what_is_no_regular_file_is_a_fault(tmp_path: Path, suffix: str) -> None
 
 def test_an_image_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RELIABILITY 3, no permission: word for word. The answer is put in by hand, since root may read anything."""
-    monkeypatch.setattr("train_clip.data.table.os.access", lambda path, *_, **__: not str(path).endswith("b.jpg"))
+    monkeypatch.setattr("train_clip.data.scan.os.access", lambda path, *_, **__: not str(path).endswith("b.jpg"))
     scan = scan_text(tmp_path, ".csv", "image,caption\na.jpg,a\nb.jpg,b\nb.jpg,c\n")
     assert scan.faults == [
-        f"{tmp_path / 'b.jpg'}: no permission to read this file. Give it (chmod +r), or remove its rows."
+        f"{tmp_path / 'b.jpg'}: no permission to read this file; {READABLE}. Mend or remove its rows."
     ]
     assert texts(scan) == {"a.jpg": ["a"]}
 
@@ -335,8 +338,8 @@ def test_somebody_else(open_folder: Path, as_nobody: Callable[..., None]) -> Non
         for table in tables:
             scan = scan_table(table, COLUMNS)
             assert scan.faults == [
-                f"{open_folder / 'b.jpg'}: no permission to read this file. Give it (chmod +r), or remove its rows.",
-                f"{open_folder / 'shut/c.jpg'}: no permission to look for it. Give it (chmod +x), or remove its rows.",
+                f"{open_folder / 'b.jpg'}: no permission to read this file; {READABLE}. Mend or remove its rows.",
+                f"{open_folder / 'shut/c.jpg'}: no permission to look for it; {READABLE}. Mend or remove its rows.",
             ]
             assert texts(scan) == {"a.jpg": ["a cat"]}
 
@@ -370,7 +373,7 @@ def test_no_such_table(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             scan_table(tmp_path / name, COLUMNS)
         assert str(caught.value) == (
-            f"{tmp_path / name}: there is no such table. Expected a file of .csv, .tsv, .jsonl."
+            f"{tmp_path / name}: is no table that can be read. Expected a file of .csv, .tsv, .jsonl."
         )
 
 
@@ -380,7 +383,7 @@ def test_a_kind_that_is_not_known(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
         scan_table(touch(tmp_path, name) / name, COLUMNS)
     assert str(caught.value) == (
-        f"{tmp_path / name}: is of a kind that is not known. Expected a file of .csv, .tsv, .jsonl."
+        f"{tmp_path / name}: is no table that can be read. Expected a file of .csv, .tsv, .jsonl."
     )
 
 
@@ -457,15 +460,15 @@ def test_a_table_without_rows(tmp_path: Path, suffix: str, text: str) -> None:
 
 
 def test_the_message_for_no_pairs(tmp_path: Path) -> None:
-    """Word for word: rows, images without captions, captions without images and where they were looked for."""
+    """Word for word: rows, images without captions, captions without images, what was expected."""
     rows = "image,caption\na.jpg, \nb.jpg,\nc.jpg,a cat\nu/d.jpg,a dog\nd.jpg,a bird\n"
     with pytest.raises(UserError) as caught:
         scan_text(tmp_path, ".csv", rows).require_pairs()
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'table.csv'}: 0 pairs among 5 rows.",
-        "  Images without a caption: 2, for instance a.jpg (its caption is empty).",
-        f"  Captions without an image: 3, for instance c.jpg (no {tmp_path / 'c.jpg'}).",
-        "  Expected rows of an image and a caption, the image's path relative to the table's folder.",
+        "  Images without a caption: 2, for instance a.jpg.",
+        "  Captions without an image: 3, for instance c.jpg.",
+        "  Expected rows of an image and a caption that is not empty, the image's path relative to the table's folder.",
     ]
 
 
@@ -794,7 +797,7 @@ def test_the_source(tmp_path: Path) -> None:
         scan_source(tmp_path, SourceOptions(pairs=table))
     assert str(tmp_path) in str(both.value)
     assert str(table) in str(both.value)
-    with pytest.raises(UserError, match=r"^No data was given\. .*--pairs"):
+    with pytest.raises(UserError, match=r"^Data from: nowhere\. .*--pairs"):
         scan_source(None, COLUMNS)
 
 

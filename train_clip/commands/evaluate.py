@@ -238,7 +238,7 @@ def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
 
 def _read_lines(path: Path | None) -> list[str]:
     try:
-        return [] if path is None else pairs.read_captions(str(path))
+        return [] if path is None else pairs.read_caption_lines(str(path))[0]
     except BadSample as bad:
         reason = bad.reason.replace("caption", "file")
         raise UserError(f"{path}: {reason}. Expected class names, or captions with {{}}, one a line.") from None

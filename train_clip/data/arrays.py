@@ -13,29 +13,17 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from train_clip.data.images import MAX_BYTES, MAX_PIXELS, reading, require_sides
+from train_clip.data.images import MAX_PIXELS, reading, require_sides
 from train_clip.errors import BadSample
 from train_clip.files import replacing
 
 MEMBER = "data.npy"  # how numpy.savez names the array "data"
-DTYPES = (np.dtype(np.uint8), np.dtype(np.float16), np.dtype(np.float32))
 MAX_HEADER = 10_000  # bytes of an array's header: numpy's own limit for text that it parses
 MAX_DATA = 3 * MAX_PIXELS  # bytes: the largest picture that is read from any file
-# Bytes out of one, by method of compression: deflate's best (zlib's technical details).
-MOST_OUT = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 
 # A zip's end (APPNOTE.TXT, 4.3.15 and 4.3.16). Its directory is read whole into objects, some kilobytes for 46 bytes.
 END, END_LENGTH, LOCATOR, LOCATOR_LENGTH = b"PK\5\6", 22, b"PK\6\7", 20
 MAX_DIRECTORY = 2**16  # bytes; that of one array takes about 60
-
-
-# What an array is said to be: its shape, (3, H, W), its dtype, and whether its first axis is the one that runs fastest.
-Header = tuple[tuple[int, ...], np.dtype, bool]
-
-
-def read_header(path: str) -> Header:
-    """Read what a file says that it holds; errors as of ``read_array``, but for damage behind it."""
-    return _read(path, values=False)[0]
 
 
 def read_array(path: str) -> np.ndarray:
@@ -45,10 +33,26 @@ def read_array(path: str) -> np.ndarray:
         BadSample: no zip or a damaged one, no ``data`` in it, objects, another dtype or shape, a size that the file
             does not hold, or that no picture may have.
     """
-    (shape, dtype, fortran_order), values = _read(path, values=True)
+    with reading(path, "npz"), Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _require_small_directory(path, file, size)
+        with zipfile.ZipFile(file) as archive:
+            entry = archive.NameToInfo.get(MEMBER)
+            if entry is None:
+                raise BadSample(path, "npz without the array 'data'")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadSample(path, "npz compressed by another method than deflate")
+            if entry.compress_size > size:
+                raise BadSample(path, "npz that says to be larger than its file")
+            if entry.file_size > MAX_DATA + MAX_HEADER + npy.MAGIC_LEN:
+                raise BadSample(path, f"npz array over {MAX_DATA:,} bytes")
+            with archive.open(entry) as member:
+                shape, fortran_order, dtype = _header(path, member, entry.file_size)
+                # With the last byte comes the check of its sum.
+                values = np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype)
     if dtype.kind == "f" and not np.isfinite(values).all():
         raise BadSample(path, "npz of values that are not finite")
-    return values.reshape(shape[::-1]).T if fortran_order else values.reshape(shape)
+    return values.reshape(shape, order="F" if fortran_order else "C")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -58,32 +62,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.savez(file, data=np.ascontiguousarray(array))
 
 
-def _read(path: str, values: bool) -> tuple[Header, np.ndarray]:
-    with reading(path, "npz"), Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        _require_small_directory(path, file, size)
-        with zipfile.ZipFile(file) as archive:
-            entry = archive.NameToInfo.get(MEMBER)
-            if entry is None:
-                raise BadSample(path, "npz without the array 'data'")
-            if entry.compress_type not in MOST_OUT:
-                raise BadSample(path, "npz compressed by another method than deflate")
-            if entry.file_size > MOST_OUT[entry.compress_type] * entry.compress_size or entry.compress_size > size:
-                raise BadSample(path, "npz that says to be larger than its file")
-            if entry.file_size > MAX_DATA + MAX_HEADER + npy.MAGIC_LEN:
-                raise BadSample(path, f"npz array over {MAX_DATA:,} bytes")
-            with archive.open(entry) as member:
-                shape, dtype, _ = header = _header(path, member, entry.file_size)
-                # With the last byte comes the check of its sum.
-                content = member.read(math.prod(shape) * dtype.itemsize) if values else b""
-                return header, np.frombuffer(content, dtype)
-
-
 def _require_small_directory(path: str, file: IO[bytes], size: int) -> None:
-    if not size:
-        raise BadSample(path, "empty file")
-    if size > MAX_BYTES:
-        raise BadSample(path, f"npz file over {MAX_BYTES:,} bytes")
     # As zipfile finds it: at the very end, or before a comment of up to 64 KiB.
     file.seek(-min(size, END_LENGTH + LOCATOR_LENGTH + 2**16), os.SEEK_END)
     tail = file.read()
@@ -96,18 +75,16 @@ def _require_small_directory(path: str, file: IO[bytes], size: int) -> None:
     file.seek(0)
 
 
-def _header(path: str, member: IO[bytes], size: int) -> Header:
+def _header(path: str, member: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(member))
     if read is None:
         raise BadSample(path, "npz array of an unknown format")
     shape, fortran_order, dtype = read(member, max_header_size=MAX_HEADER)
-    if dtype.hasobject:
-        raise BadSample(path, "npz of objects, which are not read")
-    if dtype not in DTYPES:
+    if dtype not in (np.uint8, np.float16, np.float32):
         raise BadSample(path, f"npz of dtype {dtype.str}; expected uint8, float16 or float32")
     if len(shape) != 3 or shape[0] != 3:
         raise BadSample(path, "npz of another shape than (3, height, width)")
     require_sides(path, *shape[1:])
     if math.prod(shape) * dtype.itemsize != size - member.tell():
         raise BadSample(path, "npz whose array is not of the size that its header says")
-    return shape, dtype, fortran_order
+    return shape, fortran_order, dtype

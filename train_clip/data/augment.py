@@ -135,10 +135,7 @@ HEIGHTS = """
     above below over under beneath underneath top bottom upper lower upside up down upright
     upward upwards downward downwards north south northern southern northward northwards southward southwards
 """
-WORDS = {
-    "horizontal_flip": frozenset((SIDES + TURNS_AND_TEXT).split()),
-    "vertical_flip": frozenset((HEIGHTS + TURNS_AND_TEXT).split()),
-}
+WORDS = {"horizontal_flip": SIDES + TURNS_AND_TEXT, "vertical_flip": HEIGHTS + TURNS_AND_TEXT}
 
 
 def warnings_of_flips(how: AugmentationOptions, pairs: Any) -> Iterator[str]:
@@ -170,8 +167,5 @@ def some_captions(pairs: PairList, most: int = LOOKED_AT) -> list[str]:
 
 def captions_against(flip: str, captions: list[str]) -> list[tuple[str, str]]:
     """The captions, single lines, that a flip, a key of ``WORDS``, makes wrong, each behind the first such word."""
-    against = []
-    for line in captions:
-        if words := [word for word in re.findall(r"[^\W\d_]+", line.lower()) if word in WORDS[flip]]:
-            against.append((words[0], line))
-    return against
+    word = re.compile(rf"(?<![^\W\d_])({'|'.join(WORDS[flip].split())})(?![^\W\d_])")
+    return [(found[0], line) for line in captions if (found := word.search(line.lower()))]

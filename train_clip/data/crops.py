@@ -39,7 +39,7 @@ def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"
     """
     if images.is_npz(path):
         array = arrays.read_array(path)
-        require_size(path, array.shape, array.dtype, size)
+        _require_size(path, array, size)
         if array.dtype != np.uint8:
             return torch.from_numpy(array.astype(np.float32))
         return cut(array, draw((array.shape[2], array.shape[1]))) if draw else centre_square(as_picture(array), size)
@@ -194,16 +194,12 @@ def as_picture(array: np.ndarray) -> Image.Image:
     return Image.merge("RGB", [Image.fromarray(plane) for plane in array])
 
 
-def require_size(path: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
-    """Refuse an array, (3, H, W), that was made for another S, with a ``UserError``."""
-    _, height, width = shape
-    if dtype == np.uint8 and min(height, width) != size:
+def _require_size(path: str, array: np.ndarray, size: int) -> None:
+    _, height, width = array.shape
+    sides = {min(height, width)} if array.dtype == np.uint8 else {height, width}
+    if sides != {size}:
         raise UserError(
-            f"{path}: was made for a model of {min(height, width)} pixels (it is {width} by {height}); expected "
-            f"{size} on its shorter side. Make the cache anew: train-clip data npz FOLDER --image_size {size}"
-        )
-    if dtype != np.uint8 and (height, width) != (size, size):
-        raise UserError(
-            f"{path}: holds {NORMALISED}, {width} by {height} of them; expected {size} by {size}. Train a model of "
-            "that size (--image_size), or move the file away and make a cache of the images: train-clip data npz"
+            f"{path}: was made for another model: it is {width} by {height} pixels; expected {size} on the shorter "
+            f"side, and {size} by {size} where they are normalised. Train a model of that size (--image_size), or move "
+            f"the file away and make the cache anew: train-clip data npz FOLDER --image_size {size}"
         )

@@ -35,7 +35,6 @@ JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
 TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
-HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # How it is said that a mode became RGB. Grey pictures hold nothing that could be lost.
 TO_RGB = {"CMYK": "inks (CMYK, YCCK) to RGB", "P": "palette to RGB"}
 
@@ -108,7 +107,7 @@ def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Ima
             raise BadSample(name, "integer pixels of unknown range")
         mended.append("16-bit grey scaled to 8 bits")
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+    if picture.has_transparency_data:
         mended.append("transparency laid on white")
         # To the bit what Image.alpha_composite gives, in 8 bytes a pixel rather than 20.
         layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
@@ -129,7 +128,7 @@ def image_suffixes() -> set[str]:
 
 def is_npz(path: str) -> bool:
     """Whether a file has an array in place of an image, by its name."""
-    return path[-len(ARRAY_SUFFIX) :].lower() == ARRAY_SUFFIX
+    return path.lower().endswith(ARRAY_SUFFIX)
 
 
 def require_sides(path: str, width: int, height: int) -> None:
@@ -148,12 +147,12 @@ def reading(path: str, what: str) -> Iterator[None]:
     except BadSample:
         raise
     except Exception as error:
-        raise BadSample(path, _reason(path, what, error)) from error
+        raise BadSample(path, _reason(what, error)) from error
     finally:
         filters.remove(PILLOWS_WARNINGS)
 
 
-def _reason(path: str, what: str, error: Exception) -> str:
+def _reason(what: str, error: Exception) -> str:
     match error:
         case FileNotFoundError():
             return "file is gone"
@@ -163,8 +162,6 @@ def _reason(path: str, what: str, error: Exception) -> str:
             return "too large for memory"
         case Image.DecompressionBombError():
             return f"over {MAX_PIXELS:,} pixels"
-        case UnidentifiedImageError():
-            return _no_image(path)
         case OSError(errno=int()):
             return f"{what} cannot be read ({type(error).__name__})"
     # Decoders raise whatever their format's parser does (OSError, SyntaxError, struct.error, …).
@@ -176,7 +173,11 @@ def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
         raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
     # A JPEG is read whole in any case, to count its scans.
     content = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
-    picture = Image.open(content, formats=[kind for kind in FORMATS if kind != "MPO"])
+    try:
+        picture = Image.open(content, formats=[kind for kind in FORMATS if kind != "MPO"])
+    except UnidentifiedImageError:
+        file.seek(0)
+        raise BadSample(path, _no_image(file.read(512))) from None
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
@@ -232,12 +233,7 @@ def _turn(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
     return turn
 
 
-def _no_image(path: str) -> str:
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123, likewise
-            start = file.read(512)
-    except OSError:
-        return "no longer to be read"
+def _no_image(start: bytes) -> str:
     if not start:
         return "empty file"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -245,6 +241,6 @@ def _no_image(path: str) -> str:
         return "not an image but an HTML page"
     if text.startswith(b"<svg") or (text.startswith(b"<?xml") and b"<svg" in text):
         return "not an image but an SVG drawing"
-    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
-        return "HEIF picture, which Pillow does not read"
+    if start[4:8] == b"ftyp":
+        return "HEIF picture or film, which Pillow does not read"
     return "not an image that Pillow can read"

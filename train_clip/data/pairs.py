@@ -33,7 +33,7 @@ class Pair:
     def captions(self) -> list[str]:
         """At least one caption; ``BadSample`` where they cannot be read, or hold NUL."""
         if not self.texts:
-            return read_captions(self.caption)
+            return read_caption_lines(self.caption)[0]
         if any("\0" in text for text in self.texts):
             raise BadSample(self.image, "caption holds NUL")
         return list(self.texts)
@@ -43,20 +43,19 @@ class FlatStrings(Sequence[str]):
     """Strings in one block of UTF-8, found by where each ends; names that are not UTF-8 come back as they were."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        block, ends = bytearray(), array("q")
+        block, ends = bytearray(), array("q", [0])
         for string in strings:
             block += string.encode("utf-8", "surrogateescape")
             ends.append(len(block))
         self._block, self._ends = bytes(block), ends
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        if not 0 <= index < len(self._ends):
+        if index < 0:
             raise IndexError(index)
-        start = self._ends[index - 1] if index else 0
-        return self._block[start : self._ends[index]].decode("utf-8", "surrogateescape")
+        return self._block[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
 class PairList(Sequence[Pair]):
@@ -125,11 +124,6 @@ def held_out_indices(pairs: PairList, share: float) -> list[int]:
         return hashlib.sha256(plain_name(pairs.names[index]).encode("utf-8", "surrogateescape")).digest()
 
     return sorted(sorted(range(len(pairs)), key=digest)[:number])
-
-
-def read_captions(path: str) -> list[str]:
-    """Read every caption of a file, as ``read_caption_lines``, for who does not ask what was mended."""
-    return read_caption_lines(path)[0]
 
 
 def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:

@@ -8,13 +8,14 @@ of each. The N mod G pairs that are left over differ from epoch to epoch.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from train_clip.data import arrays, crops
+from train_clip.data import crops
 from train_clip.data.images import is_npz
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     missing: tuple[int, ...] = ()  # rows that only hold the place of a pair that could not be read (validation)
 
 
+KINDS = {torch.uint8: "a picture", torch.float32: crops.NORMALISED}
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
 
 
@@ -74,11 +76,10 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return self._keys(self.consumed())
 
     def _keys(self, first: int) -> Iterator[tuple[int, int]]:
-        current, order = -1, np.empty(0, np.int64)
         for position in range(first, first + self.batches_per_epoch):
             epoch, batch = divmod(position, self.batches_per_epoch)
-            if epoch != current:
-                rng, current = np.random.default_rng((self.seed, epoch)), epoch
+            if batch == 0 or position == first:
+                rng = np.random.default_rng((self.seed, epoch))
                 order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
             start = batch * self.global_batch + self.rank * self.share
             for index in order[start : start + self.share].tolist():
@@ -106,10 +107,10 @@ class _Pairs(Dataset[Sample]):
         """The pixels, or a ``UserError`` where they are normalised and the first file's are not, or the reverse."""
         if pixels.dtype == self.dtype:
             return pixels
-        found = {self.dtype: self.example, pixels.dtype: self.pairs[index].pixels}
         raise UserError(
-            f"{found[torch.uint8]}: holds a picture, while {found[torch.float32]} holds {crops.NORMALISED}. Expected "
-            "one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of pictures."
+            f"{self.pairs[index].pixels}: holds {KINDS[pixels.dtype]}, while {self.example} holds {KINDS[self.dtype]}. "
+            "Expected one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of "
+            "pictures."
         )
 
 
@@ -119,11 +120,9 @@ def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
         if not is_npz(path):
             return torch.uint8, path
         try:
-            shape, dtype, _ = arrays.read_header(path)
+            return crops.read_square(path, size).dtype, path
         except BadSample:
             continue
-        crops.require_size(path, shape, dtype, size)
-        return torch.uint8 if dtype == np.uint8 else torch.float32, path
     return torch.uint8, ""
 
 
@@ -168,11 +167,10 @@ def draw(
     captions = pair.captions()
     caption = captions[rng.integers(len(captions))]
 
-    def window(picture: tuple[int, int]) -> crops.Window:
-        if resize_ratio is None:
-            return crops.random_crop(picture, size, rng)
-        return crops.random_resized_crop(picture, size, rng, resize_ratio)
-
+    if resize_ratio is None:
+        window = partial(crops.random_crop, size=size, rng=rng)
+    else:
+        window = partial(crops.random_resized_crop, size=size, rng=rng, min_share=resize_ratio)
     return crops.read_square(pair.pixels, size, window), caption
 
 

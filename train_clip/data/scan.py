@@ -1,9 +1,10 @@
 """What there is to train on, as found by names alone: nothing is decoded here."""
 
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pkgutil import resolve_name
 
 from train_clip.data.pairs import PairList
@@ -16,9 +17,15 @@ DEFAULTS = SourceOptions()
 
 CAPTION_SUFFIX = ".txt"
 NAMED = 5  # faults in a message
-KNOWN_FOLDERS = ("img/", "text/", "npz/")  # of the fork of train-CLIP: image1.jpg, text1.txt, data1.npz
-SHOWN = 3  # names of each of them
-EFFECTIVE = os.access in os.supports_effective_ids
+GONE = "is gone, or a link to a file that is gone"
+EXPECTED = {
+    "stem": "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, or "
+    "list them in a table (--pairs). Where they share a number (image1.jpg, text1.txt), pass --pair_by number.",
+    "number": "  A pair shares its number: image1.jpg and text1.txt, one caption a line. Rename the files.",
+    "table": "  Expected rows of an image and a caption that is not empty, the image's path relative to the table's "
+    "folder.",
+}
+READABLE = "expected a regular file that may be read (chmod +r; chmod +x a folder)"
 
 
 def scan_source(folder: Path | None, options: SourceOptions) -> "Scan":
@@ -32,12 +39,9 @@ def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path
     """The key in ``SOURCES`` and the path of the one source that is given, or a ``UserError``."""
     paths = vars(options) | {"folder": folder}
     given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
-    if not given:
-        raise UserError("No data was given. Expected --folder FOLDER, or a table of pairs (--pairs).")
-    if len(given) > 1:
-        raise UserError(
-            f"Both {' and '.join(f'--{name} {path}' for name, path in given)} were given; expected one of them."
-        )
+    if len(given) != 1:
+        found = " and ".join(f"--{name} {path}" for name, path in given) or "nowhere"
+        raise UserError(f"Data from: {found}. Expected one of --folder FOLDER and --pairs TABLE.")
     name, path = given[0]
     if name != "folder" and options.pair_by != "stem":
         raise UserError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
@@ -64,45 +68,29 @@ class Scan:
             more = len(self.faults) - NAMED
             named = "\n".join(self.faults[:NAMED])
             raise UserError(named + (f"\nand {more:,} more: `train-clip data check` lists all." if more > 0 else ""))
-        if not self.pairs:
-            raise UserError("\n".join(self._no_pairs()))
-        return self
-
-    def _no_pairs(self) -> list[str]:
-        table, by_number = self.source.is_file(), self.pair_by == "number"
-        images, captions, links = self.lone_images, self.lone_captions, self.folder_links
-        lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if table else 'files'}."]
-        if images:
-            of_its_stem = f"no {PurePosixPath(images[0]).stem}{CAPTION_SUFFIX}"
-            wanted = "its caption is empty" if table else "no caption of its number" if by_number else of_its_stem
-            lines.append(f"  Images without a caption: {len(images):,}, for instance {images[0]} ({wanted}).")
-        if captions:
-            wanted = f" (no {self.source.parent / captions[0]})" if table else ""
-            lines.append(f"  Captions without an image: {len(captions):,}, for instance {captions[0]}{wanted}.")
-        if links:
-            lines.append(
-                f"  Links to folders, which are not followed: {len(links):,}, for instance {links[0]}. Give the folder "
-                "that it leads to."
-            )
-        if table:
-            lines.append("  Expected rows of an image and a caption, the image's path relative to the table's folder.")
-        elif by_number:
-            lines.append("  A pair shares its number: image1.jpg and text1.txt, one caption a line. Rename the files.")
-        else:
-            holding = []
-            for name in KNOWN_FOLDERS:
-                if some := [path.removeprefix(name) for path in images + captions if path.startswith(name)]:
-                    holding.append(f"  {name} holds {', '.join(some[:SHOWN])}")
-            if len(holding) > 1:
-                offer = "  If the number in its name says which belong together, pass --pair_by number."
-                lines += [*holding, offer]
-            lines.append(
-                "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, "
-                "or list them in a table (--pairs)."
-            )
-        return lines
+        if self.pairs:
+            return self
+        kind = "table" if self.source.is_file() else self.pair_by
+        lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if kind == 'table' else 'files'}."]
+        for what, names in (
+            ("Images without a caption", self.lone_images),
+            ("Captions without an image", self.lone_captions),
+            ("Links to folders, which are not followed: give what they lead to", self.folder_links),
+        ):
+            if names:
+                lines.append(f"  {what}: {len(names):,}, for instance {names[0]}.")
+        raise UserError("\n".join([*lines, EXPECTED[kind]]))
 
 
-def may_read(path: str) -> bool:
-    """Whether this process's user may read a file."""
-    return os.access(path, os.R_OK, effective_ids=EFFECTIVE)
+def fault_of(path: str, is_regular: bool = False) -> str:
+    """What keeps this process's user from reading a file, ``GONE`` or another; empty where nothing does."""
+    try:
+        if not (is_regular or stat.S_ISREG(os.stat(path).st_mode)):  # noqa: PTH116, a quarter of the time
+            return "is no regular file"
+        return "" if os.access(path, os.R_OK) else "no permission to read this file"
+    except (FileNotFoundError, NotADirectoryError):
+        return GONE
+    except PermissionError:
+        return "no permission to look for it"
+    except (OSError, ValueError) as error:
+        return f"cannot be looked up ({error})"

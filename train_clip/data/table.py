@@ -9,15 +9,14 @@ import csv
 import json
 import os
 import posixpath
-import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, is_blank, plain_name
-from train_clip.data.scan import DEFAULTS, Scan, may_read
+from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, fault_of
 from train_clip.errors import UserError
 from train_clip.options import SourceOptions
 
@@ -30,55 +29,54 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
     Raises:
         UserError: no such table, not of these kinds, not UTF-8, or without the columns.
     """
-    captions, num_rows, faults = _read(table, options)
-    root, gone = os.path.join(table.parent, ""), []  # noqa: PTH118, with its separator at the end
+    root = os.path.join(table.parent, "")  # noqa: PTH118, with its separator at the end
+    scan = Scan(table, 0, PairList(root), [], [])
     there: dict[str, list[str]] = defaultdict(list)
-    for name, texts in captions.items():
+    for name, texts in _captions(scan, options).items():
         spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
         path = posixpath.join(root, spelling)
-        fault = _fault(path)
-        if fault is GONE:
-            gone.append(name)
+        fault = fault_of(path)
+        if fault == GONE:
+            scan.lone_captions.append(name)
         elif fault:
-            faults.append(f"{path}: {fault}")
+            scan.faults.append(f"{path}: {fault}; {READABLE}. Mend or remove its rows.")
         else:
             there[spelling] += texts
+    scan.lone_captions.sort()
     names = sorted(there, key=plain_name)
+    scan.lone_images += [name for name in names if not there[name]]
     paired = [name for name in names if there[name]]
-    pairs = PairList(root, paired, (IN_TABLE + "\n".join(there[name]) for name in paired))
-    return Scan(table, num_rows, pairs, [name for name in names if not there[name]], sorted(gone), faults)
+    scan.pairs = PairList(root, paired, (IN_TABLE + "\n".join(there[name]) for name in paired))
+    return scan
 
 
-def _read(table: Path, options: SourceOptions) -> tuple[dict[str, list[str]], int, list[str]]:
-    known, suffix = ", ".join(READERS), table.suffix.lower()
+def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
+    """The captions of each image, by its name as the table has it."""
+    table = scan.source
+    suffix = table.suffix.lower()
     names = options.image_column, options.caption_column
     captions: dict[str, list[str]] = defaultdict(list)
-    faults: list[str] = []
-    num_rows = 0
     try:
-        if not table.is_file():
-            raise UserError(f"{table}: there is no such table. Expected a file of {known}.")
-        if suffix not in READERS:
-            raise UserError(f"{table}: is of a kind that is not known. Expected a file of {known}.")
+        if suffix not in READERS or not table.is_file():
+            raise UserError(f"{table}: is no table that can be read. Expected a file of {', '.join(READERS)}.")
         with table.open(encoding="utf-8-sig", newline="") as file:
             for line, row in READERS[suffix](table, file, names):
-                num_rows += 1
+                scan.num_entries += 1
                 image, texts = map(row.get, names)
                 texts = texts if isinstance(texts, list) else [texts]
                 if not all(map(_is_text, (image, *texts))) or not image.strip():
-                    faults.append(
+                    scan.faults.append(
                         f"{table}, line {line}: an incomplete row; expected {names[0]!r} to name an image and "
                         f"{names[1]!r} to be text. Mend or remove it."
                     )
                     continue
                 lines = (text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts)
-                parts = (part for at, part in enumerate(image.split("/")) if (part or not at) and part != ".")
-                captions["/".join(parts) or "."] += [text for text in lines if not is_blank(text)]
+                captions[str(PurePosixPath(image))] += [text for text in lines if not is_blank(text)]
     except PermissionError:
         raise UserError(f"{table}: no permission to read this table. Give it (chmod +r; chmod +x a folder).") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from None
-    return captions, num_rows, faults
+    return captions
 
 
 # The number of a line, and a mapping from columns to what it holds; an empty one where it is not whole.
@@ -150,20 +148,3 @@ def _spellings(root: str, name: str) -> Iterator[str]:
             if os.path.samefile(posixpath.join(root, direct), posixpath.join(root, name)):  # noqa: PTH121
                 yield direct
     yield from (name, name.strip(), *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
-
-
-GONE = "is gone"
-
-
-def _fault(path: str) -> str | None:
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116, a quarter of the time
-    except (FileNotFoundError, NotADirectoryError):
-        return GONE
-    except PermissionError:
-        return "no permission to look for it. Give it (chmod +x), or remove its rows."
-    except (OSError, ValueError) as error:
-        return f"cannot be looked up ({error}). Mend or remove its rows."
-    if not stat.S_ISREG(mode):
-        return "is no regular file; expected an image. Mend or remove its rows."
-    return None if may_read(path) else "no permission to read this file. Give it (chmod +r), or remove its rows."

@@ -114,9 +114,9 @@ def cache_image(folder: Path, size: int, name: str) -> dict[str, int] | BadSampl
 def _side(image: Path, array: Path) -> int:
     """The shorter side of what lies where the array would be, in pixels; what was not made here is not replaced."""
     try:
-        shape, dtype, _ = arrays.read_header(str(array))
-        if dtype == "uint8":
-            return min(shape[1:])
+        found = arrays.read_array(str(array))
+        if found.dtype == "uint8":
+            return min(found.shape[1:])
         reason = f"holds {crops.NORMALISED}"
     except BadSample as bad:
         reason = bad.reason

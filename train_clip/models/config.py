@@ -5,6 +5,7 @@ Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optim
 
 import json
 import math
+import reprlib
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -15,8 +16,6 @@ from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 import yaml
 
 from train_clip.errors import UserError
-
-LONGEST_SHOWN = 60  # letters of a value in a message
 
 # Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -113,10 +112,9 @@ class OptimizerConfig:
     epochs: int  # passes over the pairs
 
     def __post_init__(self) -> None:
-        above, least = (self.lr, self.eps, self.epochs), (self.weight_decay, self.warmup_steps)
-        _require(all(value > 0 for value in above), f"lr, eps and epochs are {above}, expected above 0")
-        _require(all(value >= 0 for value in least), f"weight_decay and warmup_steps are {least}, expected 0 or above")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"betas {self.betas}, expected from 0 to below 1")
+        # The others become options of a run, and are held to what is asked of those.
+        _require(self.epochs > 0, f"epochs {self.epochs}, expected above 0")
+        _require(self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps}, expected 0 or above")
 
     def options(self) -> dict[str, Any]:
         """The options of an optimizer whose defaults are a model's."""
@@ -174,8 +172,6 @@ def read_config(name: str) -> ModelConfig:
     """Look up a preset by its name (``ViT-B/32``, ``ViT-B-32``), or read a YAML file of one's own by its path."""
     path = Path(name)
     if path.suffix.casefold() in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such file. --model_name takes a preset or a YAML file.")
         return _read_yaml(path)
     for preset in presets():
         if preset.name.replace("/", "-") == name.replace("/", "-"):
@@ -193,8 +189,8 @@ def presets() -> tuple[ModelConfig, ...]:
 def _read_yaml(path: Path) -> ModelConfig:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error}).") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not YAML that can be read ({error}). Expected a preset or such a file.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
     return config_from_dict({"name": path.stem} | values, str(path))
@@ -210,13 +206,13 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Model
         values = {"name": source, **values}
         if "image_resolution" in values:
             values = _from_flat(values)
-        image = values.get("image", {})
+        image = values.get("image")
         kind = next((kind for key, kind in TOWERS.items() if isinstance(image, dict) and key in image), ViTConfig)
+        parts = {"image": kind, "text": TextConfig, "optimizer": OptimizerConfig}
+        values |= {name: _build(part, values[name], name) for name, part in parts.items() if name in values}
         if "optimizer" not in values:
             # A model without numbers of its own trains with those of its kind.
-            values["optimizer"] = asdict(read_config(kind.alike).optimizer)
-        parts = {"image": kind, "text": TextConfig, "optimizer": OptimizerConfig}
-        values |= {name: _build(part, values.get(name, {}), name) for name, part in parts.items()}
+            values["optimizer"] = read_config(kind.alike).optimizer
         return _build(ModelConfig, values, "model")
     except UserError as error:
         raise UserError(f"{source}: {error}. `train-clip models --show ViT-B/32` prints a complete file.") from None
@@ -224,7 +220,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Model
 
 def _build(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise UserError(f"{where} is {_shown(values)}, expected keys and values")
+        raise UserError(f"{where} is {reprlib.repr(values)}, expected keys and values")
     defaults = {field.name: field.default for field in fields(kind)}
     required = [name for name, default in defaults.items() if default is MISSING]
     _require_keys(values, defaults, required, f"under {where!r}")
@@ -248,19 +244,13 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     kinds = get_args(hint)  # of a tuple's items, or of towers
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(kinds):
-            raise UserError(f"{where} is {_shown(value)}, expected a list of {len(kinds)} numbers")
+            raise UserError(f"{where} is {reprlib.repr(value)}, expected a list of {len(kinds)} numbers")
         return tuple(_typed(item, kind, where) for item, kind in zip(value, kinds, strict=True))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) not in (hint, *kinds):
-        raise UserError(f"{where} is {_shown(value)}, expected {NAMES.get(hint, 'text')}")
+        raise UserError(f"{where} is {reprlib.repr(value)}, expected {NAMES.get(hint, 'text')}")
     return value
-
-
-def _shown(value: Any) -> str:
-    # One out of a file can be too large to print.
-    is_short = isinstance(value, int | float | str | None) and len(str(value)) <= LONGEST_SHOWN
-    return repr(value) if is_short else f"a {type(value).__name__}"
 
 
 # The keys of OpenAI's constructor, as train-CLIP's files have them, and ours.
@@ -273,8 +263,8 @@ FLAT = {
 
 def _from_flat(values: Mapping[str, Any]) -> dict[str, Any]:
     is_vit = isinstance(values.get("vision_layers"), int)
-    required = ["embed_dim", *FLAT["image"], *FLAT["text"], *(["vision_patch_size"] if is_vit else [])]
-    _require_keys(values, sorted({*required, "name", "vision_patch_size"}), required, "beside image_resolution")
+    known = ["name", "embed_dim", *FLAT["image"], *FLAT["text"], "vision_patch_size"]
+    _require_keys(values, known, known if is_vit else known[:-1], "beside image_resolution")
     image, text = ({ours: values[theirs] for theirs, ours in names.items()} for names in FLAT.values())
     if is_vit:
         # 64 channels a head, as OpenAI's constructor sets it.
