@@ -5,7 +5,6 @@ matrices of their own, and its projections transposed.
 """
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def rename(tensors: found.Tensors) -> found.Tensors:
     for name, tensor in tensors.items():
         ours = _reworded(name, TOWERS | WORDS)
         if name in PROJECTIONS:
-            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+            renamed[PROJECTIONS[name]] = tensor.transpose(0, -1).contiguous()
         elif "attn.q_proj." in ours:
             names = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
             parts = [tensors[part] for part in names if part in tensors]
@@ -101,7 +100,9 @@ def rename(tensors: found.Tensors) -> found.Tensors:
 
 
 def _reworded(name: str, words: dict[str, str]) -> str:
-    return re.sub("|".join(map(re.escape, words)), lambda word: words[word[0]], name)
+    for old, new in words.items():
+        name = name.replace(old, new)
+    return name
 
 
 def end_token(vocab: int) -> int:
@@ -110,33 +111,33 @@ def end_token(vocab: int) -> int:
 
 
 def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) -> ModelConfig:
-    if values.get("model_type") != "clip":
-        raise UserError(
-            f"{source}: config.json has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
-            f"models can be joined: {JOIN}"
-        )
-    towers = {}
-    for name, usual in DEFAULTS.items():
-        # Older versions wrote a copy under another name, which wins there, defaults and all.
-        towers[name] = usual | (values.get(f"{name}_dict") or values.get(name) or {})
+    odd = (
+        f"config.json has {{name}} = {{value!r}}, which CLIP's own towers do not have. Its towers can be joined: {JOIN}"
+    )
+    found.require_usual(values, {"model_type": ("clip",)}, source, odd)
+    # Older versions wrote a copy under another name, which wins there, defaults and all.
+    given = {name: values.get(f"{name}_dict") or values.get(name) or {} for name in DEFAULTS}
+    towers = {name: usual | given[name] for name, usual in DEFAULTS.items()}
     vision, text = towers.values()
     for tower in (vision, text):
-        usual = {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
-        usual["hidden_act"] = (vision["hidden_act"],)
-        if tower is text:
-            usual["eos_token_id"] = (LARGEST, end_token(text["vocab_size"]))
-        own = "which CLIP's own towers do not have. Its towers can be joined:"
-        found.require_usual(tower, usual, source, f"config.json has {{name}} = {{value!r}}, {own} {JOIN}")
+        found.require_usual(
+            tower,
+            {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
+            | {"hidden_act": (vision["hidden_act"],)},
+            source,
+            odd,
+        )
+    found.require_usual(text, {"eos_token_id": (LARGEST, end_token(text["vocab_size"]))}, source, odd)
     size = vision["image_size"]
-    usual = {
-        **dict.fromkeys(STEPS, (True,)),
-        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size})},
-        "crop_size": (size, {"height": size, "width": size}),
-    }
-    prepared = "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on"
-    found.require_usual(pixels, usual, source, f"{prepared} with that, change the file.")
-    if abs((factor := pixels.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-6:
-        raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")
+    found.require_usual(
+        pixels,
+        dict.fromkeys(STEPS, (True,))
+        | {"resample": (BICUBIC,), "rescale_factor": (1 / 255,), "size": (size, {"shortest_edge": size})}
+        | {"crop_size": (size, {"height": size, "width": size})},
+        source,
+        "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on with "
+        "that, change the file.",
+    )
     image, texts = ({ours: towers[name][theirs] for theirs, ours in names.items()} for name, names in SETTINGS.items())
     colours = {name: colour for name in ("mean", "std") if (colour := pixels.get(f"image_{name}"))}
     model = {"name": Path(source).name, "embed_dim": values.get("projection_dim", 512), "image": image, "text": texts}
@@ -163,7 +164,7 @@ def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path)
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def rename_back(tensors: found.Tensors) -> dict[str, Any]:
+def rename_back(tensors: found.Tensors) -> found.Tensors:
     """Our names and shapes → theirs."""
     renamed = {}
     projections, words = ({ours: theirs for theirs, ours in names.items()} for names in (PROJECTIONS, WORDS))
@@ -182,7 +183,7 @@ def rename_back(tensors: found.Tensors) -> dict[str, Any]:
 
 def _texts(config: ModelConfig) -> dict[str, str]:
     """The files beside the weights, by name."""
-    from train_clip.data.tokenizer import Tokenizer, merges, vocabulary
+    from train_clip.data.tokenizer import merges, vocabulary
 
     size, last = config.image.size, end_token(config.text.vocab)
     of_all = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": EPS}
@@ -194,8 +195,7 @@ def _texts(config: ModelConfig) -> dict[str, str]:
     for (name, names), tower in zip(SETTINGS.items(), (config.image, config.text), strict=True):
         sizes = {theirs: getattr(tower, ours) for theirs, ours in names.items()}
         towers[name] |= sizes | {"intermediate_size": 4 * tower.width} | of_all
-    start, end = (vocabulary()[token] for token in (Tokenizer.start_token, Tokenizer.end_token))
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    special = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
     settings: dict[str, Any] = {
         sources.HF_CONFIG: {
             "architectures": ["CLIPModel"],

@@ -146,9 +146,7 @@ def default_precision(accelerator: Any) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
-def build_trainer(
-    options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int
-) -> L.Trainer:
+def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
     """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's."""
     asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
     callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
