@@ -137,7 +137,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(here, capsys):
     train("--resume", "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Passed", "Resuming"))]
     assert lines[0].startswith(
-        "Passed over run/checkpoints/last.ckpt: no checkpoint, or not all of one (BadZipFile: its record "
+        "Passed over run/checkpoints/last.ckpt: no checkpoint, or not all of one (BadZipFile: a record "
     )
     assert lines[1].startswith("Passed over run/checkpoints/step-00000005.ckpt: no checkpoint, or not all of one")
     assert lines[2].startswith("Passed over run/checkpoints/best.ckpt: holds no state of a run")

@@ -68,8 +68,8 @@ def find_huggingface(contents: read.Contents) -> found.FoundCLIP | None:
             "is. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
-        pixels = contents.settings(sources.HF_PIXELS)
-        pixels = pixels or contents.settings(sources.HF_PROCESSOR).get("image_processor", {})
+        processor = contents.settings(sources.HF_PROCESSOR)
+        pixels = contents.settings(sources.HF_PIXELS) or processor.get("image_processor", {})
         config = _read_config(contents.settings(sources.HF_CONFIG), pixels, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its config.json is not as Hugging Face writes it ({first_line(error)}).") from error
@@ -84,18 +84,12 @@ def rename(tensors: found.Tensors) -> found.Tensors:
 
     renamed = {}
     for name, tensor in tensors.items():
-        ours = _reworded(name, TOWERS | WORDS)
-        if name in PROJECTIONS:
-            renamed[PROJECTIONS[name]] = tensor.transpose(0, -1).contiguous()
-        elif "attn.q_proj." in ours:
-            names = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
-            parts = [tensors[part] for part in names if part in tensors]
-            if [part.shape for part in parts] == [tensor.shape] * 3:
-                renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-            else:
-                renamed[ours] = tensor
-        elif "attn.k_proj." not in ours and "attn.v_proj." not in ours:
-            renamed[ours] = tensor
+        ours = PROJECTIONS.get(name, _reworded(name, TOWERS | WORDS))
+        renamed[ours] = tensor.transpose(0, -1).contiguous() if name in PROJECTIONS else tensor
+    for query in [name for name in renamed if "attn.q_proj." in name]:
+        parts = [query.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+        if all(part in renamed and renamed[part].shape == renamed[query].shape for part in parts):
+            renamed[query.replace("q_proj.", "in_proj_")] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
 
 
@@ -122,12 +116,12 @@ def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) ->
     for tower in (vision, text):
         found.require_usual(
             tower,
-            {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
-            | {"hidden_act": (vision["hidden_act"],)},
+            {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)},
             source,
             odd,
         )
-    found.require_usual(text, {"eos_token_id": (LARGEST, end_token(text["vocab_size"]))}, source, odd)
+    ends = {"hidden_act": (vision["hidden_act"],), "eos_token_id": (LARGEST, end_token(text["vocab_size"]))}
+    found.require_usual(text, ends, source, odd)
     size = vision["image_size"]
     found.require_usual(
         pixels,
@@ -148,6 +142,8 @@ def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path)
     """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
     from safetensors.torch import save_file
 
+    from train_clip.data.tokenizer import merges
+
     if not isinstance(config.image, ViTConfig):
         raise UserError(
             f"{config.name}: its image tower is a ResNet, and Hugging Face's CLIPModel has vision transformers only. "
@@ -160,8 +156,9 @@ def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path)
             stacklevel=2,
         )
     save_file(rename_back(tensors), folder / sources.HF_WEIGHTS, metadata={"format": "pt"})
-    for name, text in _texts(config).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, values in _settings(config).items():
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges()), ""]), encoding="utf-8")
 
 
 def rename_back(tensors: found.Tensors) -> found.Tensors:
@@ -181,9 +178,9 @@ def rename_back(tensors: found.Tensors) -> found.Tensors:
     return renamed
 
 
-def _texts(config: ModelConfig) -> dict[str, str]:
-    """The files beside the weights, by name."""
-    from train_clip.data.tokenizer import merges, vocabulary
+def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What the JSON files beside the weights say, by their names."""
+    from train_clip.data.tokenizer import vocabulary
 
     size, last = config.image.size, end_token(config.text.vocab)
     of_all = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": EPS}
@@ -195,8 +192,8 @@ def _texts(config: ModelConfig) -> dict[str, str]:
     for (name, names), tower in zip(SETTINGS.items(), (config.image, config.text), strict=True):
         sizes = {theirs: getattr(tower, ours) for theirs, ours in names.items()}
         towers[name] |= sizes | {"intermediate_size": 4 * tower.width} | of_all
-    special = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
-    settings: dict[str, Any] = {
+    special = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    return {
         sources.HF_CONFIG: {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -214,5 +211,3 @@ def _texts(config: ModelConfig) -> dict[str, str]:
         "special_tokens_map.json": special,
         "vocab.json": {token: place for place, token in enumerate(vocabulary())},
     }
-    texts = {name: json.dumps(values, indent=2, ensure_ascii=False) + "\n" for name, values in settings.items()}
-    return texts | {"merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges()), ""])}

@@ -23,8 +23,7 @@ def find_openai(contents: read.Contents) -> found.FoundCLIP | None:
     if not (is_openai or is_script or "visual.conv1.weight" in contents.tensors):
         return None
     kind = "OpenAI's" if is_openai else "TorchScript" if is_script else "state dict under OpenAI's names"
-    left_out = (*MARKS, MASK)
-    records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
+    records = {name: one for name, one in contents.tensors.items() if name.rpartition(".")[2] not in (*MARKS, MASK)}
     # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
     clip = found_by_shapes(kind, contents, records, is_openai=is_openai)
     if is_script and (activation := ACTIVATIONS.get(contents.data.get(ACTIVATION, "").rpartition(".")[2])):

@@ -88,9 +88,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
-            if damaged := archive.testzip() or next(iter(folders), None):
-                raise zipfile.BadZipFile(f"its record {damaged} is not what was written")
+            if any(entry.external_attr & MARKED_AS_FOLDER for entry in archive.infolist()) or archive.testzip():
+                raise zipfile.BadZipFile("a record is not what was written")
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

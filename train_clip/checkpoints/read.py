@@ -103,12 +103,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(content: bytes | str, source: str) -> dict[str, Any]:
     """Read settings: keys and values."""
     try:
-        values = json.loads(content)
+        return dict(json.loads(content))
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{source}: not JSON ({error}). Get the file again.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: holds {type(values).__name__}, expected keys and values.")
-    return values
+        raise UserError(f"{source}: not JSON of keys and values ({error}). Get the file again.") from error
 
 
 def read_file(path: Path) -> Contents:
@@ -355,6 +352,6 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
             if record.entry != entry:
                 entry, dtype = record.entry, getattr(torch, record.dtype)
                 # PyTorch wants memory that it may write to, and some, for tensors of no elements too.
-                storage = torch.frombuffer(bytearray(archive.read(entry) or 8), dtype=dtype)
+                storage = torch.frombuffer(bytearray(archive.read(entry) or bytes(8)), dtype=dtype)
             # What shared its storage in the file is no longer one when it is trained.
             yield name, storage.as_strided(record.shape, record.stride or (), record.offset).clone()
