@@ -77,7 +77,7 @@ def test_what_is_no_file_of_weights(tmp_path: Path, name: str, suffix: str) -> N
     message = refusal(path)
     assert refusal(path, load) == message
     if name == "empty" and suffix == ".pt":
-        assert message == f"{path}: is empty, which no file of weights does.{EXPECTED}"
+        assert message == f"{path}: begins with b'', which no file of weights does.{EXPECTED}"
 
 
 def test_other_archives(tmp_path: Path) -> None:

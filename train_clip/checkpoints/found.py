@@ -8,7 +8,7 @@ import math
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from train_clip.data.crops import Preprocess
     from train_clip.models.clip import CLIP, DualEncoder
 
-Tensors = Mapping[str, Any]
+Tensors = dict[str, Any]
 
 # Every format that is read: a function of ``Contents`` that gives a ``Found``, or None for a file of another. The first
 # that knows a file says what it is: files that say it themselves before those that are told by their tensors.
@@ -40,10 +40,9 @@ FORMATS = (
     "train_clip.checkpoints.openai:find_openai",
 )
 WRAPPINGS = ("module.", "_orig_mod.") * 4  # before each name, of models that were wrapped or compiled when saved
-ACTIVATIONS = ("quick_gelu", "gelu")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
 TENSORS_OF_LAYER = 12  # of a transformer's block; a ResNet's has more
-NAMED = 3  # tensors in a message
+NAMED, NONE = 3, "not there"  # tensors in a message
 NO_CHOICE = WeightOptions()
 OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 OF_TEXT = "positional_embedding"
@@ -69,11 +68,7 @@ def load(source: str | Path, *, backbone: str | Path | None = None, **choices: A
     Raises:
         UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
     """
-    try:
-        options = WeightOptions(**choices)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    return find_weights(source, options, backbone).build()
+    return find_weights(source, WeightOptions(**choices), backbone).build()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +84,19 @@ class Found:
 
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         """Settle with the user's choices what the file leaves open; refuse one that is missing, or has no place."""
-        raise NotImplementedError
+        if backbone is not None:
+            self.refuse(f"{self.format}, a whole model. Leave the backbone out")
+        if choices != NO_CHOICE:
+            self.refuse(f"{self.format}, whose sizes and activations are its own. Leave the choices out")
+        return self
 
     def read_as_kept(self) -> Tensors:
         """Read the tensors by the names that they have here, float32, of the sizes that they have in the file."""
         return self.rename(read_tensors(self.records))
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Tensors:
         """Read the tensors, of the sizes that were asked for."""
-        return dict(self.read_as_kept())
+        return self.read_as_kept()
 
     def empty(self) -> tuple["DualEncoder", Any]:
         """Build the model, its weights still to be filled in, and its tokenizer."""
@@ -120,7 +119,7 @@ class Found:
 
     def require_clip(self, instead: str = "; expected a CLIP.") -> "FoundCLIP":
         """Give this, a plain CLIP; ``instead`` ends the refusal of two encoders."""
-        raise NotImplementedError
+        raise UserError(f"{self.source}: two encoders{instead}")
 
     def refuse(self, why: str) -> NoReturn:
         """Raise a message that begins with the source."""
@@ -142,8 +141,7 @@ class FoundCLIP(Found):
 
     @override
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        if backbone is not None:
-            self.refuse(f"{self.format}, a whole model. Leave the backbone out")
+        super().settled(NO_CHOICE, backbone)
         config = self.config
         if choices.model_name is not None:
             named = read_config(choices.model_name)
@@ -167,24 +165,22 @@ class FoundCLIP(Found):
         """Settle by a model that they are known to be of: it says what the file leaves open, and the sizes."""
         choices = WeightOptions(image_size=model.image.size, context_length=model.text.context)
         said = self._sized(self._told_by(model), choices)
-        if not self.says_activation:
-            said = replace(said, activation=model.activation)
         for name in ("embed_dim", "image", "text", "activation", "mean", "std"):
             if (found := getattr(said, name)) != (expected := getattr(model, name)):
                 self.refuse(f"another model: its {name} is {found}, expected {expected}")
         return replace(self, config=replace(model, logit_bias=self.config.logit_bias), choices=choices)
 
     @override
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Tensors:
         return self.resized(self.read_as_kept())
 
-    def resized(self, tensors: Tensors) -> dict[str, Any]:
+    def resized(self, tensors: Tensors) -> Tensors:
         """Interpolate positions of tensors as they are kept, where that was asked for."""
         if self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // self.config.image.pixels_per_place)
         if self.choices.context_length is not None:
             tensors = resize_text_positions(tensors, self.choices.context_length)
-        return dict(tensors)
+        return tensors
 
     @override
     def empty(self) -> tuple["CLIP", Any]:
@@ -221,28 +217,26 @@ class FoundCLIP(Found):
         }
 
     def _told_by(self, named: ModelConfig) -> ModelConfig:
-        # What the file leaves open, but for the activation, as a model says it that the file is to be of.
-        config = self.config
+        # What the file leaves open as a model says it that the file is to be of.
+        told = self.config
         if not self.says_heads:
-            return replace(named, activation=config.activation, logit_bias=config.logit_bias)
-        return config if self.says_activation else replace(config, mean=named.mean, std=named.std)
+            told = replace(named, activation=told.activation, logit_bias=told.logit_bias)
+        if not self.says_activation:
+            told = replace(told, activation=named.activation, mean=named.mean, std=named.std)
+        return told
 
     def _activated(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
-        said, chosen = config.activation, choices.activation
-        if not self.says_activation:
-            if chosen is None:
-                self.refuse(
-                    "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and "
-                    "what was trained from them, have quick_gelu; open_clip's other models have gelu, but for those "
-                    "whose name ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python "
-                    "activation=…)"
-                )
-            return replace(config, activation=chosen)
-        if said not in ACTIVATIONS:
-            self.refuse(f"its activation is {said}; known: {', '.join(ACTIVATIONS)}")
+        chosen = choices.activation
+        said = config.activation if self.says_activation else chosen
+        if said is None:
+            self.refuse(
+                "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
+                "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
+                "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)"
+            )
         if chosen not in (None, said):
             self.refuse(f"its activation is {said}, found {chosen} asked for. Leave --activation out")
-        return config
+        return replace(config, activation=said)
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         # Before a model is built of it: more layers than there are tensors for.
@@ -256,7 +250,7 @@ class FoundCLIP(Found):
 
 def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
     """Find a model, and settle with the user's choices what its file leaves open; arguments and errors as ``load``."""
-    return identify(find_contents(source)).settled(choices, backbone)
+    return identify(find_contents(source)).settled(WeightOptions.pick(vars(choices)), backbone)
 
 
 def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
@@ -264,16 +258,11 @@ def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
     return identify(find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
 
 
-def any_chosen(choices: WeightOptions) -> bool:
-    """Whether the user has chosen anything."""
-    return any(getattr(choices, one.name) is not None for one in fields(WeightOptions))
-
-
 def identify(contents: Contents) -> Found:
     """Say which model lies in a file."""
     tensors = contents.tensors
     for prefix in WRAPPINGS:
-        if tensors and all(key.startswith(prefix) for key in tensors):
+        if all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
     contents = replace(contents, tensors=tensors)
     for name in FORMATS:
@@ -293,29 +282,21 @@ def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]
             raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
 
 
-def fill(model: Any, tensors: Tensors, source: str) -> None:
+def fill(model: Any, tensors: Mapping[str, Any], source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    found = [f"lacks {_some(missing)}"] if missing else []
-    found += [f"has {_some(foreign)} besides"] if foreign else []
-    shared = [(f"has {name} of", tensors[name], tensor) for name, tensor in own.items() if name in tensors]
-    other = [f"{has} shape {tuple(a.shape)}, not {tuple(b.shape)}" for has, a, b in shared if a.shape != b.shape]
-    other += [
-        f"{has} {a.dtype}, not {b.dtype}" for has, a, b in shared if a.is_floating_point() != b.is_floating_point()
-    ]
-    found += other[:NAMED]
-    if found:
+    found, expected = _forms(tensors), _forms(model.state_dict())
+    if odd := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        some = [f"{name} is {found.get(name, NONE)}, expected {expected.get(name, NONE)}" for name in odd[:NAMED]]
         raise UserError(
-            f"{source}: does not fit its model: it {'; it '.join(found)}. Expected exactly the model's tensors. If the "
-            "sizes are another's, name it (--model_name)."
+            f"{source}: does not fit its model in {len(odd):,} tensors: {'; '.join(some)}. Expected the model's own "
+            "tensors. If the sizes are another's, name it (--model_name)."
         )
     model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def _forms(tensors: Mapping[str, Any]) -> dict[str, str]:
+    kinds = {True: "numbers", False: "whole numbers"}
+    return {name: f"{tuple(one.shape)} {kinds[one.is_floating_point()]}" for name, one in tensors.items()}
 
 
 def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
@@ -325,16 +306,16 @@ def resize_image_positions(tensors: Tensors, side: int) -> Tensors:
     """
     import torch
 
-    def resized(positions: Any) -> Any:
-        """The positions of one tower."""
-        now = math.isqrt(max(0, len(positions) - 1)) if positions.ndim == 2 else 0
-        if now in (0, side) or now**2 + 1 != len(positions):
-            return positions  # as they are, or no grid: strict loading says what they are instead
-        square = positions[1:].T.unflatten(1, (now, now))[None]
-        grid = torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True)
-        return torch.cat([positions[:1], grid[0].flatten(1).T])
-
-    return {name: resized(tensor) if name in OF_IMAGES else tensor for name, tensor in tensors.items()}
+    resized = dict(tensors)
+    for name in tensors.keys() & OF_IMAGES:
+        positions = tensors[name]
+        now = math.isqrt(len(positions)) if positions.ndim == 2 else 0
+        # As they are, or no grid: strict loading says what they are instead.
+        if now not in (0, side) and now**2 + 1 == len(positions):
+            square = positions[1:].T.unflatten(1, (now, now))[None]
+            grid = torch.nn.functional.interpolate(square, (side, side), mode="bicubic", antialias=True)
+            resized[name] = torch.cat([positions[:1], grid[0].flatten(1).T])
+    return resized
 
 
 def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
@@ -347,7 +328,7 @@ def resize_text_positions(tensors: Tensors, context: int) -> Tensors:
     resized = positions[:context]
     if context > len(positions):
         resized = torch.nn.functional.interpolate(positions.T[None], context, mode="linear")[0].T.contiguous()
-    return {**tensors, OF_TEXT: resized}
+    return tensors | {OF_TEXT: resized}
 
 
 def digest_of(tensors: Tensors) -> str:
@@ -357,5 +338,5 @@ def digest_of(tensors: Tensors) -> str:
         tensor = tensors[name].detach().cpu()
         values = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        digest.update(memoryview(values.contiguous().numpy()).cast("B") if values.numel() else b"")
+        digest.update(values.contiguous().numpy())
     return digest.hexdigest()

@@ -5,7 +5,6 @@ matrices of their own, and its projections transposed.
 """
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,8 @@ def find_huggingface(contents: read.Contents) -> found.FoundCLIP | None:
             "is. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
-        pixels = contents.settings(sources.HF_PIXELS)
-        pixels = pixels or contents.settings(sources.HF_PROCESSOR).get("image_processor", {})
+        processor = contents.settings(sources.HF_PROCESSOR)
+        pixels = contents.settings(sources.HF_PIXELS) or processor.get("image_processor", {})
         config = _read_config(contents.settings(sources.HF_CONFIG), pixels, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its config.json is not as Hugging Face writes it ({first_line(error)}).") from error
@@ -85,23 +84,19 @@ def rename(tensors: found.Tensors) -> found.Tensors:
 
     renamed = {}
     for name, tensor in tensors.items():
-        ours = _reworded(name, TOWERS | WORDS)
-        if name in PROJECTIONS:
-            renamed[PROJECTIONS[name]] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-        elif "attn.q_proj." in ours:
-            names = [name.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
-            parts = [tensors[part] for part in names if part in tensors]
-            if [part.shape for part in parts] == [tensor.shape] * 3:
-                renamed[ours.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-            else:
-                renamed[ours] = tensor
-        elif "attn.k_proj." not in ours and "attn.v_proj." not in ours:
-            renamed[ours] = tensor
+        ours = PROJECTIONS.get(name, _reworded(name, TOWERS | WORDS))
+        renamed[ours] = tensor.transpose(0, -1).contiguous() if name in PROJECTIONS else tensor
+    for query in [name for name in renamed if "attn.q_proj." in name]:
+        parts = [query.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+        if all(part in renamed and renamed[part].shape == renamed[query].shape for part in parts):
+            renamed[query.replace("q_proj.", "in_proj_")] = torch.cat([renamed.pop(part) for part in parts])
     return renamed
 
 
 def _reworded(name: str, words: dict[str, str]) -> str:
-    return re.sub("|".join(map(re.escape, words)), lambda word: words[word[0]], name)
+    for old, new in words.items():
+        name = name.replace(old, new)
+    return name
 
 
 def end_token(vocab: int) -> int:
@@ -110,33 +105,33 @@ def end_token(vocab: int) -> int:
 
 
 def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) -> ModelConfig:
-    if values.get("model_type") != "clip":
-        raise UserError(
-            f"{source}: config.json has model_type {values.get('model_type')!r}; expected 'clip'. The towers of other "
-            f"models can be joined: {JOIN}"
-        )
-    towers = {}
-    for name, usual in DEFAULTS.items():
-        # Older versions wrote a copy under another name, which wins there, defaults and all.
-        towers[name] = usual | (values.get(f"{name}_dict") or values.get(name) or {})
+    odd = (
+        f"config.json has {{name}} = {{value!r}}, which CLIP's own towers do not have. Its towers can be joined: {JOIN}"
+    )
+    found.require_usual(values, {"model_type": ("clip",)}, source, odd)
+    # Older versions wrote a copy under another name, which wins there, defaults and all.
+    given = {name: values.get(f"{name}_dict") or values.get(name) or {} for name in DEFAULTS}
+    towers = {name: usual | given[name] for name, usual in DEFAULTS.items()}
     vision, text = towers.values()
     for tower in (vision, text):
-        usual = {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)}
-        usual["hidden_act"] = (vision["hidden_act"],)
-        if tower is text:
-            usual["eos_token_id"] = (LARGEST, end_token(text["vocab_size"]))
-        own = "which CLIP's own towers do not have. Its towers can be joined:"
-        found.require_usual(tower, usual, source, f"config.json has {{name}} = {{value!r}}, {own} {JOIN}")
+        found.require_usual(
+            tower,
+            {"intermediate_size": (4 * tower["hidden_size"],), "layer_norm_eps": (EPS,), "num_channels": (3,)},
+            source,
+            odd,
+        )
+    ends = {"hidden_act": (vision["hidden_act"],), "eos_token_id": (LARGEST, end_token(text["vocab_size"]))}
+    found.require_usual(text, ends, source, odd)
     size = vision["image_size"]
-    usual = {
-        **dict.fromkeys(STEPS, (True,)),
-        **{"resample": (BICUBIC,), "size": (size, {"shortest_edge": size})},
-        "crop_size": (size, {"height": size, "width": size}),
-    }
-    prepared = "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on"
-    found.require_usual(pixels, usual, source, f"{prepared} with that, change the file.")
-    if abs((factor := pixels.get("rescale_factor", 1 / 255)) * 255 - 1) > 1e-6:
-        raise UserError(f"{source}: its preprocessing has rescale_factor = {factor}; expected 1/255, as CLIP's.")
+    found.require_usual(
+        pixels,
+        dict.fromkeys(STEPS, (True,))
+        | {"resample": (BICUBIC,), "rescale_factor": (1 / 255,), "size": (size, {"shortest_edge": size})}
+        | {"crop_size": (size, {"height": size, "width": size})},
+        source,
+        "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on with "
+        "that, change the file.",
+    )
     image, texts = ({ours: towers[name][theirs] for theirs, ours in names.items()} for name, names in SETTINGS.items())
     colours = {name: colour for name in ("mean", "std") if (colour := pixels.get(f"image_{name}"))}
     model = {"name": Path(source).name, "embed_dim": values.get("projection_dim", 512), "image": image, "text": texts}
@@ -146,6 +141,8 @@ def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) ->
 def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path) -> None:
     """Write what ``CLIPModel``, ``CLIPProcessor`` and ``CLIPTokenizer`` read; a bias, which it has not, is left out."""
     from safetensors.torch import save_file
+
+    from train_clip.data.tokenizer import merges
 
     if not isinstance(config.image, ViTConfig):
         raise UserError(
@@ -159,11 +156,12 @@ def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path)
             stacklevel=2,
         )
     save_file(rename_back(tensors), folder / sources.HF_WEIGHTS, metadata={"format": "pt"})
-    for name, text in _texts(config).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, values in _settings(config).items():
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges()), ""]), encoding="utf-8")
 
 
-def rename_back(tensors: found.Tensors) -> dict[str, Any]:
+def rename_back(tensors: found.Tensors) -> found.Tensors:
     """Our names and shapes → theirs."""
     renamed = {}
     projections, words = ({ours: theirs for theirs, ours in names.items()} for names in (PROJECTIONS, WORDS))
@@ -180,9 +178,9 @@ def rename_back(tensors: found.Tensors) -> dict[str, Any]:
     return renamed
 
 
-def _texts(config: ModelConfig) -> dict[str, str]:
-    """The files beside the weights, by name."""
-    from train_clip.data.tokenizer import Tokenizer, merges, vocabulary
+def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What the JSON files beside the weights say, by their names."""
+    from train_clip.data.tokenizer import vocabulary
 
     size, last = config.image.size, end_token(config.text.vocab)
     of_all = {"projection_dim": config.embed_dim, "hidden_act": config.activation, "layer_norm_eps": EPS}
@@ -194,9 +192,8 @@ def _texts(config: ModelConfig) -> dict[str, str]:
     for (name, names), tower in zip(SETTINGS.items(), (config.image, config.text), strict=True):
         sizes = {theirs: getattr(tower, ours) for theirs, ours in names.items()}
         towers[name] |= sizes | {"intermediate_size": 4 * tower.width} | of_all
-    start, end = (vocabulary()[token] for token in (Tokenizer.start_token, Tokenizer.end_token))
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    settings: dict[str, Any] = {
+    special = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    return {
         sources.HF_CONFIG: {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -214,5 +211,3 @@ def _texts(config: ModelConfig) -> dict[str, str]:
         "special_tokens_map.json": special,
         "vocab.json": {token: place for place, token in enumerate(vocabulary())},
     }
-    texts = {name: json.dumps(values, indent=2, ensure_ascii=False) + "\n" for name, values in settings.items()}
-    return texts | {"merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges()), ""])}

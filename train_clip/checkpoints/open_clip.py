@@ -58,7 +58,7 @@ def write_open_clip(config: ModelConfig, tensors: found.Tensors, folder: Path) -
     """Write what ``open_clip.create_model("local-dir:FOLDER")`` takes."""
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), folder / sources.OPEN_CLIP_WEIGHTS)
+    save_file(tensors, folder / sources.OPEN_CLIP_WEIGHTS)
     (folder / sources.OPEN_CLIP_CONFIG).write_text(json.dumps(write_config(config), indent=2) + "\n", encoding="utf-8")
 
 

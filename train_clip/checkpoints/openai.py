@@ -20,26 +20,36 @@ ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 def find_openai(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a TorchScript archive, a state dict with the three numbers of OpenAI's, or weights under its names alone."""
     is_openai, is_script = set(MARKS) <= set(contents.tensors), contents.kind == "TorchScript archive"
-    kind = "OpenAI's" if is_openai else "TorchScript" if is_script else None
-    if kind is None and "visual.conv1.weight" not in contents.tensors:
+    if not (is_openai or is_script or "visual.conv1.weight" in contents.tensors):
         return None
-    left_out = () if kind is None else (*MARKS, MASK)
-    records = {name: value for name, value in contents.tensors.items() if name.rpartition(".")[2] not in left_out}
-    clip = found_by_shapes(kind or "state dict under OpenAI's names", contents, records)
+    kind = "OpenAI's" if is_openai else "TorchScript" if is_script else "state dict under OpenAI's names"
+    records = {name: one for name, one in contents.tensors.items() if name.rpartition(".")[2] not in (*MARKS, MASK)}
+    # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
+    clip = found_by_shapes(kind, contents, records, is_openai=is_openai)
     if is_script and (activation := ACTIVATIONS.get(contents.data.get(ACTIVATION, "").rpartition(".")[2])):
         clip = replace(clip, config=replace(clip.config, activation=activation), says_activation=True)
-    # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
-    return replace(clip, says_activation=True, says_heads=True) if is_openai else clip
+    return clip
 
 
 def found_by_shapes(
-    kind: str, contents: read.Contents, records: dict[str, read.TensorRecord], **told: Any
+    kind: str,
+    contents: read.Contents,
+    records: dict[str, read.TensorRecord],
+    is_openai: bool = False,
+    about: Any = None,
 ) -> found.FoundCLIP:
     """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
     config = config_from_shapes(records, contents)
-    says = {"says_activation": False, "says_heads": config.preset() is not None}
-    told = says | {"rename": scalar_temperature} | told
-    return found.FoundCLIP(format=kind, source=str(contents.path), records=records, config=config, **told)
+    return found.FoundCLIP(
+        format=kind,
+        source=str(contents.path),
+        records=records,
+        rename=scalar_temperature,
+        about=about or {},
+        config=config,
+        says_activation=is_openai,
+        says_heads=is_openai or config.preset() is not None,
+    )
 
 
 def config_from_shapes(records: dict[str, read.TensorRecord], contents: read.Contents) -> ModelConfig:
@@ -50,7 +60,7 @@ def config_from_shapes(records: dict[str, read.TensorRecord], contents: read.Con
         values: dict[str, Any] = {
             "name": path.stem,
             "embed_dim": shapes["text_projection"][1],
-            "image": _vit(shapes) if "visual.class_embedding" in shapes else _resnet(shapes),
+            "image": _image(shapes),
             "text": {
                 "context": shapes[found.OF_TEXT][0],
                 "vocab": shapes["token_embedding.weight"][0],
@@ -60,27 +70,26 @@ def config_from_shapes(records: dict[str, read.TensorRecord], contents: read.Con
             },
             "logit_bias": "logit_bias" in shapes,
         }
-    except KeyError as error:
+    except (LookupError, ValueError) as error:
         some = ", ".join(list(shapes)[:5])
-        raise UserError(f"{path}: no CLIP of OpenAI's form, it lacks {error}. It has {some}.") from error
-    except (IndexError, ValueError) as error:
         raise UserError(
-            f"{path}: no CLIP of OpenAI's form, a tensor has another number of dimensions, or positions, than there."
+            f"{path}: no CLIP of OpenAI's form, a tensor is missing or of other dimensions ({error!r}). It has {some}."
         ) from error
     return config_from_dict(values, str(path)).named_as_preset()
 
 
-def _vit(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    width, _, patch, _ = shapes["visual.conv1.weight"]
-    side = math.isqrt(shapes[found.OF_IMAGES[0]][0] - 1)
-    layers = _count(shapes, "visual.transformer.resblocks.")
-    return {"size": side * patch, "patch": patch, "layers": layers, "width": width, "heads": max(1, width // HEAD)}
-
-
-def _resnet(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    side = math.isqrt(shapes[found.OF_IMAGES[1]][0] - 1) * ResNetConfig.pixels_per_place
-    blocks = [_count(shapes, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
-    return {"size": side, "blocks": blocks, "width": shapes["visual.layer1.0.conv1.weight"][0]}
+def _image(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    is_vit = "visual.class_embedding" in shapes
+    side = math.isqrt(shapes[found.OF_IMAGES[not is_vit]][0] - 1)
+    if is_vit:
+        width, _, patch, _ = shapes["visual.conv1.weight"]
+        layers = _count(shapes, "visual.transformer.resblocks.")
+        return {"size": side * patch, "patch": patch, "layers": layers, "width": width, "heads": max(1, width // HEAD)}
+    blocks, width = (
+        [_count(shapes, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
+        shapes["visual.layer1.0.conv1.weight"][0],
+    )
+    return {"size": side * ResNetConfig.pixels_per_place, "blocks": blocks, "width": width}
 
 
 def _count(names: dict[str, Any], prefix: str) -> int:

@@ -39,11 +39,7 @@ def find_safetensors(contents: read.Contents) -> found.FoundCLIP | None:
     if METADATA not in contents.data:
         return None
     source = str(contents.path)
-    try:
-        values = dict(json.loads(contents.data[METADATA]))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{source}: its metadata tell of no model ({error}). Write the file again.") from error
-    config = config_from_dict(values, source)
+    config = config_from_dict(read.parse_json(contents.data[METADATA], f"{source}: its metadata"), source)
     return found.FoundCLIP(format="train-clip safetensors", source=source, records=contents.tensors, config=config)
 
 
@@ -58,8 +54,8 @@ def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
             "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
             "train_clip.CustomCLIPWrapper."
         )
-    known = {"about": told["about"], "says_activation": True, "says_heads": True}
-    return openai.found_by_shapes("train-CLIP checkpoint (CLIPWrapper)", contents, told["records"], **known)
+    kind = "train-CLIP checkpoint (CLIPWrapper)"
+    return openai.found_by_shapes(kind, contents, told["records"], is_openai=True, about=told["about"])
 
 
 def of_lightning(contents: read.Contents) -> dict[str, Any]:
@@ -82,22 +78,19 @@ def write_safetensors(config: ModelConfig, tensors: found.Tensors, file: Path) -
     """Write one file of tensors under OpenAI's names, the configuration in its metadata."""
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), file, metadata={"format": "pt", METADATA: json.dumps(config.to_dict())})
+    save_file(tensors, file, metadata={"format": "pt", METADATA: json.dumps(config.to_dict())})
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint: plain data only, each record held against the checksum that it was written with."""
     import torch
 
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(f"{path}: {what}; expected a checkpoint, such as RUN/checkpoints/last.ckpt.")
     try:
         with zipfile.ZipFile(path) as archive:
             # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & MARKED_AS_FOLDER]
-            damaged = archive.testzip() or next(iter(folders), None)
-        loaded = None if damaged else torch.load(path, map_location=map_location, weights_only=True)
+            if any(entry.external_attr & MARKED_AS_FOLDER for entry in archive.infolist()) or archive.testzip():
+                raise zipfile.BadZipFile("a record is not what was written")
+        loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than plain data; nothing of it was run. Expected a checkpoint of `train-clip train`."
@@ -105,10 +98,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     except Exception as error:
         # A foreign, empty or truncated file raises anything from BadZipFile to KeyError.
         raise UserError(
-            f"{path}: no checkpoint, or not all of one ({root_cause(error)}). Use another checkpoint."
+            f"{path}: no checkpoint, or not all of one ({root_cause(error)}). Use another, such as "
+            "RUN/checkpoints/last.ckpt."
         ) from error
-    if damaged:
-        raise UserError(f"{path}: damaged (its record {damaged} is not what was written). Use another checkpoint.")
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a checkpoint of `train-clip train`.")
     return loaded

@@ -22,7 +22,7 @@ MAX_INSTRUCTIONS, MAX_NAMES, MAX_ARGUMENTS = 4_000_000, 10_000, 16
 MAX_DIMENSIONS, MAX_DEPTH = 64, 100  # of a tensor; of modules within modules
 MAX_KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to share one hash
 MAX_SHARED = 4  # times the file's size that its tensors may take; tied weights make it less than 2
-LONGEST_SHOWN = 60  # letters of a name in a message
+MOST_SHOWN = 200  # letters of a file's own names in a message
 
 # By dtype: its bytes, the beginning of its storage's name (torch.FloatStorage), its name in a .safetensors header.
 KINDS = {
@@ -30,7 +30,8 @@ KINDS = {
     "bfloat16": (2, "BFloat16", "BF16"), "int64": (8, "Long", "I64"), "int32": (4, "Int", "I32"),
     "int16": (2, "Short", "I16"), "int8": (1, "Char", "I8"), "uint8": (1, "Byte", "U8"), "bool": (1, "Bool", "BOOL"),
 }  # fmt: skip
-STORAGES, DTYPES = ({str(kind[place]): dtype for dtype, kind in KINDS.items()} for place in (1, 2))
+STORAGES = {f"torch.{kind}Storage": dtype for dtype, (_, kind, _) in KINDS.items()}
+DTYPES = {kind: dtype for dtype, (_, _, kind) in KINDS.items()}
 # Names that checkpoints hold beside their weights, in older ones of Lightning a run's arguments and its callbacks'
 # classes; Python 2 called the module of its own types __builtin__. Any other name is refused.
 HARMLESS = tuple(
@@ -93,16 +94,18 @@ class Contents:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of settings: keys and values, not too large."""
+    """Read a file of settings, not too large."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise UserError(f"{path}: {size:,} bytes; expected a JSON file of {MAX_JSON:,} at most.")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes | str, source: str) -> dict[str, Any]:
+    """Read settings: keys and values."""
     try:
-        if (size := path.stat().st_size) > MAX_JSON:
-            raise UserError(f"{path}: {size:,} bytes; expected a JSON file of {MAX_JSON:,} at most.")
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}). Get the file again.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected keys and values.")
-    return values
+        return dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON of keys and values ({error}). Get the file again.") from error
 
 
 def read_file(path: Path) -> Contents:
@@ -119,14 +122,9 @@ def read_file(path: Path) -> Contents:
                 "written by PyTorch before 1.6, or in its old form. Write it anew with "
                 "torch.save(torch.load(FILE, weights_only=True), NEW)."
             )
-        what = "is empty" if not start else f"begins with {start[:8]!r}"
-        raise UserError(f"{what}, which no file of weights does.{EXPECTED}")
+        raise UserError(f"begins with {start[:8]!r}, which no file of weights does.{EXPECTED}")
     except UserError as error:
         raise UserError(f"{path}: {str(error).removesuffix('.')}.") from error
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: an archive that is cut short or damaged ({error}). Get the file again.") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}.") from error
     except Exception as error:
         raise UserError(f"{path}: no weights, or damaged ones ({root_cause(error)}). Get the file again.") from error
 
@@ -137,12 +135,10 @@ def _read_weights(path: Path) -> Contents:
         return _read_modules(path, data)
     if not isinstance(data, dict):
         raise UserError(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
-    state = data.get("state_dict", data)
-    held = state if isinstance(state, dict) else {}
+    held = data.get("state_dict", data)
     tensors = {name: v for name, v in held.items() if isinstance(name, str) and isinstance(v, TensorRecord)}
     if not tensors:
-        names = ", ".join(key[:LONGEST_SHOWN] for key in list(data)[:6] if isinstance(key, str)) or "nothing"
-        raise UserError(f"holds no weights (but {names}).{EXPECTED}")
+        raise UserError(f"holds no weights, but {str(list(data)[:6])[:MOST_SHOWN]}.{EXPECTED}")
     return Contents(path, "PyTorch archive", data, tensors)
 
 
@@ -172,10 +168,9 @@ def read_archive(path: Path) -> Any:
         # TorchScript compresses its code, which is not read. What is not stored as it is could unpack to anything.
         stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
         sizes = {entry.filename: entry.file_size for entry in stored}
-        if len(sizes) < len(stored):
-            raise UserError("has two entries of one name")
-        if any(entry.file_size != entry.compress_size for entry in stored) or sum(sizes.values()) > path.stat().st_size:
-            raise UserError("its entries claim more bytes than it has")
+        is_whole = len(sizes) == len(stored) and sum(sizes.values()) <= path.stat().st_size
+        if not is_whole or any(entry.file_size != entry.compress_size for entry in stored):
+            raise UserError("has two entries of one name, or entries that claim more bytes than it has")
         found = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
             raise UserError(f"has {len(found)} entries data.pkl, expected one")
@@ -187,7 +182,7 @@ def read_archive(path: Path) -> Any:
             raise UserError("was written on a machine of the other byte order")
         program = archive.read(pickled)
     _require_data(program)
-    return _Unpickler(program, path, prefix, sizes).load()
+    return _unpickle(program, path, prefix, sizes)
 
 
 # Instructions that data needs; what the first ones put on the stack may be a key.
@@ -233,37 +228,33 @@ class _Storage(NamedTuple):
     numel: int
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes plain data, records of tensors, and stand-ins: a name in a file is a word, and never imported."""
+def _unpickle(program: bytes, file: Path, prefix: str, sizes: Mapping[str, int]) -> Any:
+    """Make plain data, records of tensors, and stand-ins: a name in a file is a word, and never imported."""
+    classes: dict[str, type] = {}
 
-    def __init__(self, program: bytes, file: Path, prefix: str, sizes: Mapping[str, int]) -> None:
-        super().__init__(io.BytesIO(program))
-        self.file, self.prefix, self.sizes = file, prefix, sizes
-        self.classes: dict[str, type] = {}
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> type:
+            name = f"{module}.{name}"
+            if name.startswith("torch.nn."):
+                raise UserError(
+                    "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
+                    "torch.save(model.state_dict(), FILE)"
+                )
+            is_known = name in STORAGES or name in MAKERS or name.startswith(HARMLESS)
+            if not (is_known or name.removeprefix("torch.") in KINDS) or len(classes) > MAX_NAMES:
+                raise UserError(
+                    f"asks for {name}, which the weights that are read here do not need; nothing of it was run"
+                )
+            return classes.setdefault(name, type(name, (StandIn,), {}))
 
-    def find_class(self, module: str, name: str) -> type:
-        name = f"{module}.{name}"
-        if name.startswith("torch.nn."):
-            raise UserError(
-                "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
-                "torch.save(model.state_dict(), FILE)"
-            )
-        is_type = name.startswith("torch.") and (name.endswith("Storage") or name.removeprefix("torch.") in KINDS)
-        if not (is_type or name in MAKERS or name.startswith(HARMLESS)) or len(self.classes) > MAX_NAMES:
-            raise UserError(f"asks for {name}, which weights do not need; nothing of it was run")
-        if name not in self.classes:
-            self.classes[name] = type(name, (StandIn,), {})
-        return self.classes[name]
+        def persistent_load(self, words: Any) -> _Storage:
+            _, kind, key, _, numel = words  # "storage", type, key, device, number of elements
+            dtype, entry = STORAGES[kind.__name__], f"{prefix}data/{_require(key, str)}"
+            if sizes.get(entry, -1) != numel * KINDS[dtype][0]:
+                raise UserError(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
+            return _Storage(file, entry, dtype, numel)
 
-    def persistent_load(self, words: Any) -> _Storage:
-        _, kind, key, _, numel = words  # "storage", type, key, device, number of elements
-        name = kind.__name__.removeprefix("torch.").removesuffix("Storage")
-        if name not in STORAGES:
-            raise UserError(f"has a tensor of type {name[:LONGEST_SHOWN]}; known: {', '.join(STORAGES)}")
-        dtype, entry = STORAGES[name], f"{self.prefix}data/{_require(key, str)}"
-        if self.sizes.get(entry, -1) != numel * KINDS[dtype][0]:
-            raise UserError(f"its entry {entry} is missing, or not of {numel:,} {dtype}")
-        return _Storage(self.file, entry, dtype, numel)
+    return Unpickler(io.BytesIO(program)).load()
 
 
 class _Dict(dict[Any, Any]):
@@ -319,9 +310,7 @@ def _read_safetensors(path: Path) -> Contents:
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise UserError(f"its header would have {length:,} bytes, in a file of {size:,}")
         header = json.loads(file.read(length))
-    data, tensors = header.pop("__metadata__", {}), {}
-    if not isinstance(data, dict):
-        raise UserError("its metadata are no values by their names")
+    data, tensors = dict(header.pop("__metadata__", {})), {}
     for name, entry in header.items():
         shape, (start, end) = _sizes(entry["shape"]), entry["data_offsets"]
         if (dtype := DTYPES.get(entry["dtype"])) is None:
@@ -335,7 +324,7 @@ def _read_safetensors(path: Path) -> Contents:
 def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Any]:
     """Read tensors into memory, each byte held against its checksum where there is one; floats become float32."""
     tensors = {}
-    for file in dict.fromkeys(record.file for record in records.values()):
+    for file in {record.file for record in records.values()}:
         try:
             for name, tensor in _read_from(file, {name: one for name, one in records.items() if one.file == file}):
                 tensors[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
@@ -354,18 +343,15 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
         with safe_open(file, framework="pt") as tensors:
             yield from ((name, tensors.get_tensor(record.entry)) for name, record in records.items())
         return
-    by_storage: dict[str, dict[str, TensorRecord]] = {}
-    for name, record in records.items():
-        by_storage.setdefault(record.entry, {})[name] = record
     num_bytes = sum(math.prod(record.shape) * KINDS[record.dtype][0] for record in records.values())
     if num_bytes > MAX_SHARED * file.stat().st_size:
         raise UserError("the same numbers stand for many tensors")
     with zipfile.ZipFile(file) as archive:
-        for entry, sharing in by_storage.items():
-            content = bytearray(archive.read(entry))  # PyTorch wants memory that it may write to
-            dtype = getattr(torch, next(iter(sharing.values())).dtype)
-            storage = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-            for name, record in sharing.items():
-                tensor = storage.as_strided(record.shape, record.stride or (), record.offset)
-                # What shared its storage in the file is no longer one when it is trained.
-                yield name, tensor if len(sharing) == 1 else tensor.clone()
+        entry = None
+        for name, record in sorted(records.items(), key=lambda item: item[1].entry):
+            if record.entry != entry:
+                entry, dtype = record.entry, getattr(torch, record.dtype)
+                # PyTorch wants memory that it may write to, and some, for tensors of no elements too.
+                storage = torch.frombuffer(bytearray(archive.read(entry) or bytes(8)), dtype=dtype)
+            # What shared its storage in the file is no longer one when it is trained.
+            yield name, storage.as_strided(record.shape, record.stride or (), record.offset).clone()

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from train_clip.checkpoints.read import EXPECTED, LONGEST_SHOWN, Contents, read_file, read_json
+from train_clip.checkpoints.read import EXPECTED, Contents, TensorRecord, read_file, read_json
 from train_clip.errors import UserError, first_line
 from train_clip.files import replacing
 
@@ -50,11 +50,11 @@ def read_contents(path: Path) -> Contents:
     try:
         if path.is_dir():
             return _gather(str(path), WEIGHTS)
+        if path.is_file():
+            return replace(_gather(str(path.parent), (path.name,)), path=path)
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
-    if not path.is_file():
-        raise UserError(f"{path}: {'is no regular file' if path.exists() else 'there is no such file'}.{EXPECTED}")
-    return replace(_gather(str(path.parent), (path.name,)), path=path)
+    raise UserError(f"{path}: there is no such file, or it is no regular file.{EXPECTED}")
 
 
 def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
@@ -63,24 +63,23 @@ def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
     for name in weights:
         if (found := find_file(folder, name)) is None:
             continue
-        parts = []
+        tensors: dict[str, TensorRecord] = {}
         for part in _parts(found) if name.endswith(".index.json") else [name]:
             if (file := find_file(folder, part)) is None:
                 raise UserError(f"{folder}: {name} lists {part}, which is not there. Get the folder again.")
-            parts.append(read_file(file))
-        tensors = {key: record for contents in parts for key, record in contents.tensors.items()}
-        return replace(parts[0], path=Path(folder), tensors=tensors, configs=configs)
+            contents = read_file(file)
+            tensors |= contents.tensors
+        return replace(contents, path=Path(folder), tensors=tensors, configs=configs)
     raise UserError(f"{folder}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
 
 
 def _parts(index: Path) -> list[str]:
     """The files that an index lists; a path in place of a name would leave the folder."""
-    listed = read_json(index).get("weight_map", {})
-    parts = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    odd = [part for part in parts if Path(part).name != part]
-    if odd := odd or ([] if parts else ["no file"]):
-        raise UserError(f"{index}: lists {odd[0][:LONGEST_SHOWN]}; expected names of files beside it.")
-    return parts
+    listed = read_json(index).get("weight_map")
+    parts = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+    if not parts or any(Path(part).name != part for part in parts):
+        raise UserError(f"{index}: lists no files, or others than files beside it. Get the folder again.")
+    return sorted(parts)
 
 
 def openai_name(name: str) -> str | None:
@@ -102,10 +101,9 @@ def fetch_openai(name: str) -> Path:
                 print(f"OpenAI's {name}: {address} → {target}")
                 download_url_to_file(address, str(beside))
         except Exception as error:  # whatever a network does, or a folder of that name
-            reason = getattr(error, "reason", None) or first_line(error)
             raise UserError(
-                f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({reason}). Where there is a "
-                f"network fetch {address} and put it at {target}; or give a file of your own."
+                f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({first_line(error)}). Where "
+                f"there is a network fetch {address} and put it at {target}; or give a file of your own."
             ) from error
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -124,14 +122,11 @@ def _from_hub(name: str) -> Contents:
         return _gather(name, WEIGHTS)
     except UserError as error:
         raise UserError(f"{HUB}{error}") from error
-    except ImportError as error:
-        raise UserError(
-            f"{HUB}{name}: names of the hub need huggingface_hub ({error}). Install it: pip install 'train-clip[hf]'."
-        ) from error
     except Exception as error:
         raise UserError(
             f"{HUB}{name}: not in this machine's cache and not reachable ({first_line(error)}). Where there is a "
-            f"network run `hf download {name} --local-dir FOLDER`, and give the folder."
+            f"network run `pip install 'train-clip[hf]'` and `hf download {name} --local-dir FOLDER`, and give the "
+            "folder."
         ) from error
 
 

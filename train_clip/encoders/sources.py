@@ -7,13 +7,12 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from train_clip.checkpoints import found, own, read
 from train_clip.errors import UserError
-from train_clip.options import WeightOptions
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from train_clip.encoders.encoder import ImageEncoder, TextEncoder
@@ -100,18 +99,6 @@ def _examples(kind: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class FoundEncoders(found.Found):
     """Two encoders that ``finetune`` has joined."""
-
-    @override
-    def require_clip(self, instead: str = "; expected a CLIP.") -> NoReturn:
-        raise UserError(f"{self.source}: two encoders{instead}")
-
-    @override
-    def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        if backbone is not None:
-            self.refuse(f"{self.format}, a whole model. Leave the backbone out")
-        if found.any_chosen(choices):
-            self.refuse("two encoders, whose sizes and activations are their own. Leave the choices out")
-        return self
 
     @override
     def empty(self) -> tuple[Any, Any]:

@@ -64,7 +64,7 @@ class FoundPrompts(found.FoundCLIP):
 
     @override
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        if found.any_chosen(choices):
+        if choices != found.NO_CHOICE:
             self.refuse("visual prompts, whose backbone is of one size. Leave the other choices out")
         if "digest" not in self.arguments:  # whole
             return super().settled(choices, backbone)
@@ -78,11 +78,11 @@ class FoundPrompts(found.FoundCLIP):
         return dataclasses.replace(self, backbone=settled)
 
     @override
-    def read(self) -> dict[str, Any]:
+    def read(self) -> found.Tensors:
         if self.backbone is None:
             return super().read()
         tensors, _ = read_backbone(self.backbone, self.arguments["digest"])
-        return _below_backbone(tensors) | dict(self.read_as_kept())
+        return _below_backbone(tensors) | self.read_as_kept()
 
     @override
     def empty(self) -> tuple[Any, Any]:
