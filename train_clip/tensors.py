@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Send a host's tensor, not to be written to again, without waiting: a GPU copies pinned memory in its own time."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -16,12 +15,12 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """What of a tensor lies on this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_of(parameter: Tensor) -> tuple[int, ...]:
+def shard_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """Which part of a parameter lies on this process, the same number on those that hold the same part."""
     if not isinstance(parameter, DTensor):
         return (0,)

@@ -158,7 +158,7 @@ def test_a_place_is_held_in_the_dtype_of_the_others(tmp_path: Path) -> None:
     sample = ValidationPairs(pairs, SIZE)[0]
     assert sample.missing
     assert sample.pixels.dtype == torch.float32
-    assert sample.skips == (Skip(pairs[0].image, NO_ZIP),)
+    assert sample.skips == (Skip(pairs[0].image, "empty file"),)
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -257,7 +257,7 @@ NO_ZIP = "not an npz file, or one that is cut short"
 LIES = "npz whose array is not of the size that its header says"
 HUGE = (3, 2**31, 2**31)
 HOSTILE = {
-    "empty": (b"", NO_ZIP),
+    "empty": (b"", "empty file"),
     "no zip": (b"GIF89a" * 20, NO_ZIP),
     "an npy file": (_plain_npy(), NO_ZIP),
     "cut short": (saved(data=picture())[:-30], NO_ZIP),

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints.read import Contents, TensorRecord, read_tensors
-from train_clip.checkpoints.sources import find_contents
+from train_clip.checkpoints import read, sources
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
@@ -77,7 +76,7 @@ class Found:
 
     format: str  # as `train-clip inspect` prints it
     source: str  # what messages name
-    records: Mapping[str, TensorRecord]  # its tensors, prefixes taken off
+    records: Mapping[str, read.TensorRecord]  # its tensors, prefixes taken off
     rename: Callable[[Tensors], Tensors] = dict  # maps them, read, to the names and shapes that the model has here
     arguments: Mapping[str, Any] = field(default_factory=dict)  # what the module that was trained was made with
     about: Mapping[str, Any] = field(default_factory=dict)  # what else the file says, for who reads it
@@ -92,7 +91,7 @@ class Found:
 
     def read_as_kept(self) -> Tensors:
         """Read the tensors by the names that they have here, float32, of the sizes that they have in the file."""
-        return self.rename(read_tensors(self.records))
+        return self.rename(read.read_tensors(self.records))
 
     def read(self) -> Tensors:
         """Read the tensors, of the sizes that were asked for."""
@@ -250,15 +249,15 @@ class FoundCLIP(Found):
 
 def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
     """Find a model, and settle with the user's choices what its file leaves open; arguments and errors as ``load``."""
-    return identify(find_contents(source)).settled(WeightOptions.pick(vars(choices)), backbone)
+    return identify(sources.find_contents(source)).settled(WeightOptions.pick(vars(choices)), backbone)
 
 
 def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
     """Find weights that are known to be of a model: what their file leaves open, the model says; others are refused."""
-    return identify(find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
+    return identify(sources.find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
 
 
-def identify(contents: Contents) -> Found:
+def identify(contents: read.Contents) -> Found:
     """Say which model lies in a file."""
     tensors = contents.tensors
     for prefix in WRAPPINGS:

@@ -4,11 +4,10 @@ import pkgutil
 from pathlib import Path
 from typing import Literal
 
+from train_clip import files, options
 from train_clip.checkpoints.found import find_weights
 from train_clip.errors import UserError
-from train_clip.files import replacing
 from train_clip.models.clip import CLIP, DualEncoder
-from train_clip.options import WeightOptions
 
 ENCODERS = (
     "joined by this package, which no format of others holds: each says which CLIP it is by its sizes alone. Keep the "
@@ -35,7 +34,7 @@ def convert(
     source: str,
     target: Path,
     /,
-    weights: WeightOptions,
+    weights: options.WeightOptions,
     *,
     to: Literal["open_clip", "huggingface", "safetensors"] = "safetensors",
 ) -> Path:
@@ -71,7 +70,7 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
         )
     _require_writable(target)
     write = pkgutil.resolve_name(WRITERS[kind][0])
-    with replacing(target) as beside:
+    with files.replacing(target) as beside:
         if kind != "safetensors":
             beside.mkdir()
         write(model.config, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)

@@ -13,8 +13,7 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from train_clip.commands.evaluate import EvaluateOptions, evaluate
-from train_clip.commands.train import train
+from train_clip.commands import evaluate, train
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
@@ -59,7 +58,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
 
     options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     options |= {"folder": training, "seed": seed, "output": output / "run"}
-    run = train(
+    run = train.train(
         ModelOptions.pick(options),
         DataOptions.pick(options),
         TrainingOptions.pick(options),
@@ -68,9 +67,9 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         TrainerOptions(devices=1),
     )
     print("\nOn combinations of colour and shape that were never seen in training:")
-    evaluate(
+    evaluate.evaluate(
         str(run / "checkpoints" / "last.ckpt"),
-        EvaluateOptions(
+        evaluate.EvaluateOptions(
             folder=unseen,
             classes=classes,
             templates=templates,

@@ -10,8 +10,7 @@ from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich import console, table
 
 from train_clip.checkpoints.found import NO_CHOICE, Found, Pretrained, find_weights
 from train_clip.commands.progress import with_progress
@@ -131,12 +130,12 @@ def write_json(target: Path, scores: dict[str, Any]) -> None:
 
 def print_table(rows: list[list[str]]) -> None:
     """Print a heading and rows of figures, in a line each on any terminal: folded they cannot be read or piped."""
-    table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
-    for column in table.columns[1:]:
+    printed = table.Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+    for column in printed.columns[1:]:
         column.justify = "right"
     for row in rows[1:]:
-        table.add_row(*row)
-    Console(width=WIDTH).print(table)
+        printed.add_row(*row)
+    console.Console(width=WIDTH).print(printed)
 
 
 def draw_best_captions(collection: embed.Collection, target: Path) -> None:

@@ -1,9 +1,6 @@
 """Tell what lies in a file of weights, in a moment: neither PyTorch nor the model is needed for it."""
 
-from typing import Any
-
-from train_clip.checkpoints.found import identify
-from train_clip.checkpoints.sources import find_contents
+from train_clip.checkpoints import found, sources
 
 # A module's arguments that say which model it is, and not how it was trained.
 OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts", "digest")
@@ -19,15 +16,15 @@ def inspect(file: str, /) -> dict[str, str]:
     Returns:
         What is printed, by its heading.
     """
-    contents = find_contents(file)
-    found = identify(contents)
+    contents = sources.find_contents(file)
+    weights = found.identify(contents)
     files = {record.file for record in contents.tensors.values()}
     size = f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB" + f" in {len(files)} files" * (
         len(files) > 1
     )
-    report = {"file": str(contents.path), "format": f"{found.format} ({contents.kind}, {size})"} | found.describe()
-    report |= {name: _shown(value) for name, value in found.about.items() if value is not None}
-    trained = {name: value for name, value in found.arguments.items() if name not in OF_MODEL and value is not None}
+    report = {"file": str(contents.path), "format": f"{weights.format} ({contents.kind}, {size})"} | weights.describe()
+    report |= {name: _shown(value) for name, value in weights.about.items() if value is not None}
+    trained = {name: value for name, value in weights.arguments.items() if name not in OF_MODEL and value is not None}
     if trained:
         report["trained with"] = ", ".join(f"{_shown(name)} {_shown(value)}" for name, value in trained.items())
     # Without the codes by which a file could write all over a terminal.
@@ -38,7 +35,7 @@ def inspect(file: str, /) -> dict[str, str]:
     return report
 
 
-def _shown(value: Any, nested: bool = False) -> str:
+def _shown(value: object, nested: bool = False) -> str:
     """A value out of a file, or what it is: it may be too large to be written out."""
     if isinstance(value, list | tuple) and len(value) <= MOST_ITEMS and not nested:
         return f"[{', '.join(_shown(item, nested=True) for item in value)}]"

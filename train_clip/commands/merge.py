@@ -14,8 +14,7 @@ from train_clip.errors import UserError
 from train_clip.files import require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
-from train_clip.training.checkpoints import AtomicCheckpointIO
-from train_clip.training.same_run import require_same
+from train_clip.training import checkpoints, same_run
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,7 +70,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **own.OF_RUN}}
     for weight, target in zip(weights, targets, strict=True):
         merged = {own.MODEL + name: value for name, value in interpolate(first, second, weight).items()}
-        AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
+        checkpoints.AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
         print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
         if weight not in scores:
             scores[weight] = _scores(found.find_weights(target), options)
@@ -109,7 +108,7 @@ def of_one_loss(start: Tensors, tuned: Tensors) -> Tensors:
 def require_one_model(start: Tensors, tuned: Tensors) -> None:
     """Refuse state dicts whose names or shapes differ."""
     begun, ended = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (start, tuned))
-    require_same(ended, begun, "The checkpoints are of two models (found {found}); expected two of one model.")
+    same_run.require_same(ended, begun, "The checkpoints are of two models (found {found}); expected two of one model.")
 
 
 def _weights(options: MergeOptions) -> list[float]:

@@ -9,8 +9,7 @@ import yaml
 from train_clip.commands import evaluate, run, train
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, presets, read_config
-from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.muon import HIDDEN, row_blocks
+from train_clip.training import clip_wrapper, muon
 from train_clip.training.optimizer import build_optimizer
 
 OF_PRESETS = "model,parameters,image,text,pixels,embed,image tower,text tower,lr,betas,eps,decay,warm-up,epochs".split(
@@ -38,16 +37,16 @@ def models(show: str | None = None, optimizer: str | None = None, model_name: st
 def _updates(config: ModelConfig, optimizer: str) -> list[list[str]]:
     """A row for each parameter, those of a tower's blocks together."""
     with torch.device("meta"):
-        module = CLIPWrapper(config.name, config, optimizer=optimizer)
+        module = clip_wrapper.CLIPWrapper(config.name, config, optimizer=optimizer)
     groups = build_optimizer(module.model, module.model, module.options).param_groups
     of_group = {parameter: group for group in groups for parameter in group["params"]}
     rows: Counter[tuple[str, ...]] = Counter()
     for name, parameter in module.model.named_parameters():
         group = of_group[parameter]
-        of_muon = group.get(HIDDEN, False)
+        of_muon = group.get(muon.HIDDEN, False)
         key = "adamw" if optimizer == "muon" and not of_muon else optimizer
         by = NAMES.get(key, key)
-        if of_muon and (together := row_blocks(parameter)) > 1:
+        if of_muon and (together := muon.row_blocks(parameter)) > 1:
             by += f", as {together} matrices"
         shape = "×".join(map(str, parameter.shape)) or "1"
         rows[re.sub(r"\.\d+\.", ".*.", name), shape, by, f"{group['weight_decay']:g}"] += 1

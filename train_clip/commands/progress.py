@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
+from rich import console, progress
 from torch.utils.data import DataLoader
 
 from train_clip.data.samples import available_cores
@@ -29,9 +28,9 @@ def _call(function: Any, items: list[Any]) -> list[Any]:
 
 def with_progress(loader: Any, what: str) -> Iterator[Any]:
     """Go through something that has a length, and show how many of ``what`` are done."""
-    console = Console()
-    if console.is_terminal:
-        yield from track(loader, description=what, console=console, transient=True)
+    screen = console.Console()
+    if screen.is_terminal:
+        yield from progress.track(loader, description=what, console=screen, transient=True)
         return
     last = time.perf_counter()
     for number, item in enumerate(loader, 1):

@@ -63,6 +63,8 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def _require_small_directory(path: str, file: IO[bytes], size: int) -> None:
+    if not size:
+        raise BadSample(path, "empty file")
     # As zipfile finds it: at the very end, or before a comment of up to 64 KiB.
     file.seek(-min(size, END_LENGTH + LOCATOR_LENGTH + 2**16), os.SEEK_END)
     tail = file.read()

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from train_clip.data import crops
-from train_clip.data.images import is_npz
+from train_clip.data import crops, images
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
 
@@ -117,7 +116,7 @@ class _Pairs(Dataset[Sample]):
 def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
     """Uint8, or float32 that is already normalised, as the first file that can be read holds, and that file."""
     for path in (pair.pixels for pair in pairs):
-        if not is_npz(path):
+        if not images.is_npz(path):
             return torch.uint8, path
         try:
             return crops.read_square(path, size).dtype, path

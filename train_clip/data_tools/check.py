@@ -4,11 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from train_clip import errors, files
 from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
-from train_clip.errors import UserError
-from train_clip.files import require_place, write_text
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -24,7 +23,7 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         UserError: training would not begin, or would stop.
     """
     if options.json is not None:
-        require_place(options.json)
+        files.require_place(options.json)
     found = scan.scan_source(folder, options)
     sources, val_pairs = [found.source], None
     if options.val_pairs is not None:
@@ -40,9 +39,9 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
     report = build_report(found, facts, options, val_pairs)
     print("\n".join(lines(report, options)))
     if options.json is not None:
-        write_text(options.json, json.dumps(report, indent=2) + "\n")
+        files.write_text(options.json, json.dumps(report, indent=2) + "\n")
     if report["problems"]:
-        raise UserError(f"{report['source']}: training would fail. {' '.join(report['problems'])}")
+        raise errors.UserError(f"{report['source']}: training would fail. {' '.join(report['problems'])}")
     return report
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import PIL
 
+from train_clip import errors, files
 from train_clip.commands.progress import in_workers
 from train_clip.data import crops, images, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
-from train_clip.errors import BadSample
-from train_clip.files import replacing
 
 KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
 FORMAT = 2  # to be raised when what is kept, or what is found bad, changes
@@ -71,7 +70,7 @@ class Facts:
         """Write what is known of the present pairs to a file; None where that cannot be."""
         try:
             if file is not None:
-                with replacing(file) as beside, beside.open("wb") as out:
+                with files.replacing(file) as beside, beside.open("wb") as out:
                     np.savez(out, about=_about(), notes=list(self.notes), pairs=self.pairs, captions=self.captions)
             return file
         except OSError as error:
@@ -148,7 +147,7 @@ def audit(pairs: PairList, place: int) -> tuple[Any, str, Any]:
         digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
         captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
         note += mended
-    except BadSample as error:
+    except errors.BadSample as error:
         note[0] = error.reason
     try:
         picture, mended = crops.read_picture(pair.pixels)
@@ -156,7 +155,7 @@ def audit(pairs: PairList, place: int) -> tuple[Any, str, Any]:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         image = picture.size, content, phash(picture) if phash else 0
         note += mended
-    except BadSample as error:
+    except errors.BadSample as error:
         note[1] = error.reason
     return image, "\n".join(note), captions
 

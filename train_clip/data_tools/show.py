@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from train_clip import errors, files
 from train_clip.data import augment, crops, samples
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.scan import scan_source
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.errors import BadSample
-from train_clip.files import write_text
 from train_clip.options import UP_TO_ONE, AugmentationOptions, SourceOptions, at_least, option
 
 STYLE = """
@@ -58,7 +57,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     tokenizer = Tokenizer(options.context_length)
     title = f"{number} of {len(found.pairs):,} pairs of {shown(str(found.source))}"
     sections = "\n".join(_section(found.pairs, place, options, tokenizer) for place in chosen)
-    write_text(
+    files.write_text(
         options.output,
         f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n"
@@ -79,7 +78,7 @@ def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Token
         draws = augment.draw_batch(options, (options.seed, place), slice(None), options.crops)
         augmented = augment.augment(drawn, options, draws)
         pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in augmented)
-    except BadSample as bad:
+    except errors.BadSample as bad:
         pictures = f'<p class="bad">{html.escape(f"{shown(bad.path)}: {bad.reason}")}</p>'
     captions = "\n".join(_caption(line, tokenizer) for line in lines)
     return f"<section><h2>{html.escape(shown(pairs.names[place]))}</h2>\n{pictures}\n{captions}</section>"

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from train_clip.checkpoints import read, sources
-from train_clip.encoders import encoder
+from train_clip.encoders import encoder, libraries
 from train_clip.encoders.encoder import Description, ImageEncoder, Pixels, TextEncoder
-from train_clip.encoders.libraries import find_library
 from train_clip.errors import UserError, first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; torchvision's and transformers' default
@@ -239,7 +238,7 @@ def _build(description: Description) -> torch.nn.Module:
 
 def find_transformers() -> Any:
     """Import the library, or say how to install it."""
-    return find_library("transformers", "'train-clip[hf]'")
+    return libraries.find_library("transformers", "'train-clip[hf]'")
 
 
 def from_cache_first(load: Any, name: str, **arguments: Any) -> Any:
@@ -269,7 +268,7 @@ def reading(name: str, part: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence progress over weights, the table of unused ones and the retries; downloads keep their bar."""
-    chatter, hub = find_library("transformers.utils.logging"), find_library("huggingface_hub.utils")
+    chatter, hub = libraries.find_library("transformers.utils.logging"), libraries.find_library("huggingface_hub.utils")
     with contextlib.ExitStack() as undo:
         for log in (chatter, hub.logging):
             undo.callback(log.set_verbosity, log.get_verbosity())

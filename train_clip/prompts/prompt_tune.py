@@ -12,8 +12,7 @@ from train_clip.commands.run import Job, begin, remake, train_job
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
 from train_clip.options import flat, option
-from train_clip.prompts.file import PromptConfig
-from train_clip.prompts.wrapper import VPT, PromptCLIPWrapper
+from train_clip.prompts import file, wrapper
 from train_clip.training import data_module
 
 # Rate for a batch of so many pairs, out of the grid of VPT (appendix A, table 6): what benchmarks/prompts.py picked.
@@ -36,12 +35,12 @@ class PromptOptions(options.Options):
     )
     class_token: bool = option(True, "whether the class embedding is trained too")
 
-    def config(self, blocks: int) -> PromptConfig:
+    def config(self, blocks: int) -> file.PromptConfig:
         """The prompts beside a backbone of so many blocks: at every one (VPT-deep), or at the first (VPT-shallow)."""
         layers, dropout = self.prompt_layers, self.prompt_dropout
         # VPT, appendix A.
         usual_layers, usual_dropout = (range(blocks), 0.1) if self.prompt_kind == "deep" else (range(1), 0.0)
-        return PromptConfig(
+        return file.PromptConfig(
             self.prompts,
             list(usual_layers) if layers is None else layers,
             usual_dropout if dropout is None else dropout,
@@ -100,10 +99,14 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
         rate = ADAMW_RATE if optimizer.optimizer == "adamw" else BASE_RATE * pairs.batch_size / RATE_OF
         optimizer = dataclasses.replace(optimizer, learning_rate=rate)
     how = flat(optimizer, step)
-    module = remake(PromptCLIPWrapper, start, source, **how) if resumed else PromptCLIPWrapper(**start, **how)
+    module = (
+        remake(wrapper.PromptCLIPWrapper, start, source, **how)
+        if resumed
+        else wrapper.PromptCLIPWrapper(**start, **how)
+    )
     model = dataclasses.replace(model, pretrained=module.hparams["backbone"])
     asked = flat(model, data, prompts, optimizer, step)
-    return train_job(Job("prompt-tune", module, pairs, asked, VPT.epochs, BY_LOSS), run, trainer, resumed)
+    return train_job(Job("prompt-tune", module, pairs, asked, wrapper.VPT.epochs, BY_LOSS), run, trainer, resumed)
 
 
 def _of_run(model: options.ModelOptions, prompts: PromptOptions, resumed: Any) -> PromptOptions:

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import lightning
 import torch
-from lightning.pytorch import Trainer, callbacks, plugins, utilities
+from lightning import Trainer, __version__
+from lightning.pytorch import callbacks, plugins, utilities
 from typing_extensions import override
 
 from train_clip import files
@@ -201,7 +201,7 @@ class Checkpoints(callbacks.Checkpoint):
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
-            LIGHTNING: lightning.__version__,
+            LIGHTNING: __version__,
             "state_dict": kept | {MODEL + name: value for name, value in average.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
             RUNNING_MEAN: {"momentum": average.momentum, "updates": average.num_updates},

@@ -9,8 +9,7 @@ from lightning.pytorch import Callback, Trainer, loggers, utilities
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from train_clip.errors import UserError
-from train_clip.files import replacing, sweep
+from train_clip import errors, files
 
 METRICS = Path("logs", "metrics.csv")  # within a run's folder
 
@@ -164,17 +163,17 @@ class MetricsLog(loggers.Logger):
             return
         try:
             if row.keys() - set(self._columns):
-                sweep(self.file.parent)
+                files.sweep(self.file.parent)
                 earlier = read_metrics(self.file)
                 if not self._columns:
                     earlier = [one for one in earlier if int(one["step"]) < self._first_step]
                 self._columns = sorted({*row, *(name for one in earlier for name in one)})
-                with replacing(self.file) as beside:
+                with files.replacing(self.file) as beside:
                     self._write(beside, [*earlier, row])
             else:
                 self._write(self.file, [row])
         except OSError as error:
-            raise UserError(
+            raise errors.UserError(
                 f"{self.file}: cannot be written ({error.strerror}). Free space, or the permission to write there, and "
                 "resume the run."
             ) from error
@@ -225,7 +224,7 @@ class Curves(Callback):
                     panel.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
             if panel.lines:
                 panel.legend()
-        with replacing(self.folder / "curves.png") as beside:
+        with files.replacing(self.folder / "curves.png") as beside:
             figure.savefig(beside, dpi=110, format="png")
 
     on_fit_end = on_validation_end

@@ -5,17 +5,15 @@ import math
 from pkgutil import resolve_name
 
 import torch
-from torch import Tensor, nn
 from typing_extensions import override
 
-from train_clip.errors import UserError
-from train_clip.gather import gather_with_gradient
+from train_clip import errors, gather
 from train_clip.losses import Pairs, distillation
 from train_clip.models.clip import DualEncoder
 from train_clip.options import DISTILLATION
 
 
-class WeightsEMA(nn.Module):
+class WeightsEMA(torch.nn.Module):
     """An EMA of a model's weights with a warm-up, after n updates; never trained, always in eval mode.
 
         m = min(momentum, (1 + n) / (10 + n))            ema ← m · ema + (1 - m) · model
@@ -40,7 +38,7 @@ class WeightsEMA(nn.Module):
     def follow(self, model: DualEncoder) -> None:
         """Move towards the model, after an update."""
         share = 1 - min(self.momentum, (1 + self.num_updates) / (10 + self.num_updates))
-        own: list[Tensor] = []
+        own: list[torch.Tensor] = []
         theirs = []
         for mean, now in zip(self.model.parameters(), model.parameters(), strict=True):
             if mean.dtype != now.dtype:
@@ -77,7 +75,7 @@ MOST_PAIRS = 16_384  # of a global batch
 MATRICES = 12  # of N² float32 that one process holds at its peak (tests/training/test_teacher.py counts them)
 
 
-class Distillation(nn.Module):
+class Distillation(torch.nn.Module):
     """The teacher, the student's temperature towards it, and the term that it adds to the loss.
 
     L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))        Q: one of ``options.DISTILLATION``
@@ -86,14 +84,14 @@ class Distillation(nn.Module):
     def __init__(self, student: DualEncoder, kind: str) -> None:
         super().__init__()
         self.teacher = WeightsEMA(student, TEACHER_MOMENTUM)
-        self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.log_scale = torch.nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self._targets = resolve_name(DISTILLATION[kind])
 
     @override
-    def forward(self, pairs: Pairs, images: Tensor, texts: Tensor) -> Tensor:
+    def forward(self, pairs: Pairs, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         # The student's pairs and the teacher's embeddings, (B, D) and of unit norm, of this process → () float32.
         require_room(len(pairs.all_images))
-        targets = self._targets(gather_with_gradient(images), gather_with_gradient(texts))
+        targets = self._targets(gather.gather_with_gradient(images), gather.gather_with_gradient(texts))
         own = slice(pairs.offset, pairs.offset + len(images))
         scale = self.log_scale.exp()
         of_images = distillation.divergence(pairs.images, pairs.all_texts, scale, targets.image_to_text[own])
@@ -111,7 +109,7 @@ def require_room(num_pairs: int) -> None:
     """Refuse a global batch of more than ``MOST_PAIRS``: targets need its matrices of similarities whole."""
     if num_pairs > MOST_PAIRS:
         gib = MATRICES * 4 * num_pairs**2 / 2**30
-        raise UserError(
+        raise errors.UserError(
             f"Distillation holds whole matrices of similarities: {gib:,.0f} GiB on each process for a batch of "
             f"{num_pairs:,} pairs. Expected {MOST_PAIRS:,} pairs at most, over all processes. Use a smaller "
             "--batch_size, or --distillation none."

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
-from train_clip.errors import UserError
+from train_clip import errors, tensors
 from train_clip.models import clip, resnet
 from train_clip.models.blocks import SelfAttention
 from train_clip.options import OptimizerOptions
-from train_clip.tensors import local
 from train_clip.training.half_precision import Groups, HalfOptimizer, draw, round_stochastically
 from train_clip.training.optimizer import build_adamw
 
@@ -43,7 +42,7 @@ def build_muon(groups: Groups, model: clip.DualEncoder, options: OptimizerOption
     """Muon for what is trained of ``hidden_matrices``, in groups that come first; AdamW for the rest."""
     matrices = {matrix for matrix in hidden_matrices(model) if matrix.requires_grad}
     if not matrices:
-        raise UserError(
+        raise errors.UserError(
             "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained. Expected "
             "a tower that is; for prompts, or a projection alone: adamw or sgd."
         )
@@ -130,7 +129,7 @@ class Muon(HalfOptimizer):
         self._round(parameter, weights, moved, 1)
 
     def _round(self, parameter: Tensor, tensor: Tensor, values: Tensor, which: int) -> None:
-        kept, values = local(tensor), local(values)
+        kept, values = tensors.local(tensor), tensors.local(values)
         if kept.dtype == torch.bfloat16:
             noise = draw(self.noise(parameter, STREAM, which), 1, values.numel()).view(values.shape)
             values = round_stochastically(values, noise)

@@ -7,9 +7,8 @@ from typing import Any
 from lightning import Callback, Trainer
 from typing_extensions import override
 
+from train_clip import errors, gather
 from train_clip.data import pairs, samples
-from train_clip.errors import UserError
-from train_clip.gather import gather_objects, largest, world
 from train_clip.training import data_module, end_of_step, lightning_internals
 
 COUNT_EVERY = 10  # batches between counts over all processes
@@ -56,7 +55,7 @@ class SkipReport(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        everyone = gather_objects((self.counts, self.met))
+        everyone = gather.gather_objects((self.counts, self.met))
         self.counts = Counter()
         if trainer.is_global_zero:
             counts, epoch = Counter[str](), f"Epoch {trainer.current_epoch + 1}"
@@ -83,15 +82,15 @@ class SkipReport(Callback):
         number = len(data.training_pairs) + len(data.validation_pairs)
         allowed = data.options.max_bad * number
         # The cheap question, between the hosts: could it be, with other files on each process?
-        if largest([len(self.met)])[0] * world()[1] <= allowed:
+        if gather.largest([len(self.met)])[0] * gather.world()[1] <= allowed:
             return
-        bad = {path: reason for met in gather_objects(self.met) for path, reason in met.items()}
+        bad = {path: reason for met in gather.gather_objects(self.met) for path, reason in met.items()}
         if len(bad) <= allowed:
             return
         if trainer.is_global_zero:
             self._log(bad)
         saved = end_of_step.save_now(trainer)
-        raise UserError(
+        raise errors.UserError(
             f"{data.source}: {len(bad):,} of {number:,} pairs ({len(bad) / number:.1%}) could not be used so far, more "
             f"than --max_bad {data.options.max_bad:g} ({_tally(bad)}). Their names are in {self.log_file}; "
             "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad. "
@@ -103,7 +102,7 @@ class SkipReport(Callback):
             self.counts.update(captions=len(batch.images), cut=batch.num_cut, replaced=len(batch.skips))
             if new := {skip.path: skip.reason for skips in batch.skips for skip in skips}:
                 self.met |= new
-                if world()[0] == 0:
+                if gather.world()[0] == 0:
                     self._log(new)
 
     def _log(self, reasons: dict[str, str]) -> None:

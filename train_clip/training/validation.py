@@ -1,19 +1,16 @@
 """The validation split, scored as a whole: the figures are one process's whatever the number of processes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from train_clip import gather, losses
 from train_clip.evaluation.retrieval import retrieval
-from train_clip.gather import gather_all, largest, world
-from train_clip.losses import Loss, Pairs, softmax
 
 
 class ValidationSplit:
     """Collects embeddings of width D batch by batch; ``score`` gathers them and starts afresh."""
 
-    def __init__(self, embed_dim: int, loss: Loss = softmax.SOFTMAX) -> None:
+    def __init__(self, embed_dim: int, loss: losses.Loss = losses.softmax.SOFTMAX) -> None:
         self._embed_dim, self._loss = embed_dim, loss
         self._batches: list[tuple[Tensor, ...]] = []
 
@@ -26,27 +23,27 @@ class ValidationSplit:
         present[list(missing)] = False
         self._batches.append((images, texts, captions, present))
 
-    def score(self, scale: Tensor, dataset: Any = None, bias: Tensor | None = None) -> dict[str, float]:
+    def score(self, scale: Tensor, dataset: object = None, bias: Tensor | None = None) -> dict[str, float]:
         """Compute the loss and recalls of everything that was added on all processes, and forget it.
 
         ``val/loss`` is over global batches as large as the first, the remainder weighted by its size, and
         ``val/loss_above_floor`` what it is above the least that equal captions leave possible. A sampler's repetitions
         are dropped where the data set has a length. The scale is exp of the learned temperature.
         """
-        batch = largest([len(self._batches[0][0]) if self._batches else 0])[0] * world()[1]
+        batch = gather.largest([len(self._batches[0][0]) if self._batches else 0])[0] * gather.world()[1]
         total = len(dataset) if hasattr(dataset, "__len__") else None
         # A process may have had no batch at all, and must gather with the others all the same.
         dtype = torch.promote_types(scale.dtype, torch.float32)
         none = torch.empty(0, self._embed_dim, dtype=dtype, device=scale.device)
         columns = zip((none, none, none[:, 0].long(), none[:, 0].bool()), *self._batches, strict=True)
-        images, texts, captions, present = (interleave(gather_all(torch.cat(parts)), total) for parts in columns)
+        images, texts, captions, present = (interleave(gather.gather_all(torch.cat(parts)), total) for parts in columns)
         self._batches = []
         images, texts, captions = images[present], texts[present], captions[present]
         if not len(images):
             return {}
         loss = floor = 0.0
         for rows, columns, groups in zip(images.split(batch), texts.split(batch), captions.split(batch), strict=True):
-            pairs = Pairs(rows, columns, rows, columns)
+            pairs = losses.Pairs(rows, columns, rows, columns)
             loss += self._loss.of(pairs, scale.float(), bias, False).item() * len(rows)
             floor += self._loss.floor(groups).item() * len(rows)
         loss, floor = loss / len(images), floor / len(images)
