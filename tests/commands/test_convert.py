@@ -133,7 +133,7 @@ def test_two_encoders_load_but_go_nowhere_else(here, joined, tmp_path):
         cli.main(["convert", str(joined), str(tmp_path / "out"), "--to", "safetensors"])
     with pytest.raises(SystemExit, match="two encoders, which `train-clip finetune --pretrained` trains on"):
         cli.main(["train", "--pretrained", str(joined), *SHORT])
-    with pytest.raises(SystemExit, match="two encoders, whose sizes and activations are their own"):
+    with pytest.raises(SystemExit, match="train-clip checkpoint, whose sizes and activations are its own"):
         cli.main(["evaluate", str(joined), "--folder", "data", "--image_size", "64"])
 
 

@@ -86,7 +86,7 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
         (("start", "tuned"), "--other_templates names.txt", "is for --other_folder, which was not given"),
         (("start", "tuned"), "--folder data --device nowhere", "not available here"),
         (("start", "tuned"), "--folder data --json data", "is no regular file"),
-        (("start", "nothing"), "", "there is no such file"),
+        (("start", "nothing"), "", "No such file"),
     ],
 )
 def test_what_cannot_be_merged(made, tmp_path, monkeypatch, files, words, expected):
