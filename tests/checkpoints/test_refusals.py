@@ -190,7 +190,7 @@ def test_model_name_that_is_none(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("[1]")
     for name, expected in (
         ("ViT-Z/1", "Presets"),
-        (str(tmp_path / "a.yaml"), "no such file"),
+        (str(tmp_path / "a.yaml"), "No such file"),
         (str(tmp_path / "b.yaml"), "list"),
     ):
         with pytest.raises(UserError, match=expected):

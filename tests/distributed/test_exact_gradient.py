@@ -142,7 +142,9 @@ class Step(nn.Module):
         text_embeddings = encode_in_chunks(
             self.encode_text, tokens, Chunks(self.size, seed=(rank, 1)), model.transformer
         )
-        return clip_loss(share(unit_norm(image_embeddings), unit_norm(text_embeddings)), model.logit_scale.exp())
+        own_captions = torch.arange(len(image_embeddings))
+        pairs = share(unit_norm(image_embeddings), unit_norm(text_embeddings), own_captions)
+        return clip_loss(pairs, model.logit_scale.exp())
 
 
 def step(case: Case) -> Found:

@@ -80,7 +80,9 @@ class Step(nn.Module):
         model, size = self.model, self.size
         image_embeddings = encode_in_chunks(model.encode_image, images, Chunks(size, seed=(0,)), model.visual)
         text_embeddings = encode_in_chunks(model.encode_text, tokens, Chunks(size, seed=(1,)), model.transformer)
-        return clip_loss(share(unit_norm(image_embeddings), unit_norm(text_embeddings)), model.logit_scale.exp())
+        own_captions = torch.arange(len(image_embeddings))
+        pairs = share(unit_norm(image_embeddings), unit_norm(text_embeddings), own_captions)
+        return clip_loss(pairs, model.logit_scale.exp())
 
 
 def step(size: int) -> Found:

@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
-from train_clip.commands import evaluate, train
+from train_clip.commands import evaluate
+from train_clip.commands.train import train
 from train_clip.errors import UserError
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
@@ -58,7 +59,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
 
     options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     options |= {"folder": training, "seed": seed, "output": output / "run"}
-    run = train.train(
+    run = train(
         ModelOptions.pick(options),
         DataOptions.pick(options),
         TrainingOptions.pick(options),

@@ -190,7 +190,8 @@ def _read_yaml(path: Path) -> ModelConfig:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not YAML that can be read ({error}). Expected a preset or such a file.") from None
+        reason = f"not YAML ({error})" if isinstance(error, yaml.YAMLError) else error.strerror
+        raise UserError(f"{path}: {reason}. Expected a preset's name or a YAML file that can be read.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
     return config_from_dict({"name": path.stem} | values, str(path))

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import lightning
 import torch
-from lightning import Trainer, __version__
 from lightning.pytorch import callbacks, plugins, utilities
 from typing_extensions import override
 
@@ -103,14 +103,14 @@ class Checkpoints(callbacks.Checkpoint):
         return best is not None and best_mean is not None and self._is_better(best_mean, best)
 
     @override
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         # What a crash while saving has left.
         for folder in (self.folder, self.mean_folder) if trainer.is_global_zero else ():
             files.sweep(folder)
         self._saved_at = time.monotonic()
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if lightning_internals.steps_and_ends(trainer) != (True, False):
             return
         due = self.every.steps > 0 and trainer.global_step % self.every.steps == 0
@@ -122,7 +122,7 @@ class Checkpoints(callbacks.Checkpoint):
             self.save(trainer)
 
     @override
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         figures, name = trainer.callback_metrics, self.best_by
         if trainer.sanity_checking or not lightning_internals.resuming(trainer) or name not in figures:
             return
@@ -142,12 +142,12 @@ class Checkpoints(callbacks.Checkpoint):
             self.save(trainer)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         # Not where the run ends within an epoch, which Lightning counts as a whole one from here on.
         if lightning_internals.steps_and_ends(trainer)[1]:
             self.save(trainer)
 
-    def save(self, trainer: Trainer) -> Path | None:
+    def save(self, trainer: lightning.Trainer) -> Path | None:
         """Save the state of the run, on all processes; None in a trial run (``fast_dev_run``), which leaves nothing.
 
         Where it cannot be written, all processes raise a ``UserError``, and what was there is as it was.
@@ -191,7 +191,7 @@ class Checkpoints(callbacks.Checkpoint):
         better = best is None or (value < best if self.best_by.endswith("loss") else value > best)
         return math.isfinite(value) and better
 
-    def _write_ema(self, trainer: Trainer) -> None:
+    def _write_ema(self, trainer: lightning.Trainer) -> None:
         # On all processes: a model whose weights are the EMA's.
         module: Any = trainer.lightning_module
         average = getattr(module, "ema", None)
@@ -201,7 +201,7 @@ class Checkpoints(callbacks.Checkpoint):
         checkpoint = {
             "epoch": trainer.current_epoch,
             "global_step": trainer.global_step,
-            LIGHTNING: __version__,
+            LIGHTNING: lightning.__version__,
             "state_dict": kept | {MODEL + name: value for name, value in average.model.state_dict().items()},
             module.CHECKPOINT_HYPER_PARAMS_KEY: dict(module.hparams) | OF_RUN,
             RUNNING_MEAN: {"momentum": average.momentum, "updates": average.num_updates},
