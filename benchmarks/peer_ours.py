@@ -99,7 +99,7 @@ def checked_loss(module: CLIPWrapper, images: torch.Tensor, texts: torch.Tensor)
     image_embeddings = model.encode_image(images[:CHECKED].to(device))
     text_embeddings = model.encode_text(texts[:CHECKED].to(device))
     normalised = [torch.nn.functional.normalize(rows, dim=-1) for rows in (image_embeddings, text_embeddings)]
-    loss = clip_loss(share(normalised[0], normalised[1]), model.logit_scale.exp())
+    loss = clip_loss(share(*normalised, torch.arange(len(normalised[0]))), model.logit_scale.exp())
     model.train()
     return float(loss)
 
