@@ -1,8 +1,8 @@
 """Ten questions of a reader, each answered by opening one file, which alone has the line that does it.
 
 A reader who had seen no code, README's "What is where" and the names of the files apart, guessed each of these files at
-once (2026-11-30: ten of ten; fifteen of fifteen with the pooled BatchNorm statistics in training/encode.py, the allow-list
-of pickles in checkpoints/read.py, pairs by stem in data/folder.py, an option's default in options.py, best.ckpt in
+once (2026-11-30: ten of ten; fifteen of fifteen with the pooled BatchNorm statistics in training/encode.py, the allow
+list of pickles in checkpoints/read.py, pairs by stem in data/folder.py, an option's default in options.py, best.ckpt in
 training/checkpoints.py). An earlier one, before README's tree named the files of the step: seven of ten.
 """
 
