@@ -58,9 +58,10 @@ def steps(optimizer: Any, matrices: list[nn.Parameter], numbers: range) -> None:
 
 @pytest.mark.parametrize("at_once", [muon.AT_ONCE, 1])
 def test_it_is_pytorchs(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """Six steps of high, wide and square matrices, all at once and one by one: the bits of torch.optim.Muon.
+    """Six steps of high, wide and square matrices, all at once and one by one, beside torch.optim.Muon.
 
-    Of a fused projection each third goes alone.
+    Of a fused projection each third goes alone. Equal to a thousandth of the rate, which one rounding in bfloat16
+    exceeds: the norm of several matrices at once may be summed in another order than that of one.
     """
     monkeypatch.setattr(muon, "AT_ONCE", at_once)
     matrices = parameters()
@@ -79,7 +80,8 @@ def test_it_is_pytorchs(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
         reference.step()
     found = [part for one in matrices for part in one.detach().chunk(row_blocks(one))]
     assert len(found) == 10
-    assert all(torch.equal(one, other) for one, other in zip(found, theirs, strict=True))
+    for one, other in zip(found, theirs, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=RATE / 1000)
 
 
 def test_singular_values_move_near_one() -> None:
