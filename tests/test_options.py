@@ -168,3 +168,16 @@ def test_a_file_of_options_can_resume(tmp_path: Path) -> None:
     arguments = cli.parse("train", ["--config", str(file), "--keep", "9"])[1].arguments
     found = arguments["data"].batch_size, arguments["training"].step.seed, arguments["run"].keep
     assert found == (5, 6, 9)
+
+
+def test_of_two_files_the_later_says_what_to_resume(tmp_path: Path) -> None:
+    """As it does of every other option: its run's options come, not those of the other's."""
+    words = []
+    for number, name in ((5, "one"), (6, "two")):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        (tmp_path / name / "config.yaml").write_text(f"batch_size: {number}\n")
+        (tmp_path / f"{name}.yaml").write_text(f"resume: {tmp_path / name}\n")
+        words += ["--config", str(tmp_path / f"{name}.yaml")]
+    arguments = cli.parse("train", words)[1].arguments
+    assert (arguments["data"].batch_size, arguments["run"].resume) == (6, str(tmp_path / "two"))

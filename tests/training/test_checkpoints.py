@@ -143,6 +143,16 @@ def test_the_best_is_kept_by_its_figure(tmp_path: Path) -> None:
     assert run.states() == {"best.ckpt": 2, "last.ckpt": 5, "step-00000004.ckpt": 4, "step-00000005.ckpt": 5}
 
 
+def test_a_first_figure_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    """NaN, then 0.2: nothing is above NaN, so that it would stand for ever."""
+    run = Run(tmp_path)
+    for value in (float("nan"), 0.2):
+        run.step(LAST)
+        run.validated(value)
+        run.epoch_ends()
+    assert run.states() == {"best.ckpt": 2, "last.ckpt": 2, "step-00000001.ckpt": 1, "step-00000002.ckpt": 2}
+
+
 def test_the_best_within_an_epoch_is_saved_there(tmp_path: Path) -> None:
     """The weights that were scored are those that are kept, not those at the epoch's end."""
     run = Run(tmp_path)

@@ -54,3 +54,12 @@ def test_the_order_at_the_end_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_pat
     step = ["flag", *ORDER, "save", "flag", "save"]
     expected = [*step] * 5 if accumulate == 1 else ["position", *step, "position", *step, *step]
     assert [what for place, what in enumerate(trail) if trail[max(0, place - 1) : place] != [what]] == expected
+
+
+def test_a_module_that_is_fitted_again_begins_anew() -> None:
+    """Three batches, then two of another Trainer: its position and its length are those of the second run alone."""
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pairs, module = [(image, f"picture {place}") for place, image in enumerate(images)], CLIPWrapper("tiny", TINY)
+    for number in (3, 2):
+        bare_trainer().fit(module, DataLoader(pairs[: 4 * number], batch_size=4))
+        assert module.consumed_batches == module._end_of_step.num_steps == number

@@ -87,16 +87,16 @@ def test_each_caption_is_encoded_once(backbone, tmp_path):
 
 
 def test_captions_out_of_memory_are_what_the_tower_makes(backbone):
-    """The table's rows against the tower itself, for batches in any order with repeats: 1e-6."""
+    """The table's rows against the tower itself, for batches in any order with repeats, a short one known: 1e-6."""
     module = prompts(backbone)
-    for captions in (["a", "b b b", "a"], ["c", "b b b"], ["a"]):
+    for captions in (["a", "b b b", "a"], ["c", "b b b"], ["a"], ["a", "d d d d d"]):
         tokens = module.tokenizer.batch(captions)[0]
         _, found = module._towers.embed(
             module.model, module._reader.read((torch.zeros(len(captions), 3, 16, 16), tokens), module.device), 0
         )
         expected = nn.functional.normalize(module.model.encode_text(tokens), dim=-1)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert len(module._towers.fixed_texts) == 3
+    assert len(module._towers.fixed_texts) == 4
 
 
 def test_what_a_checkpoint_holds(backbone, tmp_path):
@@ -172,6 +172,17 @@ def test_a_backbone_of_another_activation_is_refused(backbone, tmp_path):
     torch.save(state, tmp_path / "bare.pt")
     loaded = train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "bare.pt").model
     assert loaded.config == train_clip.load(tmp_path / "p.ckpt").model.config
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_backbone_of_other_pixels_is_refused(backbone, tmp_path, name):
+    """Equal tensors behind another normalisation of the pixels are another model."""
+    fit(prompts(backbone), tmp_path).save_checkpoint(tmp_path / "p.ckpt")
+    other = CLIP(config_from_dict(TINY | {name: [0.5, 0.5, 0.5]}))
+    other.load_state_dict(train_clip.load(backbone).model.state_dict())
+    write_model(other, tmp_path / "other.safetensors", "safetensors")
+    with pytest.raises(UserError, match=rf"another model: its {name} is \(0\.5, 0\.5, 0\.5\), expected"):
+        train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
 
 
 def test_the_digest_is_of_the_file_and_not_of_what_was_interpolated(backbone, tmp_path):
