@@ -73,6 +73,7 @@ def assert_as_before(name: str, run: str, steps: slice, weights: str) -> None:
 def test_load(here, name):
     """Embeddings of a ramp of pixels and of two captions."""
     model, _, tokenizer = train_clip.load(f"{name}/checkpoints/last.ckpt", **backbone(name))
+    assert not model.training
     pixels = torch.linspace(-1, 1, 2 * 3 * model.image_size**2).view(2, 3, model.image_size, model.image_size)
     with torch.no_grad():
         found = model.encode_image(pixels), model.encode_text(tokenizer(["picture 3", "the one numbered 7"]))

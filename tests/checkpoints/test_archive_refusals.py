@@ -44,6 +44,7 @@ from tests.checkpoints.by_hand import (
     write,
 )
 from train_clip.checkpoints.sources import read_contents
+from train_clip.errors import UserError
 
 FORBIDDEN = (
     "os.system", "posix.system", "nt.system", "subprocess.Popen", "builtins.eval", "builtins.exec", "builtins.getattr",
@@ -297,3 +298,12 @@ def test_a_million_tuples_in_one_another(tmp_path: Path, where: str) -> None:
         assert set(read_all(path)) == {"w"}
     else:
         refusal(path)
+
+
+def test_a_view_whose_signs_are_changed(tmp_path: Path) -> None:
+    """PyTorch writes its numbers as they are and a mark beside them, without which each has the other sign."""
+    turned = torch.ones(2, dtype=torch.complex64).conj().imag
+    assert turned.is_neg()
+    torch.save({"a": turned}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"weights\.pt.*signs changed.*clone"):
+        read_contents(tmp_path / "weights.pt")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train_clip.evaluation import retrieval as module
+from train_clip.evaluation.embed import Collection
 from train_clip.evaluation.retrieval import Retrieval, retrieval
 
 KS = (1, 2, 5)
@@ -193,3 +194,17 @@ def test_more_places_than_candidates():
     images = embed(4, 0)
     found = retrieval(images, embed(4, 1), torch.arange(4), torch.arange(4), (4, 10))
     assert set(found.image_to_text.values()) == set(found.chance_text_to_image.values()) == {1.0}
+
+
+def test_an_image_without_a_caption_counts_for_nothing():
+    """The figures are those of the other images and their captions."""
+    images = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    texts, captions, owners = images[[0, 2, 3]], ["a", "c", "d"], [0, 2, 3]
+
+    def collection(images: Tensor, owners: list[int]) -> Collection:
+        paths = [f"{place}.png" for place in range(len(images))]
+        return Collection(paths, images, captions, texts, owners, [], [], [], lambda _: texts, [])
+
+    found = module.score_captions(collection(images, owners))
+    assert found == module.score_captions(collection(images[[0, 2, 3]], [0, 1, 2]))
+    assert found.text_to_image[1] == 1

@@ -390,3 +390,12 @@ def test_two_encoders_with_distillation(tmp_path: Path) -> None:
     assert inside["transformer.pooler.dense.weight"] == torch.float32
     assert set(types(module).values()) == {torch.float32}
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_half_tables_gradient_adds_up_in_float32():
+    """Of 1 and 512 times 2⁻⁹, each from a chunk of its own: 2, where a sum in bfloat16 stays at 1."""
+    table = nn.Embedding(10_000, 1, dtype=torch.bfloat16)
+    look_up = WeightSubstitutes(table, halves=True, tables=True).around(table)
+    chunks = [share * look_up(torch.tensor([7])).float() for share in [1.0, *[2.0**-9] * 512]]
+    torch.cat(chunks).sum().backward()
+    assert table.weight.grad[7].item() == 2

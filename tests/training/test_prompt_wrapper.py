@@ -220,6 +220,16 @@ def test_new_weights_empty_the_table_of_captions(backbone):
     assert len(module._towers.fixed_texts) == 0
 
 
+def test_a_resumed_run_empties_the_table_of_captions(backbone, tmp_path):
+    """What was kept before belongs to the weights that the checkpoint replaces."""
+    trainer = fit(prompts(backbone), tmp_path)
+    trainer.save_checkpoint(tmp_path / "p.ckpt")
+    module = prompts(backbone)
+    module._towers.fixed_texts[0] = torch.zeros(16)
+    module.on_load_checkpoint(read_checkpoint(tmp_path / "p.ckpt"))
+    assert not module._towers.fixed_texts
+
+
 def test_the_digest_minds_names_shapes_and_values():
     """Equal for equal content in any order, another for any single change."""
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1), "c": torch.empty(0)}

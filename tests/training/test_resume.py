@@ -23,6 +23,7 @@ from train_clip.errors import UserError
 from train_clip.training.checkpoints import AtomicCheckpointIO, Checkpoints, Interval
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.display import MetricsLog
+from train_clip.training.same_run import require_same
 from train_clip.training.signals import Stopped
 
 PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
@@ -359,3 +360,10 @@ def test_so_does_every_kind_of_run(tmp_path: Path, how: dict[str, Any]) -> None:
         rest = train(tmp_path / f"from-{step}", saved(tmp_path / "run", step))
         assert rest.batches == seen.batches[consumed:], step
         assert_same_state(tmp_path / f"from-{step}", tmp_path / "run")
+
+
+def test_values_within_values_are_compared():
+    """Of a model's configuration each number counts, and is named."""
+    with pytest.raises(UserError, match=r"config\.image\.layers 3, was 2"):
+        require_same({"config": {"image": {"layers": 3}}}, {"config": {"image": {"layers": 2}}}, "{found}")
+    require_same({"config": {"layers": 3}}, {"config": {"layers": 2}}, "{found}", free=("config",))
