@@ -367,3 +367,6 @@ def test_values_within_values_are_compared():
     with pytest.raises(UserError, match=r"config\.image\.layers 3, was 2"):
         require_same({"config": {"image": {"layers": 3}}}, {"config": {"image": {"layers": 2}}}, "{found}")
     require_same({"config": {"layers": 3}}, {"config": {"layers": 2}}, "{found}", free=("config",))
+    for own, kept in (({}, {"ema": 0.9}), ({"ema": 0.9}, {})):
+        with pytest.raises(UserError, match="ema"):
+            require_same(own, kept, "{found}")
