@@ -215,3 +215,13 @@ def test_plain_names(name: str) -> None:
     """Against unicodedata, apart and together; twice is once; a name that is not UTF-8 is left with its bytes."""
     assert plain_name(name) == unicodedata.normalize("NFC", name) == plain_name(plain_name(name))
     assert plain_name(unicodedata.normalize("NFD", name)) == plain_name(name)
+
+
+def test_caches_come_along_when_lists_are_joined():
+    """Each image keeps its array, by its whole path."""
+    first = PairList("/one", ["a.png", "b.png"], ["a.txt", "b.txt"], ["npz/a.npz", ""])
+    second = PairList("/two", ["c.png"], ["c.txt"], ["npz/c.npz"])
+    joined = first.followed_by(second)
+    assert [pair.cache for pair in joined] == [pair.cache for pairs in (first, second) for pair in pairs]
+    assert joined.num_cached == 2
+    assert joined[2].pixels == "/two/npz/c.npz"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from train_clip import CLIPWrapper
+from train_clip.data.samples import Batch
 from train_clip.training.validation import ValidationSplit, interleave
 
 SCALE = torch.tensor(14.0)
@@ -33,3 +35,12 @@ def test_only_a_samplers_padding_is_cut():
     assert interleave(shared, 5).tolist() == [0, 1, 2, 3, 4]
     apart = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
     assert interleave(apart, 4).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_the_step_passes_on_which_rows_are_missing(tiny_config):
+    """Of three pairs the last could not be read, and only holds its place."""
+    module = CLIPWrapper("tiny", tiny_config)
+    texts = module.tokenizer.batch(["a", "b", ""])[0]
+    module.validation_step(Batch(torch.zeros(3, 3, 16, 16, dtype=torch.uint8), texts, missing=(2,)), 0)
+    *_, present = module._splits[0][0]._batches[0]
+    assert present.tolist() == [True, True, False]
