@@ -142,8 +142,7 @@ def test_an_activation_that_is_none_of_clips(tmp_path: Path, activation: str) ->
     """In both towers, which agree: named, and refused."""
     set_in(tmp_path / "a", "huggingface", ("vision_config", "hidden_act"), activation)
     set_value(tmp_path / "a" / "config.json", ("text_config", "hidden_act"), activation)
-    with pytest.raises(UserError, match=f"Unknown activation '{activation}'; known: "):
-        load(tmp_path / "a")
+    refused(tmp_path / "a", f"Unknown activation {activation!r}; known: ")
 
 
 COLOURS = [[0.5], [0.5, 0.5], [0.5] * 4, [float("nan")] * 3, [float("inf")] * 3]

@@ -195,8 +195,11 @@ class FoundCLIP(Found):
                 stacklevel=5,
             )
         # Without memory for weights that are replaced at once, and the seconds that it takes to draw them.
-        with torch.device("meta"):
-            model = CLIP(self.config)
+        try:
+            with torch.device("meta"):
+                model = CLIP(self.config)
+        except UserError as error:  # such as an activation that is not known here
+            self.refuse(str(error).removesuffix("."))
         model.pixel_norm = PixelNorm(self.config.mean, self.config.std)
         return model, Tokenizer(self.config.text.context)
 
