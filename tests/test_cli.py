@@ -131,15 +131,16 @@ def test_known_spellings_mean_one_option(words):
 
 
 def test_verbs_of_two_words(capsys):
-    """``data check`` is a verb; what begins like one and is none is refused with the list, which --help prints too."""
+    """``data check`` is a verb, ``data`` alone asks for the list, and what begins like one and is none is refused."""
     assert cli.split_verb(["data", "check", "folder"]) == ("data check", ["folder"])
     assert cli.split_verb(["train", "data"]) == ("train", ["data"])
-    for words in (["data", "chek", "folder"], ["data"]):
+    for words in (["data", "chek", "folder"], ["nonsense", "--help"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert f"unknown verb {' '.join(words[:2])!r}; expected one of demo, train" in str(stop.value.code)
-    cli.main(["data", "--help"])
-    assert "data check" in capsys.readouterr().out
+    for words in ([], ["--help"], ["data"], ["data", "--help"]):
+        cli.main(words)
+        assert "data check" in capsys.readouterr().out
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):

@@ -81,7 +81,8 @@ def _run(words: list[str]) -> None:
     if verb is not None:
         function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
-    elif rest[-1:] in ([], ["-h"], ["--help"]):
+    # A group of verbs alone, or with --help, asks for the list too.
+    elif all(word in ("-h", "--help") or any(verb.startswith(f"{word} ") for verb in VERBS) for word in rest):
         verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items())
         print(
             f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
