@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,13 @@ def test_help_has_the_dataclass_defaults(verb: str, capsys: pytest.CaptureFixtur
     for group in GROUPS[verb]:
         assert f"{(group.__doc__ or '').splitlines()[0].rstrip('.')}:" in printed
         for one in dataclasses.fields(group):
-            shown = "null" if one.default is None else str(one.default)
-            text = re.escape(" ".join(one.metadata["help"].split()))
-            expected = rf"--{one.name} .{{0,60}}{text} \(type: .{{0,99}}?, default: {re.escape(shown)}\)"
-            assert re.search(expected, printed), one.name
+            text = " ".join(one.metadata["help"].split())
+            if one.default is None:
+                assert "default: " in text or "instead of --" in text or one.name in ("folder", "resume"), one.name
+            elif "default" not in text:
+                text += f" (default: {one.default:g})" if type(one.default) is float else f" (default: {one.default})"
+            shown = printed.split(f" --{one.name} ")[1]
+            assert text.lower() in shown[: len(text) + 60].lower(), one.name
 
 
 def test_the_command_line_brings_the_defaults() -> None:

@@ -9,32 +9,44 @@ import errno
 import inspect
 import os
 import pkgutil
+import platform
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from train_clip.errors import UserError
+from train_clip import __version__
+from train_clip.errors import UsageError, UserError, did_you_mean
 from train_clip.options import TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
     "demo": ("train_clip.commands.demo:demo", "train a small CLIP on generated pictures, in minutes on a CPU"),
     "train": ("train_clip.commands.train:train", "train a CLIP on images and captions, from scratch or from weights"),
-    "finetune": ("train_clip.encoders.finetune:finetune", "train two joined encoders, or a trained CLIP, on pairs"),
-    "prompt-tune": ("train_clip.prompts.prompt_tune:prompt_tune", "tune visual prompts beside a pretrained CLIP"),
-    "merge": ("train_clip.commands.merge:merge", "mix a fine-tuned model with its start, and score the mixtures"),
-    "inspect": ("train_clip.commands.inspect:inspect", "tell what lies in a file of weights, in a moment"),
+    "finetune": (
+        "train_clip.encoders.finetune:finetune",
+        "fine-tune two pretrained encoders, or a whole CLIP, on pairs",
+    ),
+    "prompt-tune": ("train_clip.prompts.prompt_tune:prompt_tune", "tune visual prompts for a pretrained CLIP"),
+    "merge": ("train_clip.commands.merge:merge", "interpolate between a model before and after fine-tuning"),
+    "inspect": ("train_clip.commands.inspect:inspect", "show what a file of weights contains, in a moment"),
     "convert": ("train_clip.commands.convert:convert", "write a model for open_clip, Hugging Face or safetensors"),
-    "evaluate": ("train_clip.commands.evaluate:evaluate", "score a checkpoint: retrieval, zero-shot classification"),
-    "data check": ("train_clip.data_tools.check:data_check", "look at every pair before training: bad, cut, repeated"),
+    "evaluate": ("train_clip.commands.evaluate:evaluate", "evaluate a checkpoint: retrieval, zero-shot classification"),
+    "data check": (
+        "train_clip.data_tools.check:data_check",
+        "check every pair before training: bad, truncated, repeated",
+    ),
     "data show": ("train_clip.data_tools.show:data_show", "write a contact sheet: pairs as the model will see them"),
-    "data split": ("train_clip.data_tools.split:data_split", "divide pairs into tables: training, validation, test"),
+    "data split": ("train_clip.data_tools.split:data_split", "split pairs into tables: training, validation, test"),
     "data npz": ("train_clip.data_tools.npz:data_npz", "decode every image once, into arrays that load faster"),
-    "models": ("train_clip.commands.models:models", "list the models, their sizes and their optimizer numbers"),
+    "models": ("train_clip.commands.models:models", "list the models, their sizes and hyperparameters"),
+    "completion": ("train_clip.cli:completion", "print a script that completes verbs and options in your shell"),
 }
+GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
+HELP = {"-h", "--help"}
 # Spellings that people know → the option's one name.
 ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
 # Arguments of the Trainer that have another name here: --epochs and --output.
@@ -44,7 +56,10 @@ OF_FILES = ("ENOENT", "EACCES", "EEXIST", "EPERM", "EISDIR", "ENOTDIR", "ENAMETO
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the verb that the arguments, or the process's, name; without one, or with ``--help``, list the verbs."""
+    """Run the verb that the arguments, or the process's, name; without one, or with ``--help``, list the verbs.
+
+    Exits with 0, with 1 where files or a run stop it, with 2 where the command is wrong, with 128 + N at signal N.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
@@ -55,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as error:
         # A loader's worker sends its traceback, with the message at the end.
-        sys.exit(f"train-clip: {str(error).rsplit('UserError: ', 1)[-1].rstrip()}")
+        print(f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         # `| head` has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,19 +93,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     verb, rest = split_verb(words)
     if verb is not None:
         function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
-    # A group of verbs alone, or with --help, asks for the list too.
-    elif all(word in ("-h", "--help") or any(verb.startswith(f"{word} ") for verb in VERBS) for word in rest):
-        verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items())
+    elif rest == ["--version"]:
+        versions = (f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
+        print(f"train-clip {__version__} ({', '.join(versions)}, Python {platform.python_version()})")
+    # A group of verbs alone, or with --help, asks for its list too.
+    elif all(word in HELP or word in GROUPS for word in rest):
+        group = "".join(f"{word} " for word in rest if word in GROUPS)
+        verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items() if verb.startswith(group))
         print(
             f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
             "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."
         )
     else:
-        sys.exit(f"train-clip: unknown verb {' '.join(rest[:2])!r}; expected one of {', '.join(VERBS)}.")
+        word = " ".join(rest[: 1 + (rest[0] in GROUPS)])
+        raise UsageError(f"unknown verb {word!r}.{did_you_mean(word, VERBS)} `train-clip --help` lists the verbs.")
 
 
 def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
@@ -102,92 +125,144 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
 
 def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
     """Read the words that follow a verb; return its function, and what to call it with."""
-    import docstring_parser
-    import jsonargparse
+    from train_clip import usage
 
     function = pkgutil.resolve_name(VERBS[verb][0])
-    call, docstring = inspect.signature(function).bind_partial(), docstring_parser.parse(function.__doc__)
-    parser: Any = jsonargparse.ArgumentParser(
-        prog=f"train-clip {verb}",
-        # The list of all options, which would bury an error below it, is what --help prints.
-        usage="%(prog)s",
-        description=docstring.short_description,
-        allow_abbrev=False,
-        default_env=False,
-    )
-    parser.add_argument("--config", action="config", help="a YAML file of options, or the name of a recipe")
-    help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
-    lists, of_trainer = list[str](), list[str]()
-    for name, parameter in call.signature.parameters.items():
-        kind = parameter.annotation
-        if kind is TrainerOptions:
-            import lightning as L
+    signature, prog = inspect.signature(function), f"train-clip {verb}"
+    has_trainer = any(parameter.annotation is TrainerOptions for parameter in signature.parameters.values())
+    if HELP.intersection(words):
+        print(build_parser(verb, function)[0].format_help(), end="")
+        sys.exit()
+    if has_trainer and "--help_trainer" in words:
+        print(usage.help_on_trainer(prog, pkgutil.resolve_name("train_clip.commands.run:TRAINER_HELP")), end="")
+        sys.exit()
+    parser, kinds = build_parser(verb, function)
+    own = set(kinds)
+    if has_trainer:
+        import lightning as L
 
-            # As plain values: the verb makes what they describe.
-            of_trainer = parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
-        elif hasattr(kind, "pick"):
-            lists += _add_groups(parser, kind)
-        else:
-            _add_parameter(parser, parameter, help_texts[name])
-    parser.usage += " [options]"
-    words = normalise(words, verb)
-    _require_one_word(words, lists)
-    values = parser.parse_args(words).as_dict()
-    values["trainer"] = TrainerOptions({name: values[name] for name in of_trainer})
-    for name, parameter in call.signature.parameters.items():
+        # As plain values: the verb makes what they describe.
+        parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
+        kinds |= {name: one.annotation for name, one in inspect.signature(L.Trainer).parameters.items()}
+    words, configs = normalise(words, verb)
+    _require_known(words, configs, kinds, prog)
+    _require_one_word(words, [name for name in own if "[" in str(kinds[name])])
+    texts = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs.values()]
+    try:
+        values = parser.parse_args(texts + words).as_dict()
+    except argparse.ArgumentError as error:
+        names = {
+            (option, str(value)): f"--config {file}: {option}"
+            for file, config in configs.items()
+            for option, value in config.items()
+        }
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                names |= {(name, word): name.upper() for word in words}
+        raise UsageError(f"{usage.explain(str(error), kinds, names)} `{prog} --help` lists the options.") from None
+    values["trainer"] = TrainerOptions({name: values[name] for name in set(values) - own - {"config"}})
+    call = signature.bind_partial()
+    for name, parameter in signature.parameters.items():
         kind = parameter.annotation
         call.arguments[name] = kind.pick(values) if hasattr(kind, "pick") else values[name]
     return function, call
 
 
-def _add_groups(parser: Any, kind: Any) -> list[str]:
-    """Add a group of options, or several, flat; return the names of those that take a list."""
-    lists = []
+def build_parser(verb: str, function: Any) -> tuple[Any, dict[str, Any]]:
+    """The parser of a verb's own options, and their types by name."""
+    import docstring_parser
+    import jsonargparse
+
+    from train_clip import usage
+
+    docstring = docstring_parser.parse(function.__doc__)
+    parser: Any = jsonargparse.ArgumentParser(
+        prog=f"train-clip {verb}",
+        # The list of all options, which would bury an error below it, is what --help prints.
+        usage="%(prog)s",
+        description=docstring.short_description,
+        formatter_class=usage.HelpFormatter,
+        allow_abbrev=False,
+        default_env=False,
+        exit_on_error=False,
+        print_config="--print_config",
+    )
+    parser.add_argument("--config", action="config", metavar="NAME", help="a recipe, or a YAML file of options")
+    print_config = parser._option_string_actions["--print_config"]
+    print_config.help, print_config.metavar = "print all options as YAML, for --config, and exit", ""
+    help_texts = {parameter.arg_name: parameter.description for parameter in docstring.params}
+    kinds: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind = parameter.annotation
+        if kind is TrainerOptions:
+            parser.epilog = (
+                "Every option of lightning.Trainer works too (--devices, --precision, --max_steps, --logger, ...): "
+                f"`train-clip {verb} --help_trainer` lists them."
+            )
+        elif hasattr(kind, "pick"):
+            kinds |= _add_groups(parser, kind)
+        else:
+            kinds[parameter.name] = kind
+            _add_parameter(parser, parameter, help_texts[parameter.name])
+    parser.usage += " [options]"
+    return parser, kinds
+
+
+def _add_groups(parser: Any, kind: Any) -> dict[str, Any]:
+    """Add a group of options, or several, flat; return their types by name."""
+    from train_clip import usage
+
+    kinds = {}
     for options in kind.groups().values() if hasattr(kind, "groups") else [kind]:
         group = parser.add_argument_group(options.__doc__.partition("\n")[0].rstrip("."))
-        for one in dataclasses.fields(options):
+        # In the order of the constructor: a group's own fields before those that it shares.
+        for one in sorted(dataclasses.fields(options), key=lambda one: bool(one.kw_only)):
+            how = {"default": one.default, "help": one.metadata["help"], "metavar": usage.in_words(one.type).metavar}
             # --lock_image stands for --lock_image true.
             flag = {"nargs": "?", "const": True} if one.default is False else {}
-            group.add_argument(f"--{one.name}", type=one.type, default=one.default, help=one.metadata["help"], **flag)
-            lists += [one.name] if "[" in str(one.type) else []
-    return lists
+            group.add_argument(f"--{one.name}", type=one.type, **how, **flag)
+            kinds[one.name] = one.type
+    return kinds
 
 
 def _add_parameter(parser: Any, parameter: inspect.Parameter, text: str | None) -> None:
+    from train_clip import usage
+
     name, how = parameter.name, {"type": parameter.annotation, "help": text}
     is_optional = parameter.default is not parameter.empty
     if is_optional:
         how["default"] = parameter.default
     if parameter.kind is parameter.POSITIONAL_ONLY:
         parser.usage += f" [{name.upper()}]" if is_optional else f" {name.upper()}"
-        parser.add_argument(name, **how, **({"nargs": "?"} if is_optional else {}))
+        parser.add_argument(name, metavar=name.upper(), **how, **({"nargs": "?"} if is_optional else {}))
     else:
-        parser.add_argument(f"--{name}", **how)
+        parser.add_argument(f"--{name}", metavar=usage.in_words(parameter.annotation).metavar, **how)
 
 
-def normalise(words: list[str], verb: str) -> list[str]:
-    """Give every option its one name, and move ``--config`` to the front, so that the command line wins over it.
+def normalise(words: list[str], verb: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Give every option its one name, and take the files of ``--config`` out of the words, over which those win.
 
-    ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``, in a file of options too,
-    which is passed on by its content. A run that is resumed (``--resume``) brings the options that it began with; one
-    that another verb began is refused.
+    ``--batch-size`` and ``--batchsize=8`` become ``--batch_size`` and ``--batch_size=8``, in a file of options too.
+    A run that is resumed (``--resume``) brings the options that it began with; one that another verb began is refused.
     """
     words = [re.sub("(?<=^--)[^=]+", lambda option: _one_name(option[0]), word) for word in words]
-    ahead = argparse.ArgumentParser(f"train-clip {verb}", add_help=False, allow_abbrev=False)
+    ahead = argparse.ArgumentParser(f"train-clip {verb}", add_help=False, allow_abbrev=False, exit_on_error=False)
     ahead.add_argument("--config", action="append", default=[])
-    files, words = ahead.parse_known_args(words)
-    configs = [_options_in(name) for name in files.config]
-    ahead.add_argument("--resume")
-    ahead.add_argument("--output")
-    for config in configs:
+    try:
+        files, words = ahead.parse_known_args(words)
+    except argparse.ArgumentError:
+        raise UsageError(f"--config: its value is missing. Recipes: {', '.join(_recipes())}.") from None
+    configs = {name: _options_in(name) for name in files.config}
+    ahead.add_argument("--resume", nargs="?")
+    ahead.add_argument("--output", nargs="?")
+    for config in configs.values():
         ahead.set_defaults(**config)
     given = ahead.parse_known_args(words)[0]
-    words = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs] + words
-    if given.resume is None:
-        return words
-    from train_clip.commands.run_folder import options_of_run
+    if given.resume is not None:
+        from train_clip.commands.run_folder import options_of_run
 
-    return options_of_run(verb, str(given.resume), given.output) + words
+        configs = options_of_run(verb, str(given.resume), given.output) | configs
+    return words, configs
 
 
 def _one_name(option: str) -> str:
@@ -195,11 +270,17 @@ def _one_name(option: str) -> str:
     return ALIASES.get(option, option)
 
 
+def _recipes() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
+
+
 def _options_in(name: str) -> dict[str, Any]:
-    recipes = {file.stem: file for file in Path(__file__).with_name("recipes").glob("*.yaml")}
+    recipes = _recipes()
     path = recipes.get(name, Path(name))
     if not path.is_file():
-        raise UserError(f"--config {name}: neither a file nor a recipe. Recipes: {', '.join(sorted(recipes))}.")
+        raise UsageError(
+            f"--config {name}: neither a file nor a recipe.{did_you_mean(name, recipes)} Recipes: {', '.join(recipes)}."
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {_one_name(option): value for option, value in content.items()}
@@ -209,12 +290,50 @@ def _options_in(name: str) -> dict[str, Any]:
         ) from error
 
 
+def _require_known(words: list[str], configs: dict[str, dict[str, Any]], kinds: dict[str, Any], prog: str) -> None:
+    """Refuse an option that does not exist, of the command line or of a file, and name the nearest that do."""
+    given = {"": [word[2:].partition("=")[0] for word in words if word.startswith("--")]} | configs
+    for file, names in given.items():
+        for name in names:
+            # --logger.project is an argument of the logger's class.
+            if name.partition(".")[0] not in {*kinds, "print_config"}:
+                where = f"--config {file}: unknown option {name}" if file else f"unknown option --{name}"
+                raise UsageError(
+                    f"{where}.{did_you_mean(name.partition('.')[0], kinds)} `{prog} --help` lists the options."
+                )
+
+
 def _require_one_word(words: list[str], lists: list[str]) -> None:
     number = r"[\d.e+-]*\d[\d.e+-]*"
     several = rf"--({'|'.join(lists)})[ =]({number}(?:[ ,]{number})+)(?!\S)"
     for option, given in re.findall(several, " ".join(words)):
         numbers = re.sub("[ ,]", ", ", given)
-        raise UserError(f'--{option} {given}: several values are one word: --{option} "[{numbers}]".')
+        raise UsageError(f'--{option} {given}: several values are one word: --{option} "[{numbers}]".')
+
+
+def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
+    """Print a script that completes verbs and options in your shell.
+
+    Args:
+        shell: bash, zsh or tcsh; save the script where that shell looks for completions
+    """
+    import jsonargparse
+    import lightning as L
+
+    parser = jsonargparse.ArgumentParser("train-clip")
+    groups = {"": parser.add_subcommands(required=False)}
+    for verb, (function, text) in VERBS.items():
+        one = build_parser(verb, pkgutil.resolve_name(function))[0]
+        if one.epilog:
+            for name in set(inspect.signature(L.Trainer).parameters) - OWN_TRAINER_OPTIONS:
+                one.add_argument(f"--{name}")
+        group, _, name = verb.rpartition(" ")
+        if group not in groups:
+            of_group = jsonargparse.ArgumentParser(description=group)
+            groups[""].add_subcommand(group, of_group, help=group)
+            groups[group] = of_group.add_subcommands(required=False)
+        groups[group].add_subcommand(name, one, help=text)
+    print(parser.get_completion_script(f"shtab-{shell}"))
 
 
 if __name__ == "__main__":

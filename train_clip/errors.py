@@ -1,8 +1,15 @@
-"""The two errors that a user meets: a stop that says what to do, and a sample that cannot be read."""
+"""The errors that a user meets: a stop that says what to do, and a sample that cannot be read."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Stops a command. The message says what was found, what was expected and what to do."""
+
+
+class UsageError(UserError):
+    """The command itself is wrong: a verb, an option, a value or a name that does not exist."""
 
 
 class BadSample(Exception):
@@ -15,6 +22,12 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name what a mistyped word is closest to, as a sentence to append; empty where nothing is close."""
+    close = difflib.get_close_matches(word.lower(), names := {name.lower(): name for name in known}, n=2)
+    return f" Did you mean {' or '.join(names[name] for name in close)}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-from train_clip.errors import UserError
+from train_clip.errors import UsageError
 
 # What options name, and where it is found. A new one is a line here and a file of its own.
 LOSSES = {"softmax": "train_clip.losses.softmax:SOFTMAX", "sigmoid": "train_clip.losses.sigmoid:SIGMOID"}
@@ -40,7 +40,7 @@ def at_least(least: int) -> Check:
 
 
 POSITIVE = Check(lambda value: value > 0, "above 0")
-RATE_OF_TOWER = POSITIVE._replace(expected="above 0; to keep a tower as it is: lock_image, lock_text")
+RATE_OF_TOWER = POSITIVE._replace(expected="above 0; to freeze a tower: lock_image, lock_text")
 PROBABILITY = Check(lambda value: 0 <= value <= 1, "from 0 to 1")
 BELOW_ONE = Check(lambda value: 0 <= value < 1, "from 0 to below 1")
 UP_TO_ONE = Check(lambda value: 0 < value <= 1, "above 0, up to 1")
@@ -65,9 +65,9 @@ class Options:
             kinds = (one.type, *get_args(one.type))
             names = [name for kind in kinds for name in get_args(kind) if isinstance(name, str)]
             if names and value not in names:
-                raise UserError(f"{one.name} is {value!r}; expected one of {', '.join(names)}.")
+                raise UsageError(f"{one.name} is {value!r}; expected one of {', '.join(names)}.")
             if check and not check.holds(value):
-                raise UserError(f"{one.name} is {value}; expected {check.expected}.")
+                raise UsageError(f"{one.name} is {value}; expected {check.expected}.")
 
     @classmethod
     def pick(cls, values: dict[str, Any]) -> Self:
@@ -79,62 +79,82 @@ class Options:
 class WeightOptions(Options):
     """What a file of weights may leave open, or is to be changed."""
 
-    model_name: str | None = option(None, "a preset or a YAML file; default: the weights' own, or ViT-B/32")
-    image_size: int | None = option(None, "side of the square input in pixels; default: the model's", at_least(1))
-    context_length: int | None = option(None, "tokens of a caption at most; default: the model's", at_least(2))
-    activation: Literal["gelu", "quick_gelu"] | None = option(None, "of weights that do not say theirs")
+    model_name: str | None = option(
+        None, "a preset (`train-clip models` lists them) or a YAML file; default: ViT-B/32, or the weights' own"
+    )
+    image_size: int | None = option(None, "input size in pixels; default: the model's", at_least(1))
+    context_length: int | None = option(None, "tokens per caption at most; default: the model's", at_least(2))
+    activation: Literal["gelu", "quick_gelu"] | None = option(
+        None, "activation function of the pretrained weights; default: as their file says"
+    )
 
 
 @dataclass(frozen=True)
 class ModelOptions(WeightOptions):
     """The model."""
 
-    pretrained: str | None = option(None, "weights to start from: a file, a folder, hf-hub:NAME, openai (by name)")
+    pretrained: str | None = option(
+        None,
+        "weights to start from: a file, a folder, hf-hub:NAME, or openai for those of --model_name; default: random "
+        "initialization",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(Options):
     """Where pairs come from."""
 
-    pairs: Path | None = option(None, "a table (.csv, .tsv, .jsonl) in place of a folder, paths relative to it")
+    pairs: Path | None = option(
+        None, "a table of pairs (.csv, .tsv, .jsonl) instead of --folder; its paths are relative to it"
+    )
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
-    pair_by: PairBy = option("stem", "what a pair shares: stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
+    pair_by: PairBy = option("stem", "match files by stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(SourceOptions):
     """Where pairs come from, which are held out, and how many may be bad."""
 
-    val_share: float = option(0.05, "share of the pairs held out for validation, chosen by file name", BELOW_ONE)
-    max_bad: float = option(0.01, "share of the pairs that may be unreadable before the run stops", PROBABILITY)
-    val_pairs: Path | None = option(None, "a table of pairs to validate on, in place of --val_share")
+    val_share: float = option(0.05, "fraction of the pairs held out for validation, chosen by file name", BELOW_ONE)
+    max_bad: float = option(0.01, "fraction of the pairs that may be unreadable before the run stops", PROBABILITY)
+    val_pairs: Path | None = option(None, "a table of validation pairs instead of --val_share")
 
 
 @dataclass(frozen=True)
 class DataOptions(PairOptions):
     """The data."""
 
-    folder: Path | None = option(None, "images and captions (.txt, one a line) that share a stem, in any subfolders")
-    batch_size: int = option(256, "pairs of a global batch, over all processes; at most all pairs", at_least(2))
+    folder: Path | None = option(
+        None, "images and captions that share a stem (cat.jpg, cat.txt), one caption per line; includes subfolders"
+    )
+    batch_size: int = option(
+        256, "pairs per batch over all processes (the global batch), at most all pairs", at_least(2)
+    )
     num_workers: int | None = option(
-        None, "loader processes of each process; default: one a core, at most 8, and none on a CPU", at_least(0)
+        None,
+        "data loading processes per training process; default: one per core, at most 8, or 0 when training on a CPU",
+        at_least(0),
     )
     resize_ratio: float | None = option(
-        None, "least share of the largest square that a crop keeps, such as 0.75; default: the paper's crop", UP_TO_ONE
+        None,
+        "smallest random crop as a fraction of the largest square's area, such as 0.75; default: the paper's crop",
+        UP_TO_ONE,
     )
-    shuffle: bool = option(True, "permute the pairs each epoch")
+    shuffle: bool = option(True, "shuffle the pairs each epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions(Options):
-    """Image augmentation, beside the random crop."""
+    """Image augmentation, besides the random crop."""
 
     color_jitter: float = option(
-        0.0, "strength of SimCLR's jitter of brightness, contrast, saturation and hue; the paper's is 1", UP_TO_TWO
+        0.0, "strength of color jitter (brightness, contrast, saturation, hue), relative to SimCLR's", UP_TO_TWO
     )
-    grayscale: float = option(0.0, "probability of a grayscale image; SimCLR's is 0.2", PROBABILITY)
-    horizontal_flip: float = option(0.0, "probability; not for captions that name sides", PROBABILITY)
+    grayscale: float = option(0.0, "probability of converting an image to grayscale; SimCLR's is 0.2", PROBABILITY)
+    horizontal_flip: float = option(
+        0.0, "probability of a horizontal flip; not for captions that say left or right", PROBABILITY
+    )
     vertical_flip: float = option(0.0, "probability of a vertical flip", PROBABILITY)
 
     @property
@@ -148,26 +168,32 @@ class OptimizerOptions(Options):
     """The optimizer."""
 
     optimizer: Literal[*OPTIMIZERS] | None = option(  # type: ignore[valid-type]
-        None, "muon is for the towers' matrices, beside AdamW; default: adamw, sgd for two encoders"
+        None, "muon updates the towers' matrices, AdamW all else; default: adamw, or sgd for two encoders"
     )
-    momentum: float | None = option(None, "of SGD, default 0.9, or of Muon, default 0.95", BELOW_ONE)
-    muon_learning_rate: float | None = option(None, "Muon's; default: 8 times --learning_rate", POSITIVE)
+    momentum: float | None = option(None, "momentum of SGD (default: 0.9) or Muon (default: 0.95)", BELOW_ONE)
+    muon_learning_rate: float | None = option(
+        None, "peak learning rate of Muon; default: 8 times --learning_rate", POSITIVE
+    )
     learning_rate: float | None = option(None, "peak learning rate; default: the preset's", POSITIVE)
-    weight_decay: float | None = option(None, "of matrices and convolutions; default: the preset's", at_least(0))
-    betas: tuple[float, float] | None = option(
-        None, 'decay of first and second moment, such as "[0.9, 0.98]"; default: the preset\'s', BETAS
+    weight_decay: float | None = option(
+        None, "weight decay of matrices and convolutions; default: the preset's", at_least(0)
     )
-    eps: float | None = option(None, "added to the root of the second moment; default: the preset's", POSITIVE)
+    betas: tuple[float, float] | None = option(
+        None, 'decay rates of the first and second moment, such as "[0.9, 0.98]"; default: the preset\'s', BETAS
+    )
+    eps: float | None = option(None, "epsilon, added to the root of the second moment; default: the preset's", POSITIVE)
     warmup_steps: int | None = option(
-        None, "optimizer steps until the peak; default: the preset's, or a tenth of a shorter run", at_least(0)
+        None, "linear warm-up in optimizer steps; default: the preset's, or a tenth of a short run", at_least(0)
     )
     adam_statistics: Literal["float32", "bfloat16"] = option(
-        "float32", "precision of the optimizer state (first and second moment); bfloat16 is stochastically rounded"
+        "float32", "precision of the optimizer state (first and second moment); bfloat16 uses stochastic rounding"
     )
     half_weights: Literal["none", "text", "image", "both"] = option(
-        "none", "towers whose weights are kept in bfloat16, stochastically rounded at each update; the paper's is text"
+        "none", "towers whose weights are kept in bfloat16 by stochastic rounding; the paper's is text"
     )
-    ema: float = option(0.0, "momentum, such as 0.999, of an exponential moving average (EMA) of weights", BELOW_ONE)
+    ema: float = option(
+        0.0, "decay of an exponential moving average (EMA) of the weights, such as 0.999; 0: none", BELOW_ONE
+    )
 
     @property
     def has_half_weights(self) -> bool:
@@ -182,35 +208,45 @@ class OptimizerOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions(Options):
-    """The loss, and what a step leaves out at random."""
+    """The loss and regularization."""
 
     loss: Literal[*LOSSES] = option(  # type: ignore[valid-type]
-        "softmax", "CLIP's cross-entropy in both directions, or sigmoid (SigLIP)"
+        "softmax", "softmax (CLIP: cross-entropy in both directions) or sigmoid (SigLIP)"
     )
     equal_captions: Literal["keep", "mask"] = option(
-        "keep", "whether other pairs of an equal caption stay in the loss (keep) or leave it (mask)"
+        "keep", "other pairs with the same caption: keep them as negatives, or mask them in the loss"
     )
-    mask_ratio: float = option(0.0, "share of patches that a step drops, as FLIP's 0.5; for CLIP's own ViTs", BELOW_ONE)
-    unmasked_share: float = option(0.05, "last part of the run, which sees whole images again", PROBABILITY)
+    mask_ratio: float = option(
+        0.0, "fraction of image patches dropped in a step, such as FLIP's 0.5; CLIP's ViTs only", BELOW_ONE
+    )
+    unmasked_share: float = option(
+        0.05, "final fraction of the run, which sees whole images again; with --mask_ratio", PROBABILITY
+    )
     stochastic_depth: float = option(
-        0.0, "probability of skipping the last block of CLIP's transformers, falling to 0 at the first", BELOW_ONE
+        0.0, "drop probability of the last block of CLIP's transformers, decreasing to 0 at the first", BELOW_ONE
     )
 
 
 @dataclass(frozen=True)
 class TowerOptions(Options):
-    """What is trained of the towers, and self-distillation."""
+    """The towers (image and text encoder) and self-distillation."""
 
-    image_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", RATE_OF_TOWER)
-    text_learning_rate: float | None = option(None, "peak, of the tower; default: --learning_rate", RATE_OF_TOWER)
-    lock_image: bool = option(False, "keep the image tower frozen")
-    lock_text: bool = option(False, "keep the text tower frozen")
+    image_learning_rate: float | None = option(
+        None, "peak learning rate of the image tower; default: --learning_rate", RATE_OF_TOWER
+    )
+    text_learning_rate: float | None = option(
+        None, "peak learning rate of the text tower; default: --learning_rate", RATE_OF_TOWER
+    )
+    lock_image: bool = option(False, "freeze the image tower")
+    lock_text: bool = option(False, "freeze the text tower")
     distillation: Literal[*DISTILLATION, "none"] | None = option(  # type: ignore[valid-type]
         None,
-        "from an EMA teacher, by optimal transport (OTTER) or softmax; default: transport for two encoders, else none",
+        "targets of an EMA teacher: optimal transport (OTTER) or softmax; default: transport for two encoders",
     )
-    kl_coeff: float = option(1.0, "weight of the distillation term", at_least(0))
-    layer_decay: float = option(1.0, "factor on the learning rate for each layer from a tower's output on", UP_TO_ONE)
+    kl_coeff: float = option(1.0, "weight of the distillation loss", at_least(0))
+    layer_decay: float = option(
+        1.0, "layer-wise learning rate decay: factor per layer, from a tower's output to its input", UP_TO_ONE
+    )
 
     @property
     def distils(self) -> bool:
@@ -220,15 +256,15 @@ class TowerOptions(Options):
 
 @dataclass(frozen=True)
 class StepOptions(Options):
-    """How a step is computed. The gradient stays the same."""
+    """Memory and speed, with the same gradient; seed."""
 
     minibatch_size: int = option(
-        0, "pairs encoded at a time on one process (BatchNorm normalises chunk by chunk); 0: all at once", at_least(0)
+        0, "pairs encoded at a time per process (BatchNorm normalizes per minibatch); 0: all at once", at_least(0)
     )
-    kept_minibatches: int = option(0, "micro-batches whose activations are kept, not recomputed", at_least(0))
-    gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every so many blocks", at_least(0))
+    kept_minibatches: int = option(0, "minibatches whose activations are kept, not recomputed", at_least(0))
+    gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every N blocks; 0: none", at_least(0))
     compile: bool = option(False, "compile the towers (torch.compile); the first steps take a minute or two")
-    seed: int = option(0, "of the initial weights, the order of the data, crops and captions", at_least(0))
+    seed: int = option(0, "random seed of the initial weights, the order of the data, crops and captions", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -244,12 +280,12 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         optimizer, halves = self.optimizer, self.optimizer.half_weights
         if optimizer.optimizer == "sgd" and optimizer.keeps_halves:
-            raise UserError(
+            raise UsageError(
                 f"adam_statistics is {optimizer.adam_statistics!r} and half_weights {halves!r} beside optimizer 'sgd', "
                 "which does not round stochastically; expected 'float32' and 'none', or 'adamw' or 'muon'."
             )
         if optimizer.muon_learning_rate is not None and optimizer.optimizer != "muon":
-            raise UserError(
+            raise UsageError(
                 f"muon_learning_rate is {optimizer.muon_learning_rate} beside optimizer {optimizer.optimizer!r}; "
                 "expected 'muon'."
             )
@@ -261,7 +297,7 @@ class TrainingOptions:
             }
             for name, value in idle.items():
                 if value and getattr(self.towers, f"lock_{tower}"):
-                    raise UserError(
+                    raise UsageError(
                         f"{name} is {value!r} beside lock_{tower}: a frozen tower has no learning rate, is not rounded "
                         "and sees whole images. Leave one of the two out, a recipe's learning rate by null."
                     )
@@ -294,14 +330,15 @@ class TrainingOptions:
 class RunOptions(Options):
     """The run."""
 
-    epochs: int | None = option(None, "passes over the pairs; default: what --max_steps takes, or else the preset's")
-    output: Path | None = option(None, "a new folder for checkpoints, logs and plots; default: one below runs/")
+    epochs: int | None = option(None, "passes over the pairs; default: the preset's, or as --max_steps says")
+    output: Path | None = option(None, "a new folder for checkpoints, logs and plots; default: runs/MODEL-DATE-TIME")
     save_every: int | str | None = option(
-        None, "how often to save within an epoch, in optimizer steps (500) or minutes (10m); its end always saves"
+        None, "also save within an epoch, every N optimizer steps (500) or minutes (10m); default: at its end"
     )
-    keep: int = option(2, "how many of the newest states to keep, beside the best one", at_least(1))
+    keep: int = option(2, "number of the newest checkpoints to keep, besides the best", at_least(1))
     resume: str | None = option(
-        None, "go on, with the run's options: a run's folder, a checkpoint, or auto (--output, or the newest in runs/)"
+        None,
+        "continue a run with its own options: its folder, a checkpoint, or auto (--output, or the newest in runs/)",
     )
 
 

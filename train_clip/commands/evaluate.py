@@ -15,7 +15,7 @@ from rich import console, table
 from train_clip.checkpoints.found import NO_CHOICE, Found, Pretrained, find_weights
 from train_clip.commands.progress import with_progress
 from train_clip.data import crops, pairs, samples, scan
-from train_clip.errors import BadSample, UserError
+from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.evaluation import embed, zero_shot
 from train_clip.files import replacing, write_text
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
@@ -94,7 +94,7 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not available here ({str(error).splitlines()[0]}). Try cpu.") from None
+        raise UsageError(f"--device {device}: not available here ({str(error).splitlines()[0]}). Try cpu.") from None
     loaded = weights.build()
     loaded.model.to(device)
     return loaded

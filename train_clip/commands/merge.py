@@ -10,7 +10,7 @@ import torch
 
 from train_clip.checkpoints import found, own
 from train_clip.commands import evaluate
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError
 from train_clip.files import require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
@@ -115,12 +115,12 @@ def _weights(options: MergeOptions) -> list[float]:
     weights = options.weight if isinstance(options.weight, list) else [options.weight]
     names = {f"{weight:g}" for weight in weights if 0 <= weight <= 1}
     if not names or len(names) < len(weights):
-        raise UserError(
+        raise UsageError(
             f"--weight {options.weight}: expected a number from 0, the first checkpoint, to 1, the second, or several "
             'that differ in six figures, by which the files are named: --weight "[0.25, 0.5]".'
         )
     if options.other_folder is None and (options.other_classes or options.other_templates):
-        raise UserError("What --other_classes and --other_templates name is for --other_folder, which was not given.")
+        raise UsageError("What --other_classes and --other_templates name is for --other_folder, which was not given.")
     return weights
 
 

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import cli, loggers, utilities
 
 from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
-from train_clip.errors import UserError, root_cause
+from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
 from train_clip.training import checkpoints, display, signals
 from train_clip.training.data_module import TextImageDataModule
@@ -40,6 +40,21 @@ WARNINGS_BY_DESIGN = (
     r"|Found \d+ module\(s\) in eval mode at the start of training|.*your dataloader is not resumable"
 )
 
+# Options of the Trainer that are something else here than Lightning's documentation says.
+TRAINER_HELP: dict[str, str | None] = {
+    "max_epochs": None,  # --epochs
+    "default_root_dir": None,  # --output
+    "precision": "such as 32-true; default: bf16-mixed on a GPU with bfloat16, 16-mixed on others, 32-true on a CPU",
+    "max_steps": "stop after this number of optimizer steps; default: as --epochs says",
+    "logger": "a logger besides metrics.csv, such as WandbLogger; default: TensorBoardLogger. false: no logs at all",
+    "callbacks": "callbacks besides train-clip's; default: none",
+    "plugins": "plugins besides train-clip's checkpoint writer; default: none",
+    "log_every_n_steps": "optimizer steps between logged values; default: 10, or fewer in a run of less than 500 steps",
+    "enable_checkpointing": "save checkpoints; default: true (--save_every and --keep say when and how many)",
+    "enable_progress_bar": "show the progress display; default: true",
+    "enable_model_summary": "print Lightning's table of the model's layers; default: false",
+    "use_distributed_sampler": "no effect: train-clip itself divides the batches among the processes",
+}
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
 
@@ -163,7 +178,7 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
     try:
         return L.Trainer(**{"enable_model_summary": False} | asked | own)
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"Lightning's Trainer refuses these options: {error}") from error
+        raise UsageError(f"Lightning's Trainer refuses these options: {error}") from error
 
 
 @utilities.rank_zero_only

@@ -84,11 +84,12 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
     return run
 
 
-def options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
-    """The options that the run which ``--resume`` means began with, as words; refuse to go on by another verb."""
+def options_of_run(verb: str, resume: str, output: str | None) -> dict[str, dict[str, Any]]:
+    """The options that the run which ``--resume`` means began with, by their file; refuse to go on by another verb."""
     run = run_to_resume(resume, None if output is None else Path(output))
-    if run is None or not (run / "config.yaml").is_file():
-        return []
+    config = None if run is None else run / "config.yaml"
+    if run is None or config is None or not config.is_file():
+        return {}
     about, model = run / "run.yaml", run / OWN_MODEL
     starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
     if starts and (began := starts[-1].get("verb", verb)) != verb:
@@ -96,8 +97,8 @@ def options_of_run(verb: str, resume: str, output: str | None) -> list[str]:
             f"{run}: a run of `train-clip {began}`, not of `{verb}`. To go on: train-clip {began} --resume {run}"
         )
     # The run's own copy of its model, wherever the run lies by now.
-    own_model = ["--model_name", str(model)] if model.is_file() else []
-    return ["--config", str(run / "config.yaml"), *own_model]
+    own_model = {"model_name": str(model)} if model.is_file() else {}
+    return {str(config): yaml.safe_load(config.read_text(encoding="utf-8")) | own_model}
 
 
 def find_checkpoint(resume: str, output: Path | None) -> Resumption:

@@ -7,7 +7,7 @@ from train_clip.checkpoints import found, sources
 from train_clip.commands.run import Job, begin, data_for, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat
 from train_clip.training.clip_wrapper import CLIPWrapper
@@ -63,7 +63,7 @@ def pretrained_weights(model: ModelOptions) -> found.Found | None:
         return found.find_weights(model.pretrained, model)
     name = model.model_name or DEFAULT_MODEL
     if sources.openai_name(name) is None:
-        raise UserError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has published no such model.")
+        raise UsageError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has published no such model.")
     return found.find_weights(name, replace(model, model_name=None, pretrained=None))
 
 

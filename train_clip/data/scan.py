@@ -8,7 +8,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from train_clip.data.pairs import PairList
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError
 from train_clip.options import SourceOptions
 
 # A source is given by a path: the folder, or the option of its name. A new one is a line here, a file and an option.
@@ -41,10 +41,10 @@ def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path
     given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name} {path}" for name, path in given) or "nowhere"
-        raise UserError(f"Data from: {found}. Expected one of --folder FOLDER and --pairs TABLE.")
+        raise UsageError(f"Data from: {found}. Expected one of --folder FOLDER and --pairs TABLE.")
     name, path = given[0]
     if name != "folder" and options.pair_by != "stem":
-        raise UserError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
+        raise UsageError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
     return name, path
 
 

@@ -10,7 +10,7 @@ from train_clip.commands.train import pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders import sources, tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat, option
 from train_clip.training.clip_wrapper import CLIPWrapper
 
@@ -94,13 +94,13 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     """The two encoders, with the tokenizer of the text encoder and a projection where their widths differ."""
     for name in ("model_name", "activation", "image_size"):
         if (value := getattr(start, name)) is not None:
-            raise UserError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
+            raise UsageError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
     assert start.image_encoder is not None and start.text_encoder is not None
     image, text = sources.load_image_encoder(start.image_encoder), sources.load_text_encoder(start.text_encoder)
     assert text.context is not None  # every source knows it
     context = start.context_length or text.context
     if context > text.context:
-        raise UserError(f"--context_length {context}: the text encoder takes {text.context} tokens at most.")
+        raise UsageError(f"--context_length {context}: the text encoder takes {text.context} tokens at most.")
     prefix, _, name = start.text_encoder.partition(":")
     try:
         own = Tokenizer(context) if prefix == sources.OWN else tokenizer.load_tokenizer(name, context)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from train_clip.checkpoints import found, own, read
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     from train_clip.encoders.encoder import ImageEncoder, TextEncoder
@@ -47,12 +47,12 @@ def _load(source: str, kind: str) -> Any:
     if not name or prefix not in SOURCES:
         if source and Path(source).exists():
             library = "hf" if Path(source).is_dir() else OWN
-            raise UserError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
+            raise UsageError(f"--{kind}_encoder {source}: a path without its library. Write {library}:{source}.")
         what = f"unknown prefix {prefix!r}" if name else "no library and name"
-        raise UserError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
+        raise UsageError(f"--{kind}_encoder {source}: {what}. Expected {_examples(kind)}, or hf:FOLDER.")
     functions, examples = SOURCES[prefix]
     if kind not in examples:
-        raise UserError(f"--{kind}_encoder {source}: {prefix} has no {kind} encoders. Expected {_examples(kind)}.")
+        raise UsageError(f"--{kind}_encoder {source}: {prefix} has no {kind} encoders. Expected {_examples(kind)}.")
     return pkgutil.resolve_name(functions.format("load", kind))(name)
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError, did_you_mean
 
 # Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -176,8 +176,11 @@ def read_config(name: str) -> ModelConfig:
     for preset in presets():
         if preset.name.replace("/", "-") == name.replace("/", "-"):
             return preset
-    known = ", ".join(preset.name for preset in presets())
-    raise UserError(f"Unknown model {name!r}. Presets: {known}. For a model of your own give a YAML file.")
+    known = [preset.name for preset in presets()]
+    raise UsageError(
+        f"Unknown model {name!r}.{did_you_mean(name, known)} Presets: {', '.join(known)}. For a model of your own give "
+        "a YAML file."
+    )
 
 
 @cache

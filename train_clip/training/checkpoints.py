@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from train_clip import files
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint
-from train_clip.errors import UserError, root_cause
+from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.gather import largest
 from train_clip.training import ema, lightning_internals
 
@@ -74,7 +74,7 @@ class Interval(NamedTuple):
         number, unit = (float(found[1]), found[2]) if found else (0.0, "")
         minutes = unit.startswith("m")
         if number <= 0 or not (minutes or number.is_integer()):
-            raise UserError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
+            raise UsageError(f"--save_every {text}: expected optimizer steps, such as 500, or minutes, such as 10m.")
         return cls(seconds=60 * number) if minutes else cls(int(number))
 
 
