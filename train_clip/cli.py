@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import yaml
 
-from train_clip import __version__
 from train_clip.errors import UsageError, UserError, did_you_mean
 from train_clip.options import TrainerOptions
 
@@ -100,8 +99,9 @@ def _run(words: list[str]) -> None:
         function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
     elif rest == ["--version"]:
-        versions = (f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
-        print(f"train-clip {__version__} ({', '.join(versions)}, Python {platform.python_version()})")
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
+        own = pkgutil.resolve_name("train_clip:__version__")
+        print(f"train-clip {own} ({versions}, Python {platform.python_version()})")
     # A group of verbs alone, or with --help, asks for its list too.
     elif all(word in HELP or word in GROUPS for word in rest):
         group = "".join(f"{word} " for word in rest if word in GROUPS)
