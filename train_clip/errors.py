@@ -1,4 +1,4 @@
-"""The two errors that a user meets: a stop that says what to do, and a sample that cannot be read."""
+"""The two errors that users see: one that stops with advice, and one for a sample that cannot be read."""
 
 
 class UserError(Exception):
@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class BadSample(Exception):
-    """One image or caption that cannot be used. The data set counts it by reason and draws a substitute."""
+    """One image or caption that cannot be used. The data set counts it by reason and replaces it."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
