@@ -189,7 +189,7 @@ def test_a_remote_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError) as caught:
         AtomicCheckpointIO().save_checkpoint({"step": 1}, address)
     assert str(caught.value) == (
-        f"{address}: checkpoints are written to local files only. Give a local --output and copy it."
+        f"{address}: checkpoints can only be written to local files. Give a local --output and copy it."
     )
     assert names(tmp_path) == []
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_written(tmp_path: Path) ->
     """A path in a callback's state, which is no plain data: an error at the save, and the older file stays."""
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-    with pytest.raises(UserError, match=r"last\.ckpt: not written, since it would hold more than plain data.*Path"):
+    with pytest.raises(UserError, match=r"last\.ckpt: not written, because it would hold more than plain data.*Path"):
         AtomicCheckpointIO().save_checkpoint({"callbacks": {"Mine": {"folder": tmp_path}}}, path)
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
     assert names(tmp_path) == ["last.ckpt"]
@@ -214,7 +214,7 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, kind: str) -> N
         os.mkfifo(target)
     else:
         target.symlink_to("/dev/null")
-    with pytest.raises(FileExistsError, match="is no regular file"):
+    with pytest.raises(FileExistsError, match="is not a regular file"):
         write_text(target, "text")
     assert not target.is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

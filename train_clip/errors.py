@@ -1,4 +1,4 @@
-"""The errors that a user meets: a stop that says what to do, and a sample that cannot be read."""
+"""The errors that users see: those that stop with advice, and one for a sample that cannot be read."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ class UsageError(UserError):
 
 
 class BadSample(Exception):
-    """One image or caption that cannot be used. The data set counts it by reason and draws a substitute."""
+    """One image or caption that cannot be used. The data set counts it by reason and replaces it."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside the target, synced, renamed."""
+"""Files that are complete or absent: written next to the target, synced, renamed."""
 
 import errno
 import os
@@ -32,12 +32,12 @@ def replacing(target: Path) -> Iterator[Path]:
 def require_place(target: Path) -> None:
     """See to it that a file can stand there, in the place of no folder or device, and make its folder."""
     if target.exists() and not target.is_file():
-        raise FileExistsError(errno.EEXIST, "is no regular file", str(target))
+        raise FileExistsError(errno.EEXIST, "is not a regular file", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text completely or not at all."""
     with replacing(target) as beside:
         beside.write_text(text, encoding="utf-8")
 

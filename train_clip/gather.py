@@ -1,4 +1,4 @@
-"""This process's embeddings → everyone's, in the order of the ranks; and what the processes have to agree on.
+"""This process's embeddings → those of all processes, in rank order; and values that processes must agree on.
 
 B  rows on this process      W  processes      D  width
 """

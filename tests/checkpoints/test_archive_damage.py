@@ -223,7 +223,7 @@ LIES = {
     "fewer bytes than it says": {"packed": 12, "crc": zlib.crc32(struct.pack("<3f", 1, 2, 3))},
     "no whole numbers": {"packed": 15, "crc": zlib.crc32(struct.pack("<4f", 1, 2, 3, 4)[:15])},
     "no bytes": {"packed": 0, "crc": 0},
-    "more bytes than it has": {"packed": 2**31},
+    "more bytes than the file has": {"packed": 2**31},
     "deflated, and it is not": {"method": 8},
     "bzip2, and it is not": {"method": 12},
     "lzma, and it is not": {"method": 14},
@@ -243,7 +243,7 @@ def test_a_directory_that_lies(tmp_path: Path, lie: str, name: str) -> None:
     path = write(tmp_path / "a.pt", state(w=tensor()))
     assert set(read_all(path)) == {"w"}
     with_directory(path, name, **LIES[lie])
-    if lie != "more bytes than it has" or not assert_numbers(path):
+    if lie != "more bytes than the file has" or not assert_numbers(path):
         refusal(path)
 
 

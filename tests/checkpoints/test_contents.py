@@ -77,7 +77,7 @@ def test_what_is_no_file_of_weights(tmp_path: Path, name: str, suffix: str) -> N
     message = refusal(path)
     assert refusal(path, load) == message
     if name == "empty" and suffix == ".pt":
-        assert message == f"{path}: begins with b'', which no file of weights does.{EXPECTED}"
+        assert message == f"{path}: begins with b'', which no weights file does.{EXPECTED}"
 
 
 def test_other_archives(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
     message = refusal(path)
     assert "xpected" in message
     for expected in {
-        "pipe": ["no regular file"],
-        "device": ["no regular file"],
-        "nothing": ["there is no such file"],
+        "pipe": ["not a regular file"],
+        "device": ["not a regular file"],
+        "nothing": ["no such file"],
     }.get(kind, []):
         assert expected in message
 

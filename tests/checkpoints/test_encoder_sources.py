@@ -146,7 +146,7 @@ def test_torchvision_names(torchvision):
 
 def test_torchvision_without_network(torchvision):
     torchvision.reachable = False
-    with pytest.raises(UserError, match=r"not reachable.*Copy https://there/net.pth into .*/checkpoints\.$"):
+    with pytest.raises(UserError, match=r"cannot be downloaded.*Copy https://there/net.pth into .*/checkpoints\.$"):
         load_image_encoder("torchvision:net")
 
 
@@ -187,7 +187,9 @@ def test_timm_failures(timm):
     with pytest.raises(UserError, match=r"timm:zzzzzzzz: .* its list_models\(\), such as net\."):
         load_image_encoder("timm:zzzzzzzz")
     timm.failure = RuntimeError("no connection.\nat all")
-    with pytest.raises(UserError, match=r"not reachable \(no connection\).*--image_encoder timm:local-dir:FOLDER"):
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded \(no connection\).*--image_encoder timm:local-dir:FOLDER"
+    ):
         load_image_encoder("timm:net")
     with pytest.raises(UserError, match=r"timm:local-dir:there: its weights are damaged, .*\(no connection\)"):
         load_image_encoder("timm:local-dir:there")

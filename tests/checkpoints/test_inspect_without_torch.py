@@ -108,7 +108,7 @@ def test_pytorch_is_not_imported(tmp_path: Path, kind: str) -> None:
     assert "ViT of 2 layers of 16" in printed
     assert "16×16 pixels" in printed
     assert "16 tokens of 49,408" in printed
-    assert ("not said by the file" in printed) == (kind == "state dict")
+    assert ("not stated in the file" in printed) == (kind == "state dict")
 
 
 def test_the_step_and_the_numbers_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

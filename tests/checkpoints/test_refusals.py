@@ -78,7 +78,7 @@ def test_a_tensor_is_missing(written: Path) -> None:
         written,
         lambda tensors: tensors.pop(next(name for name in tensors if "ln_final" in name or "final_layer" in name)),
     )
-    assert "ln_final" in refused(written, "is not there, expected (16,) numbers", "Expected the model's own tensors")
+    assert "ln_final" in refused(written, "is not there, expected (16,) numbers", "Expected the tensors of the model")
 
 
 def test_a_tensor_is_foreign(written: Path) -> None:
@@ -175,14 +175,14 @@ def test_an_activation_that_there_is_not(plain: Path, described: str, chosen: st
 
 def test_activation_contradicts(written: Path) -> None:
     """Names both. What agrees is let through."""
-    refused(written, "its activation is quick_gelu", "gelu asked for", "Leave", activation="gelu")
+    refused(written, "its activation is quick_gelu", "gelu requested", "Leave", activation="gelu")
     assert load(written, activation="quick_gelu").model.config.activation == "quick_gelu"
 
 
 def test_model_name_of_another_size(plain: Path, written: Path) -> None:
     """A preset's name for a tiny file: what does not fit, or, of a file that says its sizes, that they are others."""
-    refused(plain, "does not fit its model", "(--model_name)", model_name="ViT-B/32", activation="gelu")
-    refused(written, "--model_name ViT-B/32 is of other sizes", "Leave --model_name out", model_name="ViT-B/32")
+    refused(plain, "does not match its model", "(--model_name)", model_name="ViT-B/32", activation="gelu")
+    refused(written, "--model_name ViT-B/32 has other sizes", "Leave out --model_name", model_name="ViT-B/32")
 
 
 def test_model_name_that_is_none(plain: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_colours_of_the_users_description(plain: Path, tmp_path: Path) -> None:
 def test_weights_of_another_kind(tmp_path: Path) -> None:
     """Names some of the tensors, and the verb that joins other encoders."""
     torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "weight, bias", "no CLIP's", "train-clip finetune")
+    refused(tmp_path / "a.pt", "weight, bias", "not those of a CLIP", "train-clip finetune")
 
 
 # Checkpoints of Lightning

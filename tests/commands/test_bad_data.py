@@ -127,8 +127,7 @@ def test_more_bad_pairs_than_may_be_stop_the_run(
         run_train(folder, model_file, tmp_path / "run", *words, "--max_bad", "0.2")
     message = str(stopped.value.code)
     assert message.startswith(
-        f"train-clip: {folder}: 5 of 20 pairs (25.0%) could not be used so far, more than --max_bad 0.2 "
-        "(5 × empty file)."
+        f"train-clip: {folder}: 5 of 20 pairs (25.0%) were unusable so far, more than --max_bad 0.2 (5 × empty file)."
     )
     log = tmp_path / "run" / "logs" / "skipped.tsv"
     assert sorted(log.read_text().split()[0::3]) == [str(folder / f"{index:03}.png") for index in range(5)]
@@ -151,7 +150,7 @@ def test_a_run_stops_within_an_epoch_where_no_gradient_is_pending(
     """Half of 160 pairs bad, epochs of 40 batches: at the first count, or the first that no gradient waits at."""
     folder = broken(tmp_path / "pairs", 160, 80)
     words = ["--val_share", "0", "--num_workers", "0", "--accumulate_grad_batches", str(accumulate)]
-    with pytest.raises(SystemExit, match=r"of 160 pairs .* could not be used so far"):
+    with pytest.raises(SystemExit, match=r"of 160 pairs .* were unusable so far"):
         run_train(folder, model_file, tmp_path / "run", *words)
     state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert state["callbacks"]["EndOfStep"]["consumed_batches"] == batches

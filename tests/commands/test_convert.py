@@ -129,11 +129,11 @@ def test_two_encoders_load_but_go_nowhere_else(here, joined, tmp_path):
         images = torch.nn.functional.normalize(model.encode_image(preprocess("data/003.png")[None]), dim=-1)
     torch.testing.assert_close(texts, module.embed_texts(["picture 3", "a"]))
     torch.testing.assert_close(images, module.embed_images("data/003.png"))
-    with pytest.raises(SystemExit, match="two encoders joined by this package, which no format of others holds"):
+    with pytest.raises(SystemExit, match="two encoders joined by this package, which no other format can hold"):
         cli.main(["convert", str(joined), str(tmp_path / "out"), "--to", "safetensors"])
     with pytest.raises(SystemExit, match="two encoders, which `train-clip finetune --pretrained` trains on"):
         cli.main(["train", "--pretrained", str(joined), *SHORT])
-    with pytest.raises(SystemExit, match="train-clip checkpoint, whose sizes and activations are its own"):
+    with pytest.raises(SystemExit, match="train-clip checkpoint, whose sizes and activations are fixed"):
         cli.main(["evaluate", str(joined), "--folder", "data", "--image_size", "64"])
 
 
@@ -159,7 +159,7 @@ def test_a_folder_has_its_name_once_all_of_it_is_on_disk(made, tmp_path, monkeyp
 
 def test_what_is_there_is_never_replaced(here):
     """A target that exists, a file or a folder, empty or not."""
-    with pytest.raises(SystemExit, match="data: exists already and stays as it is"):
+    with pytest.raises(SystemExit, match="data: already exists, and is not overwritten"):
         cli.main(["convert", "run/checkpoints/last.ckpt", "data", "--to", "open_clip"])
 
 
@@ -191,7 +191,7 @@ def test_what_inspect_does_not_know(here, tmp_path, capsys):
     """A state dict by itself does not say its activation, nor the heads of a model of no known sizes."""
     torch.save(train_clip.load("open_clip").model.state_dict(), tmp_path / "weights.pt")
     cli.main(["inspect", str(tmp_path / "weights.pt")])
-    assert "not said by the file; how many heads is not said by the file" in capsys.readouterr().out
+    assert "not stated in the file; the file does not state the number of heads" in capsys.readouterr().out
     words = ["--model_name", "tiny.yaml", "--activation", "gelu"]
     cli.main(
         ["convert", str(tmp_path / "weights.pt"), str(tmp_path / "out.safetensors"), "--to", "safetensors", *words]

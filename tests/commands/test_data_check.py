@@ -80,14 +80,14 @@ def test_what_no_run_begins_with(tmp_path: Path) -> None:
         check(folder, json=tmp_path / "report.json")
     assert str(caught.value) == f"{folder}: training would fail. 5 faults, listed above."
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    regular = "expected a regular file that may be read (chmod +r; chmod +x a folder). Rename or remove it."
+    regular = "expected a readable regular file (chmod +r; chmod +x a folder). Rename or remove it."
     assert report["faults"] == [
-        f"{folder}/dangling.jpg: is gone, or a link to a file that is gone; {regular}",
-        f"{folder}/folder.jpg: is no regular file; {regular}",
+        f"{folder}/dangling.jpg: does not exist, or is a link to a missing file; {regular}",
+        f"{folder}/folder.jpg: is not a regular file; {regular}",
         f"{folder}/loop.jpg: cannot be looked up ([Errno 40] Too many levels of symbolic links: '{folder}/loop.jpg'); "
         f"{regular}",
-        f"{folder}/pipe.jpg: is no regular file; {regular}",
-        f"{folder}/twice: the stem cat is in 3 names, so it is not clear which belong together:\n"
+        f"{folder}/pipe.jpg: is not a regular file; {regular}",
+        f"{folder}/twice: the stem cat is in 3 names, so it is not clear which files form a pair:\n"
         "  twice/cat.jpg\n  twice/cat.png\n  twice/cat.txt\n  Expected one image and one caption, and at most one "
         "array in npz/. Rename or remove the others.",
     ]
@@ -106,12 +106,12 @@ def test_more_bad_pairs_than_may_be(tmp_path: Path, max_bad: float, stops: bool)
     if not stops:
         assert check(folder, max_bad=max_bad)["problems"] == []
         return
-    with pytest.raises(UserError, match=r"8 of 19 pairs \(42\.1%\) cannot be used, more than --max_bad 0\."):
+    with pytest.raises(UserError, match=r"8 of 19 pairs \(42\.1%\) are unusable, more than --max_bad 0\."):
         check(folder, max_bad=max_bad)
 
 
 @pytest.mark.parametrize(
-    ("number", "problem"), [(0, "fewer than 2 pairs to train on"), (1, "fewer than 2 pairs to train on")]
+    ("number", "problem"), [(0, "fewer than 2 training pairs"), (1, "fewer than 2 training pairs")]
 )
 def test_too_few_pairs(tmp_path: Path, number: int, problem: str) -> None:
     """Nothing and a single pair: training would not begin."""
@@ -130,7 +130,7 @@ def test_a_table_is_checked_like_the_folder(everything: Everything, tmp_path: Pa
     of_images = {why: paths for why, paths in of_folder["bad"].items() if not paths[0].endswith(".txt")}
     assert report["bad"] == of_images
     assert {what: found["number"] for what, found in report["mended"].items()} == {
-        what: found["number"] for what, found in of_folder["mended"].items() if what.split()[0] not in ("byte", "line")
+        what: found["number"] for what, found in of_folder["mended"].items() if what.split()[0] not in ("byte", "CR")
     }
     assert report["sizes"] is not None
 
@@ -315,7 +315,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert check(folder)["pairs"] == 4
-    assert "What is found cannot be kept in the cache folder" in capsys.readouterr().out
+    assert "Results cannot be saved in the cache folder" in capsys.readouterr().out
 
 
 def test_a_store_that_is_damaged_within(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,10 +437,10 @@ def test_a_pair_that_is_bad_twice_is_one_bad_pair(tmp_path: Path) -> None:
 def test_nothing_left_to_train_or_validate_on(tmp_path: Path) -> None:
     """Three pairs of four held out, and a table to validate on without rows: training would not begin."""
     folder = write_pairs(tmp_path / "pairs", 4)
-    with pytest.raises(UserError, match="fewer than 2 pairs to train on"):
+    with pytest.raises(UserError, match="fewer than 2 training pairs"):
         check(folder, val_share=0.75)
     (tmp_path / "val.csv").write_text("image,caption\n")
-    with pytest.raises(UserError, match="no pair to validate on"):
+    with pytest.raises(UserError, match="no validation pairs"):
         check(folder, val_pairs=tmp_path / "val.csv")
 
 
@@ -495,7 +495,7 @@ def test_without_the_library_for_perceptual_hashes(
         for module in ("facts", "report"):
             patch.setattr(f"train_clip.data_tools.{module}.perceptual_hash", lambda: None)
         report = check(folder)
-    assert "Similar images were not looked for: pip install ImageHash" in capsys.readouterr().out
+    assert "Similar images were not searched: pip install ImageHash" in capsys.readouterr().out
     assert report["repeats"]["near"] is None
     assert report | {"repeats": whole["repeats"], "leaks": whole["leaks"]} == whole
     assert check(folder) == whole
@@ -518,8 +518,8 @@ def test_the_report_in_words_and_for_machines(everything: Everything, tmp_path: 
         ("--context_length 1", "context_length is 1; expected 2 or above"),
         ("--val_share 1", "val_share is 1.0; expected from 0"),
         ("--num_workers -1", "num_workers is -1; expected 0 or above"),
-        ("--json /dev/null", "/dev/null: is no regular file"),
-        ("--json .", ".: is no regular file"),
+        ("--json /dev/null", "/dev/null: is not a regular file"),
+        ("--json .", ".: is not a regular file"),
         ("--max_bad 2", "max_bad is 2.0; expected from 0 to 1"),
         ("--pairs other.csv", "Expected one of --folder"),
     ],

@@ -87,7 +87,7 @@ def test_arrays_of_whole_pictures(folder: Path, workers: int, capsys: pytest.Cap
         assert np.array_equal(np.load(folder / "npz" / f"{image.stem}.npz")["data"].transpose(1, 2, 0), expected)
     printed = capsys.readouterr().out
     images, arrays = (sum(file.stat().st_size for file in (folder / place).iterdir()) for place in ("img", "npz"))
-    assert f"On disk: {arrays / 2**20:.1f} MiB beside {images / 2**20:.1f} MiB of images" in printed
+    assert f"On disk: {arrays / 2**20:.1f} MiB, compared with {images / 2**20:.1f} MiB of images" in printed
     assert f"Next: train-clip train --folder {folder}," in printed
 
 
@@ -106,7 +106,7 @@ def test_an_epoch_is_the_same_with_arrays(folder: Path, caplog: pytest.LogCaptur
         if image.stem != "003":
             image.write_bytes(b"not read any more")
     after = batches(folder, seed=5)
-    assert "11 of 12 images are read from npz/, in place of the image files." in caplog.text
+    assert "11 of 12 images are read from npz/ instead of files." in caplog.text
     assert len(before) == len(after) == 3
     for (images, texts), (other_images, other_texts) in zip(before, after, strict=True):
         assert (images.int() - other_images.int()).abs().max() <= 2
@@ -185,7 +185,7 @@ def test_what_was_not_made_here_is_not_replaced(folder: Path, content: str) -> N
         np.savez(array, **{"data" if content == "floats" else "image": np.zeros((3, SIZE, SIZE), np.float16)})
     before = array.read_bytes()
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"004\.npz: .*is not replaced"):
+        with pytest.raises(UserError, match=r"004\.npz: .*is not overwritten"):
             make(folder, workers=workers)
     assert array.read_bytes() == before
 
@@ -243,7 +243,7 @@ def test_an_interruption_loses_nothing(tmp_path: Path, stop: signal.Signals) -> 
 
 
 def test_nothing_to_do(tmp_path: Path, folder: Path) -> None:
-    """No pairs, arrays alone, no such folder, a size that cannot be: each a sentence."""
+    """No pairs, arrays alone, there is no such folder, a size that cannot be: each a sentence."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="0 pairs"):
         make(tmp_path / "empty")
@@ -267,8 +267,8 @@ def test_check_and_show_read_the_arrays(folder: Path, capsys: pytest.CaptureFixt
     assert report["bad"] == {"empty file": [f"{folder}/npz/005.npz"]}
     assert report["sizes"] is not None
     assert (report["sizes"]["height"][0], report["sizes"]["height"][-1]) == (SIZE, SIZE)
-    assert "12 × read from npz/, in place of the image" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"11 arrays are not of the model's 224 pixels.*data npz --image_size 224"):
+    assert "12 × read from npz/ instead of the image" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"11 arrays do not have the model's 224 pixels.*data npz --image_size 224"):
         data_check(folder, options=CheckOptions(max_bad=0.5, num_workers=0, cache=False))
     shown = data_show(folder, options=ShowOptions(output=folder.parent / "page.html", image_size=SIZE))
     assert shown.read_text().count("<img") == 11 * 4
@@ -316,7 +316,7 @@ def test_the_forks_files_train(tmp_path: Path, model_file: Path, pair_by: PairBy
     assert (report["cached"], report["bad"], report["problems"]) == (12, {}, [])
     assert [listed["number"] for listed in report["mended"].values()] == [12]
     data_show(folder, options=ShowOptions(output=tmp_path / "page.html", image_size=SIZE, pair_by=pair_by))
-    with pytest.raises(UserError, match=r"already normalised|by its number"):
+    with pytest.raises(UserError, match=r"already normalized|by its number"):
         make(folder, pair_by=pair_by)
 
 
@@ -326,7 +326,9 @@ def test_both_kinds_in_a_folder(tmp_path: Path) -> None:
     (folder / "npz" / "004.npz").unlink()
     with pytest.raises(UserError, match=rf"{folder}/img/004.png:? holds a picture"):
         batches(folder)
-    with pytest.raises(UserError, match="11 of 12 images are arrays of already normalised pixels, the others pictures"):
+    with pytest.raises(
+        UserError, match="11 of 12 images are arrays of already normalized pixels, the others are pictures"
+    ):
         data_check(folder, options=CheckOptions(image_size=SIZE, num_workers=0, cache=False))
 
 

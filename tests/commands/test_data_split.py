@@ -185,6 +185,6 @@ def test_tables_are_not_overwritten(tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "pairs", 8)
     split(folder, tmp_path / "split")
     before = (tmp_path / "split" / "train.csv").read_text()
-    with pytest.raises(UserError, match="there already, and left as it is"):
+    with pytest.raises(UserError, match="already exists, and is not overwritten"):
         split(folder, tmp_path / "split", seed=1)
     assert (tmp_path / "split" / "train.csv").read_text() == before

@@ -34,7 +34,7 @@ def test_the_demo_runs_through(tmp_path, monkeypatch, capsys):
     assert 0 < scores["retrieval"]["chance_text_to_image"]["1"] < 0.01
     assert Path("demo/best_captions.png").stat().st_size > 10_000
     assert "--folder data_dir" in printed
-    with pytest.raises(SystemExit, match="demo: exists already"):
+    with pytest.raises(SystemExit, match="demo: already exists"):
         cli.main(["demo"])
 
 

@@ -127,7 +127,7 @@ def test_every_verb_reads_the_mean(here: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
 def test_no_run_goes_on_from_the_mean(here: Path, name: str) -> None:
     """What it is, what was expected, and what else it may be for."""
-    expected = rf"run/ema/{name}: holds the EMA of a run's weights \(--ema\), and no state to go on from\."
+    expected = rf"run/ema/{name}: holds the EMA of a run's weights \(--ema\), and no training state to resume from\."
     with pytest.raises(SystemExit, match=expected):
         cli.main(["train", "--resume", f"run/ema/{name}"])
 
@@ -155,7 +155,7 @@ def test_what_is_said(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         saving.load_state_dict({"best": 0.4, "best_mean": best_mean})
         say_mean(SimpleNamespace(checkpoint_callbacks=[saving]), tmp_path)
         expected = (
-            f"better: val/mean_recall 0.5000, the trained weights 0.4000. Evaluate it by {tmp_path}/ema/best.ckpt"
+            f"better: val/mean_recall 0.5000, the trained weights 0.4000. To evaluate it, use {tmp_path}/ema/best.ckpt"
         )
         assert (expected in capsys.readouterr().out) == shown
 

@@ -112,7 +112,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(pair_folder, tmp_path, content)
     """Empty, text and truncated files: an error that names the file and what was expected."""
     path = tmp_path / "broken.ckpt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.ckpt: (begins with b'|no weights, or damaged ones \(BadZipFile)"):
+    with pytest.raises(UserError, match=r"broken\.ckpt: (begins with b'|not weights, or damaged \(BadZipFile)"):
         evaluate(path, EvaluateOptions(pair_folder))
 
 

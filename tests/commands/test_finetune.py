@@ -211,7 +211,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
     """``--lock_image`` as a bare flag: the encoder stays as its file has it; the projection, which is said, learns."""
     caplog.set_level("INFO")
     finetune("--lock_image", "--minibatch_size", "2", "--output", "locked")
-    expected = r"The image encoder gives \d+ numbers, the text encoder 16: a linear projection of the images is added"
+    expected = r"The image encoder gives \d+ dimensions, the text encoder 16: adding a linear projection of the images"
     assert re.search(expected, capsys.readouterr().err + caplog.text)
     module = CustomCLIPWrapper.load_from_checkpoint("locked/checkpoints/last.ckpt")
     from transformers import ResNetModel
@@ -230,7 +230,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
         ("--image_encoder hf:nowhere/nothing", r"hf download nowhere/nothing .*give hf:FOLDER"),
         ("--text_encoder torchvision:resnet50", r"torchvision has no text encoders"),
         ("--text_encoder train-clip:run/checkpoints/last.ckpt", r"two encoders and no CLIP"),
-        ("--image_size 32", r"--image_size 32: is for weights \(--pretrained\)"),
+        ("--image_size 32", r"--image_size 32: is only for weights \(--pretrained\)"),
         ("--context_length 99", r"takes 32 tokens at most"),
         ("--context_length 2", r"--context_length: found 2, expected at least 3"),
         ("--context_length 0", r"context_length is 0; expected 2 or above"),
@@ -245,7 +245,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
             r"image_learning_rate is 0\.0001 beside lock_image: a frozen tower",
         ),
         ("--lock_text --text_learning_rate 1e-4", r"text_learning_rate is 0\.0001 beside lock_text"),
-        ("--precision bf16-true", r"in half precision an EMA of the weights stands still"),
+        ("--precision bf16-true", r"in half precision an EMA of the weights, and so the teacher, would not change"),
     ],
 )
 def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
@@ -261,17 +261,17 @@ def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected
     ("words", "expected"),
     [
         ("data", r"data: a folder without weights; expected one of open_clip_model\.safetensors"),
-        ("data/000.png", r"data/000\.png: begins with b'\\x89PNG.*, which no file of weights does"),
-        ("openai --model_name ViT-L/16", r"OpenAI has published no such model"),
+        ("data/000.png", r"data/000\.png: begins with b'\\x89PNG.*, which no weights file does"),
+        ("openai --model_name ViT-L/16", r"OpenAI has not published this model"),
         (
             "clip/checkpoints/last.ckpt --image_encoder hf:resnet",
-            r"--image_encoder: is for two encoders .* whole model",
+            r"--image_encoder: is for joining two encoders.* whole model",
         ),
-        ("clip/checkpoints/last.ckpt --text_encoder hf:bert", r"--text_encoder: is for two encoders"),
-        ("clip/checkpoints/last.ckpt --avg_word_embs true", r"--avg_word_embs: is for two encoders"),
+        ("clip/checkpoints/last.ckpt --text_encoder hf:bert", r"--text_encoder: is for joining two encoders"),
+        ("clip/checkpoints/last.ckpt --avg_word_embs true", r"--avg_word_embs: is for joining two encoders"),
         (
             "clip/checkpoints/last.ckpt --distillation softmax --precision 16-true",
-            r"an EMA of the weights stands still",
+            r"an EMA of the weights, and so the teacher, would not change",
         ),
     ],
 )

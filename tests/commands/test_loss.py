@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_its_loss(here, tmp_path, capsys):
     capsys.readouterr()
     cli.main(["inspect", last("sigmoid")])
     said = capsys.readouterr().out
-    assert re.search(r"logits +with a bias, of the sigmoid loss\n", said) and "loss sigmoid" in said
+    assert re.search(r"logits +with the bias of the sigmoid loss\n", said) and "loss sigmoid" in said
     cli.main(["inspect", last("softmax")])
     assert "bias" not in capsys.readouterr().out
 
@@ -86,7 +86,7 @@ def test_the_bias_goes_through(here, tmp_path, kind, target):
 
 def test_huggingface_has_no_place_for_it(here, tmp_path):
     """It is left out, which is said; the rest comes back, and ranks as before."""
-    with pytest.warns(UserWarning, match=r"Hugging Face's CLIPModel has no logit_bias; -\d+\.\d+ is left out"):
+    with pytest.warns(UserWarning, match=r"Hugging Face's CLIPModel has no logit_bias; -\d+\.\d+ is dropped"):
         cli.main(["convert", last("sigmoid"), str(tmp_path / "hf"), "--to", "huggingface"])
     found, state = train_clip.load(tmp_path / "hf").model.state_dict(), weights("sigmoid")
     assert set(state) - {f"model.{name}" for name in found} == {"model.logit_bias"}
@@ -103,7 +103,7 @@ def test_from_one_loss_to_the_other(here, tmp_path, name, caplog):
     found = weights(tmp_path / "to-sigmoid")
     assert found["model.logit_bias"].item() == -10 and found["model.logit_scale"].exp().item() == pytest.approx(10)
     cli.main([name, "--pretrained", last("sigmoid"), *words, "--output", str(tmp_path / "to-softmax")])
-    assert "its logit_bias, of the sigmoid loss, is left out" in caplog.text
+    assert "its logit_bias, of the sigmoid loss, is dropped" in caplog.text
     assert "model.logit_bias" not in weights(tmp_path / "to-softmax")
 
 

@@ -76,16 +76,20 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
             "--weight []",
             r'--weight \[\]: expected a number .*, or several .*: --weight "\[0\.25, 0\.5\]"',
         ),
-        (("start", "tuned"), "--weight [0.5,0.5000001]", r"\[0\.5, 0\.5000001\]: .*several that differ in six figures"),
+        (
+            ("start", "tuned"),
+            "--weight [0.5,0.5000001]",
+            r"\[0\.5, 0\.5000001\]: .*several that differ within six digits",
+        ),
         (("start", "tuned"), "--weight 0.25 0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
         (("start", "tuned"), "--weight 0.25,0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
         (("start", "tuned"), "--weight=0.25 0.5", r'one word: --weight "\[0\.25, 0\.5\]"'),
         (("start", "tuned"), "--folder ../nothere", "nothere"),
         (("start", "tuned"), "--other_folder data --other_classes names.txt", "class"),
-        (("start", "tuned"), "--other_classes names.txt", "is for --other_folder, which was not given"),
-        (("start", "tuned"), "--other_templates names.txt", "is for --other_folder, which was not given"),
+        (("start", "tuned"), "--other_classes names.txt", "need --other_folder"),
+        (("start", "tuned"), "--other_templates names.txt", "need --other_folder"),
         (("start", "tuned"), "--folder data --device nowhere", "not available here"),
-        (("start", "tuned"), "--folder data --json data", "is no regular file"),
+        (("start", "tuned"), "--folder data --json data", "is not a regular file"),
         (("start", "nothing"), "", "No such file"),
     ],
 )
@@ -101,7 +105,7 @@ def test_a_file_that_is_there_stays(made, tmp_path, monkeypatch):
     """Its name is said."""
     monkeypatch.chdir(made)
     (tmp_path / "merged-0.5.ckpt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"merged-0\.5\.ckpt: exists already"):
+    with pytest.raises(SystemExit, match=r"merged-0\.5\.ckpt: already exists"):
         cli.main(["merge", last("start"), last("tuned"), "--output", str(tmp_path)])
     assert (tmp_path / "merged-0.5.ckpt").read_text() == "mine"
 

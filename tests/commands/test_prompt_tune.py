@@ -132,7 +132,7 @@ def test_a_run_goes_on(here, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--pretrained other.safetensors", "another backbone than the prompts were trained beside"),
+        ("--pretrained other.safetensors", "not those of the backbone that the prompts were trained with"),
         ("--prompts 4", "prompts 4, was 3"),
         ("--prompt_kind shallow", "prompt_kind shallow, was deep"),
         ("--class_token false", "class_token False, was True"),
@@ -212,7 +212,7 @@ def test_two_processes_tune_as_one(here, tmp_path):
     ("words", "message"),
     [
         ("--pretrained resnet/checkpoints/last.ckpt", "a ResNet, which has no tokens"),
-        ("--model_name tiny.yaml", "tiny.yaml: OpenAI has published no such model"),
+        ("--model_name tiny.yaml", "tiny.yaml: OpenAI has not published this model"),
         ("--pretrained run/checkpoints/last.ckpt", "train-clip visual prompts"),
         (f"--pretrained {BACKBONE} --prompts 0", "0 prompts; expected 1 or above"),
         (f"--pretrained {BACKBONE} --prompt_layers [5]", "Prompts at block 5"),
@@ -235,7 +235,7 @@ def test_without_weights_it_is_openais_that_are_meant(here, caplog, monkeypatch,
     monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
     with pytest.raises(SystemExit, match=r"OpenAI's ViT-L/14 is not in .*put it at .*ViT-L-14\.pt"):
         cli.main(["prompt-tune", "--model_name", "ViT-L/14", *DATA])
-    assert "Prompts beside a random backbone learn nothing" in caplog.text
+    assert "Prompts need a pretrained backbone" in caplog.text
 
 
 def test_scores_of_prompts_and_of_a_moved_backbone(here, tmp_path):

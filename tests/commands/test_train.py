@@ -79,7 +79,7 @@ def test_a_run_is_not_overwritten(pair_folder, model_file, tmp_path):
     """The second run into the same folder stops, asks for another, and leaves the first as it was."""
     run = run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
-    with pytest.raises(SystemExit, match=r"holds a run already.*another --output, or --resume .*run"):
+    with pytest.raises(SystemExit, match=r"already holds a run.*another --output, or --resume .*run"):
         run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
@@ -97,7 +97,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew(pair_folder, model_file, tmp_p
     assert [row["step"] for row in metrics(run)] == ["0"]
     assert not list(run.glob("*.tmp-*"))
     bare = run_train(pair_folder, model_file, tmp_path / "bare", "--enable_checkpointing", "false")
-    with pytest.raises(SystemExit, match="holds a run already"):
+    with pytest.raises(SystemExit, match="already holds a run"):
         run_train(pair_folder, model_file, bare)
 
 
@@ -162,7 +162,7 @@ def test_broken_images_are_counted_over_all_processes(tmp_path, model_file, caps
     why = "empty file"
     for printed, log in zip((alone, shared), logs, strict=True):
         assert [line for line in printed.splitlines() if line.startswith("Epoch")] == [
-            f"Epoch {epoch}: 7 samples replaced by others or left out. Bad files so far: 7 (7 × {why}); "
+            f"Epoch {epoch}: 7 samples replaced by others or skipped. Bad files so far: 7 (7 × {why}); "
             f"their names are in {log}."
             for epoch in (1, 2)
         ]
@@ -179,7 +179,9 @@ def test_an_error_of_the_loader_is_told_in_a_line(pair_folder, model_file, tmp_p
         run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0", "--num_workers", workers)
     message = str(stop.value)
     assert message.startswith(f"train-clip: {pair_folder}/0")
-    assert message.endswith("Expected data of which nearly all can be read; `train-clip data check` lists what cannot.")
+    assert message.endswith(
+        "Expected nearly all files to be readable; `train-clip data check` lists those that are not."
+    )
     assert len(message.splitlines()) == 1
     assert message.count("empty file") == 2
 
@@ -240,9 +242,9 @@ def test_a_gpu_trains_in_its_default_precision(pair_folder, model_file, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--epochs", "0"], "the run has done 0 steps, and is to take 0 in all"),
-        (["--accelerator", "cuda"], "Lightning's Trainer refuses these options"),
-        (["--logger", "WandbLogger"], "WandbLogger: .*Install the package that it needs"),
+        (["--epochs", "0"], "the run has done 0 steps, and its length is 0 steps"),
+        (["--accelerator", "cuda"], "Lightning's Trainer does not accept these options"),
+        (["--logger", "WandbLogger"], "WandbLogger: .*Install the required package"),
         (["--val_share", "1.5"], r"val_share is 1\.5; expected from 0 to below 1"),
         (["--batch_size", "1"], "batch_size is 1; expected 2 or above"),
         (["--resize_ratio", "1.5"], r"resize_ratio is 1\.5; expected above 0, up to 1\."),
@@ -304,8 +306,8 @@ def test_few_pairs_are_told_of_their_recipe(pair_folder, model_file, tmp_path, c
     with caplog.at_level("INFO"):
         run_train(pair_folder, model_file, tmp_path / "run", *words)
     assert [line for line in caplog.messages if "--config small" in line] == [
-        "12 pairs: the defaults are the paper's, made for 400 million. `--config small` learns more from as few "
-        "(docs/recipes.md); `--optimizer adamw` keeps to the defaults without this line."
+        "12 pairs: the defaults are the paper's, chosen for 400 million pairs. `--config small` is better for "
+        "a data set of this size (docs/recipes.md); `--optimizer adamw` keeps the defaults and hides this message."
     ] * said
 
 

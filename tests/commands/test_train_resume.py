@@ -71,7 +71,7 @@ def test_more_epochs_with_a_word_on_the_learning_rate(here, capsys, caplog):
     train("--resume", "run", "--epochs", "4")
     printed = capsys.readouterr()
     assert "Resuming from run/checkpoints/last.ckpt, after 6 steps and 6 batches." in printed.out
-    assert "The run was to take 6 optimizer steps, and is to take 12. From step 6 on the learning rate follows" in (
+    assert "The length of the run changed from 6 to 12 optimizer steps. From step 6 on, the learning rate follows" in (
         printed.err + caplog.text
     )
     last = state("run/checkpoints/last.ckpt")
@@ -87,7 +87,7 @@ def test_a_best_that_is_of_before_is_said_to_be(here, capsys):
     """One more step, which no validation follows: what is said of best.ckpt fits the command that is shown next."""
     train("--resume", "run", "--epochs", "4", "--max_steps", "7")
     said = capsys.readouterr().out
-    assert "No validation was reached, so best.ckpt, if there is one, is as it was before" in said
+    assert "The run ended before its first validation, so best.ckpt, if it exists, was not updated" in said
     assert "train-clip evaluate run/checkpoints/best.ckpt" in said
 
 
@@ -136,10 +136,10 @@ def test_damaged_checkpoints_are_passed_over_and_named(here, capsys):
     train("--resume", "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Passed", "Resuming"))]
     assert lines[0].startswith(
-        "Passed over run/checkpoints/last.ckpt: no checkpoint, or not all of one (BadZipFile: a record "
+        "Skipped run/checkpoints/last.ckpt: not a checkpoint, or an incomplete one (BadZipFile: a record "
     )
-    assert lines[1].startswith("Passed over run/checkpoints/step-00000005.ckpt: no checkpoint, or not all of one")
-    assert lines[2].startswith("Passed over run/checkpoints/best.ckpt: holds no state of a run")
+    assert lines[1].startswith("Skipped run/checkpoints/step-00000005.ckpt: not a checkpoint, or an incomplete one")
+    assert lines[2].startswith("Skipped run/checkpoints/best.ckpt: holds no training state")
     assert lines[3] == "Resuming from run/checkpoints/step-00000004.ckpt, after 4 steps and 4 batches."
     assert state("run/checkpoints/last.ckpt")["global_step"] == 6
 
@@ -170,7 +170,7 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--learning_rate 0.5", r"learning_rate 0.5, was 0.001.*begin a new run"),
+        ("--learning_rate 0.5", r"learning_rate 0.5, was 0.001.*start a new run"),
         ("--betas [0.5,0.5]", r"betas \[0.5, 0.5\], was \[0.9, 0.98\]"),
         ("--warmup_steps 1", r"warmup_steps 1, was None"),
         ("--seed 3", r"seed 3, was 0"),
@@ -179,15 +179,15 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--pretrained tiny.yaml", r"pretrained tiny.yaml, was None"),
         ("--activation gelu", r"activation gelu, was None"),
         ("--model_name demo-8-48px", r"config\.name demo-8-48px, was tiny"),
-        ("--batch_size 2", r"batch_size 2, was 4.*--minibatch_size is free"),
+        ("--batch_size 2", r"batch_size 2, was 4.*--minibatch_size may change"),
         ("--val_share 0", r"val_share 0.0, was 0.2"),
         ("--shuffle false", r"shuffle False, was True"),
         ("--resize_ratio 0.5", r"resize_ratio 0.5, was None"),
-        ("--epochs 2", r"the run has done 6 steps, and is to take 6 in all\. To train on give more --epochs"),
-        ("--epochs 1", r"the run has done 6 steps, and is to take 3 in all"),
-        ("--max_steps 5", r"the run has done 6 steps, and is to take 5 in all"),
-        ("--epochs 3 --accumulate_grad_batches 3", r"the run has done 6 steps, and is to take 3 in all"),
-        ("--epochs 3 --limit_train_batches 0.7", r"the run has done 6 steps, and is to take 6 in all"),
+        ("--epochs 2", r"the run has done 6 steps, and its length is 6 steps\. To train longer, increase --epochs"),
+        ("--epochs 1", r"the run has done 6 steps, and its length is 3 steps"),
+        ("--max_steps 5", r"the run has done 6 steps, and its length is 5 steps"),
+        ("--epochs 3 --accumulate_grad_batches 3", r"the run has done 6 steps, and its length is 3 steps"),
+        ("--epochs 3 --limit_train_batches 0.7", r"the run has done 6 steps, and its length is 6 steps"),
         ("--save_every often", r"--save_every often: expected optimizer steps"),
         ("--keep 0", r"keep is 0; expected 1 or above"),
     ],
@@ -220,12 +220,12 @@ def test_another_number_of_pairs_is_refused_and_other_names_are_said(here, capsy
     for suffix in ("png", "txt"):
         Path(f"data/004.{suffix}").rename(f"data/x04.{suffix}")
     train("--resume", "run", "--epochs", "3")
-    assert any("some of the pairs have other names than when the run began" in str(w.message) for w in recwarn)
+    assert any("some of the pairs have other names than when the run started" in str(w.message) for w in recwarn)
     for index in range(5, 9):
         Path(f"data/{index:03}.png").unlink()
     message = refused(capsys, "--resume", "run", "--epochs", "4")
     assert "pairs" in message
-    assert "not what the run began with" in message
+    assert "differ from those that the run started with" in message
 
 
 def test_resume_that_finds_nothing_fails(here, capsys):
@@ -240,7 +240,7 @@ def test_resume_that_finds_nothing_fails(here, capsys):
     assert message.startswith(
         "train-clip: --resume run: no checkpoint loads in run/checkpoints/, for the reasons above."
     )
-    assert capsys.readouterr().out.count("Passed over run/checkpoints/") == len(
+    assert capsys.readouterr().out.count("Skipped run/checkpoints/") == len(
         {file.stat().st_ino for file in Path("run/checkpoints").iterdir()}
     )
 
@@ -254,7 +254,7 @@ def test_a_checkpoint_that_runs_code_is_refused(here, capsys, tmp_path):
 
     torch.save({"state_dict": Hostile()}, "bad.ckpt")
     message = refused(capsys, "--resume", "bad.ckpt", "--folder", "data")
-    assert "bad.ckpt: holds more than plain data; nothing of it was run" in message
+    assert "bad.ckpt: holds more than plain data; no code of it was run" in message
     assert not (tmp_path / "hacked").exists()
 
 

@@ -118,16 +118,16 @@ def _plain(to: Everything) -> None:
 
 
 def _mended_images(to: Everything) -> None:
-    inks = "inks (CMYK, YCCK) to RGB"
+    inks = "CMYK or YCCK to RGB"
     to.image("cmyk.jpg", drawing(20).convert("CMYK"), inks)
     ycck = bytearray(encoded(drawing(21).convert("CMYK"), "JPEG"))
     ycck[ycck.index(b"Adobe") + 11] = 2
     to.image("ycck.jpg", bytes(ycck), inks)
     levels = np.asarray(drawing(22).convert("L")).astype(np.uint16) * 257
-    to.image("grey16.png", Image.fromarray(levels), "16-bit grey scaled to 8 bits", kind="PNG")
+    to.image("grey16.png", Image.fromarray(levels), "16-bit grayscale scaled to 8 bits", kind="PNG")
     palette = drawing(23).quantize(16)
     to.image("palette.png", palette, "palette to RGB", kind="PNG")
-    white = "transparency laid on white"
+    white = "transparency composited on white"
     to.image("palette_hidden.png", drawing(24).quantize(16), white, kind="PNG", transparency=3)
     glass = drawing(25).convert("RGBA")
     glass.putalpha(128)
@@ -135,8 +135,8 @@ def _mended_images(to: Everything) -> None:
     to.image("la.png", drawing(26).convert("LA"), white, kind="PNG")
     exif = Image.Exif()
     exif[0x0112] = 6  # Exif 2.32, section 4.6.4: row 0 is on the right
-    to.image("turned.jpg", drawing(27), "turned upright by EXIF", exif=exif)
-    to.image("exif.png", drawing(28), "illegible EXIF passed over", kind="PNG", exif=b"Exif\0\0no such thing")
+    to.image("turned.jpg", drawing(27), "rotated upright by EXIF", exif=exif)
+    to.image("exif.png", drawing(28), "unreadable EXIF ignored", kind="PNG", exif=b"Exif\0\0no such thing")
     frames = "first of several frames"
     several = {"save_all": True, "append_images": [drawing(60)]}
     to.image("animated.gif", drawing(29), frames, "palette to RGB", kind="GIF", **several)
@@ -147,7 +147,7 @@ def _mended_images(to: Everything) -> None:
 
 def _mended_captions(to: Everything) -> None:
     to.pair("bom.jpg", drawing(40), b"\xef\xbb\xbfwith a mark\n", "byte order mark dropped")
-    to.pair("crlf.jpg", drawing(41), b"two\r\nlines\r\n", "line ends CR LF")
+    to.pair("crlf.jpg", drawing(41), b"two\r\nlines\r\n", "CR LF line endings")
 
 
 def _bad_images(to: Everything) -> None:
@@ -162,12 +162,12 @@ def _bad_images(to: Everything) -> None:
     to.image("html.jpg", b"<!DOCTYPE html><title>404</title>", bad="not an image but an HTML page")
     to.image("svg.jpg", b'<svg xmlns="http://www.w3.org/2000/svg"/>', bad="not an image but an SVG drawing")
     to.image("text.jpg", b"no picture", bad=no_image)
-    to.image("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(20), bad="HEIF picture or film, which Pillow does not read")
+    to.image("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(20), bad="HEIF image or video, which Pillow does not read")
     shades = np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)
     unknown = "floating-point pixels of unknown range"
     to.image("float.tif", Image.fromarray(shades), bad=unknown, kind="TIFF")
     to.image("bomb.png", claimed_png(9_460), bad="over 89,478,485 pixels")
-    absurd = "a side under 2 pixels or an aspect over 100"
+    absurd = "a side below 2 pixels or an aspect ratio above 100"
     to.image("dot.png", Image.new("RGB", (1, 1)), bad=absurd, kind="PNG")
     to.image("line.png", Image.new("RGB", (10_000, 1)), bad=absurd, kind="PNG")
 
@@ -177,7 +177,7 @@ def _bad_captions(to: Everything) -> None:
         (
             ("latin1", "ein Bär\n".encode("latin-1"), "caption is not UTF-8"),
             ("utf16", "a bear\n".encode("utf-16"), "caption is UTF-16, not UTF-8"),
-            ("nul", b"a\0bear\n", "caption holds NUL"),
+            ("nul", b"a\0bear\n", "caption contains NUL"),
             ("blank", b" \n\t\n", "caption is empty"),
             ("void", b"", "caption is empty"),
         )

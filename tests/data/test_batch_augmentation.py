@@ -182,7 +182,7 @@ def test_normalised_pixels_are_flipped_and_not_recoloured() -> None:
     expected = [image.flip(2) if mirrored else image for image, mirrored in zip(floats, MIRRORED, strict=True)]
     assert torch.equal(found, torch.stack(expected))
     for how in (AugmentationOptions(color_jitter=0.5), AugmentationOptions(grayscale=0.1)):
-        with pytest.raises(UserError, match=r"images are torch\.float32: already normalised.*Expected bytes"):
+        with pytest.raises(UserError, match=r"images are torch\.float32: already normalized.*Expected bytes"):
             augment(floats, how, drawn_by_hand())
 
 

@@ -32,13 +32,13 @@ BAD = {
     "empty": (b"", "caption is empty"),
     "blank": (b" \n\t\r\n\xc2\xa0\n", "caption is empty"),
     "only a byte order mark": (codecs.BOM_UTF8, "caption is empty"),
-    "NUL": (b"a cat\na \x00 dog", "caption holds NUL"),
+    "NUL": (b"a cat\na \x00 dog", "caption contains NUL"),
     "Latin-1": (b"ein B\xe4r", "caption is not UTF-8"),
     "cut within a letter": ("a 猫".encode()[:-1], "caption is not UTF-8"),
     "UTF-16 with its mark": ("a cat".encode("utf-16"), "caption is UTF-16, not UTF-8"),
     "UTF-16 of the other order": (codecs.BOM_UTF16_BE + "a cat".encode("utf-16-be"), "caption is UTF-16, not UTF-8"),
     "nothing but the mark of UTF-16": (codecs.BOM_UTF16_LE, "caption is UTF-16, not UTF-8"),
-    "UTF-16 without": ("a cat".encode("utf-16-le"), "caption holds NUL"),
+    "UTF-16 without": ("a cat".encode("utf-16-le"), "caption contains NUL"),
     "a JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "caption is not UTF-8"),
 }
 
@@ -49,9 +49,9 @@ MENDED = {
     "blanks and empty lines": (b"  a cat \n\n", ()),
     "a mark within the text": ("a \ufeffcat".encode(), ()),
     "byte order mark": (codecs.BOM_UTF8 + b"a cat\n", ("byte order mark dropped",)),
-    "one line end of many": (b"a cat\r\na dog\n", ("line ends CR LF",)),
-    "the last line's end": (b"a cat\r\n", ("line ends CR LF",)),
-    "both": (codecs.BOM_UTF8 + b"a cat\r\na dog", ("byte order mark dropped", "line ends CR LF")),
+    "one line end of many": (b"a cat\r\na dog\n", ("CR LF line endings",)),
+    "the last line's end": (b"a cat\r\n", ("CR LF line endings",)),
+    "both": (codecs.BOM_UTF8 + b"a cat\r\na dog", ("byte order mark dropped", "CR LF line endings")),
 }
 
 

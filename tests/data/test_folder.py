@@ -133,7 +133,7 @@ def test_any_tree_of_one_stem(files: set[str]) -> None:
         try:
             expected = reference_pairs(sorted(files))
         except Ambiguous:
-            assert "it is not clear which belong together" in the_fault(scan_folder(folder))
+            assert "it is not clear which files form a pair" in the_fault(scan_folder(folder))
         else:
             assert relative(scan_folder(folder)) == expected
 
@@ -181,7 +181,7 @@ def test_the_message_for_an_ambiguous_stem(tmp_path: Path, case: str) -> None:
     """Word for word: the place, how many share the stem, six of them in order, what to do."""
     files, listed = AMBIGUOUS[case]
     assert the_fault(scan_folder(touch(tmp_path / "x", *files).parent)).splitlines() == [
-        f"{tmp_path / 'x'}: the stem a is in {len(files)} names, so it is not clear which belong together:",
+        f"{tmp_path / 'x'}: the stem a is in {len(files)} names, so it is not clear which files form a pair:",
         *listed,
         "  Expected one image and one caption, and at most one array in npz/. Rename or remove the others.",
     ]
@@ -272,7 +272,7 @@ def test_hidden_files_and_macosx_are_passed_over(tmp_path: Path) -> None:
     assert scan.num_entries == 2
 
 
-ODD = "expected a regular file that may be read (chmod +r; chmod +x a folder). Rename or remove it."
+ODD = "expected a readable regular file (chmod +r; chmod +x a folder). Rename or remove it."
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
@@ -288,12 +288,12 @@ def test_what_is_no_regular_file_is_a_fault(tmp_path: Path) -> None:
             server.bind("s.gif")
         scan = scan_folder(tmp_path)
     assert sorted(scan.faults) == [
-        f"{tmp_path / 'b.jpg'}: is no regular file; {ODD}",
-        f"{tmp_path / 'c.jpg'}: is gone, or a link to a file that is gone; {ODD}",
-        f"{tmp_path / 'notes.TXT'}: is no regular file; {ODD}",
-        f"{tmp_path / 'null.png'}: is no regular file; {ODD}",
-        f"{tmp_path / 's.gif'}: is no regular file; {ODD}",
-        f"{tmp_path / 'x.jpg'}: is no regular file; {ODD}",
+        f"{tmp_path / 'b.jpg'}: is not a regular file; {ODD}",
+        f"{tmp_path / 'c.jpg'}: does not exist, or is a link to a missing file; {ODD}",
+        f"{tmp_path / 'notes.TXT'}: is not a regular file; {ODD}",
+        f"{tmp_path / 'null.png'}: is not a regular file; {ODD}",
+        f"{tmp_path / 's.gif'}: is not a regular file; {ODD}",
+        f"{tmp_path / 'x.jpg'}: is not a regular file; {ODD}",
     ]
     assert relative(scan) == [("a.jpg", "a.txt")]
     assert (scan.lone_images, scan.lone_captions) == ([], ["b.txt", "c.txt", "x.txt"])
@@ -354,7 +354,7 @@ def test_a_folder_of_nothing_but_links_says_so(tmp_path: Path) -> None:
         scan_folder(tmp_path / "data").require_pairs()
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'data'}: 0 pairs among 1 files.",
-        "  Links to folders, which are not followed: give what they lead to: 2, for instance test.",
+        "  Links to folders, which are not followed: give their targets instead: 2, for instance test.",
         RENAME,
     ]
 
@@ -389,7 +389,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("train_clip.data.folder.os.scandir", scandir)
     scan = scan_folder(tmp_path)
     assert the_fault(scan) == (
-        f"{tmp_path / locked}: no permission to list this folder. Give it (chmod +rx), or move the folder away."
+        f"{tmp_path / locked}: no permission to list this folder. Allow it (chmod +rx), or move the folder away."
     )
     assert relative(scan) == ([("a.jpg", "a.txt")] if locked != "." else [])
     with pytest.raises(UserError, match="no permission to list this folder"):
@@ -421,12 +421,13 @@ def test_somebody_else(open_folder: Path, as_nobody: Callable[..., None]) -> Non
         scan = scan_folder(open_folder)
         assert sorted(scan.faults) == [
             f"{open_folder / 'b.jpg'}: {read}",
-            f"{open_folder / 'd.jpg'}: no permission to look for it; {ODD}",
+            f"{open_folder / 'd.jpg'}: no permission to open its folder; {ODD}",
             f"{open_folder / 'e.jpg'}: {read}",
-            f"{open_folder / 'shut'}: no permission to list this folder. Give it (chmod +rx), or move the folder away.",
+            f"{open_folder / 'shut'}: no permission to list this folder. Allow it (chmod +rx), or move the folder "
+            "away.",
         ]
         assert (relative(scan), scan.lone_captions) == ([("a.jpg", "a.txt")], ["b.txt", "d.txt", "e.txt"])
-        with pytest.raises(UserError, match="no permission to look into the folder above it"):
+        with pytest.raises(UserError, match="no permission to open its parent folder"):
             scan_folder(open_folder / "shut" / "in")
 
     as_nobody(look)
@@ -457,7 +458,8 @@ def test_all_faults_are_collected_and_the_first_five_are_named(tmp_path: Path, n
         (tmp_path / f"{index:02}.jpg").symlink_to("nowhere")
     scan = scan_folder(tmp_path)
     assert sorted(scan.faults) == [
-        f"{tmp_path / f'{index:02}.jpg'}: is gone, or a link to a file that is gone; {ODD}" for index in range(number)
+        f"{tmp_path / f'{index:02}.jpg'}: does not exist, or is a link to a missing file; {ODD}"
+        for index in range(number)
     ]
     assert relative(scan) == [("a.jpg", "a.txt")]
     with pytest.raises(UserError) as caught:
@@ -500,8 +502,8 @@ def test_lone_files_are_listed_in_order(tmp_path: Path) -> None:
 
 
 RENAME = (
-    "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, or list them "
-    "in a table (--pairs). Where they share a number (image1.jpg, text1.txt), pass --pair_by number."
+    "  The files of a pair share a stem: cat.jpg and cat.txt, one caption per line. Rename the files, or list them in "
+    "a table (--pairs). If they share a number (image1.jpg, text1.txt), pass --pair_by number."
 )
 
 

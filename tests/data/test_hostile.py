@@ -183,7 +183,7 @@ def test_a_plain_jpeg_of_many_scans(tmp_path: Path) -> None:
     content = FILES["JPEG"]
     start = content.index(b"\xff\xda")
     scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0"
-    for scans, why in ((MAX_SCANS, "damaged image"), (MAX_SCANS + 1, "JPEG of over 100 scans")):
+    for scans, why in ((MAX_SCANS, "damaged image"), (MAX_SCANS + 1, "JPEG with over 100 scans")):
         (tmp_path / "a.jpg").write_bytes(content[:start] + scan * scans)
         with pytest.raises(BadSample, match=why):
             read_image(str(tmp_path / "a.jpg"))
@@ -313,9 +313,9 @@ def test_time_and_memory_are_bounded(tmp_path: Path) -> None:
         assert found[name] == "(9459, 9459)"
     assert found["twice the cap.ico"] == "over 89,478,485 pixels"
     assert found["canvas.webp"] in ("over 89,478,485 pixels", "damaged image (OSError)")  # Pillow 13 and 11
-    assert found["scans.jpg"] == "JPEG of over 100 scans"
-    assert found["comments.ppm"] == "PPM of over 1,000 comments"
-    assert found["tile.tif"] == "TIFF of tiles over 89,478,485 pixels"
+    assert found["scans.jpg"] == "JPEG with over 100 scans"
+    assert found["comments.ppm"] == "PPM with over 1,000 comments"
+    assert found["tile.tif"] == "TIFF with tiles over 89,478,485 pixels"
     assert found["precincts.j2k"] == "not an image that Pillow can read"
     assert found["frames.gif"] == "(9, 9)"
     assert found["loop.tif"] == "(8, 8)"

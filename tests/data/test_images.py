@@ -344,7 +344,7 @@ def test_an_orientation_beside_a_broken_tag_counts(
 def test_absurd_sizes_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     """A single row, column or pixel, and sides of more than 100 to 1."""
     Image.new("RGB", size).save(tmp_path / "a.png")
-    assert reason(tmp_path / "a.png") == "a side under 2 pixels or an aspect over 100"
+    assert reason(tmp_path / "a.png") == "a side below 2 pixels or an aspect ratio above 100"
 
 
 @pytest.mark.parametrize("size", [(2, 2), (200, 2), (3, 300)])
@@ -414,7 +414,7 @@ def test_a_bad_checksum(tmp_path: Path, noise: Callable[..., Image.Image]) -> No
 
 def test_files_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone, a folder, no permission, not enough memory: a bad sample each."""
-    assert reason(tmp_path / "gone.jpg") == "file is gone"
+    assert reason(tmp_path / "gone.jpg") == "file does not exist"
     (tmp_path / "folder.jpg").mkdir()
     assert reason(tmp_path / "folder.jpg") == "image cannot be read (IsADirectoryError)"
     (tmp_path / "a.png").write_bytes(png(2, 2))
@@ -542,9 +542,9 @@ def ycck() -> bytes:
     return bytes(content)
 
 
-FOREIGN, FRAMES, UPRIGHT_BY_EXIF = "suffix of another format", "first of several frames", "turned upright by EXIF"
-ON_WHITE, SCALED, PALETTE = "transparency laid on white", "16-bit grey scaled to 8 bits", "palette to RGB"
-INKS = "inks (CMYK, YCCK) to RGB"
+FOREIGN, FRAMES, UPRIGHT_BY_EXIF = "suffix of another format", "first of several frames", "rotated upright by EXIF"
+ON_WHITE, SCALED, PALETTE = "transparency composited on white", "16-bit grayscale scaled to 8 bits", "palette to RGB"
+INKS = "CMYK or YCCK to RGB"
 PALETTE_OF_TWO = Image.new("RGB", (12, 10), "teal").quantize(2)
 
 MENDED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
@@ -578,9 +578,9 @@ MENDED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "EXIF that is none, in a PNG": (
         "a.png",
         encoded(picture_of("RGB"), "PNG", exif=b"Exif\0\0no TIFF header at all"),
-        ("illegible EXIF passed over",),
+        ("unreadable EXIF ignored",),
     ),
-    "EXIF that is none, in a JPEG": ("a.jpg", with_exif(b"no TIFF header at all"), ("illegible EXIF passed over",)),
+    "EXIF that is none, in a JPEG": ("a.jpg", with_exif(b"no TIFF header at all"), ("unreadable EXIF ignored",)),
     "16-bit grey PNG": ("a.png", encoded(picture_of("I;16"), "PNG"), (SCALED,)),
     "16-bit grey TIFF": ("a.tif", encoded(picture_of("I;16"), "TIFF"), (SCALED,)),
     "32-bit grey TIFF": ("a.tif", encoded(picture_of("I"), "TIFF"), (SCALED,)),
@@ -648,7 +648,7 @@ def test_broken_frames_are_no_fault_of_the_first(tmp_path: Path, noise: Callable
             assert (np.asarray(decoded.picture) == np.asarray(first)).all()
 
 
-FILM = "HEIF picture or film, which Pillow does not read"
+FILM = "HEIF image or video, which Pillow does not read"
 NO_IMAGES = {
     "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", FILM),
     "HEIF of an unknown camera": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1", FILM),

@@ -172,19 +172,19 @@ def test_both_kinds_in_one_list_are_refused(tmp_path: Path, first: int) -> None:
     ):
         with pytest.raises(UserError) as refused:
             read()
-        for file, kind in ((first, "a picture"), (1 - first, "already normalised")):
+        for file, kind in ((first, "a picture"), (1 - first, "already normalized")):
             assert re.search(f"{tmp_path}/{file}.npz:? holds {kind}", str(refused.value))
 
 
 def test_an_array_for_another_model_stops(tmp_path: Path) -> None:
     """Of another size, as the first of a list and as a later one: a stop that says how to make it anew, no skip."""
     pairs = numbered(tmp_path, [picture(SIZE), picture(SIZE + 4), normalised()])
-    remedy = r"1.npz: was made for another model: it is \d+ by \d+.*train-clip data npz FOLDER --image_size 16"
+    remedy = r"1.npz: was made for another model: it has \d+×\d+ pixels.*train-clip data npz FOLDER --image_size 16"
     with pytest.raises(UserError, match=remedy):
         TrainingPairs(pairs[1:], SIZE, None, 0)
     with pytest.raises(UserError, match=remedy):
         TrainingPairs(pairs, SIZE, 0.5, 0)[0, 1]
-    with pytest.raises(UserError, match=r"2.npz: was made for.*16 by 16 pixels; expected 32 .*32 by 32 where"):
+    with pytest.raises(UserError, match=r"2.npz: was made for.*16×16 pixels; expected 32 .*32×32 if"):
         ValidationPairs(pairs[2:], 32)
 
 
@@ -197,7 +197,7 @@ def test_pictures_to_look_at(tmp_path: Path) -> None:
     floats = (array / 255 - 0.45) / 0.25
     shown, mended = read_picture(npz(tmp_path / "b.npz", floats.astype(np.float32)))
     assert np.abs(np.asarray(shown).astype(int) - array.transpose(1, 2, 0)).max() <= 2
-    assert mended == ("already normalised pixels, taken as they are, without a crop",)
+    assert mended == ("already normalized pixels, used unchanged, without a crop",)
 
 
 def header(shape: object, descr: str = "|u1", fortran_order: bool = False, version: int = 1) -> bytes:
@@ -251,10 +251,10 @@ class Bomb:
         return pytest.fail, ("something was unpickled",)
 
 
-SHAPE = "npz of another shape than (3, height, width)"
-SIDES = "a side under 2 pixels or an aspect over 100"
-NO_ZIP = "not an npz file, or one that is cut short"
-LIES = "npz whose array is not of the size that its header says"
+SHAPE = "npz with another shape than (3, height, width)"
+SIDES = "a side below 2 pixels or an aspect ratio above 100"
+NO_ZIP = "not an npz file, or a truncated one"
+LIES = "npz whose array does not have the size in its header"
 HUGE = (3, 2**31, 2**31)
 HOSTILE = {
     "empty": (b"", "empty file"),
@@ -276,22 +276,22 @@ HOSTILE = {
     "a long strip": (saved(data=np.zeros((3, 2, 202), np.uint8)), SIDES),
     "nothing": (saved(data=np.zeros((3, 0, 0), np.uint8)), SIDES),
     "negative": (zipped(header((3, -4, -4)) + bytes(48)), SIDES),
-    "not finite": (saved(data=np.full((3, 4, 4), np.nan, np.float16)), "npz of values that are not finite"),
+    "not finite": (saved(data=np.full((3, 4, 4), np.nan, np.float16)), "npz with values that are not finite"),
     "absurd shape": (zipped(header(HUGE) + bytes(48)), LIES),
     "absurd shape, deflated": (zipped(header(HUGE) + bytes(48), method=zipfile.ZIP_DEFLATED), LIES),
     "absurd version 2": (zipped(header(HUGE, version=2) + bytes(48)), LIES),
     "more data than it says": (zipped(header((3, 4, 4)) + bytes(49)), LIES),
     "less data than it says": (zipped(header((3, 4, 4)) + bytes(47)), LIES),
-    "version 9": (zipped(header((3, 4, 4), version=9)), "npz array of an unknown format"),
+    "version 9": (zipped(header((3, 4, 4), version=9)), "npz array with an unknown format"),
     "header of no array": (zipped(b"x" * 200), "damaged npz (ValueError)"),
     "header that is code": (zipped(header("__import__('os')") + bytes(48)), "damaged npz (ValueError)"),
     "header cut short": (zipped(header((3, 4, 4))[:20]), "damaged npz (ValueError)"),
     "header of a megabyte": (zipped(header((3, 4, "9" * 10**6), version=2)), "damaged npz (ValueError)"),
-    "an entry larger than the file": (claims(zipped(header((3, 4, 4)) + bytes(48)), 2**31), "says to be larger"),
+    "an entry larger than the file": (claims(zipped(header((3, 4, 4)) + bytes(48)), 2**31), "claims to be larger"),
     "a flipped bit in the data": (flipped(saved(data=picture()), 500), "damaged npz (BadZipFile)"),
     "a flipped bit in the header": (flipped(saved(data=picture()), 80), "damaged npz"),
-    "bzip2": (zipped(b"", method=zipfile.ZIP_BZIP2), "npz compressed by another method than deflate"),
-    "two thousand entries": (many(2000), "npz of more arrays than an image has"),
+    "bzip2": (zipped(b"", method=zipfile.ZIP_BZIP2), "npz compressed with another method than deflate"),
+    "two thousand entries": (many(2000), "npz with more arrays than an image needs"),
     "a deflated gibibyte": (None, f"npz array over {MAX_DATA:,} bytes"),
 }  # fmt: skip
 
@@ -329,7 +329,7 @@ def test_what_is_no_image_is_a_bad_sample(tmp_path: Path, name: str, request: py
 def test_a_file_that_is_gone_or_a_folder(tmp_path: Path) -> None:
     """Named as images are."""
     (tmp_path / "folder.npz").mkdir()
-    for name, reason in (("gone.npz", "file is gone"), ("folder.npz", "npz cannot be read (IsADirectoryError)")):
+    for name, reason in (("gone.npz", "file does not exist"), ("folder.npz", "npz cannot be read (IsADirectoryError)")):
         with pytest.raises(BadSample) as bad:
             read_array(str(tmp_path / name))
         assert bad.value.reason == reason

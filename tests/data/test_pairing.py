@@ -153,13 +153,13 @@ def test_the_offer_is_for_pairing_by_stem_alone(tmp_path: Path) -> None:
     assert "--pair_by number" in str(refused.value)
     with pytest.raises(UserError, match="Images without a caption: 1, for instance img/image1") as refused:
         scan(tmp_path / "b", "img/image1.jpg", "text/text2.txt", pair_by="number").require_pairs()
-    assert "A pair shares its number" in str(refused.value)
+    assert "The files of a pair share a number" in str(refused.value)
     assert "--pair_by" not in str(refused.value)
 
 
 def test_a_table_is_not_paired_by_number(tmp_path: Path) -> None:
     """A table says what belongs together; a word that is no way to pair is refused with those that are."""
-    with pytest.raises(UserError, match="--pair_by number: is for a folder"):
+    with pytest.raises(UserError, match="--pair_by number: is only for a folder"):
         scan_source(None, SourceOptions(pairs=tmp_path / "pairs.csv", pair_by="number"))
     with pytest.raises(UserError, match="pair_by is 'name'; expected one of stem, number"):
         scan_source(tmp_path, SourceOptions(pair_by="name"))  # type: ignore[arg-type]

@@ -197,7 +197,7 @@ def test_nul_in_a_text_is_a_bad_sample() -> None:
     """As in a file of captions: the same reason; the path is the image's, there being no other."""
     with pytest.raises(BadSample) as caught:
         Pair("u/a.jpg", texts=("fine", "a \0 cat")).captions()
-    assert (caught.value.path, caught.value.reason) == ("u/a.jpg", "caption holds NUL")
+    assert (caught.value.path, caught.value.reason) == ("u/a.jpg", "caption contains NUL")
 
 
 def test_the_captions_are_the_callers_own() -> None:

@@ -288,7 +288,7 @@ def test_a_name_without_network(monkeypatch, tmp_path):
         load_tokenizer("nobody/nothing", CONTEXT)
     message = str(failure.value)
     assert message.startswith(
-        "hf:nobody/nothing: the tokenizer is no folder, not in this machine's cache and not reachable ("
+        "hf:nobody/nothing: the tokenizer is not a folder, not in this machine's cache, and cannot be downloaded ("
     )
     assert "`hf download nobody/nothing --local-dir FOLDER`" in message
     assert message.endswith("give hf:FOLDER.")

@@ -181,7 +181,7 @@ def test_a_file_that_vanishes_or_breaks_during_the_run(numbered_pairs: NumberedP
     before = plain(dataset[(0, 1)])
     content = Path(pairs[1].image).read_bytes()
     Path(pairs[1].image).unlink()
-    assert dataset[(0, 1)].skips[0] == Skip(pairs[1].image, "file is gone")
+    assert dataset[(0, 1)].skips[0] == Skip(pairs[1].image, "file does not exist")
     Path(pairs[1].image).write_bytes(content)
     assert plain(dataset[(0, 1)]) == before
 

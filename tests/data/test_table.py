@@ -287,7 +287,7 @@ def test_a_table_of_the_other_form_finds_its_images(tmp_path: Path, in_table: st
 # Images that are no files
 
 
-READABLE = "expected a regular file that may be read (chmod +r; chmod +x a folder)"
+READABLE = "expected a readable regular file (chmod +r; chmod +x a folder)"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
@@ -308,11 +308,11 @@ def test_what_is_no_regular_file_is_a_fault(tmp_path: Path, suffix: str) -> None
     loop = [fault for fault in scan.faults if fault.startswith(f"{tmp_path / 'loop.jpg'}: cannot be looked up (")]
     assert len(loop) == 1
     assert sorted(set(scan.faults) - set(loop)) == sorted(
-        f"{os.path.join(tmp_path, name)}: is no regular file; {READABLE}. Mend or remove its rows."  # noqa: PTH118
+        f"{os.path.join(tmp_path, name)}: is not a regular file; {READABLE}. Fix or remove its rows."  # noqa: PTH118
         for name in odd
     )
     assert texts(scan) == {"a.jpg": ["a cat"]}
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         scan.require_pairs()
 
 
@@ -321,7 +321,7 @@ def test_an_image_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("train_clip.data.scan.os.access", lambda path, *_, **__: not str(path).endswith("b.jpg"))
     scan = scan_text(tmp_path, ".csv", "image,caption\na.jpg,a\nb.jpg,b\nb.jpg,c\n")
     assert scan.faults == [
-        f"{tmp_path / 'b.jpg'}: no permission to read this file; {READABLE}. Mend or remove its rows."
+        f"{tmp_path / 'b.jpg'}: no permission to read this file; {READABLE}. Fix or remove its rows."
     ]
     assert texts(scan) == {"a.jpg": ["a"]}
 
@@ -338,8 +338,8 @@ def test_somebody_else(open_folder: Path, as_nobody: Callable[..., None]) -> Non
         for table in tables:
             scan = scan_table(table, COLUMNS)
             assert scan.faults == [
-                f"{open_folder / 'b.jpg'}: no permission to read this file; {READABLE}. Mend or remove its rows.",
-                f"{open_folder / 'shut/c.jpg'}: no permission to look for it; {READABLE}. Mend or remove its rows.",
+                f"{open_folder / 'b.jpg'}: no permission to read this file; {READABLE}. Fix or remove its rows.",
+                f"{open_folder / 'shut/c.jpg'}: no permission to open its folder; {READABLE}. Fix or remove its rows.",
             ]
             assert texts(scan) == {"a.jpg": ["a cat"]}
 
@@ -373,7 +373,7 @@ def test_no_such_table(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             scan_table(tmp_path / name, COLUMNS)
         assert str(caught.value) == (
-            f"{tmp_path / name}: is no table that can be read. Expected a file of .csv, .tsv, .jsonl."
+            f"{tmp_path / name}: cannot be read as a table. Expected one of .csv, .tsv, .jsonl."
         )
 
 
@@ -382,9 +382,7 @@ def test_a_kind_that_is_not_known(tmp_path: Path, name: str) -> None:
     """Word for word: the file, and the kinds that are read."""
     with pytest.raises(UserError) as caught:
         scan_table(touch(tmp_path, name) / name, COLUMNS)
-    assert str(caught.value) == (
-        f"{tmp_path / name}: is no table that can be read. Expected a file of .csv, .tsv, .jsonl."
-    )
+    assert str(caught.value) == (f"{tmp_path / name}: cannot be read as a table. Expected one of .csv, .tsv, .jsonl.")
 
 
 @pytest.mark.parametrize("suffix", KINDS)
@@ -402,7 +400,7 @@ def test_a_table_that_is_not_utf8(tmp_path: Path, suffix: str, content: bytes) -
     assert message.endswith("). Save it as UTF-8.")
 
 
-ADVICE = "Name the columns by --image_column and --caption_column; a table begins with their names."
+ADVICE = "Name the columns with --image_column and --caption_column; the first line of a table holds the column names."
 HEADERS = {
     "image,text": ("'image', 'text'", "caption"),
     "caption": ("'caption'", "image"),
@@ -468,11 +466,12 @@ def test_the_message_for_no_pairs(tmp_path: Path) -> None:
         f"{tmp_path / 'table.csv'}: 0 pairs among 5 rows.",
         "  Images without a caption: 2, for instance a.jpg.",
         "  Captions without an image: 3, for instance c.jpg.",
-        "  Expected rows of an image and a caption that is not empty, the image's path relative to the table's folder.",
+        "  Expected rows with an image and a caption that is not empty; image paths are relative to the table's "
+        "folder.",
     ]
 
 
-INCOMPLETE = "an incomplete row; expected 'image' to name an image and 'caption' to be text. Mend or remove it."
+INCOMPLETE = "an incomplete row; expected 'image' to name an image and 'caption' to be text. Fix or remove it."
 BROKEN_ROWS = {
     ".csv": ["a.jpg", "a.jpg,a cat,sits", ",a cat", "  ,a cat", "b.jpg,,"],
     ".jsonl": [
@@ -559,7 +558,7 @@ def test_quotes_that_do_not_fit(tmp_path: Path, suffix: str, kind: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / f'table{suffix}'}, line {line}: ")
     assert message.endswith(
-        "Expected text with quotes, separators or line breaks in it to stand in quotes, and its own quotes to be "
+        "Expected quotes around text that contains quotes, separators or line breaks, and quotes inside it "
         'doubled: "a ""red"" ball".'
     )
 
@@ -593,13 +592,13 @@ def test_a_line_that_is_not_json(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError) as caught:
         scan_text(tmp_path, ".jsonl", text)
     assert str(caught.value).startswith(f"{tmp_path / 'table.jsonl'}, line 3: is not JSON (")
-    assert str(caught.value).endswith("). Expected one object a line.")
+    assert str(caught.value).endswith("). Expected one object per line.")
 
 
 def test_a_whole_document_of_json_is_no_lines_of_it(tmp_path: Path) -> None:
     """A list of objects over several lines, the usual mix-up: refused at the first line, with what is expected."""
     rows = [{"image": "a.jpg", "caption": "a cat"}, {"image": "b.jpg", "caption": "a dog"}]
-    with pytest.raises(UserError, match=r"line 1: is not JSON .*Expected one object a line"):
+    with pytest.raises(UserError, match=r"line 1: is not JSON .*Expected one object per line"):
         scan_text(tmp_path, ".jsonl", json.dumps(rows, indent=2))
     with pytest.raises(UserError, match="line 1: an incomplete row"):
         scan_text(tmp_path, ".jsonl", json.dumps(rows)).require_pairs()

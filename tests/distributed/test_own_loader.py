@@ -85,7 +85,7 @@ def test_uneven_shares_of_a_batch_stop_all_processes(results):
     """4 pairs on one and 3 on the other: the same message on both, before the towers run, and nobody hangs."""
     for result in results:
         error = result["shares"]["error"]
-        assert error.startswith("The processes bring from 3 to 4 pairs to one batch; expected the same of each.")
+        assert error.startswith("The processes have from 3 to 4 pairs in one batch; expected equally many.")
         assert "drop_last=True" in error
         assert result["shares"]["losses"] == []
 
@@ -93,5 +93,5 @@ def test_uneven_shares_of_a_batch_stop_all_processes(results):
 def test_epochs_of_unequal_length_stop_all_processes(results):
     """5 batches on one and 4 on the other: said at the start, where one would wait for ever at the end."""
     for result in results:
-        assert result["epochs"]["error"].startswith("The processes bring from 4 to 5 batches to one epoch;")
+        assert result["epochs"]["error"].startswith("The processes have from 4 to 5 batches in one epoch;")
         assert result["epochs"]["captions"] == []

@@ -50,9 +50,9 @@ def test_two_processes_report_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "Skipped both: bad.",
         "Skipped own 0: bad.",
         "Skipped own 1: bad.",
-        f"Epoch 1: 4 samples replaced by others or left out. Bad files so far: 3 (3 × bad); their names are in {log}.",
-        "Epoch 1: 1 of 8 captions were longer than 77 tokens and cut there, end token kept.",
+        f"Epoch 1: 4 samples replaced by others or skipped. Bad files so far: 3 (3 × bad); their names are in {log}.",
+        "Epoch 1: 1 of 8 captions were longer than 77 tokens and were truncated, keeping the end token.",
         "Skipped late: bad.",
-        f"Epoch 2: 1 samples replaced by others or left out. Bad files so far: 4 (4 × bad); their names are in {log}.",
+        f"Epoch 2: 1 samples replaced by others or skipped. Bad files so far: 4 (4 × bad); their names are in {log}.",
     ]
     assert log.read_text(encoding="utf-8").splitlines() == ["both\tbad", "own 0\tbad", "own 1\tbad", "late\tbad"]

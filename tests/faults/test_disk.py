@@ -155,7 +155,7 @@ def test_no_flipped_bit_of_an_entry_goes_unnoticed(finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "why"),
-    [("flipped", "is not what was written"), ("cut", "not all of one"), ("empty", "not all of one")],
+    [("flipped", "differs from what was written"), ("cut", "an incomplete one"), ("empty", "an incomplete one")],
 )
 def test_a_damaged_checkpoint_is_passed_over(damage, why, damaged, finished):
     """The newest is damaged: it is named with the reason, the one before it is taken, and the run ends as it did.
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, why, damaged, finished):
     for name in ("last.ckpt.tmp-123", "step-00000019.ckpt.tmp-123"):
         newest.with_name(name).write_bytes(b"PK")
     result = run(["train", "--resume", str(damaged)]).require(0)
-    (line,) = (line for line in result.text.splitlines() if line.startswith("Passed over"))
+    (line,) = (line for line in result.text.splitlines() if line.startswith("Skipped"))
     assert str(newest) in line
     assert why in line
     assert f"Resuming from {damaged}/checkpoints/step-{4 * EVERY:08}.ckpt" in result.text

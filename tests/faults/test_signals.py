@@ -109,7 +109,7 @@ def test_a_signal_ends_the_batch_saves_and_ends_the_run(devices, moment, rank, n
 def test_the_resumed_run_ends_as_the_one_left_alone(devices, moment, rank, number, stopped, alone, tmp_path):
     """Bit for bit; its log has a row a step, that of the signal too, each with the same loss."""
     case = stopped(devices, moment, rank, number)
-    assert f"To go on: train-clip train --resume {case.folder}" in case.result.text
+    assert f"To resume: train-clip train --resume {case.folder}" in case.result.text
     folder = Path(shutil.copytree(case.folder, tmp_path / "run"))
     result = run(["train", "--resume", str(folder), "--callbacks", "null"]).require(0)
     assert f"after {STOP} steps and {STOP} batches." in result.text

@@ -24,7 +24,7 @@ def test_image_tensor():
 @pytest.mark.parametrize("shape", [(3,), (3, 5, 2), (3, 5, 2, 2), (3, 5, 1, 2)])
 def test_image_tensor_of_another_shape(shape):
     """The message gives the shape, (B, D), and what to do."""
-    with pytest.raises(UserError, match=r"expected \(B, D\).*Take the head off or replace it") as failure:
+    with pytest.raises(UserError, match=r"expected \(B, D\).*Remove or replace the head") as failure:
         image_features(torch.zeros(shape))
     assert str(shape) in str(failure.value)
 

@@ -69,12 +69,12 @@ def test_the_other_kind_of_encoder(tmp_path):
     saved(TEXT_MODELS["bert"][0], tmp_path / "bert")
     saved(IMAGE_MODELS["vit"][0], tmp_path / "vit", {"size": SIDE})
     with pytest.raises(
-        UserError, match=r"its size is None .*; expected the side of a square.* Take an encoder of square images"
+        UserError, match=r"its size is None .*; expected the side of a square.* Use an encoder for square images"
     ):
         load_image(str(tmp_path / "bert"))
     with pytest.raises(
         UserError,
-        match=r"vit: ViTModel fails on input_ids and attention_mask \(.*\. Expected an encoder that takes this\. Take",
+        match=r"vit: ViTModel fails on input_ids and attention_mask \(.*\. Expected an encoder for this input\. Use",
     ):
         load_text(str(tmp_path / "vit"))
 
@@ -83,7 +83,7 @@ def test_an_encoder_with_a_decoder(tmp_path):
     sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     saved(lambda: hf.BartModel(hf.BartConfig(vocab_size=VOCAB, **TEXT_ENDS, **sizes, **heads)), tmp_path)
-    with pytest.raises(UserError, match=r"bart is an encoder with a decoder; expected an encoder. Take one such as"):
+    with pytest.raises(UserError, match=r"bart is an encoder with a decoder; expected an encoder. Use one such as"):
         load_text(str(tmp_path))
 
 
@@ -98,7 +98,7 @@ def test_an_encoder_that_hides_parts_of_its_input(tmp_path):
     """A masked autoencoder draws what it sees, in eval mode too."""
     values = {"size": SIDE, "image_mean": MEAN, "image_std": STD}
     saved(lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**VISION)), tmp_path, values)
-    with pytest.raises(UserError, match="other features for the same image each time"):
+    with pytest.raises(UserError, match="different features for the same image each time"):
         load_image(str(tmp_path))
 
 
@@ -106,7 +106,7 @@ def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"the text encoder cannot be loaded \(.*config.json"):
         load_text(str(tmp_path))
     for name in ("./nothing", str(tmp_path / "nothing"), "~/nothing", "a/b/c"):
-        with pytest.raises(UserError, match=f"^hf:{name}: the text encoder is no folder, not in"):
+        with pytest.raises(UserError, match=f"^hf:{name}: the text encoder is not a folder, not in"):
             load_text(name)
 
 
@@ -152,7 +152,7 @@ def test_a_name_without_network(load, kind, without_network):
         load("nobody/nothing")
     message = str(failure.value)
     assert message.startswith(
-        f"hf:nobody/nothing: the {kind} encoder is no folder, not in this machine's cache and not reach"
+        f"hf:nobody/nothing: the {kind} encoder is not a folder, not in this machine's cache, and cannot be down"
     )
     assert "`hf download nobody/nothing --local-dir FOLDER`" in message
     assert message.endswith("give hf:FOLDER.")

@@ -83,7 +83,7 @@ def test_normalisation(values, tmp_path):
 def test_without_a_preprocessor(tmp_path):
     """Size from the configuration, ImageNet's mean and deviation, and a warning that says so."""
     saved(IMAGE_MODELS["vit"][0], tmp_path)
-    with pytest.warns(UserWarning, match="do not tell how pixels are normalised. ImageNet's"):
+    with pytest.warns(UserWarning, match="do not say how pixels are normalized. Using ImageNet's"):
         encoder = load_image(str(tmp_path))
     assert (encoder.size, encoder.mean, encoder.std) == (SIDE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -169,8 +169,8 @@ def test_missing_key(path):
     ("path", "value", "words"),
     [
         ("image.size", 33, "33 is not a multiple of the patch 8"),
-        ("image.heads", 5, "image width 24 does not divide into 5 heads"),
-        ("text.heads", 3, "text width 20 does not divide into 3 heads"),
+        ("image.heads", 5, "image width 24 is not a multiple of the 5 heads"),
+        ("text.heads", 3, "text width 20 is not a multiple of the 3 heads"),
         ("image", RESNET | {"size": 48}, "48 is not a multiple of 32"),
         ("image", RESNET | {"blocks": [1, 1, 1]}, "expected a list of 4 numbers"),
         ("image", RESNET | {"width": 7}, "width 7 is odd"),

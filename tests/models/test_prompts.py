@@ -116,7 +116,7 @@ def test_every_prompt_gets_a_gradient():
 @pytest.mark.parametrize(
     ("image", "config", "message"),
     [
-        (RESNET, (3, (0,), 0.0, True), "a ResNet, which has no tokens to put prompts among"),
+        (RESNET, (3, (0,), 0.0, True), "a ResNet, which has no tokens to add prompts to"),
         (IMAGE, (3, (0, 4), 0.0, True), "Prompts at block 4; .* has the blocks 0 to 3"),
         (IMAGE, (0, (0,), 0.0, True), "0 prompts; expected 1 or above"),
         (IMAGE, (3, (), 0.0, True), r"Prompts at the blocks \[\]"),

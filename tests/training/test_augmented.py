@@ -80,7 +80,7 @@ def test_a_batch_that_comes_again_is_not_augmented_twice() -> None:
 def test_normalised_images_stop_a_run_that_would_recolour_them() -> None:
     """Floats from a loader: refused at the first step, in words; flips alone train."""
     batch = (torch.randn(BATCH, 3, 16, 16), [f"picture {index}" for index in range(BATCH)])
-    with pytest.raises(UserError, match=r"color_jitter is 0\.5 .*already normalised"):
+    with pytest.raises(UserError, match=r"color_jitter is 0\.5 .*already normalized"):
         bare_trainer().fit(CLIPWrapper("tiny", TINY, color_jitter=0.5), DataLoader([batch], batch_size=None))
     bare_trainer().fit(CLIPWrapper("tiny", TINY, horizontal_flip=0.5), DataLoader([batch], batch_size=None))
 
@@ -91,7 +91,7 @@ def warnings_of(folder: Path, recwarn: pytest.WarningsRecorder, **how: float) ->
     data = TextImageDataModule(folder, BATCH, image_size=16, context_length=16, val_share=0.0)
     L.seed_everything(0, verbose=False)
     bare_trainer(max_steps=1).fit(CLIPWrapper("tiny", TINY, **how), data)
-    return [str(one.message) for one in recwarn if "captions looked at" in str(one.message)]
+    return [str(one.message) for one in recwarn if "checked captions" in str(one.message)]
 
 
 def test_flips_warn_of_captions_that_they_make_wrong(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -100,6 +100,6 @@ def test_flips_warn_of_captions_that_they_make_wrong(tmp_path: Path, recwarn: py
     (folder / "005.txt").write_text("picture 5\na dot at the left\n")
     found = warnings_of(folder, recwarn, horizontal_flip=0.5, vertical_flip=0.5, color_jitter=0.5)
     assert len(found) == 1
-    assert "horizontal_flip is 0.5, and 1 of 16 captions looked at (6.2%) name" in found[0]
+    assert "horizontal_flip is 0.5, and 1 of 16 checked captions (6.2%) name" in found[0]
     assert "such as 'left' in “a dot at the left”" in found[0]
     assert warnings_of(folder, recwarn, vertical_flip=0.5, color_jitter=0.5) == []

@@ -275,7 +275,7 @@ def test_both_towers_locked_train_the_projection():
 @pytest.mark.parametrize("kind", ["transport", "none"])
 def test_nothing_to_train_is_refused(kind):
     """Both towers locked, of the same width, only temperatures left: an error, with a teacher or without."""
-    with pytest.raises(UserError, match="Both towers are locked and nothing joins them"):
+    with pytest.raises(UserError, match="Both towers are locked and there is no projection"):
         wrapper(project=True, lock_image=True, lock_text=True, distillation=kind)
 
 
@@ -351,11 +351,11 @@ def test_what_the_loss_never_reaches_is_named_and_frozen(caplog):
     module = wrapper()
     with caplog.at_level("INFO"):
         watch = fit(module, loader(B, B))
-    said = [record.getMessage() for record in caplog.records if "never reached" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "do not affect the loss" in record.getMessage()]
     assert len(said) == 1
     names = ["model.transformer.pooler.dense.weight", "model.transformer.pooler.dense.bias"]
     assert all(name.removeprefix("model.") in said[0] for name in names)
-    assert f"2 tensors of {WIDTH * WIDTH + WIDTH:,} numbers" in said[0]
+    assert f"2 tensors with {WIDTH * WIDTH + WIDTH:,} parameters" in said[0]
     frozen = [name for name, value in module.model.named_parameters("model") if not value.requires_grad]
     assert sorted(frozen) == sorted(names)
     assert not set(names) & set(watch.gradients[0])
@@ -446,7 +446,7 @@ def test_padding_changes_no_step():
 
 def test_widths_that_differ():
     """Refused with both ways out, each of which works."""
-    with pytest.raises(UserError, match=r"gives 12 numbers, the text encoder 16.*Linear\(12, 16\).*project=True"):
+    with pytest.raises(UserError, match=r"gives 12 dimensions, the text encoder 16.*Linear\(12, 16\).*project=True"):
         wrapper(image_tower(12))
     module = wrapper(image_tower(12), project=True)
     assert module.model.image_projection.weight.shape == (WIDTH, 12)
@@ -545,7 +545,7 @@ def test_a_tokenizer_of_ones_own_is_given_again(place, tmp_path, caplog):
     data = TextImageDataModule(folder, 4, image_size=SIDE, custom_tokenizer=WithBatch(), val_share=0.0)
     trainer = bare_trainer(max_steps=1)
     trainer.fit(module, data)
-    assert "does not say how to make the tokenizer that you gave" in caplog.text
+    assert "does not say how to build the tokenizer that you passed" in caplog.text
     trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     with pytest.raises(UserError, match=r"The tokenizer is missing: .*tokenizer=…"):
         train_clip.load(tmp_path / "a.ckpt")
@@ -711,7 +711,7 @@ def test_half_precision_modules_train_in_float32():
     """As files of half precision do; in true half precision the teacher would stand still, which is refused."""
     module = CustomCLIPWrapper(image_tower(), bert().to(torch.bfloat16), avg_word_embs=True, image_size=SIDE)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-    with pytest.raises(UserError, match="an EMA of the weights stands still"):
+    with pytest.raises(UserError, match="an EMA of the weights, and so the teacher, would not change"):
         bare_trainer(max_steps=1, precision="bf16-true").fit(module, loader(B, B))
 
 

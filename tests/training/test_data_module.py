@@ -166,8 +166,8 @@ def test_a_batch_that_does_not_divide(wanted: int, processes: int) -> None:
     with pytest.raises(UserError) as caught:
         fit_batch_size(wanted, 10**6, processes, Path("data"))
     assert str(caught.value) == (
-        f"--batch_size {wanted} cannot be shared evenly among {processes} processes; it counts the pairs of all of "
-        f"them together. Use a multiple of {processes}."
+        f"--batch_size {wanted} cannot be divided evenly among {processes} processes; it is the total over all of "
+        f"them. Use a multiple of {processes}."
     )
 
 
@@ -177,7 +177,7 @@ def test_too_few_pairs(pairs: int, processes: int) -> None:
     with pytest.raises(UserError) as caught:
         fit_batch_size(4 * processes, pairs, processes, Path("data"))
     assert str(caught.value) == (
-        f"data: {pairs} pairs to train on, {processes} processes; expected at least 2 pairs, and one a process. "
+        f"data: {pairs} training pairs, {processes} processes; expected at least 2 pairs, and one per process. "
         "Add pairs, or hold out fewer for validation (--val_share)."
     )
 
@@ -212,8 +212,8 @@ def test_the_summary(tmp_path: Path, said: Callable[[], list[str]]) -> None:
     module.setup("fit")
     module.setup("validate")
     assert said() == [
-        f"{tmp_path}: 20 pairs, 15 to train on and 5 held out; 3 batches of 4 an epoch, 3 pairs left out of an "
-        "epoch, others each time.\n"
+        f"{tmp_path}: 20 pairs, 15 for training and 5 held out; 3 batches of 4 per epoch; "
+        "an epoch leaves out 3 pairs, different ones each time.\n"
         "  1 images have no caption, for instance lone.jpg.\n"
         "  2 captions have no image, for instance more.txt."
     ]
@@ -222,7 +222,7 @@ def test_the_summary(tmp_path: Path, said: Callable[[], list[str]]) -> None:
 def test_the_summary_leaves_out_what_is_nothing(tmp_path: Path, said: Callable[[], list[str]]) -> None:
     """No remainder and no lone files: one line that says neither."""
     data(make_pairs(tmp_path, 8), 4).setup()
-    assert said() == [f"{tmp_path}: 8 pairs, 8 to train on and 0 held out; 2 batches of 4 an epoch."]
+    assert said() == [f"{tmp_path}: 8 pairs, 8 for training and 0 held out; 2 batches of 4 per epoch."]
 
 
 @pytest.mark.parametrize(("pairs", "share"), [(8, 0.05), (20, 0.05), (29, 0.05), (2, 0.5)])
@@ -234,7 +234,7 @@ def test_a_share_that_holds_out_nothing_is_said(
     module.setup()
     assert (len(module.training_pairs), module.validation_pairs, module.val_dataloader()) == (pairs, [], [])
     assert said()[0].splitlines()[1:] == [
-        f"  Too few to hold out a share of {share}: it takes 2 pairs to tell one from another."
+        f"  Too few pairs for a validation fraction of {share}: validation needs at least 2."
     ]
 
 
@@ -243,7 +243,7 @@ def test_a_batch_that_shrinks_is_said_once(tmp_path: Path, said: Callable[[], li
     module = data(make_pairs(tmp_path, 7), 8)
     module.setup()
     module.setup("fit")
-    assert sum("Fewer pairs than a batch: it shrinks from 8 to 7." in message for message in said()) == 1
+    assert sum("There are fewer pairs than --batch_size: using 7 instead of 8." in message for message in said()) == 1
 
 
 # What it loads
@@ -304,7 +304,7 @@ def test_a_data_module_that_is_used_again_with_more_processes(tmp_path: Path) ->
     module = data(make_pairs(tmp_path, 10), 5)
     module.setup()
     assert module.batch_size == 5
-    with pytest.raises(UserError, match="--batch_size 5 cannot be shared evenly among 2 processes"):
+    with pytest.raises(UserError, match="--batch_size 5 cannot be divided evenly among 2 processes"):
         among(module, 0, 2).setup()
 
 
@@ -436,7 +436,9 @@ def test_fewer_pairs_than_the_batch_still_train(tmp_path: Path, said: Callable[[
     folder = make_pairs(tmp_path / "data", 7)
     seen = fit(tmp_path, data(folder, 256), max_epochs=2)
     assert [sorted(batch) for batch in seen.trained] == [list(range(7))] * 2
-    assert any(message.startswith("Fewer pairs than a batch: it shrinks from 256 to 7.\n") for message in said())
+    assert any(
+        message.startswith("There are fewer pairs than --batch_size: using 7 instead of 256.\n") for message in said()
+    )
 
 
 def test_a_script_that_leaves_a_loader_half_way_ends(tmp_path: Path) -> None:
@@ -574,7 +576,7 @@ def test_a_bad_file_is_named_once_and_training_goes_on(tmp_path: Path, capsys: p
     assert capsys.readouterr().out.splitlines() == [
         f"Skipped {bad}: {WHY}.",
         *(
-            f"Epoch {epoch}: 1 samples replaced by others or left out. Bad files so far: 1 (1 × {WHY}); "
+            f"Epoch {epoch}: 1 samples replaced by others or skipped. Bad files so far: 1 (1 × {WHY}); "
             f"their names are in {log}."
             for epoch in (1, 2)
         ),
@@ -599,7 +601,7 @@ def test_replaced_samples_are_counted_once_each(tmp_path: Path, capsys: pytest.C
         (folder / f"p{index:02}.png").write_bytes(b"")
     fit(tmp_path, data(folder, 8, max_bad=1.0), max_epochs=1)
     printed = capsys.readouterr().out
-    assert f"Epoch 1: 6 samples replaced by others or left out. Bad files so far: 6 (6 × {WHY}); " in printed
+    assert f"Epoch 1: 6 samples replaced by others or skipped. Bad files so far: 6 (6 × {WHY}); " in printed
 
 
 def test_bad_files_of_both_splits_are_counted_but_not_in_the_trial_run(
@@ -613,7 +615,7 @@ def test_bad_files_of_both_splits_are_counted_but_not_in_the_trial_run(
     fit(tmp_path, data(folder, 4, val_share=0.2, max_bad=1.0), max_epochs=2, num_sanity_val_steps=2)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        f"Epoch 2: 2 samples replaced by others or left out. Bad files so far: 2 (1 × caption is empty, 1 × {WHY}); "
+        f"Epoch 2: 2 samples replaced by others or skipped. Bad files so far: 2 (1 × caption is empty, 1 × {WHY}); "
         f"their names are in {tmp_path / 'skipped.tsv'}."
     )
 

@@ -98,7 +98,7 @@ def test_a_poisoned_image_ends_the_run_before_its_step(tiny_config, tmp_path, ac
     trainer, watch, error = run(tiny_config, pixels(6, poisoned=4), tmp_path, **how)
     batch = 5 if accumulate == 1 else 6
     assert str(error).startswith(f"Batch {batch}: the loss is nan, its gradient not finite; expected finite numbers. ")
-    assert "No weight was changed" in str(error)
+    assert "changed any weights" in str(error)
     assert "--learning_rate" in str(error)
     first_of_step = 4 if accumulate == 1 else 3
     assert_equal(everything(trainer), watch.before[first_of_step])
@@ -217,7 +217,7 @@ def test_a_skipped_step_leaves_running_statistics_alone(tmp_path):
             2 * MOST_SKIPPED,
             rf"Batch {MOST_SKIPPED}: the gradient was not finite in {MOST_SKIPPED} steps in a row",
         ),
-        (4.0, 10, r"Batch 3: the gradient was not finite in 3 steps in a row, at a scale that is down to 0\.5\."),
+        (4.0, 10, r"Batch 3: the gradient was not finite in 3 steps in a row, with the gradient scale down to 0\.5\."),
     ],
 )
 def test_a_scaler_that_finds_no_scale_ends_the_run(tiny_config, tmp_path, start, batches, message):

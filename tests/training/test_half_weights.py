@@ -112,13 +112,13 @@ def test_choices_that_do_not_go_together_are_refused(choices: dict[str, Any], me
 def test_a_precision_of_all_weights_is_refused(precision: str) -> None:
     """It would make the half weights, and all others, of its own type."""
     trainer = bare_trainer(precision=precision)
-    with pytest.raises(UserError, match=rf"--precision {precision}: --half_weights and --adam_statistics are for"):
+    with pytest.raises(UserError, match=rf"--precision {precision}: --half_weights and --adam_statistics need"):
         trainer.fit(CLIPWrapper("tiny", TINY, half_weights="text"), DataLoader(pairs(4), batch_size=4))
 
 
 def test_a_backbone_of_prompts_is_refused(tmp_path: Path) -> None:
     """It is not trained, and its digest is that of its file."""
-    with pytest.raises(UserError, match="half_weights is image; the backbone of prompts stays and runs as it is"):
+    with pytest.raises(UserError, match="half_weights is image; the backbone of prompts is frozen and not changed"):
         PromptCLIPWrapper(tmp_path, {"layers": [0]}, optimizer="adamw", half_weights="image")
 
 

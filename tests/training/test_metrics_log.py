@@ -79,7 +79,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Path, "open", full)
     for figures in ({"a": 2}, {"b": 2}):
         with pytest.raises(
-            UserError, match=r"metrics\.csv: cannot be written \(No space left on device\)\. Free space"
+            UserError, match=r"metrics\.csv: cannot be written \(No space left on device\)\. Free some space"
         ):
             log.log_metrics(figures, 1)
     monkeypatch.undo()

@@ -149,7 +149,7 @@ def test_it_is_refused_where_it_would_update_nothing(tmp_path: Path) -> None:
     groups = build_optimizer(module, module.model, module.options).param_groups
     found = {parameter for group in groups if group["hidden"] for parameter in group["params"]}
     assert found and not found & set(module.model.visual.parameters())
-    message = "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained"
+    message = "optimizer is 'muon', which updates the matrices inside the towers, and none of them is trained"
     with pytest.raises(UserError, match=message):
         CustomCLIPWrapper(
             image_tower(WIDTH + 1), bert(), project=True, image_size=SIDE, optimizer="muon",

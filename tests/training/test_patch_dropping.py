@@ -109,7 +109,7 @@ def test_what_cannot_leave_patches_out():
         wrapper(RESNET, mask_ratio=0.5)
     with pytest.raises(UserError, match=r"mask_ratio is 0\.5; the image tower is ImageTower"):
         CustomCLIPWrapper(image_tower(), bert(), image_size=8, mask_ratio=0.5)
-    with pytest.raises(UserError, match=r"mask_ratio is 0\.98: nothing is left of the 16 patches"):
+    with pytest.raises(UserError, match=r"mask_ratio is 0\.98: no patch is left of the 16 patches"):
         wrapper(mask_ratio=0.98)
     with pytest.raises(UserError, match=r"mask_ratio is 0\.5 beside lock_image"):
         wrapper(mask_ratio=0.5, lock_image=True)

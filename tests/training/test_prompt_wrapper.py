@@ -153,9 +153,9 @@ def test_a_backbone_is_known_by_its_content(backbone, tmp_path):
     for place in ("hf", "moved.safetensors"):
         train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / place)
         PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / place)
-    with pytest.raises(UserError, match="belong to another backbone"):
+    with pytest.raises(UserError, match="are not those of the backbone"):
         train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="another backbone than the prompts were trained beside"):
+    with pytest.raises(UserError, match="not those of the backbone that the prompts were trained with"):
         PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
 
 
@@ -199,14 +199,14 @@ def test_the_digest_is_of_the_file_and_not_of_what_was_interpolated(backbone, tm
 
 def test_there_is_no_teacher(backbone):
     """Distillation is refused: its teacher's prompts would be in no checkpoint."""
-    with pytest.raises(UserError, match="distillation is transport; the backbone of prompts stays and runs as it is"):
+    with pytest.raises(UserError, match="distillation is transport; the backbone of prompts is frozen and not changed"):
         prompts(backbone, distillation="transport")
 
 
 @pytest.mark.parametrize("how", [{"mask_ratio": 0.5}, {"stochastic_depth": 0.1}, {"layer_decay": 0.75}])
 def test_the_backbone_runs_as_it_is(backbone, how):
     """What changes how a tower is trained is refused: it is not."""
-    with pytest.raises(UserError, match=f"{next(iter(how))} is .*the backbone of prompts stays and runs as it is"):
+    with pytest.raises(UserError, match=f"{next(iter(how))} is .*the backbone of prompts is frozen and not changed"):
         prompts(backbone, **how)
 
 
@@ -254,7 +254,7 @@ def test_prompts_on_prompts_are_refused(backbone, tmp_path):
         start = [] if "convert" in words else ["--pretrained", str(tmp_path / "p.ckpt"), "--folder", str(tmp_path)]
         with pytest.raises(SystemExit, match="expected a CLIP without prompts"):
             cli.main([*words, *start])
-    with pytest.raises(UserError, match="a CLIP with visual prompts, which no format of others holds"):
+    with pytest.raises(UserError, match="a CLIP with visual prompts, which no other format can hold"):
         write_model(train_clip.load(tmp_path / "p.ckpt").model, tmp_path / "out", "open_clip")
 
 

@@ -244,7 +244,7 @@ def test_a_run_that_ends_before_its_learning_rate_says_so(
     stopper = L.Callback()
     stopper.on_train_batch_end = lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 6)  # type: ignore[method-assign]
     fit(tmp_path / "run", None, stopper)
-    assert "The run ended after 6 of 12 optimizer steps, before the learning rate reached its end" in caplog.text
+    assert "The run ended after 6 of 12 optimizer steps, before the end of the learning rate schedule" in caplog.text
     caplog.clear()
     fit(tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert "The run ended after" not in caplog.text
@@ -253,7 +253,9 @@ def test_a_run_that_ends_before_its_learning_rate_says_so(
 def test_a_run_whose_schedule_is_over_is_refused(whole: tuple[Path, Seen], tmp_path: Path) -> None:
     """From step 7 of 12 with accumulation over 4, 3 steps for the whole: an error, not steps at a rate of 0."""
     (tmp_path / "data").symlink_to(whole[0].parent / "data")
-    with pytest.raises(UserError, match=r"has done 7 optimizer steps of 12, and is to take 3: nothing is left"):
+    with pytest.raises(
+        UserError, match=r"has done 7 optimizer steps of 12, and its length is now 3: no steps are left"
+    ):
         fit(tmp_path / "run", saved(whole[0], 7), accumulate_grad_batches=4)
 
 

@@ -63,10 +63,8 @@ def test_samples_are_counted_by_epoch_and_files_by_run(tmp_path: Path, capsys: p
     place = tmp_path / "skipped.tsv"
     assert capsys.readouterr().out.splitlines() == [
         *(f"Skipped {name}: bad." for name in "abc"),
-        f"Epoch 1: 3 samples replaced by others or left out. Bad files so far: 3 (3 × bad); "
-        f"their names are in {place}.",
-        f"Epoch 2: 1 samples replaced by others or left out. Bad files so far: 3 (3 × bad); "
-        f"their names are in {place}.",
+        f"Epoch 1: 3 samples replaced by others or skipped. Bad files so far: 3 (3 × bad); their names are in {place}.",
+        f"Epoch 2: 1 samples replaced by others or skipped. Bad files so far: 3 (3 × bad); their names are in {place}.",
     ]
     assert log(tmp_path) == ["a\tbad", "b\tbad", "c\tbad"]
 
@@ -114,5 +112,5 @@ def test_cut_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     own.on_train_epoch_end(trainer(tmp_path), MODULE)
     own.on_train_epoch_end(trainer(tmp_path, current_epoch=1), MODULE)
     assert capsys.readouterr().out == (
-        "Epoch 1: 3 of 12 captions were longer than 77 tokens and cut there, end token kept.\n"
+        "Epoch 1: 3 of 12 captions were longer than 77 tokens and were truncated, keeping the end token.\n"
     )

@@ -176,7 +176,10 @@ def test_other_momenta_are_refused(momentum: float) -> None:
 
 def test_half_precision_of_all_weights_is_refused() -> None:
     """There the mean would stand still."""
-    with pytest.raises(UserError, match=r"bf16-true: in half precision an EMA of the weights stands still.* --ema 0"):
+    with pytest.raises(
+        UserError,
+        match=r"bf16-true: in half precision an EMA of the weights, and so the teacher, would not change.* --ema 0",
+    ):
         bare_trainer(precision="bf16-true").fit(CLIPWrapper("tiny", TINY, ema=0.9), pixels(1, 16))
 
 

@@ -1,1 +1,1 @@
-"""Files of weights: found, told apart, read without running them, built into a model, and written for others."""
+"""Files of weights: find, identify, read them without running code, build the model, and write other formats."""

@@ -1,6 +1,6 @@
-"""What a file of weights turned out to be: every kind settles, describes, reads and builds itself; ``load``.
+"""The formats of weights, each of which can be completed, described, read and built; ``load``.
 
-L  positions      W  width      G  places of the grid along a side
+L  positions      W  width      G  patches along a side
 """
 
 import hashlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
 
 Tensors = dict[str, Any]
 
-# Every format that is read: a function of ``Contents`` that gives a ``Found``, or None for a file of another. The first
+# Every format that is read: a function of ``Contents`` that returns a ``Found``, or None for another format. The first
 # that knows a file says what it is: files that say it themselves before those that are told by their tensors.
 FORMATS = (
     "train_clip.prompts.file:find_prompts",
@@ -56,16 +56,16 @@ class Pretrained(NamedTuple):
 
 
 def load(source: str | Path, *, backbone: str | Path | None = None, **choices: Any) -> Pretrained:
-    """Load a CLIP, or two encoders that this package has joined, from whatever holds it; no code of a file is run.
+    """Load a CLIP, or two encoders joined by this package, from any supported format; no code of a file is run.
 
     Args:
         source: a file by OpenAI, open_clip, Hugging Face, train-CLIP or this package; a folder with ``config.json`` or
             ``open_clip_config.json``; a name of OpenAI's (``ViT-B/32``); or ``hf-hub:NAME``.
-        backbone: of a file of visual prompts, where its backbone lies, if not where it lay.
+        backbone: for a file of visual prompts, its backbone, if it has moved.
         choices: ``model_name``, ``activation``, ``image_size``, ``context_length``; mostly none is needed.
 
     Raises:
-        UserError: nothing there, nothing that is known, damaged or hostile, or what has to be chosen.
+        UserError: a missing, unknown, damaged or hostile file, or an option that has to be set.
     """
     return find_weights(source, WeightOptions(**choices), backbone).build()
 
@@ -82,19 +82,19 @@ class Found:
     about: Mapping[str, Any] = field(default_factory=dict)  # what else the file says, for who reads it
 
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
-        """Settle with the user's choices what the file leaves open; refuse one that is missing, or has no place."""
+        """Complete with the user's options what the file does not say; a missing or unused option is an error."""
         if backbone is not None:
-            self.refuse(f"{self.format}, a whole model. Leave the backbone out")
+            self.refuse(f"{self.format}, a whole model. Leave out the backbone")
         if choices != NO_CHOICE:
-            self.refuse(f"{self.format}, whose sizes and activations are its own. Leave the choices out")
+            self.refuse(f"{self.format}, whose sizes and activations are fixed. Leave out these options")
         return self
 
     def read_as_kept(self) -> Tensors:
-        """Read the tensors by the names that they have here, float32, of the sizes that they have in the file."""
+        """Read the tensors under this package's names, in float32, with the sizes in the file."""
         return self.rename(read.read_tensors(self.records))
 
     def read(self) -> Tensors:
-        """Read the tensors, of the sizes that were asked for."""
+        """Read the tensors with the requested sizes."""
         return self.read_as_kept()
 
     def empty(self) -> tuple["DualEncoder", Any]:
@@ -111,7 +111,7 @@ class Found:
         return Pretrained(model.eval(), preprocess, tokenizer)
 
     def describe(self) -> dict[str, str]:
-        """The model in words, by headings."""
+        """The model in words, by heading."""
         kinds = sorted({record.dtype for record in self.records.values()})
         numbers = sum(math.prod(record.shape) for name, record in self.records.items() if not name.endswith(BUFFERS))
         return {"weights": f"{numbers:,} parameters in {len(self.records):,} tensors, {', '.join(kinds)}"}
@@ -121,7 +121,7 @@ class Found:
         raise UserError(f"{self.source}: two encoders{instead}")
 
     def refuse(self, why: str) -> NoReturn:
-        """Raise a message that begins with the source."""
+        """Raise a ``UserError`` that starts with the source."""
         raise UserError(f"{self.source}: {why}.")
 
 
@@ -148,13 +148,13 @@ class FoundCLIP(Found):
             # A run's copy of its model has the sizes that were asked for then.
             if self._sized(named, choices).sizes != self._sized(config, choices).sizes:
                 self.refuse(
-                    f"holds {config.name}, and --model_name {choices.model_name} is of other sizes. Leave --model_name "
-                    "out"
+                    f"holds {config.name}, and --model_name {choices.model_name} has other sizes. Leave out "
+                    "--model_name"
                 )
         elif not self.says_heads:
             self.refuse(
-                "weights of no model that is known by its sizes, and how many attention heads it has, no tensor "
-                "tells. Describe it in a YAML file and give that as --model_name (in Python model_name=…). "
+                "weights of a model with unknown sizes, and tensors do not show the number of attention heads. "
+                "Describe the model in a YAML file and pass it as --model_name (in Python model_name=…). "
                 "`train-clip models --show ViT-B/32` prints one to start from"
             )
         config = self._sized(self._activated(config, choices), choices)
@@ -190,8 +190,8 @@ class FoundCLIP(Found):
 
         if self.config.text.vocab < Tokenizer.vocab_size:
             warnings.warn(
-                f"{self.source}: its vocabulary of {self.config.text.vocab:,} tokens is not CLIP's. The tokenizer that "
-                "comes with it here is, and does not belong to it.",
+                f"{self.source}: its vocabulary of {self.config.text.vocab:,} tokens is not CLIP's. The tokenizer "
+                "returned here is CLIP's, and does not match the model.",
                 stacklevel=5,
             )
         # Without memory for weights that are replaced at once, and the seconds that it takes to draw them.
@@ -206,15 +206,15 @@ class FoundCLIP(Found):
     @override
     def describe(self) -> dict[str, str]:
         config, text = self.config, self.config.text
-        activation = config.activation if self.says_activation else "not said by the file"
+        activation = config.activation if self.says_activation else "not stated in the file"
         return {
             "model": config.name,
             "image tower": f"{config.image}, {config.image.size}×{config.image.size} pixels",
             "text tower": f"{text.layers} layers of {text.width}, {text.heads} heads, {text.context} tokens of "
             f"{text.vocab:,}",
             "embedding": f"{config.embed_dim} numbers",
-            "activation": activation + "; how many heads is not said by the file" * (not self.says_heads),
-            **({"logits": "with a bias, of the sigmoid loss"} if config.logit_bias else {}),
+            "activation": activation + "; the file does not state the number of heads" * (not self.says_heads),
+            **({"logits": "with the bias of the sigmoid loss"} if config.logit_bias else {}),
             **super().describe(),
         }
 
@@ -232,18 +232,19 @@ class FoundCLIP(Found):
         said = config.activation if self.says_activation else chosen
         if said is None:
             self.refuse(
-                "does not say which activation it was trained with, and no tensor tells. OpenAI's weights, and what "
-                "was trained from them, have quick_gelu; open_clip's other models have gelu, but for those whose name "
-                "ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python activation=…)"
+                "does not state which activation it was trained with, and tensors do not show it. OpenAI's weights, "
+                "and models trained from them, have quick_gelu; open_clip's other models have gelu, except those "
+                "whose name ends in -quickgelu. Choose: --activation quick_gelu or --activation gelu (in Python "
+                "activation=…)"
             )
         if chosen not in (None, said):
-            self.refuse(f"its activation is {said}, found {chosen} asked for. Leave --activation out")
+            self.refuse(f"its activation is {said}, found {chosen} requested. Leave out --activation")
         return replace(config, activation=said)
 
     def _sized(self, config: ModelConfig, choices: WeightOptions) -> ModelConfig:
         # Before a model is built of it: more layers than there are tensors for.
         if ((layers := self.config.text.layers + self.config.image.layers) - 1) * TENSORS_OF_LAYER > len(self.records):
-            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for them")
+            self.refuse(f"{layers:,} layers, and {len(self.records):,} tensors, which are too few for that")
         try:
             return config.with_sizes(choices.image_size, choices.context_length)
         except UserError as error:
@@ -261,7 +262,7 @@ def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
 
 
 def identify(contents: read.Contents) -> Found:
-    """Say which model lies in a file."""
+    """Say which model a file holds."""
     tensors = contents.tensors
     for prefix in WRAPPINGS:
         if all(key.startswith(prefix) for key in tensors):
@@ -271,8 +272,8 @@ def identify(contents: read.Contents) -> Found:
         if (found := pkgutil.resolve_name(name)(contents)) is not None:
             return found
     raise UserError(
-        f"{contents.path}: {len(tensors):,} tensors ({', '.join(list(tensors)[:5])}, …) that are no CLIP's. Expected "
-        "one by OpenAI, open_clip, Hugging Face or this package. To begin with encoders of other kinds: train-clip "
+        f"{contents.path}: {len(tensors):,} tensors ({', '.join(list(tensors)[:5])}, …) that are not those of a CLIP. "
+        "Expected one by OpenAI, open_clip, Hugging Face or this package. To start from other encoders: train-clip "
         "finetune --image_encoder … --text_encoder …"
     )
 
@@ -290,8 +291,8 @@ def fill(model: Any, tensors: Mapping[str, Any], source: str) -> None:
     if odd := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
         some = [f"{name} is {found.get(name, NONE)}, expected {expected.get(name, NONE)}" for name in odd[:NAMED]]
         raise UserError(
-            f"{source}: does not fit its model in {len(odd):,} tensors: {'; '.join(some)}. Expected the model's own "
-            "tensors. If the sizes are another's, name it (--model_name)."
+            f"{source}: does not match its model in {len(odd):,} tensors: {'; '.join(some)}. Expected the tensors of "
+            "the model. If these are the sizes of another model, name it (--model_name)."
         )
     model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
 

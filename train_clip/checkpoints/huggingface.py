@@ -58,14 +58,14 @@ STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
 def find_huggingface(contents: read.Contents) -> found.FoundCLIP | None:
-    """Find weights of a CLIPModel, with ``config.json`` beside them."""
+    """Find weights of a CLIPModel with ``config.json`` next to them."""
     if not any(name.startswith("vision_model.") for name in contents.tensors):
         return None
     source = str(contents.path)
     if sources.HF_CONFIG not in contents.configs:
         raise UserError(
-            f"{source}: weights under Hugging Face's names, without config.json beside them, which says what the model "
-            "is. Give the folder that save_pretrained or `hf download` wrote."
+            f"{source}: weights under Hugging Face's names, without config.json next to them, which describes the "
+            "model. Give the folder that save_pretrained or `hf download` wrote."
         )
     try:
         processor = contents.settings(sources.HF_PROCESSOR)
@@ -129,8 +129,8 @@ def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) ->
         | {"resample": (BICUBIC,), "rescale_factor": (1 / 255,), "size": (size, {"shortest_edge": size})}
         | {"crop_size": (size, {"height": size, "width": size})},
         source,
-        "its preprocessing has {name} = {value!r}; images are prepared as CLIP's are, {name} {known!r}. To go on with "
-        "that, change the file.",
+        "its preprocessing has {name} = {value!r}; CLIP prepares images with {name} {known!r}. To use that anyway, "
+        "change the file.",
     )
     image, texts = ({ours: towers[name][theirs] for theirs, ours in names.items()} for name, names in SETTINGS.items())
     colours = {name: colour for name in ("mean", "std") if (colour := pixels.get(f"image_{name}"))}
@@ -151,8 +151,8 @@ def write_huggingface(config: ModelConfig, tensors: found.Tensors, folder: Path)
         )
     if config.logit_bias:
         warnings.warn(
-            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {tensors['logit_bias'].item():.4f} is left "
-            "out. Rankings and softmaxes stay as they are; before a sigmoid of its logits add it.",
+            f"{config.name}: Hugging Face's CLIPModel has no logit_bias; {tensors['logit_bias'].item():.4f} is "
+            "dropped. Rankings and softmax outputs do not change; add it before a sigmoid of the logits.",
             stacklevel=2,
         )
     save_file(rename_back(tensors), folder / sources.HF_WEIGHTS, metadata={"format": "pt"})
@@ -179,7 +179,7 @@ def rename_back(tensors: found.Tensors) -> found.Tensors:
 
 
 def _settings(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """What the JSON files beside the weights say, by their names."""
+    """The JSON files next to the weights, by name."""
     from train_clip.data.tokenizer import vocabulary
 
     size, last = config.image.size, end_token(config.text.vocab)

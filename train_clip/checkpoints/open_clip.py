@@ -1,4 +1,4 @@
-"""open_clip's files: weights with a configuration beside them, and the checkpoints of its training.
+"""open_clip's files: weights with a configuration next to them, and its training checkpoints.
 
 Its CLIP has OpenAI's names; its CustomTextCLIP, where the text tower is a plain one, has ``text.`` before that tower's.
 Which settings there are, and their defaults: github.com/mlfoundations/open_clip, model.py, CLIPVisionCfg, CLIPTextCfg.
@@ -34,11 +34,11 @@ KNOWN: dict[str, Any] = {
     | dict.fromkeys((*OF_TEXT, "pad_id", "eos_id")),
 }
 RESIZING = {"interpolation": ("bicubic",), "resize_mode": ("", "shortest")}  # a value may be left out
-CHANGE = "To go on with that, change the file."
+CHANGE = "To use that anyway, change the file."
 
 
 def find_open_clip(contents: read.Contents) -> found.FoundCLIP | None:
-    """Find weights beside its configuration, a checkpoint of its training, or weights of its CustomTextCLIP."""
+    """Find weights next to its configuration, its training checkpoint, or weights of its CustomTextCLIP."""
     records, source = contents.tensors, str(contents.path)
     if is_custom := f"{TEXT}token_embedding.weight" in records:
         records = {name.removeprefix(TEXT): record for name, record in records.items()}
@@ -93,10 +93,10 @@ def _read_config(values: dict[str, Any], source: str) -> ModelConfig:
                     what = "an image tower of timm" if name.startswith("timm_") else f"{part}.{name} = {value!r}"
                     raise UserError(
                         f"{source}: open_clip_config.json has {what}, which CLIP's own towers do not have. Its "
-                        "encoders can be joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights lie "
-                        "there."
+                        "encoders can be joined by `train-clip finetune` (timm:NAME, hf:NAME) if their weights are "
+                        "available there."
                     )
-        resized = "preprocess_cfg.{name} = {value!r}; images are resized as CLIP's are, {name}"
+        resized = "preprocess_cfg.{name} = {value!r}; CLIP resizes images with {name}"
         found.require_usual(pixels, RESIZING, source, f"open_clip_config.json has {resized} {{known!r}}. {CHANGE}")
         colours = {name: pixels[name] for name in ("mean", "std") if pixels.get(name)}
         return config_from_dict(_sizes(model, source) | colours, source).named_as_preset()
@@ -106,7 +106,7 @@ def _read_config(values: dict[str, Any], source: str) -> ModelConfig:
 
 
 def _sizes(model: dict[str, Any], source: str) -> dict[str, Any]:
-    """A preset's form, with open_clip's defaults for what is left out."""
+    """A preset's form, with open_clip's defaults for missing values."""
     vision = OF_IMAGES | model["vision_cfg"]
     image = {"size": vision["image_size"], "width": vision["width"]}
     head_width, layers = vision["head_width"], vision["layers"]

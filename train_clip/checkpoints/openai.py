@@ -1,4 +1,4 @@
-"""OpenAI's files, TorchScript archives and state dicts, and what its names and shapes tell."""
+"""OpenAI's files, TorchScript archives and state dicts, and model sizes from names and shapes."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ def found_by_shapes(
     is_openai: bool = False,
     about: Any = None,
 ) -> found.FoundCLIP:
-    """A CLIP whose sizes the shapes tell: not the activation, nor the heads of a model that is none of the presets."""
+    """A CLIP with sizes from its shapes, which do not show the activation, or the heads if it is not a preset."""
     config = config_from_shapes(records, contents)
     return found.FoundCLIP(
         format=kind,
@@ -73,7 +73,8 @@ def config_from_shapes(records: dict[str, read.TensorRecord], contents: read.Con
     except (LookupError, ValueError) as error:
         some = ", ".join(list(shapes)[:5])
         raise UserError(
-            f"{path}: no CLIP of OpenAI's form, a tensor is missing or of other dimensions ({error!r}). It has {some}."
+            f"{path}: not a CLIP in OpenAI's form, a tensor is missing or has other dimensions ({error!r}). It has "
+            f"{some}."
         ) from error
     return config_from_dict(values, str(path)).named_as_preset()
 

@@ -15,8 +15,8 @@ LIGHTNING = "pytorch-lightning_version"
 MODEL = "model."  # before the names of a module's model
 RUNNING_MEAN = "running_mean"  # in a file that holds the EMA of a run's weights: what it followed
 NO_STATE = (
-    "holds the EMA of a run's weights (--ema), and no state to go on from. Expected one of RUN/checkpoints/. "
-    "To begin a run with these weights: --pretrained FILE."
+    "holds the EMA of a run's weights (--ema), and no training state to resume from. Expected one of "
+    "RUN/checkpoints/. To start a run from these weights: --pretrained FILE."
 )
 # Arguments whose tensors are a part of a run and not of the model, as they are in a file that holds a model alone.
 OF_RUN = {"ema": 0.0, "distillation": "none"}
@@ -50,8 +50,8 @@ def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
         return None
     if OF_CUSTOM_WRAPPER in contents.tensors:
         raise UserError(
-            f"{contents.path}: two encoders of train-CLIP's CustomCLIPWrapper, and the file does not say which. Make "
-            "them, fill them with its tensors below model.visual. and model.transformer., and give them to "
+            f"{contents.path}: two encoders of train-CLIP's CustomCLIPWrapper, and the file does not say which. Build "
+            "them, load its tensors below model.visual. and model.transformer. into them, and pass them to "
             "train_clip.CustomCLIPWrapper."
         )
     kind = "train-CLIP checkpoint (CLIPWrapper)"
@@ -82,23 +82,23 @@ def write_safetensors(config: ModelConfig, tensors: found.Tensors, file: Path) -
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint: plain data only, each record held against the checksum that it was written with."""
+    """Read a checkpoint: plain data only, each record verified by its checksum."""
     import torch
 
     try:
         with zipfile.ZipFile(path) as archive:
             # PyTorch takes an entry that is marked as a folder for an empty one, and its checksum is not looked at.
             if any(entry.external_attr & MARKED_AS_FOLDER for entry in archive.infolist()) or archive.testzip():
-                raise zipfile.BadZipFile("a record is not what was written")
+                raise zipfile.BadZipFile("a record differs from what was written")
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds more than plain data; nothing of it was run. Expected a checkpoint of `train-clip train`."
+            f"{path}: holds more than plain data; no code of it was run. Expected a checkpoint of `train-clip train`."
         ) from error
     except Exception as error:
         # A foreign, empty or truncated file raises anything from BadZipFile to KeyError.
         raise UserError(
-            f"{path}: no checkpoint, or not all of one ({root_cause(error)}). Use another, such as "
+            f"{path}: not a checkpoint, or an incomplete one ({root_cause(error)}). Use another, such as "
             "RUN/checkpoints/last.ckpt."
         ) from error
     if not isinstance(loaded, dict):

@@ -1,4 +1,4 @@
-"""A file of weights → what it holds. No code of a file is run, and PyTorch is imported for its tensors alone.
+"""A file of weights → what it holds. No code of a file is run, and PyTorch is imported for its tensors only.
 
 ``torch.save`` and TorchScript write a zip archive: a pickle, ``data.pkl``, and an uncompressed entry for each storage.
 """
@@ -78,7 +78,7 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies in a file or folder."""
+    """The contents of a file or folder."""
 
     path: Path  # what messages name
     kind: str  # "PyTorch archive", "TorchScript archive" or "safetensors"
@@ -89,12 +89,12 @@ class Contents:
     configs: Mapping[str, Path] = field(default_factory=dict)  # the JSON files beside the weights, by name
 
     def settings(self, name: str) -> dict[str, Any]:
-        """What a JSON file beside the weights says; nothing where there is none."""
+        """The values in a JSON file next to the weights; empty if there is none."""
         return read_json(self.configs[name]) if name in self.configs else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of settings, not too large."""
+    """Read a file of settings of limited size."""
     if (size := path.stat().st_size) > MAX_JSON:
         raise UserError(f"{path}: {size:,} bytes; expected a JSON file of {MAX_JSON:,} at most.")
     return parse_json(path.read_bytes(), str(path))
@@ -109,7 +109,7 @@ def parse_json(content: bytes | str, source: str) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> Contents:
-    """Look into one file; whatever a foreign, damaged or hostile one raises becomes a message that names it."""
+    """Look into one file; any error of a foreign, damaged or hostile file becomes a message that names it."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LEGACY))
@@ -119,14 +119,14 @@ def read_file(path: Path) -> Contents:
             return _read_safetensors(path)
         if start == LEGACY:
             raise UserError(
-                "written by PyTorch before 1.6, or in its old form. Write it anew with "
+                "written by PyTorch before 1.6, or in its old format. Convert it with "
                 "torch.save(torch.load(FILE, weights_only=True), NEW)."
             )
-        raise UserError(f"begins with {start[:8]!r}, which no file of weights does.{EXPECTED}")
+        raise UserError(f"begins with {start[:8]!r}, which no weights file does.{EXPECTED}")
     except UserError as error:
         raise UserError(f"{path}: {str(error).removesuffix('.')}.") from error
     except Exception as error:
-        raise UserError(f"{path}: no weights, or damaged ones ({root_cause(error)}). Get the file again.") from error
+        raise UserError(f"{path}: not weights, or damaged ({root_cause(error)}). Get the file again.") from error
 
 
 def _read_weights(path: Path) -> Contents:
@@ -150,7 +150,7 @@ def _read_modules(path: Path, module: StandIn) -> Contents:
         name, part = waiting.pop()
         if id(part) in seen or name.count(".") > MAX_DEPTH:
             raise UserError(
-                f"has a module that is a part of itself or of two others, or over {MAX_DEPTH} deep in others"
+                f"has a module that is part of itself or of two others, or nested more than {MAX_DEPTH} deep"
             )
         seen.add(id(part))
         classes[name.rstrip(".")] = type(part).__name__
@@ -170,7 +170,7 @@ def read_archive(path: Path) -> Any:
         sizes = {entry.filename: entry.file_size for entry in stored}
         is_whole = len(sizes) == len(stored) and sum(sizes.values()) <= path.stat().st_size
         if not is_whole or any(entry.file_size != entry.compress_size for entry in stored):
-            raise UserError("has two entries of one name, or entries that claim more bytes than it has")
+            raise UserError("has two entries with the same name, or entries that claim more bytes than the file has")
         found = [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(found) != 1:
             raise UserError(f"has {len(found)} entries data.pkl, expected one")
@@ -179,7 +179,7 @@ def read_archive(path: Path) -> Any:
             raise UserError(f"its data.pkl has {sizes[pickled]:,} bytes, expected {MAX_PICKLE:,} at most")
         prefix = pickled.removesuffix("data.pkl")
         if f"{prefix}byteorder" in sizes and archive.read(f"{prefix}byteorder") != b"little":
-            raise UserError("was written on a machine of the other byte order")
+            raise UserError("was written on a machine with the other byte order")
         program = archive.read(pickled)
     _require_data(program)
     return _unpickle(program, path, prefix, sizes)
@@ -208,9 +208,11 @@ def _require_data(program: bytes) -> None:
         above = marks.pop() + 2 if pickletools.markobject in takes else len(stack)
         start = above - len(takes)
         if start < marks[-1] or max(number, argument if name == "LONG_BINPUT" else 0) > MAX_INSTRUCTIONS:
-            raise UserError(f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or places, or ends its stack")
+            raise UserError(
+                f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or memo entries, or underflows its stack"
+            )
         if name.startswith("SETITEM") and not all(stack[start + 1 :: 2]):
-            raise UserError("its data.pkl has a key that is no word or number, or a very large number")
+            raise UserError("its data.pkl has a key that is not a string or number, or a very large number")
         del stack[start:]
         if name == "MARK":
             marks.append(start)
@@ -237,14 +239,13 @@ def _unpickle(program: bytes, file: Path, prefix: str, sizes: Mapping[str, int])
             name = f"{module}.{name}"
             if name.startswith("torch.nn."):
                 raise UserError(
-                    "holds a whole pickled module, which only its code can open. Save its weights where that code is: "
+                    "holds a whole pickled module, which only its own code can open. Save its weights where that code "
+                    "is installed: "
                     "torch.save(model.state_dict(), FILE)"
                 )
             is_known = name in STORAGES or name in MAKERS or name.startswith(HARMLESS)
             if not (is_known or name.removeprefix("torch.") in KINDS) or len(classes) > MAX_NAMES:
-                raise UserError(
-                    f"asks for {name}, which the weights that are read here do not need; nothing of it was run"
-                )
+                raise UserError(f"asks for {name}, which weights do not need; no code of it was run")
             return classes.setdefault(name, type(name, (StandIn,), {}))
 
         def persistent_load(self, words: Any) -> _Storage:
@@ -266,9 +267,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) ->
     file, entry, dtype, numel = _require(storage, _Storage)
     shape, stride = _sizes(shape), _sizes(stride)
     if not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
-        raise UserError("has a tensor whose shape and strides are not as many whole numbers")
+        raise UserError("has a tensor whose shape and strides are not equally many integers")
     if others[2:3] and others[2]:  # behind requires_grad and hooks: what else is done to a tensor
-        raise UserError("has a tensor that is a view of another with its signs changed. Save it as it is: clone()")
+        raise UserError("has a tensor that is a view of another with its sign changed. Save a copy of it: clone()")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if (elements := math.prod(shape)) and max(elements, last + 1) > numel:
         raise UserError(f"has a tensor of shape {shape} in a storage of {numel:,} elements")
@@ -284,7 +285,7 @@ def _sizes(sizes: Any) -> tuple[Any, ...]:
 
 def _require(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind):
-        raise UserError(f"it has a {type(value).__name__} where another thing belongs")
+        raise UserError(f"it has a {type(value).__name__} in the wrong place")
     return value
 
 
@@ -322,7 +323,7 @@ def _read_safetensors(path: Path) -> Contents:
 
 
 def read_tensors(records: Mapping[str, TensorRecord]) -> dict[str, Any]:
-    """Read tensors into memory, each byte held against its checksum where there is one; floats become float32."""
+    """Read tensors into memory, verifying checksums if there are any; floats become float32."""
     tensors = {}
     for file in {record.file for record in records.values()}:
         try:
@@ -345,7 +346,7 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
         return
     num_bytes = sum(math.prod(record.shape) * KINDS[record.dtype][0] for record in records.values())
     if num_bytes > MAX_SHARED * file.stat().st_size:
-        raise UserError("the same numbers stand for many tensors")
+        raise UserError("many tensors share the same storage")
     with zipfile.ZipFile(file) as archive:
         entry = None
         for name, record in sorted(records.items(), key=lambda item: item[1].entry):

@@ -1,4 +1,4 @@
-"""What a user names → what lies there: a path, a name of OpenAI's, a name on the Hugging Face hub."""
+"""A user's source → its contents: a path, the name of an OpenAI model, a name on the Hugging Face hub."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ OPENAI = {
 
 
 def find_contents(source: str | Path) -> Contents:
-    """Look into what a user names: a file, a folder, a name of OpenAI's (``ViT-B/32``), or ``hf-hub:NAME``."""
+    """Look into a source: a file, a folder, the name of an OpenAI model (``ViT-B/32``), or ``hf-hub:NAME``."""
     name = str(source)
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
@@ -46,7 +46,7 @@ def find_contents(source: str | Path) -> Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Look into a file, or into a folder as Hugging Face and open_clip write them."""
+    """Look into a file, or into a folder written by Hugging Face or open_clip."""
     try:
         if path.is_dir():
             return _gather(str(path), WEIGHTS)
@@ -54,7 +54,7 @@ def read_contents(path: Path) -> Contents:
             return replace(_gather(str(path.parent), (path.name,)), path=path)
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
-    raise UserError(f"{path}: there is no such file, or it is no regular file.{EXPECTED}")
+    raise UserError(f"{path}: no such file, or not a regular file.{EXPECTED}")
 
 
 def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
@@ -66,7 +66,7 @@ def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
         tensors: dict[str, TensorRecord] = {}
         for part in _parts(found) if name.endswith(".index.json") else [name]:
             if (file := find_file(folder, part)) is None:
-                raise UserError(f"{folder}: {name} lists {part}, which is not there. Get the folder again.")
+                raise UserError(f"{folder}: {name} lists {part}, which does not exist. Get the folder again.")
             contents = read_file(file)
             tensors |= contents.tensors
         return replace(contents, path=Path(folder), tensors=tensors, configs=configs)
@@ -78,7 +78,7 @@ def _parts(index: Path) -> list[str]:
     listed = read_json(index).get("weight_map")
     parts = set(map(str, listed.values())) if isinstance(listed, dict) else set()
     if not parts or any(Path(part).name != part for part in parts):
-        raise UserError(f"{index}: lists no files, or others than files beside it. Get the folder again.")
+        raise UserError(f"{index}: lists no files, or files outside its folder. Get the folder again.")
     return sorted(parts)
 
 
@@ -102,8 +102,8 @@ def fetch_openai(name: str) -> Path:
                 download_url_to_file(address, str(beside))
         except Exception as error:  # whatever a network does, or a folder of that name
             raise UserError(
-                f"OpenAI's {name} is not in {folder}, and cannot be downloaded from here ({first_line(error)}). Where "
-                f"there is a network fetch {address} and put it at {target}; or give a file of your own."
+                f"OpenAI's {name} is not in {folder}, and cannot be downloaded ({first_line(error)}). On a machine "
+                f"with a network, download {address} and put it at {target}; or give another file."
             ) from error
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -124,8 +124,9 @@ def _from_hub(name: str) -> Contents:
         raise UserError(f"{HUB}{error}") from error
     except Exception as error:
         raise UserError(
-            f"{HUB}{name}: not in this machine's cache and not reachable ({first_line(error)}). Where there is a "
-            f"network run `pip install 'train-clip[hf]'` and `hf download {name} --local-dir FOLDER`, and give the "
+            f"{HUB}{name}: not in this machine's cache, and cannot be downloaded ({first_line(error)}). On a machine "
+            f"with a network run `pip install 'train-clip[hf]'` and `hf download {name} --local-dir FOLDER`, and give "
+            "the "
             "folder."
         ) from error
 

@@ -1,1 +1,1 @@
-"""The core's verbs, a typed function each, and what a training run is: run.py and run_folder.py."""
+"""The core's commands, one typed function each, and training runs: run.py and run_folder.py."""

@@ -1,4 +1,4 @@
-"""Write a model in a format of others."""
+"""Write a model in another format."""
 
 import pkgutil
 from pathlib import Path
@@ -10,9 +10,9 @@ from train_clip.errors import UserError
 from train_clip.models.clip import CLIP, DualEncoder
 
 ENCODERS = (
-    "joined by this package, which no format of others holds: each says which CLIP it is by its sizes alone. Keep the "
-    ".ckpt, which `evaluate`, `finetune --pretrained` and train_clip.load read; or save its encoders by themselves, in "
-    "Python: model.visual, model.transformer."
+    "joined by this package, which no other format can hold: they describe a CLIP by its sizes alone. Keep the .ckpt, "
+    "which `evaluate`, `finetune --pretrained` and train_clip.load read; or save its encoders separately, in Python: "
+    "model.visual, model.transformer."
 )
 
 # By format: what writes it, of a configuration, tensors and a place that gets its name once all is on disk; how it is
@@ -38,13 +38,13 @@ def convert(
     *,
     to: Literal["open_clip", "huggingface", "safetensors"] = "safetensors",
 ) -> Path:
-    """Write a CLIP so that open_clip, Hugging Face or any reader of .safetensors takes it.
+    """Write a CLIP for open_clip, Hugging Face or any reader of .safetensors.
 
     Args:
-        source: what `train` or `finetune` wrote, or weights by OpenAI (ViT-B/32), open_clip or Hugging Face: a file, a
-            folder, or hf-hub:NAME
+        source: a checkpoint of `train` or `finetune`, or weights of OpenAI (ViT-B/32), open_clip or Hugging Face: a
+            file, a folder, or hf-hub:NAME
         target: a new folder; for safetensors a new file
-        weights: what the source leaves open, or is to be changed.
+        weights: values that the source does not state, or that are to be changed.
         to: open_clip for a folder that open_clip.create_model("local-dir:FOLDER") takes, huggingface for one that
             CLIPModel.from_pretrained takes, safetensors for one file under OpenAI's names
 
@@ -60,12 +60,12 @@ def convert(
 
 
 def write_model(model: DualEncoder, target: Path, kind: str) -> None:
-    """Write a model that ``load`` gives, whole or not at all, to a new folder, or for ``safetensors`` to a new file."""
+    """Write a model from ``load`` completely or not at all, to a new folder, or for ``safetensors`` to a new file."""
     if not isinstance(model, CLIP):
         raise UserError(f"{model.name}: two encoders {ENCODERS}")
     if not isinstance(model.visual, pkgutil.resolve_name(model.config.image.tower)):
         raise UserError(
-            f"{model.name}: a CLIP with visual prompts, which no format of others holds. Keep the .ckpt, which "
+            f"{model.name}: a CLIP with visual prompts, which no other format can hold. Keep the .ckpt, which "
             "`evaluate` and train_clip.load read."
         )
     _require_writable(target)
@@ -78,4 +78,4 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
 
 def _require_writable(target: Path) -> None:
     if target.exists():
-        raise UserError(f"{target}: exists already and stays as it is. Give another name, or remove it.")
+        raise UserError(f"{target}: already exists, and is not overwritten. Give another name, or remove it.")

@@ -1,6 +1,6 @@
-"""From nothing to a trained CLIP in minutes on a CPU, on generated pictures of known colour, shape, size and place.
+"""Train a CLIP from scratch in minutes on a CPU, on generated pictures of known color, shape, size and place.
 
-Some pairs of colour and shape are kept out of training: what a model scores on them it did not learn by heart.
+Some combinations of color and shape are held out of training, so the model cannot memorize them.
 """
 
 import cmath
@@ -26,7 +26,7 @@ COLOURS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 RECTANGLES = {"square": [(0.85, 0.85)], "cross": [(0.35, 1.0), (1.0, 0.35)]}  # half their sides; the radius is 1
-TIPS = {"triangle": [1.0] * 3, "star": [1.0, 0.42] * 5}  # how far a polygon's corners are from its centre
+TIPS = {"triangle": [1.0] * 3, "star": [1.0, 0.42] * 5}  # how far a polygon's corners are from its center
 SIZES = {"small": 0.11, "large": 0.20}  # radius as a share of the side
 PLACES = {
     "at the top left": (0.25, 0.25), "at the top": (0.5, 0.25), "at the top right": (0.75, 0.25),
@@ -41,15 +41,15 @@ COPIES = 4  # pictures of each training scene
 
 
 def demo(output: Path = Path("demo"), seed: int = 0) -> None:
-    """Train a small CLIP on generated pictures and try it on combinations of colour and shape that it never saw.
+    """Train a small CLIP on generated pictures and evaluate it on combinations of color and shape that it never saw.
 
     Args:
         output: a new folder for pictures, run and results
-        seed: decides pictures, weights and order
+        seed: seed of the pictures, the weights and the order
     """
     started = time.perf_counter()
     if output.exists():
-        raise UserError(f"{output}: exists already and stays as it is. Give another --output, or remove it.")
+        raise UserError(f"{output}: already exists, and is not overwritten. Give another --output, or remove it.")
     training, unseen = write_synthetic(output / "data", COPIES, seed)
     classes, templates = output / "data" / "classes.txt", output / "data" / "templates.txt"
     classes.write_text("\n".join(things()) + "\n", encoding="utf-8")
@@ -67,7 +67,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         # One device: more would run this verb once for each.
         TrainerOptions(devices=1),
     )
-    print("\nOn combinations of colour and shape that were never seen in training:")
+    print("\nOn combinations of color and shape that were not in the training data:")
     evaluate.evaluate(
         str(run / "checkpoints" / "last.ckpt"),
         evaluate.EvaluateOptions(
@@ -87,7 +87,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
 
 
 class Scene(NamedTuple):
-    """What a picture shows."""
+    """The content of a picture."""
 
     colour: str
     shape: str
@@ -96,21 +96,21 @@ class Scene(NamedTuple):
 
     @property
     def thing(self) -> str:
-        """Colour and shape, the class of the picture."""
+        """Color and shape, the class of the picture."""
         return f"{self.colour} {self.shape}"
 
     def captions(self) -> list[str]:
-        """Three ways to say it."""
+        """Three ways to describe the scene."""
         return [template.format(thing=self.thing, **self._asdict()) for template in TEMPLATES]
 
 
 def things() -> list[str]:
-    """Every pair of colour and shape."""
+    """Every combination of color and shape."""
     return [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
 
 
 def is_unseen(scene: Scene) -> bool:
-    """Whether the scene's colour and shape are kept out of training: two colours of each shape, a quarter of all."""
+    """Whether the scene's color and shape are held out of training: two colors of each shape, a quarter of all."""
     return (list(COLOURS).index(scene.colour) - SHAPES.index(scene.shape)) % len(COLOURS) in (0, 3)
 
 
@@ -138,7 +138,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene, (SIDE, SIDE) RGB, on a light background of random tint, a little off its place."""
     side, colour = SIDE * OVERSAMPLING, COLOURS[scene.colour]
     picture = Image.new("RGB", (side, side), tuple(rng.integers(200, 256, 3).tolist()))
-    x, y = (side * (centre + rng.uniform(-JITTER, JITTER)) for centre in PLACES[scene.place])
+    x, y = (side * (center + rng.uniform(-JITTER, JITTER)) for center in PLACES[scene.place])
     radius = side * SIZES[scene.size] * rng.uniform(0.9, 1.1)
     pen = ImageDraw.Draw(picture)
     if scene.shape == "circle":

@@ -1,4 +1,4 @@
-"""Score a model on a folder, print it, and draw images beside the captions that the model finds most similar."""
+"""Evaluate a model on a folder, print the scores, and draw images next to the captions it finds most similar."""
 
 import dataclasses
 import json
@@ -37,44 +37,46 @@ Scores = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions(SourceOptions):
-    """What to score, and where the figures go."""
+    """What to evaluate, and where to write the scores."""
 
     folder: Path | None = option(
         None,
         "images and captions that share a stem; for classification, images in folders named after their class or with "
-        "a STEM.cls beside them",
+        "a STEM.cls next to them",
     )
-    classes: Path | None = option(None, "a text file of class names, one a line: also classify without training")
+    classes: Path | None = option(None, "text file of class names, one per line: also do zero-shot classification")
     templates: Path | None = option(
-        None, 'a text file of captions with {} where the class goes, one a line; default: "a photo of a {}."'
+        None, 'text file of prompt templates with {} for the class name, one per line; default: "a photo of a {}."'
     )
     split: Literal["all", "training", "held_out"] = option(
         "all",
-        "which pairs to score; training and held_out as `train --val_share` of the same number splits the folder",
+        "pairs to evaluate: all, or training or held_out as split by `train` with the same --val_share",
     )
-    val_share: float = option(PairOptions.val_share, "the share that was held out", BELOW_ONE)
-    batch_size: int = option(64, "images at a time", at_least(1))
+    val_share: float = option(PairOptions.val_share, "fraction of the pairs that was held out", BELOW_ONE)
+    batch_size: int = option(64, "images per batch", at_least(1))
     num_workers: int = option(0, "loader processes", at_least(0))
-    device: str = option("auto", "cpu or cuda; auto for cuda where there is one")
-    json: Path | None = option(None, "a file to write the figures to")
+    device: str = option("auto", "cpu, cuda, or auto: cuda if available")
+    json: Path | None = option(None, "file to write the scores to")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions(ScoreOptions):
-    """What to score, and where figures and pictures go."""
+    """What to evaluate, and where to write scores and pictures."""
 
-    picture: Path | None = option(None, "a PNG to draw, images beside the captions that the model finds most similar")
-    backbone: str | None = option(None, "of visual prompts: where their backbone lies; default: where it lay")
+    picture: Path | None = option(None, "PNG to write: images next to the captions that the model finds most similar")
+    backbone: str | None = option(
+        None, "for visual prompts: path or name of their backbone; default: the one they were trained with"
+    )
 
 
 def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE) -> Scores:
-    """Score a model: retrieval over captions, and zero-shot classification over class names.
+    """Evaluate a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
-        checkpoint: what `train` or `finetune` wrote, or weights by OpenAI (ViT-B/32), open_clip or Hugging Face: a
+        checkpoint: a checkpoint of `train` or `finetune`, or weights of OpenAI (ViT-B/32), open_clip or Hugging Face: a
             file, a folder, or hf-hub:NAME
-        options: what to score
-        weights: what they leave open
+        options: what to evaluate
+        weights: values that they do not state
     """
     model = load_for_scoring(find_weights(checkpoint, weights, options.backbone), options.device)
     scores, collection = score(model, options)
@@ -83,7 +85,7 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         write_json(options.json, scores)
     if options.picture is not None and collection.captions:
         draw_best_captions(collection, options.picture)
-        print(f"Images beside their best captions: {options.picture}")
+        print(f"Images next to their best captions: {options.picture}")
     return scores
 
 
@@ -101,7 +103,7 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
 
 
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Collection]:
-    """Score a model, on its device, by every evaluator that applies; the figures, and what they are of."""
+    """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
     collection = _collect(model, options)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
     found = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
@@ -109,12 +111,12 @@ def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Colle
 
 
 def figures(scores: Scores) -> dict[str, float]:
-    """The figures that are set side by side with other models."""
+    """The scores that are compared with those of other models."""
     return {key: value for name in EVALUATORS if scores[name] for key, value in scores[name].figures().items()}
 
 
 def report(scores: Scores) -> None:
-    """Print the figures beside chance."""
+    """Print the scores next to chance."""
     skips = scores["skips"]
     print(f"{scores['num_images']:,} images, {scores['num_captions']:,} captions, {len(skips):,} files not scored")
     for rows in (scores[name].rows() for name in EVALUATORS if scores[name]):
@@ -124,7 +126,7 @@ def report(scores: Scores) -> None:
 
 
 def write_json(target: Path, scores: dict[str, Any]) -> None:
-    """Write figures, whatever dataclasses they stand in."""
+    """Write scores as JSON, dataclasses included."""
     write_text(target, json.dumps(scores, indent=2, default=dataclasses.asdict) + "\n")
 
 
@@ -139,7 +141,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 
 def draw_best_captions(collection: embed.Collection, target: Path) -> None:
-    """Draw a fixed random choice of images beside their best captions; their own are green with a tick."""
+    """Draw a fixed random choice of images next to their best captions; correct ones are green with a tick."""
     # Imported here because it takes half a second; the object-oriented interface needs no display.
     from matplotlib.figure import Figure
 
@@ -231,7 +233,7 @@ def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
     classes, templates = (_read_lines(path) for path in (options.classes, options.templates))
     for template in templates:
         if "{}" not in template:
-            raise UserError(f"{options.templates}: {template!r} has no {{}} where the class would go.")
+            raise UserError(f"{options.templates}: {template!r} has no {{}} for the class name.")
     return classes, templates or list(zero_shot.DEFAULT_TEMPLATES)
 
 
@@ -240,4 +242,4 @@ def _read_lines(path: Path | None) -> list[str]:
         return [] if path is None else pairs.read_caption_lines(str(path))[0]
     except BadSample as bad:
         reason = bad.reason.replace("caption", "file")
-        raise UserError(f"{path}: {reason}. Expected class names, or captions with {{}}, one a line.") from None
+        raise UserError(f"{path}: {reason}. Expected class names, or templates with {{}}, one per line.") from None

@@ -1,4 +1,4 @@
-"""Tell what lies in a file of weights, in a moment: neither PyTorch nor the model is needed for it."""
+"""Show what a file of weights contains, quickly: neither PyTorch nor the model is loaded."""
 
 from train_clip.checkpoints import found, sources
 
@@ -8,13 +8,13 @@ MOST_ITEMS, LONGEST = 10, 200  # items of a list and letters of a value that are
 
 
 def inspect(file: str, /) -> dict[str, str]:
-    """Tell what a file of weights is: which model, which step, which numbers it was trained with.
+    """Show what a file of weights contains: the model, the step, the hyperparameters of training.
 
     Args:
         file: a checkpoint, a file or a folder of weights, or hf-hub:NAME
 
     Returns:
-        What is printed, by its heading.
+        The printed values, by heading.
     """
     contents = sources.find_contents(file)
     weights = found.identify(contents)

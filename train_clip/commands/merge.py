@@ -1,4 +1,4 @@
-"""Merge a fine-tuned model with the one that it began as: what fine-tuning has gained, with less of what it has lost.
+"""Merge a fine-tuned model with the one that it started from, to keep more of what that one knew.
 
 Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, Wortsman et al., arXiv 2109.01903).
 """
@@ -25,22 +25,22 @@ KEPT = (own.LIGHTNING, "epoch", "global_step", "hyper_parameters")
 
 @dataclasses.dataclass(frozen=True)
 class MergeOptions(evaluate.ScoreOptions):
-    """How much of each, and what to score them on."""
+    """The weights of the two models, and what to evaluate the merged models on."""
 
-    weight: float | list[float] = option(0.5, 'share of the second checkpoint, 0 to 1; several as "[0.25, 0.5, 0.75]"')
-    output: Path = option(Path(), "the folder for merged-WEIGHT.ckpt")
-    other_folder: Path | None = option(None, "a second folder to score on, of what the model knew before")
-    other_classes: Path | None = option(None, "as --classes, for --other_folder")
-    other_templates: Path | None = option(None, "as --templates, for --other_folder")
+    weight: float | list[float] = option(0.5, 'weight of the second checkpoint, 0 to 1; several as "[0.25, 0.5, 0.75]"')
+    output: Path = option(Path(), "folder for merged-WEIGHT.ckpt")
+    other_folder: Path | None = option(None, "second folder to evaluate on, with data that the model knew before")
+    other_classes: Path | None = option(None, "like --classes, for --other_folder")
+    other_templates: Path | None = option(None, "like --templates, for --other_folder")
 
 
 def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
-    """Write models between a checkpoint and what fine-tuning made of it, and score them side by side.
+    """Interpolate between a checkpoint and its fine-tuned version, and compare the scores.
 
     Args:
-        start: what fine-tuning began with: a checkpoint, or any weights that `evaluate` takes
-        tuned: the one that it ended with
-        options: how much of each, and what to score on.
+        start: the model before fine-tuning: a checkpoint, or any weights that `evaluate` reads
+        tuned: the fine-tuned checkpoint
+        options: the weights, and what to evaluate on.
 
     Returns:
         The files; none was written where two models are not one, a file is there already, or one cannot be scored.
@@ -49,12 +49,15 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in weights]
     for target in targets:
         if target.exists():
-            raise UserError(f"{target}: exists already and stays as it is. Give another --output, or remove it.")
+            raise UserError(f"{target}: already exists, and is not overwritten. Give another --output, or remove it.")
     end = own.read_checkpoint(tuned)
     arguments, state = end.get("hyper_parameters"), end.get("state_dict", {})
     second = {name.removeprefix(own.MODEL): value for name, value in state.items() if name.startswith(own.MODEL)}
     if not second or arguments is None or "backbone" in arguments:
-        raise UserError(f"{tuned}: holds no model of ours. Expected a checkpoint of `train-clip train` or `finetune`.")
+        raise UserError(
+            f"{tuned}: does not hold a model of this package. Expected a checkpoint of `train-clip train` "
+            "or `finetune`."
+        )
     if "config" in arguments:
         # The start is of the tuned model's configuration, whatever its file leaves open.
         begin: found.Found = found.find_model(start, config_from_dict(arguments["config"], start))
@@ -117,10 +120,10 @@ def _weights(options: MergeOptions) -> list[float]:
     if not names or len(names) < len(weights):
         raise UsageError(
             f"--weight {options.weight}: expected a number from 0, the first checkpoint, to 1, the second, or several "
-            'that differ in six figures, by which the files are named: --weight "[0.25, 0.5]".'
+            'that differ within six digits, which are in the file names: --weight "[0.25, 0.5]".'
         )
     if options.other_folder is None and (options.other_classes or options.other_templates):
-        raise UsageError("What --other_classes and --other_templates name is for --other_folder, which was not given.")
+        raise UsageError("--other_classes and --other_templates need --other_folder.")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""List the presets, and what an optimizer makes of a model's parameters."""
+"""List the presets, and how an optimizer treats a model's parameters."""
 
 import re
 from collections import Counter
@@ -19,12 +19,12 @@ NAMES = {"adamw": "AdamW", "sgd": "SGD", "muon": "Muon"}  # of others, the optio
 
 
 def models(show: str | None = None, optimizer: str | None = None, model_name: str = train.DEFAULT_MODEL) -> None:
-    """List the models, their parameters, sizes and optimizer numbers; or what an optimizer does with each parameter.
+    """List the models, their parameters, sizes and hyperparameters; or how an optimizer treats each parameter.
 
     Args:
         show: print this preset as a YAML file, to start one of your own from
-        optimizer: list the parameters of a model, and which optimizer updates each when this one is asked for
-        model_name: whose, a preset or a YAML file of your own
+        optimizer: list the parameters of a model, and which optimizer updates each with this choice
+        model_name: the model: a preset or a YAML file of your own
     """
     if optimizer is not None:
         evaluate.print_table(_updates(read_config(model_name), optimizer))

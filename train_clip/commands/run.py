@@ -1,4 +1,4 @@
-"""A training run, whatever verb asked for it: its Trainer, its folder, its length, and what it says."""
+"""A training run, for any command: its Trainer, folder, length and messages."""
 
 import logging
 import math
@@ -61,7 +61,7 @@ MIN_POINTS = 50  # logged points
 
 @dataclass(frozen=True)
 class Job:
-    """What a verb trains."""
+    """What a command trains."""
 
     verb: str  # its name on the command line
     module: ContrastiveModule
@@ -74,7 +74,7 @@ class Job:
 
 
 def begin(run: RunOptions, seed: int) -> Resumption | None:
-    """What comes before a model is made: signals, seed, and the checkpoint that the run goes on from, if any."""
+    """Before the model is built: signals, the seed, and the checkpoint to resume from, if any."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
     )
@@ -104,7 +104,7 @@ def data_for(module: ContrastiveModule, options: DataOptions) -> TextImageDataMo
 
 
 def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> Path:
-    """Train, from the start or from what a run is resumed from; return the run's folder."""
+    """Train, from the start or from a checkpoint; return the run's folder."""
     module, data = job.module, job.data
     folder = choose_run_folder(run.output, module.model.name, resumed)
     options |= {"precision": options.get("precision") or default_precision(options.get("accelerator", "auto"))}
@@ -128,8 +128,8 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         facts |= {"resumed_from": str(resumed.checkpoint), "after_steps": steps_before}
     if num_steps <= steps_before:
         raise UserError(
-            f"{resumed.checkpoint if resumed else folder}: the run has done {steps_before:,} steps, and is to take "
-            f"{num_steps:,} in all. To train on give more --epochs or --max_steps."
+            f"{resumed.checkpoint if resumed else folder}: the run has done {steps_before:,} steps, and its length is "
+            f"{num_steps:,} steps. To train longer, increase --epochs or --max_steps."
         )
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
     except signals.Stopped:
         if trainer.is_global_zero and trainer.checkpoint_callbacks:
-            print(f"To go on: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
+            print(f"To resume: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
         raise
     except MisconfigurationException as error:
         raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
@@ -148,14 +148,14 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
 
 
 def default_precision(accelerator: Any) -> str:
-    """bf16-mixed where the GPU has it, otherwise 16-mixed; float32 without a CUDA device."""
+    """bf16-mixed if the GPU supports it, otherwise 16-mixed; float32 without a CUDA device."""
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
-    """Make Lightning's Trainer of plain values, with this package's callbacks beside the user's."""
+    """Build Lightning's Trainer from plain values, with this package's callbacks and the user's."""
     asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
     callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
     if asked.get("enable_progress_bar", True):
@@ -178,20 +178,20 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
     try:
         return L.Trainer(**{"enable_model_summary": False} | asked | own)
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UsageError(f"Lightning's Trainer refuses these options: {error}") from error
+        raise UsageError(f"Lightning's Trainer does not accept these options: {error}") from error
 
 
 @utilities.rank_zero_only
 def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resumed: Resumption | None) -> None:
-    """Name the model, its size, the device and the run's folder, and what the run goes on from."""
+    """Name the model, its size, the device, the run's folder, and the checkpoint it resumes from."""
     if resumed is not None:
         batches = resumed.state["callbacks"]["EndOfStep"]["consumed_batches"]
         print(f"Resuming from {resumed.checkpoint}, after {resumed.step:,} steps and {batches:,} batches.")
     device, model = trainer.strategy.root_device.type, module.model
     print(
-        f"{model.name}: {count(model):,} parameters ({count(module, trained=True):,} of them trained), "
+        f"{model.name}: {count(model):,} parameters ({count(module, trained=True):,} trainable), "
         f"{model.image_size}×{model.image_size} pixels; {trainer.world_size} × {device}, {trainer.precision}. "
-        f"Everything goes to {folder}/."
+        f"Output folder: {folder}/."
     )
 
 
@@ -214,8 +214,8 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None
             command += ["--split", "held_out", "--val_share", str(options.val_share)]
         if "val/loss" not in trainer.callback_metrics:
             print(
-                "No validation was reached, so best.ckpt, if there is one, is as it was before; --val_check_interval "
-                "sets how often it comes."
+                "The run ended before its first validation, so best.ckpt, if it exists, was not updated; "
+                "--val_check_interval sets how often to validate."
             )
     print(f"Next: {shlex.join(command)}")
     say_mean(trainer, folder)
@@ -228,7 +228,7 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
         if isinstance(saving, checkpoints.Checkpoints) and saving.mean_is_better and best.is_file():
             print(
                 f"The EMA of the weights scored better: {saving.best_by} {saving.best['best_mean']:.4f}, the trained "
-                f"weights {saving.best['best']:.4f}. Evaluate it by {best} in place of the file above."
+                f"weights {saving.best['best']:.4f}. To evaluate it, use {best} instead of the file above."
             )
 
 
@@ -250,7 +250,7 @@ def _instantiate(value: Any) -> Any:
     try:
         return cli.instantiate_class((), value)
     except ImportError as error:
-        raise UserError(f"{value['class_path']}: {error}. Install the package that it needs.") from error
+        raise UserError(f"{value['class_path']}: {error}. Install the required package.") from error
 
 
 def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:

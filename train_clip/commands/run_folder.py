@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked, what it ran on, its checkpoints, and from which of them it goes on."""
+"""The folder of a run: its options, its environment, its checkpoints, and which of them to resume from."""
 
 import platform
 import shlex
@@ -27,7 +27,7 @@ VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizer
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     run: Path | None  # the folder of the run that the checkpoint is of; None where it lies in none
     checkpoint: Path  # one that loads
@@ -50,7 +50,7 @@ class Resumption:
         return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file and file.is_file() else None
 
     def require_same_start(self, asked: dict[str, Any], known: dict[str, Any] | None = None) -> None:
-        """Refuse another start than the run had: its state holds the model, and what is asked for would go unheard.
+        """Refuse other weights than the run started from: its state holds the model, and they would be ignored.
 
         Of a checkpoint that lies in no run, only what is asked for is held against what it tells of itself, ``known``.
         """
@@ -65,8 +65,8 @@ class Resumption:
         require_same(
             asked,
             kept,
-            f"{self.checkpoint}: the run began with another start (found {{found}}). Leave the option out, or begin a "
-            "new run.",
+            f"{self.checkpoint}: the run started from other weights (found {{found}}). Leave out the option, or start "
+            "a new run.",
         )
 
 
@@ -79,7 +79,7 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
     if not _newest_first(run):
         raise UserError(
             f"--resume {resume}: there is no checkpoint in {run}/checkpoints/, and no such file. Expected a run that "
-            "was saved at least once, a checkpoint, or auto; to begin a run leave --resume out."
+            "was saved at least once, a checkpoint, or auto; to start a new run leave out --resume."
         )
     return run
 
@@ -94,7 +94,7 @@ def options_of_run(verb: str, resume: str, output: str | None) -> dict[str, dict
     starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
     if starts and (began := starts[-1].get("verb", verb)) != verb:
         raise UserError(
-            f"{run}: a run of `train-clip {began}`, not of `{verb}`. To go on: train-clip {began} --resume {run}"
+            f"{run}: a run of `train-clip {began}`, not of `{verb}`. To resume it: train-clip {began} --resume {run}"
         )
     # The run's own copy of its model, wherever the run lies by now.
     own_model = {"model_name": str(model)} if model.is_file() else {}
@@ -110,7 +110,7 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
         try:
             return _read(run, file)
         except UserError as error:
-            rank_zero_only(print)(f"Passed over {error}")
+            rank_zero_only(print)(f"Skipped {error}")
     raise UserError(f"--resume {resume}: no checkpoint loads in {run}/checkpoints/, for the reasons above.")
 
 
@@ -123,8 +123,8 @@ def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption 
     # Other processes of the same run come here after the first has begun to write.
     if rank_zero_only.rank == 0 and _holds_run(output):  # type: ignore[attr-defined]
         raise UserError(
-            f"{output}: holds a run already, which stays as it is. Give another --output, or --resume {output} to go "
-            "on with it."
+            f"{output}: already holds a run, which is not overwritten. Give another --output, or --resume {output} to "
+            "continue it."
         )
     return output
 
@@ -162,8 +162,8 @@ def _newest_run() -> Path:
     newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
     if newest is None:
         raise UserError(
-            f"--resume auto: no run below {RUNS}/ has a checkpoint. Give the run's folder by --output, or leave "
-            "--resume out to begin a run."
+            f"--resume auto: no run below {RUNS}/ has a checkpoint. Give the run's folder with --output, or leave out "
+            "--resume to start a new run."
         )
     return newest.parent.parent
 
@@ -181,10 +181,7 @@ def _read(run: Path | None, file: Path) -> Resumption:
     if own.RUNNING_MEAN in state:
         raise UserError(f"{file}: {own.NO_STATE}")
     if "EndOfStep" not in state.get("callbacks", {}) or "optimizer_states" not in state:
-        raise UserError(
-            f"{file}: holds no state of a run, only weights or something else. Expected a checkpoint of `train-clip "
-            "train`."
-        )
+        raise UserError(f"{file}: holds no training state. Expected a checkpoint of `train-clip train`.")
     small = {name: value for name, value in state.items() if name not in ("state_dict", "optimizer_states")}
     return Resumption(run, file, small)
 

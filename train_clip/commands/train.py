@@ -47,11 +47,12 @@ def train(
 
 
 def recipe_for(num_pairs: int) -> str | None:
-    """Which recipe is made for so few pairs, from scratch and by no chosen optimizer, in a line."""
+    """Suggest a recipe for so few pairs, if training starts from scratch and no optimizer was chosen."""
     recipe = next((name for name, most in RECIPES.items() if num_pairs <= most), None)
     return recipe and (
-        f"{num_pairs:,} pairs: the defaults are the paper's, made for 400 million. `--config {recipe}` learns more "
-        "from as few (docs/recipes.md); `--optimizer adamw` keeps to the defaults without this line."
+        f"{num_pairs:,} pairs: the defaults are the paper's, chosen for 400 million pairs. `--config {recipe}` is "
+        "better for a data set of this size (docs/recipes.md); `--optimizer adamw` keeps the defaults and hides this "
+        "message."
     )
 
 
@@ -63,20 +64,21 @@ def pretrained_weights(model: ModelOptions) -> found.Found | None:
         return found.find_weights(model.pretrained, model)
     name = model.model_name or DEFAULT_MODEL
     if sources.openai_name(name) is None:
-        raise UsageError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has published no such model.")
+        raise UsageError(f"--pretrained {OPENAI} --model_name {name}: OpenAI has not published this model.")
     return found.find_weights(name, replace(model, model_name=None, pretrained=None))
 
 
 def choose_config(model: ModelOptions, weights: found.Found | None) -> ModelConfig:
-    """The model that the options name; refused where it cannot be built, or CLIP's tokens are more than it has."""
+    """The model that the options name; an error if it cannot be built, or has fewer tokens than CLIP's tokenizer."""
     if weights is not None:
         config = weights.require_clip(TWO_ENCODERS).config
     else:
         config = read_config(model.model_name or DEFAULT_MODEL).with_sizes(model.image_size, model.context_length)
         if model.activation is not None and model.pretrained is None:
             raise UserError(
-                f"--activation {model.activation}: is for weights (--pretrained) that do not say theirs. Write a model "
-                "of your own into a YAML file: `train-clip models --show ViT-B/32` prints one to start from."
+                f"--activation {model.activation}: is only for weights (--pretrained) that do not state theirs. To "
+                "set it for a new model, write a YAML file: `train-clip models --show ViT-B/32` prints one to start "
+                "from."
             )
     if config.text.vocab < Tokenizer.vocab_size:
         raise UserError(

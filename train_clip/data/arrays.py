@@ -1,7 +1,7 @@
 """An image as an array in a zip (``.npz``): written whole, read without trusting a byte of it.
 
-The array is called ``data`` and is (3, H, W): uint8, a picture; or float16 or float32, pixels that are already
-normalised. Nothing is unpickled, and what a header claims is held against the file before any memory is taken for it.
+The array is called ``data`` and is (3, H, W): uint8, a picture; or float16 or float32, already normalized pixels.
+Nothing is unpickled, and what a header claims is held against the file before any memory is taken for it.
 """
 
 import math
@@ -41,9 +41,9 @@ def read_array(path: str) -> np.ndarray:
             if entry is None:
                 raise BadSample(path, "npz without the array 'data'")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise BadSample(path, "npz compressed by another method than deflate")
+                raise BadSample(path, "npz compressed with another method than deflate")
             if entry.compress_size > size:
-                raise BadSample(path, "npz that says to be larger than its file")
+                raise BadSample(path, "npz that claims to be larger than its file")
             if entry.file_size > MAX_DATA + MAX_HEADER + npy.MAGIC_LEN:
                 raise BadSample(path, f"npz array over {MAX_DATA:,} bytes")
             with archive.open(entry) as member:
@@ -51,7 +51,7 @@ def read_array(path: str) -> np.ndarray:
                 # With the last byte comes the check of its sum.
                 values = np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype)
     if dtype.kind == "f" and not np.isfinite(values).all():
-        raise BadSample(path, "npz of values that are not finite")
+        raise BadSample(path, "npz with values that are not finite")
     return values.reshape(shape, order="F" if fortran_order else "C")
 
 
@@ -70,23 +70,23 @@ def _require_small_directory(path: str, file: IO[bytes], size: int) -> None:
     tail = file.read()
     at = len(tail) - END_LENGTH if tail[-END_LENGTH:].startswith(END) and tail.endswith(b"\0\0") else tail.rfind(END)
     if at < 0:
-        raise BadSample(path, "not an npz file, or one that is cut short")
+        raise BadSample(path, "not an npz file, or a truncated one")
     directory = int.from_bytes(tail[at + 12 : at + 16], "little")
     if directory > MAX_DIRECTORY or tail[max(at - LOCATOR_LENGTH, 0) : at].startswith(LOCATOR):
-        raise BadSample(path, "npz of more arrays than an image has")
+        raise BadSample(path, "npz with more arrays than an image needs")
     file.seek(0)
 
 
 def _header(path: str, member: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(member))
     if read is None:
-        raise BadSample(path, "npz array of an unknown format")
+        raise BadSample(path, "npz array with an unknown format")
     shape, fortran_order, dtype = read(member, max_header_size=MAX_HEADER)
     if dtype not in (np.uint8, np.float16, np.float32):
         raise BadSample(path, f"npz of dtype {dtype.str}; expected uint8, float16 or float32")
     if len(shape) != 3 or shape[0] != 3:
-        raise BadSample(path, "npz of another shape than (3, height, width)")
+        raise BadSample(path, "npz with another shape than (3, height, width)")
     require_sides(path, *shape[1:])
     if math.prod(shape) * dtype.itemsize != size - member.tell():
-        raise BadSample(path, "npz whose array is not of the size that its header says")
+        raise BadSample(path, "npz whose array does not have the size in its header")
     return shape, fortran_order, dtype

@@ -1,17 +1,17 @@
-"""Colours and flips of whole batches, drawn on the host, computed on the images' own device; what captions say of it.
+"""Color changes and flips of whole batches, chosen on the host and computed on the device; captions they contradict.
 
-SimCLR's changes of colour (arXiv 2002.05709, appendix A), with Y the luma of a pixel x, and b, c, s, θ drawn for its
+SimCLR's color changes (arXiv 2002.05709, appendix A), with Y the luma of a pixel x, and b, c, s, θ drawn for its
 image:
 
     brightness  x ← b x                     contrast  x ← c x + (1 − c) mean(Y)     mean over the image
-    saturation  x ← s x + (1 − s) Y         hue       x ← x turned by θ about grey
-    grey        saturation with s = 0
+    saturation  x ← s x + (1 − s) Y         hue       x ← x turned by θ about gray
+    gray        saturation with s = 0
 
-In whatever order they are done, they are one affine map of the colours,
+In whatever order they are done, they are one affine map of the colors,
 
     x' = M x + o        M = b c (L + s (cos θ (1 − L) + sin θ K))        o = b (1 − c) mean(Y)
 
-where L maps a colour to its luma in all three channels and K turns what is left of it by a quarter. What leaves the
+where L maps a color to its luma in all three channels and K turns what is left of it by a quarter. What leaves the
 range is cut once, at the end; torchvision cuts after every step. The hue turns in the plane of B − Y and R − Y at
 constant luma; by HSV, as others have it, the largest and the least channel are kept.
 
@@ -41,7 +41,7 @@ STREAM = 0x6175676D  # tells these random numbers from those of crops, which hav
 
 
 class Draws(NamedTuple):
-    """What was drawn for each image."""
+    """The random choices for each image."""
 
     mixes: torch.Tensor  # (B, 3, 3) float32, M
     lifts: torch.Tensor  # (B, 3) float32, b (1 − c) of each channel's weight in Y
@@ -59,12 +59,12 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
     ``place`` is the seed and how many global batches were before this one.
     """
     uniform = np.random.default_rng((*place, STREAM)).random((number, 8))[rows].T
-    jittered, brightness, contrast, saturation, hue, grey, mirrored, upended = uniform
+    jittered, brightness, contrast, saturation, hue, gray, mirrored, upended = uniform
     strength = np.where(jittered < JITTERED, how.color_jitter, 0.0)
     least, most = np.maximum(0, 1 - FACTORS * strength), 1 + FACTORS * strength
     b, c, s = (least + (most - least) * chance for chance in (brightness, contrast, saturation))
     angles = 2 * np.pi * TURN * strength * (2 * hue - 1)
-    maps = colour_maps(b, c, np.where(grey < how.grayscale, 0.0, s), angles)
+    maps = colour_maps(b, c, np.where(gray < how.grayscale, 0.0, s), angles)
     return Draws(
         torch.from_numpy(maps).float(),
         torch.from_numpy((b * (1 - c))[:, None] * LUMA).float(),
@@ -74,7 +74,7 @@ def draw_batch(how: AugmentationOptions, place: tuple[int, int], rows: slice, nu
 
 
 def colour_maps(brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each; red turns towards yellow where θ > 0."""
+    """M of each image, (B, 3, 3), out of b, c, s and θ, (B,) each; red turns toward yellow where θ > 0."""
     b, c, s, angle = (values[:, None, None] for values in (brightness, contrast, saturation, angles))
     luma = np.ones((3, 1)) * LUMA
     signals = np.stack([LUMA, *DIFFERENCES])
@@ -83,16 +83,16 @@ def colour_maps(brightness: np.ndarray, contrast: np.ndarray, saturation: np.nda
 
 
 def augment(images: torch.Tensor, how: AugmentationOptions, draws: Draws) -> torch.Tensor:
-    """Change copies of (B, 3, S, S) images, uint8 or already normalised, as was drawn.
+    """Change copies of (B, 3, S, S) images, uint8 or already normalized, as was drawn.
 
     Raises:
-        UserError: colours of floats are to change.
+        UserError: the colors of floats would change.
     """
     if how.changes_colours and images.dtype != torch.uint8:
         raise UserError(
             f"color_jitter is {how.color_jitter} and grayscale {how.grayscale}, but the images are {images.dtype}: "
-            "already normalised, by which mean and deviation is not known. Expected bytes (uint8), as pictures and the "
-            "arrays of `train-clip data npz` give them. Leave both options out; flips work."
+            "already normalized, with an unknown mean and standard deviation. Expected bytes (uint8), such as "
+            "pictures or the arrays of `train-clip data npz`. Leave out both options; flips work."
         )
     changed = torch.empty_like(images, memory_format=torch.contiguous_format)
     most = PIECE_ON_CPU if images.device.type == "cpu" else PIECE
@@ -147,9 +147,9 @@ def warnings_of_flips(how: AugmentationOptions, pairs: Any) -> Iterator[str]:
             word, line = against[0]
             shown = line if len(line) <= MOST_SHOWN else line[:MOST_SHOWN] + "…"
             yield (
-                f"{flip} is {getattr(how, flip)}, and {len(against):,} of {len(captions):,} captions looked at "
-                f"({len(against) / len(captions):.1%}) name a side, a sense of turning or text, such as {word!r} in "
-                f"“{shown}”. A mirrored image no longer fits them. Leave the flip out, unless these words mean "
+                f"{flip} is {getattr(how, flip)}, and {len(against):,} of {len(captions):,} checked captions "
+                f"({len(against) / len(captions):.1%}) name a side, a direction of rotation or text, such as {word!r} "
+                f"in “{shown}”. They do not describe a flipped image. Leave out the flip, unless these words mean "
                 "something else here."
             )
 

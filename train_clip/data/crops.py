@@ -1,9 +1,9 @@
-"""The file of an image, or of its array → the square that a model takes: evaluation's centre, or a crop of training.
+"""The file of an image, or of its array → the model's square input: the center for evaluation, a crop in training.
 
 Evaluation prepares pictures by Pillow, bit for bit as OpenAI does. Training draws a window from a picture's size alone
 and cuts it by PyTorch's bicubic with antialiasing, in a third of Pillow's time: equal to within 3 of 255 where neither
 has to clip between its passes. A plain JPEG is decoded no finer than its window needs. Pixels stay uint8: they are
-normalised on the device.
+normalized on the device.
 
 S  side of the square in pixels      H, W  of the pixels
 """
@@ -22,20 +22,20 @@ from train_clip.data import arrays, images
 from train_clip.errors import UserError
 
 REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as much and as exact (jdct.h)
-NORMALISED = "already normalised pixels, taken as they are, without a crop"
+NORMALISED = "already normalized pixels, used unchanged, without a crop"
 
 
 def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"] | None = None) -> torch.Tensor:
-    """Read what a model takes of an image or its array: (3, S, S) uint8, or float32 that is already normalised.
+    """Read what a model takes of an image or its array: (3, S, S) uint8, or float32 that is already normalized.
 
     An array of bytes is the picture that the image gives once its shorter side is S, so that crops of whole height are
-    those of the image. Pixels that are already normalised have been cropped. ``draw`` gives training's window in a
-    picture of a width and a height; without it the crop is evaluation's, of the centre.
+    those of the image. Pixels that are already normalized have been cropped. ``draw`` gives training's window in a
+    picture of a width and a height; without it the crop is evaluation's, of the center.
 
     Raises:
         BadSample: the file cannot be used.
-        UserError: an array that was made for another S. It is no bad sample that another could stand in for: all of a
-            cache are made for one size, and resized once more they would not be what the images give.
+        UserError: an array that was made for another S. It is not a bad sample to be replaced: a whole cache is written
+            for one size, and resizing again would give other pixels than the images.
     """
     if images.is_npz(path):
         array = arrays.read_array(path)
@@ -79,7 +79,7 @@ def random_crop(picture: tuple[int, int], size: int, rng: np.random.Generator) -
 
 
 def random_resized_crop(picture: tuple[int, int], size: int, rng: np.random.Generator, min_share: float) -> Window:
-    """A square of at least a share of the largest one that fits, resized to S×S: train-CLIP's crop.
+    """A square of at least a fraction of the largest one's area, resized to S×S: train-CLIP's crop.
 
     On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``; on others that
     takes shares of the whole picture's area.
@@ -125,7 +125,7 @@ def _reduced(jpeg: images.Jpeg, reduction: int) -> np.ndarray | None:
 
 
 def centre_square(image: Image.Image | str | Path, size: int) -> torch.Tensor:
-    """Prepare a picture, or the file of one, as evaluation takes it: its centre crop, (3, S, S) uint8."""
+    """Prepare a picture, or the file of one, as evaluation takes it: its center crop, (3, S, S) uint8."""
     if isinstance(image, Image.Image):
         image = images.upright_rgb(image, "picture", [])
     else:
@@ -165,7 +165,7 @@ class Preprocess:
     """Shorter side to S by bicubic interpolation, the S×S in the middle, (x / 255 - mean) / std.
 
     Bit for bit as OpenAI's (openai/CLIP, clip.py, _transform), but that pictures are turned upright by their EXIF, and
-    are made RGB, transparency laid on white, before they are resized. Mean and std: (3, 1, 1) float32, in [0, 1].
+    are made RGB, transparency composited on white, before they are resized. Mean and std: (3, 1, 1) float32, in [0, 1].
     """
 
     def __init__(self, size: int, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -199,7 +199,7 @@ def _require_size(path: str, array: np.ndarray, size: int) -> None:
     sides = {min(height, width)} if array.dtype == np.uint8 else {height, width}
     if sides != {size}:
         raise UserError(
-            f"{path}: was made for another model: it is {width} by {height} pixels; expected {size} on the shorter "
-            f"side, and {size} by {size} where they are normalised. Train a model of that size (--image_size), or move "
-            f"the file away and make the cache anew: train-clip data npz FOLDER --image_size {size}"
+            f"{path}: was made for another model: it has {width}×{height} pixels; expected {size} on the shorter "
+            f"side, or {size}×{size} if they are normalized. Train a model of that size (--image_size), or move the "
+            f"file away and write the arrays again: train-clip data npz FOLDER --image_size {size}"
         )

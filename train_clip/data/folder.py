@@ -36,11 +36,10 @@ def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
     try:
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: there is no such folder. Expected one of images and captions (.txt); a table of pairs is "
-                "given by --pairs."
+                f"{folder}: there is no such folder. Expected images and captions (.txt); for a table use --pairs."
             )
     except PermissionError:
-        raise UserError(f"{folder}: no permission to look into the folder above it. Give it (chmod +x).") from None
+        raise UserError(f"{folder}: no permission to open its parent folder. Allow it (chmod +x).") from None
     root = os.path.join(folder, "")  # noqa: PTH118, with its separator at the end
     scan = Scan(folder, 0, PairList(root), [], [], pair_by=options.pair_by)
     groups = _groups(scan)
@@ -78,8 +77,9 @@ def _groups(scan: Scan) -> dict:
             groups[int(numbers[0])].append(path)
         elif numbers:
             scan.faults.append(
-                f"{scan.source / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear by "
-                "which it pairs. Expected one (--pair_by number). Rename it, or list the pairs in a table (--pairs)."
+                f"{scan.source / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear which "
+                "one pairs it. Expected one number (--pair_by number). Rename it, or list the pairs in a table "
+                "(--pairs)."
             )
         else:
             _leave_alone(scan, [path])
@@ -94,7 +94,7 @@ def _images_and_captions(scan: Scan) -> Iterator[str]:
         try:
             entries = list(os.scandir(scan.source / parent))
         except PermissionError:
-            lacking = "no permission to list this folder. Give it (chmod +rx), or move the folder away."
+            lacking = "no permission to list this folder. Allow it (chmod +rx), or move the folder away."
             scan.faults.append(f"{scan.source / parent}: {lacking}")
             continue
         for entry in entries:
@@ -145,7 +145,8 @@ def _pair(scan: Scan, shared: str | int, files: list[str]) -> Iterator[Row]:
                 listed = "\n  ".join(sorted(here)[:NAMED] + ["…"] * (len(here) > NAMED))
                 scan.faults.append(
                     f"{scan.source.joinpath(*place)}: the {scan.pair_by} {shared} is in {len(here)} names, so it is "
-                    f"not clear which belong together:\n  {listed}\n  Expected one image and one caption, and at most "
+                    f"not clear which files form a pair:\n  {listed}\n  Expected one image and one caption, and at "
+                    "most "
                     "one array in npz/. Rename or remove the others."
                 )
                 return

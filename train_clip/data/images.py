@@ -1,6 +1,6 @@
-"""A file → an upright RGB picture, or the reason why not.
+"""A file → an upright RGB picture, or the reason why it is bad.
 
-Pillow drops transparency and turns 16-bit grey white; both are mended here. Training and evaluation open files alike.
+Pillow drops transparency and turns 16-bit grayscale white; both are fixed here, for training and evaluation.
 """
 
 import io
@@ -35,8 +35,8 @@ JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
 TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
-# How it is said that a mode became RGB. Grey pictures hold nothing that could be lost.
-TO_RGB = {"CMYK": "inks (CMYK, YCCK) to RGB", "P": "palette to RGB"}
+# How it is said that a mode became RGB. Gray pictures hold nothing that could be lost.
+TO_RGB = {"CMYK": "CMYK or YCCK to RGB", "P": "palette to RGB"}
 
 # What turns a picture upright, by its EXIF orientation (Exif 2.32, section 4.6.4).
 UPRIGHT = {
@@ -56,7 +56,7 @@ PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class Decoded(NamedTuple):
-    """A picture, and what had to be mended to get it."""
+    """A picture, and what had to be fixed to get it."""
 
     picture: Image.Image  # RGB, upright by its EXIF orientation, on white where it is transparent
     mended: tuple[str, ...]  # in words that are the same for every file that was mended alike
@@ -102,13 +102,13 @@ def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Ima
     if picture.mode == "F":
         raise BadSample(name, "floating-point pixels of unknown range")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
-        grey = np.asarray(picture)
-        if grey.min() < 0 or grey.max() > 65_535:
+        gray = np.asarray(picture)
+        if gray.min() < 0 or gray.max() > 65_535:
             raise BadSample(name, "integer pixels of unknown range")
-        mended.append("16-bit grey scaled to 8 bits")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        mended.append("16-bit grayscale scaled to 8 bits")
+        return Image.fromarray((gray >> 8).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
-        mended.append("transparency laid on white")
+        mended.append("transparency composited on white")
         # To the bit what Image.alpha_composite gives, in 8 bytes a pixel rather than 20.
         layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         canvas = Image.new("RGB", picture.size, BACKGROUND)
@@ -134,7 +134,7 @@ def is_npz(path: str) -> bool:
 def require_sides(path: str, width: int, height: int) -> None:
     """Refuse what is too thin for a picture, with a ``BadSample``."""
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadSample(path, f"a side under {MIN_SIDE} pixels or an aspect over {MAX_ASPECT}")
+        raise BadSample(path, f"a side below {MIN_SIDE} pixels or an aspect ratio above {MAX_ASPECT}")
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def reading(path: str, what: str) -> Iterator[None]:
 def _reason(what: str, error: Exception) -> str:
     match error:
         case FileNotFoundError():
-            return "file is gone"
+            return "file does not exist"
         case PermissionError():
             return "no permission to read the file"
         case MemoryError():
@@ -183,13 +183,13 @@ def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
         raise BadSample(path, f"over {MAX_PIXELS:,} pixels")
     require_sides(path, width, height)
     if picture.format in JPEGS and len(SCAN.findall(_whole(picture))) > MAX_SCANS:
-        raise BadSample(path, f"JPEG of over {MAX_SCANS} scans")
+        raise BadSample(path, f"JPEG with over {MAX_SCANS} scans")
     if picture.tile and picture.tile[0][0] == "ppm_plain" and _whole(picture).count(b"#") > MAX_COMMENTS:
-        raise BadSample(path, f"PPM of over {MAX_COMMENTS:,} comments")
+        raise BadSample(path, f"PPM with over {MAX_COMMENTS:,} comments")
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
         width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)
         if width * height > MAX_PIXELS:
-            raise BadSample(path, f"TIFF of tiles over {MAX_PIXELS:,} pixels")
+            raise BadSample(path, f"TIFF with tiles over {MAX_PIXELS:,} pixels")
     return picture
 
 
@@ -226,10 +226,10 @@ def _turn(picture: Image.Image, mended: list[str]) -> Image.Transpose | None:
         turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         # Broken EXIF says nothing about the pixels.
-        mended.append("illegible EXIF passed over")
+        mended.append("unreadable EXIF ignored")
         return None
     if turn is not None:
-        mended.append("turned upright by EXIF")
+        mended.append("rotated upright by EXIF")
     return turn
 
 
@@ -242,5 +242,5 @@ def _no_image(start: bytes) -> str:
     if text.startswith(b"<svg") or (text.startswith(b"<?xml") and b"<svg" in text):
         return "not an image but an SVG drawing"
     if start[4:8] == b"ftyp":
-        return "HEIF picture or film, which Pillow does not read"
+        return "HEIF image or video, which Pillow does not read"
     return "not an image that Pillow can read"

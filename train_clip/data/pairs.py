@@ -1,4 +1,4 @@
-"""What a pair is, its captions, which pairs are held out, and a list of them that stays small with a million."""
+"""Pairs, their captions, which of them are held out, and a compact list for millions of pairs."""
 
 import contextlib
 import hashlib
@@ -35,7 +35,7 @@ class Pair:
         if not self.texts:
             return read_caption_lines(self.caption)[0]
         if any("\0" in text for text in self.texts):
-            raise BadSample(self.image, "caption holds NUL")
+            raise BadSample(self.image, "caption contains NUL")
         return list(self.texts)
 
 
@@ -105,7 +105,7 @@ class PairList(Sequence[Pair]):
 
 
 def split_pairs(pairs: PairList, share: float) -> tuple[PairList, PairList]:
-    """Hold out round(share · len(pairs)), chosen by a hash of the image's name; none in place of a single one.
+    """Hold out round(share · len(pairs)), chosen by a hash of the image's name; none instead of a single one.
 
     The choice depends on names alone: not on a seed, so that runs can be compared, nor on where the folder lies.
     """
@@ -148,11 +148,11 @@ def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
         utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         raise BadSample(path, "caption is UTF-16, not UTF-8" if utf16 else "caption is not UTF-8") from None
     if "\0" in text:
-        raise BadSample(path, "caption holds NUL")
+        raise BadSample(path, "caption contains NUL")
     captions = [line.strip() for line in text.split("\n") if not is_blank(line)]
     if not captions:
         raise BadSample(path, "caption is empty")
-    mended = {"byte order mark dropped": content.startswith(b"\xef\xbb\xbf"), "line ends CR LF": b"\r\n" in content}
+    mended = {"byte order mark dropped": content.startswith(b"\xef\xbb\xbf"), "CR LF line endings": b"\r\n" in content}
     return captions, tuple(what for what, found in mended.items() if found)
 
 

@@ -1,4 +1,4 @@
-"""Pairs → samples → batches. What is drawn depends on (seed, epoch, index) alone, never on worker or machine.
+"""Pairs → samples → batches. Random choices depend only on (seed, epoch, index), never on worker or machine.
 
 N  pairs      G, B  pairs of a global batch, of one process      W  processes      L  tokens      S  side in pixels
 
@@ -21,16 +21,16 @@ from train_clip.errors import BadSample, UserError
 
 
 class Skip(NamedTuple):
-    """A sample that could not be read, and for which another was drawn."""
+    """A sample that could not be read and was replaced by another."""
 
     path: str  # the file that was at fault
     reason: str  # the same words for the same fault
 
 
 class Batch(NamedTuple):
-    """One process's share of a global batch. Any other batch that starts with images and texts serves as well."""
+    """One process's part of a global batch. Any other batch that starts with images and texts works too."""
 
-    images: torch.Tensor  # (B, 3, H, W) uint8 in [0, 255], or float that is already normalised
+    images: torch.Tensor  # (B, 3, H, W) uint8 in [0, 255], or float that is already normalized
     texts: Any  # (B, L) int64 tokens, or whatever the text encoder takes
     skips: tuple[tuple[Skip, ...], ...] = ()  # of each sample that was replaced, the bad files on the way to another
     num_cut: int = 0  # captions that were longer than the text encoder's context
@@ -88,7 +88,7 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 class Sample(NamedTuple):
     """One pair as the model meets it."""
 
-    pixels: torch.Tensor  # (3, S, S) uint8, or float32 that is already normalised
+    pixels: torch.Tensor  # (3, S, S) uint8, or float32 that is already normalized
     caption: str  # one line
     skips: tuple[Skip, ...] = ()  # what could not be read on the way to this sample
     missing: bool = False  # whether it only holds a place
@@ -103,18 +103,18 @@ class _Pairs(Dataset[Sample]):
         return len(self.pairs)
 
     def require_one_kind(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
-        """The pixels, or a ``UserError`` where they are normalised and the first file's are not, or the reverse."""
+        """The pixels, or a ``UserError`` where they are normalized and the first file's are not, or the reverse."""
         if pixels.dtype == self.dtype:
             return pixels
         raise UserError(
             f"{self.pairs[index].pixels}: holds {KINDS[pixels.dtype]}, while {self.example} holds {KINDS[self.dtype]}. "
-            "Expected one kind, as a batch is of one. Move the other files away; `train-clip data npz` makes arrays of "
-            "pictures."
+            "Expected one kind, because a batch holds one kind. Move the other files away; `train-clip data npz` "
+            "writes arrays of pictures."
         )
 
 
 def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
-    """Uint8, or float32 that is already normalised, as the first file that can be read holds, and that file."""
+    """Uint8, or float32 that is already normalized, as the first file that can be read holds, and that file."""
     for path in (pair.pixels for pair in pairs):
         if not images.is_npz(path):
             return torch.uint8, path
@@ -152,9 +152,9 @@ class TrainingPairs(_Pairs):
                 skips.append(Skip(bad.path, bad.reason))
                 index = int(rng.integers(len(self.pairs)))
         raise UserError(
-            f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} substitutes drawn at random were bad as "
-            f"well, the last being {skips[-1].path}: {skips[-1].reason}. Expected data of which nearly all can be "
-            "read; `train-clip data check` lists what cannot."
+            f"{skips[0].path}: {skips[0].reason}; and {MAX_SUBSTITUTES - 1} randomly chosen replacements were bad as "
+            f"well, the last one {skips[-1].path}: {skips[-1].reason}. Expected nearly all files to be readable; "
+            "`train-clip data check` lists those that are not."
         )
 
 
@@ -174,7 +174,7 @@ def draw(
 
 
 class ValidationPairs(_Pairs):
-    """The centre crop and the first caption line of each of the pairs; errors as of ``TrainingPairs``."""
+    """The center crop and the first caption line of each of the pairs; errors as of ``TrainingPairs``."""
 
     def __getitem__(self, index: int) -> Sample:
         """Read pair ``index``; black pixels and no caption hold its place where it cannot be read."""

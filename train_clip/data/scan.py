@@ -1,4 +1,4 @@
-"""What there is to train on, as found by names alone: nothing is decoded here."""
+"""The pairs to train on, found by names only: nothing is decoded here."""
 
 import os
 import stat
@@ -17,15 +17,15 @@ DEFAULTS = SourceOptions()
 
 CAPTION_SUFFIX = ".txt"
 NAMED = 5  # faults in a message
-GONE = "is gone, or a link to a file that is gone"
+GONE = "does not exist, or is a link to a missing file"
 EXPECTED = {
-    "stem": "  A pair shares its stem: cat.jpg and cat.txt, one caption a line. Rename the files so that they do, or "
-    "list them in a table (--pairs). Where they share a number (image1.jpg, text1.txt), pass --pair_by number.",
-    "number": "  A pair shares its number: image1.jpg and text1.txt, one caption a line. Rename the files.",
-    "table": "  Expected rows of an image and a caption that is not empty, the image's path relative to the table's "
+    "stem": "  The files of a pair share a stem: cat.jpg and cat.txt, one caption per line. Rename the files, or list "
+    "them in a table (--pairs). If they share a number (image1.jpg, text1.txt), pass --pair_by number.",
+    "number": "  The files of a pair share a number: image1.jpg and text1.txt, one caption per line. Rename the files.",
+    "table": "  Expected rows with an image and a caption that is not empty; image paths are relative to the table's "
     "folder.",
 }
-READABLE = "expected a regular file that may be read (chmod +r; chmod +x a folder)"
+READABLE = "expected a readable regular file (chmod +r; chmod +x a folder)"
 
 
 def scan_source(folder: Path | None, options: SourceOptions) -> "Scan":
@@ -44,13 +44,13 @@ def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path
         raise UsageError(f"Data from: {found}. Expected one of --folder FOLDER and --pairs TABLE.")
     name, path = given[0]
     if name != "folder" and options.pair_by != "stem":
-        raise UsageError(f"--pair_by {options.pair_by}: is for a folder; {path} says itself what belongs together.")
+        raise UsageError(f"--pair_by {options.pair_by}: is only for a folder; the table {path} lists the pairs itself.")
     return name, path
 
 
 @dataclass
 class Scan:
-    """What a source holds."""
+    """The contents of a source."""
 
     source: Path
     num_entries: int  # regular files of any kind, or rows
@@ -75,7 +75,7 @@ class Scan:
         for what, names in (
             ("Images without a caption", self.lone_images),
             ("Captions without an image", self.lone_captions),
-            ("Links to folders, which are not followed: give what they lead to", self.folder_links),
+            ("Links to folders, which are not followed: give their targets instead", self.folder_links),
         ):
             if names:
                 lines.append(f"  {what}: {len(names):,}, for instance {names[0]}.")
@@ -86,11 +86,11 @@ def fault_of(path: str, is_regular: bool = False) -> str:
     """What keeps this process's user from reading a file, ``GONE`` or another; empty where nothing does."""
     try:
         if not (is_regular or stat.S_ISREG(os.stat(path).st_mode)):  # noqa: PTH116, a quarter of the time
-            return "is no regular file"
+            return "is not a regular file"
         return "" if os.access(path, os.R_OK) else "no permission to read this file"
     except (FileNotFoundError, NotADirectoryError):
         return GONE
     except PermissionError:
-        return "no permission to look for it"
+        return "no permission to open its folder"
     except (OSError, ValueError) as error:
         return f"cannot be looked up ({error})"

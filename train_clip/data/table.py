@@ -39,7 +39,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
         if fault == GONE:
             scan.lone_captions.append(name)
         elif fault:
-            scan.faults.append(f"{path}: {fault}; {READABLE}. Mend or remove its rows.")
+            scan.faults.append(f"{path}: {fault}; {READABLE}. Fix or remove its rows.")
         else:
             there[spelling] += texts
     scan.lone_captions.sort()
@@ -58,7 +58,7 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = defaultdict(list)
     try:
         if suffix not in READERS or not table.is_file():
-            raise UserError(f"{table}: is no table that can be read. Expected a file of {', '.join(READERS)}.")
+            raise UserError(f"{table}: cannot be read as a table. Expected one of {', '.join(READERS)}.")
         with table.open(encoding="utf-8-sig", newline="") as file:
             for line, row in READERS[suffix](table, file, names):
                 scan.num_entries += 1
@@ -67,13 +67,13 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
                 if not all(map(_is_text, (image, *texts))) or not image.strip():
                     scan.faults.append(
                         f"{table}, line {line}: an incomplete row; expected {names[0]!r} to name an image and "
-                        f"{names[1]!r} to be text. Mend or remove it."
+                        f"{names[1]!r} to be text. Fix or remove it."
                     )
                     continue
                 lines = (text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts)
                 captions[str(PurePosixPath(image))] += [text for text in lines if not is_blank(text)]
     except PermissionError:
-        raise UserError(f"{table}: no permission to read this table. Give it (chmod +r; chmod +x a folder).") from None
+        raise UserError(f"{table}: no permission to read this table. Allow it (chmod +r; chmod +x a folder).") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from None
     return captions
@@ -93,8 +93,8 @@ def _separated(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Ro
             yield reader.line_num, dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
     except csv.Error as error:
         raise UserError(
-            f"{table}, line {reader.line_num}: {error}. Expected text with quotes, separators or line breaks in it to "
-            'stand in quotes, and its own quotes to be doubled: "a ""red"" ball".'
+            f"{table}, line {reader.line_num}: {error}. Expected quotes around text that contains quotes, separators "
+            'or line breaks, and quotes inside it doubled: "a ""red"" ball".'
         ) from None
     finally:
         csv.field_size_limit(limit)
@@ -108,7 +108,7 @@ def _json_lines(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[R
         try:
             row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{table}, line {line}: is not JSON ({error}). Expected one object a line.") from None
+            raise UserError(f"{table}, line {line}: is not JSON ({error}). Expected one object per line.") from None
         if isinstance(row, dict) and not columns_known:
             _require_columns(table, list(row), names)
             columns_known = True
@@ -123,14 +123,15 @@ def _require_columns(table: Path, header: list[str], names: tuple[str, str]) -> 
         if header.count(name) != 1:
             raise UserError(
                 f"{table}: its columns are {', '.join(map(repr, header)) or 'nothing'}; expected one {name!r}. Name "
-                "the columns by --image_column and --caption_column; a table begins with their names."
+                "the columns with --image_column and --caption_column; the first line of a table holds the column "
+                "names."
             )
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row := dict(items)) < len(items):
         # JSON itself would take the last of them.
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return row
 
 

@@ -1,1 +1,1 @@
-"""Extension: pairs looked at before training (`data check`, `show`), divided (`split`), their pixels cached (`npz`)."""
+"""Extension: check pairs before training (`data check`, `show`), divide them (`split`), cache pixels (`npz`)."""

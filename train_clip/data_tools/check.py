@@ -1,4 +1,4 @@
-"""Look at every pair before training."""
+"""Check every pair before training."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,14 @@ NAMED = 1000  # files of one reason on the screen
 
 
 def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Report:
-    """Look at every pair: what is bad, mended, cut, repeated, or would leak into validation.
+    """Check every pair: what is bad, fixed, truncated, repeated, or would leak into validation.
 
     Args:
-        folder: images and captions that share a stem; --pairs gives a table in its place
-        options: what they are held against
+        folder: images and captions that share a stem; or give a table with --pairs
+        options: what to check for
 
     Raises:
-        UserError: training would not begin, or would stop.
+        UserError: training would not start, or would stop.
     """
     if options.json is not None:
         files.require_place(options.json)
@@ -50,7 +50,7 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
     kind = "rows" if Path(report["source"]).is_file() else "files"
     yield f"{report['source']}: {report['pairs']:,} pairs among {report['entries']:,} {kind}"
     if report["cached"]:
-        yield f"  {report['cached']:,} × read from npz/, in place of the image"
+        yield f"  {report['cached']:,} × read from npz/ instead of the image"
     yield from _named("image without a caption", report["lone_images"])
     yield from _named("caption without an image", report["lone_captions"])
     yield from _named("link to a folder, not followed", report["folder_links"])
@@ -58,14 +58,14 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
         others = (f"{count:,} × {suffix}" for suffix, count in report["others"].items())
         yield "  neither image nor caption: " + ", ".join(others)
     if report["faults"]:
-        yield f"Faults: {len(report['faults']):,}. No run begins with them."
+        yield f"Faults: {len(report['faults']):,}. Training does not start with them."
         yield from ("  " + fault.replace("\n", "\n  ") for fault in report["faults"])
     if report["bad"]:
         share = report["bad_pairs"] / report["pairs"]
-        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training draws others for them; --json names all."
+        yield f"Bad: {report['bad_pairs']:,} pairs ({share:.2%}). Training replaces them; --json lists all of them."
         yield from by_reason(report["bad"])
     if report["mended"]:
-        yield "Mended at each reading:"
+        yield "Fixed each time a file is read:"
         for what, found in report["mended"].items():
             yield from _named(what, found)
     yield from _sizes(report["sizes"], options.image_size)
@@ -92,7 +92,7 @@ def _sizes(sizes: Report | None, image_size: int) -> Iterator[str]:
     if sizes is None:
         return
     yield "Images           least      5%  median     95%    most"
-    for name, key, form in (("width", "width", ",d"), ("height", "height", ",d"), ("long / short", "aspect", ".2f")):
+    for name, key, form in (("width", "width", ",d"), ("height", "height", ",d"), ("aspect ratio", "aspect", ".2f")):
         yield f"  {name:12}" + "".join(f"{value:8{form}}" for value in sizes[key])
     if sizes["enlarged"]:
         yield f"  {sizes['enlarged']:,} are smaller than the model's {image_size} pixels and would be enlarged"
@@ -103,30 +103,31 @@ def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
         return
     yield (
         f"Captions: {captions['lines']:,} lines, up to {captions['most_lines']:,} an image; "
-        f"{captions['median_tokens']:g} tokens in the median, {captions['longest']:,} at most "
+        f"{captions['median_tokens']:g} tokens in the median caption, {captions['longest']:,} at most "
         f"({captions['longest_in']})"
     )
     cut, repeated, number = captions["cut"], captions["repeated"], captions["lines"]
     if cut:
         yield (
-            f"  {cut:,} ({cut / number:.1%}) are over {context_length} tokens with start and end: they lose "
+            f"  {cut:,} ({cut / number:.1%}) are longer than {context_length} tokens including start and end: they "
+            "lose "
             f"{captions['tokens_cut']:,} tokens, {captions['tokens_cut'] / cut:.1f} each"
         )
     if repeated:
-        yield f"  {repeated:,} ({repeated / number:.1%}) say what another line says too"
+        yield f"  {repeated:,} ({repeated / number:.1%}) repeat another caption"
         yield from (f"    {count:,} × {text}" for count, text in captions["most_repeated"])
     if nearly := captions["repeated_nearly"]:
-        yield f"  {nearly:,} more differ from another only in what the tokenizer drops (case, blanks)"
+        yield f"  {nearly:,} more differ from another only in what the tokenizer ignores (case, blanks)"
 
 
 def _repeats(repeats: Report) -> Iterator[str]:
     if repeats["equal"]:
-        yield f"Repeated images: {repeats['equal']:,} are byte for byte in several pairs"
+        yield f"Repeated images: {repeats['equal']:,} are in several pairs, byte for byte"
         yield from (f"    {' = '.join(group)}" for group in repeats["equal_groups"])
     if repeats["near"] is None:
-        yield "Similar images were not looked for: pip install ImageHash"
+        yield "Similar images were not searched: pip install ImageHash"
     elif repeats["near"]:
-        yield f"Similar images: {repeats['near']:,} look like a different one (perceptual hash, which sees no colour)"
+        yield f"Similar images: {repeats['near']:,} look like a different one (perceptual hash, which ignores color)"
         yield from (f"    {' ~ '.join(two)}" for two in repeats["near_examples"])
 
 
@@ -135,7 +136,8 @@ def _leaks(leaks: Report, options: CheckOptions) -> Iterator[str]:
         by = f"--val_share {options.val_share:g}" if options.val_pairs is None else "--val_pairs"
         similar = "" if leaks["images_nearly"] is None else f", {leaks['images_nearly']:,} by a similar image"
         yield (
-            f"Held out by {by}: {leaks['held_out']:,} pairs. Of them in training too: {leaks['images']:,} by the same "
+            f"Held out by {by}: {leaks['held_out']:,} pairs. Of these, also in training: {leaks['images']:,} by the "
+            "same "
             f"image{similar}, {leaks['captions']:,} by a caption"
         )
     if leaks["images"]:

@@ -1,4 +1,4 @@
-"""The facts of pairs: every file opened, decoded and hashed once, and what was found kept in the user's cache."""
+"""The facts of pairs: every file opened, decoded and hashed once, with the results kept in the user's cache."""
 
 import hashlib
 import os
@@ -16,9 +16,9 @@ from train_clip.data import crops, images, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
 
 KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
-FORMAT = 2  # to be raised when what is kept, or what is found bad, changes
+FORMAT = 3  # to be raised when what is kept, or what is found bad, changes
 # Faults that may be gone the next time though the files have not changed.
-PASSING = ("cannot be read", "file is gone", "no permission", "too large for memory")
+PASSING = ("cannot be read", "file does not exist", "no permission", "too large for memory")
 
 PAIR = np.dtype([
     ("key", "u8"),  # a digest of its names and the stamps of its files; 0 where it is to be looked at again
@@ -74,7 +74,7 @@ class Facts:
                     np.savez(out, about=_about(), notes=list(self.notes), pairs=self.pairs, captions=self.captions)
             return file
         except OSError as error:
-            print(f"What is found cannot be kept in the cache folder ({error}); going on without.")
+            print(f"Results cannot be saved in the cache folder ({error}); continuing without.")
             return None
 
 
@@ -104,7 +104,7 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
             facts = Facts(len(pairs))
     places = np.flatnonzero(facts.pairs["key"] == 0).tolist()
     if len(places) < len(pairs):
-        print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last look.")
+        print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last check.")
     due = KEPT_EVERY
     try:
         looks = in_workers(partial(audit, pairs), places, num_workers, "pairs")

@@ -1,4 +1,4 @@
-"""Write the arrays of a folder's images, which training reads in their place: decoded and resized once, not each epoch.
+"""Write arrays that training reads instead of a folder's images: decoded and resized once, not in each epoch.
 
 An array holds the whole picture, its shorter side the model's size: the crop is still to be drawn.
 """
@@ -21,19 +21,19 @@ from train_clip.options import Options, PairBy, SourceOptions, at_least, option
 
 @dataclass(frozen=True)
 class NpzOptions(Options):
-    """What the arrays are made for."""
+    """How to write the arrays."""
 
-    image_size: int = option(224, "side of the model's square in pixels", at_least(2))
-    num_workers: int | None = option(None, "processes that decode; default: one a core", at_least(0))
-    pair_by: PairBy = option("stem", "as `train --pair_by`")
+    image_size: int = option(224, "side of the model's square input in pixels", at_least(2))
+    num_workers: int | None = option(None, "worker processes; default: one per core", at_least(0))
+    pair_by: PairBy = option("stem", "like `train --pair_by`")
 
 
 def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
-    """Decode every image once, into npz/STEM.npz, which training reads in its place; what is there is kept.
+    """Decode every image once, into npz/STEM.npz, which training reads instead; existing arrays are kept.
 
     Args:
         folder: images and captions that share a stem
-        options: what for
+        options: the size and how to write
 
     Returns:
         How many were ``written``, ``there`` and ``bad``, and the ``image_bytes`` and ``cache_bytes`` on disk.
@@ -47,12 +47,12 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
         # Arrays that pair by number have names of their own, and a second one would make their number unclear.
         if pair.cache and plain_name(str(Path(pair.cache))) != plain_name(str(folder / array)):
             raise UserError(
-                f"{pair.cache}: is the array of {pair.image} by its number. Expected npz/ to hold no arrays but those "
-                "that this command made. Move it away to make arrays of the images."
+                f"{pair.cache}: is already used as the array of {pair.image}, by its number. Expected only arrays "
+                "that this command wrote in npz/. Move it away to write arrays of the images."
             )
         if (owner := images.setdefault(array, name)) != name:
             raise UserError(
-                f"{folder}: {owner} and {name} would both have {array}. Expected images with a place of their own. "
+                f"{folder}: {owner} and {name} would both have {array}. Expected a different array for each image. "
                 "Rename one of them, and its caption."
             )
     for place in {(folder / array).parent for array in images}:
@@ -67,20 +67,20 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
         else:
             counts.update(found)
     print(
-        f"{folder / CACHE}: {counts['written']:,} arrays written, {counts['there']:,} were there; {options.image_size} "
-        "pixels on their shorter side"
+        f"{folder / CACHE}: {counts['written']:,} arrays written, {counts['there']:,} already existed; "
+        f"{options.image_size} pixels on the shorter side"
     )
     if bad:
-        print(f"Bad: {counts['bad']:,} images have no array. Training skips them as it did.", *by_reason(bad), sep="\n")
+        print(f"Bad: {counts['bad']:,} images have no array. Training skips them as before.", *by_reason(bad), sep="\n")
     if counts["bad"] == len(images):
         raise UserError(
             f"{folder}: none of its {len(images):,} images can be read; {len(pairs) - len(images):,} pairs have arrays "
             "(.npz) and no images. Expected images."
         )
     cached, whole = counts["cache_bytes"] / 2**20, counts["image_bytes"] / 2**20
-    print(f"On disk: {cached:,.1f} MiB beside {whole:,.1f} MiB of images ({cached / whole:.1f} times as much)")
+    print(f"On disk: {cached:,.1f} MiB, compared with {whole:,.1f} MiB of images ({cached / whole:.1f} times as much)")
     by_number = "" if options.pair_by == "stem" else f" --pair_by {options.pair_by}"
-    print(f"Next: train-clip train --folder {folder}{by_number}, which reads them in the images' place.")
+    print(f"Next: train-clip train --folder {folder}{by_number}, which reads them instead of the images.")
     return dict(counts)
 
 
@@ -104,8 +104,8 @@ def cache_image(folder: Path, size: int, name: str) -> dict[str, int] | BadSampl
     except OSError as error:
         # Out of a worker it would come without its number, by which the command line knows it.
         raise UserError(
-            f"{array}: cannot be written ({error.strerror}). Expected room and permission for arrays below npz/. Those "
-            "that are written stay, and the same command goes on."
+            f"{array}: cannot be written ({error.strerror}). Expected free space, and permission to write below npz/. "
+            "Arrays already written are kept; run the same command to continue."
         ) from None
     kind = "there" if is_there else "written"
     return {kind: 1, "image_bytes": found.st_size, "cache_bytes": array.stat().st_size}
@@ -121,6 +121,6 @@ def _side(image: Path, array: Path) -> int:
     except BadSample as bad:
         reason = bad.reason
     raise UserError(
-        f"{array}: {reason}. It is where the array of {image} would be, and is not replaced. Expected an array that "
-        "this command made, or none. Remove it, or move npz/ away."
+        f"{array}: {reason}. It has the name of the array of {image}, and is not overwritten. Expected an array that "
+        "this command wrote, or none. Remove it, or move npz/ away."
     )

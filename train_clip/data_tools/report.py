@@ -1,4 +1,4 @@
-"""What was found, in figures: what is bad, mended, cut, repeated, or would be in training and validation."""
+"""The report of a check: what is bad, fixed, truncated, repeated, or would be in both training and validation."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ Report = dict[str, Any]  # plain data, as --json writes it
 
 @dataclass(frozen=True)
 class CheckOptions(PairOptions):
-    """What the pairs are held against, and where the report goes."""
+    """What to check for, and where to write the report."""
 
-    image_size: int = option(224, "side of the model's square in pixels", at_least(1))
-    context_length: int = option(77, "tokens of a caption at most, start and end included", at_least(2))
-    num_workers: int | None = option(None, "processes that read; default: one a core", at_least(0))
-    cache: bool = option(True, "keep what is found in the user's cache folder, and look again only at changed files")
-    json: Path | None = option(None, "a file to write the report to")
+    image_size: int = option(224, "side of the model's square input in pixels", at_least(1))
+    context_length: int = option(77, "maximum number of tokens in a caption, including start and end", at_least(2))
+    num_workers: int | None = option(None, "worker processes; default: one per core", at_least(0))
+    cache: bool = option(True, "cache the results in the user's cache folder, and check only changed files again")
+    json: Path | None = option(None, "file to write the report to")
 
 
 def build_report(scan: Scan, facts: Facts, options: CheckOptions, val_pairs: int | None) -> Report:
@@ -211,24 +211,24 @@ def _problems(
     if report["faults"]:
         yield f"{len(report['faults']):,} faults, listed above."
     if val_pairs == 0:
-        yield "There is no pair to validate on (--val_pairs)."
+        yield "There are no validation pairs (--val_pairs)."
     elif number - report["leaks"]["held_out"] < 2:
-        yield "There are fewer than 2 pairs to train on."
+        yield "There are fewer than 2 training pairs."
     if bad > most * number:
-        yield f"{bad:,} of {number:,} pairs ({bad / number:.1%}) cannot be used, more than --max_bad {most:g}."
+        yield f"{bad:,} of {number:,} pairs ({bad / number:.1%}) are unusable, more than --max_bad {most:g}."
     shorter = facts.pairs["sides"].min(axis=1)
     other = np.flatnonzero((shorter > 0) & (shorter != size)).tolist()
     if wrong := [place for place in other if images.is_npz(pairs[place].pixels)]:
         yield (
-            f"{len(wrong):,} arrays are not of the model's {size} pixels, for instance "
-            f"{shown(pairs[wrong[0]].pixels)} ({shorter[wrong[0]]}); `train-clip data npz --image_size {size}` makes "
-            "them anew."
+            f"{len(wrong):,} arrays do not have the model's {size} pixels, for instance "
+            f"{shown(pairs[wrong[0]].pixels)} ({shorter[wrong[0]]}); `train-clip data npz --image_size {size}` writes "
+            "them again."
         )
-    normalised = np.array([crops.NORMALISED in note for note in facts.notes])[facts.pairs["note"]]
-    for part in np.split(np.c_[normalised, shorter > 0], [number - (val_pairs or 0)]):
+    normalized = np.array([crops.NORMALISED in note for note in facts.notes])[facts.pairs["note"]]
+    for part in np.split(np.c_[normalized, shorter > 0], [number - (val_pairs or 0)]):
         arrays, legible = part.sum(axis=0)
         if 0 < arrays < legible:
             yield (
-                f"{arrays:,} of {legible:,} images are arrays of already normalised pixels, the others pictures; "
+                f"{arrays:,} of {legible:,} images are arrays of already normalized pixels, the others are pictures; "
                 "expected one kind."
             )

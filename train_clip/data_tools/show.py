@@ -1,4 +1,4 @@
-"""Write a contact sheet: pairs as the model will see them, crops beside captions, tokens, and what is cut of them."""
+"""Write a contact sheet: pairs as the model will see them: crops, captions, tokens, and truncated tokens."""
 
 import base64
 import html
@@ -31,25 +31,25 @@ small { color: #666; }
 
 @dataclass(frozen=True)
 class ShowOptions(AugmentationOptions, SourceOptions):
-    """What is shown, and as which model sees it."""
+    """What to show, and for which model."""
 
-    output: Path = option(Path("contact_sheet.html"), "the page to write, HTML")
-    number: int = option(24, "pairs, chosen at random", at_least(1))
-    crops: int = option(4, "crops of each image, drawn as training draws them", at_least(1))
-    image_size: int = option(224, "side of the model's square in pixels", at_least(1))
+    output: Path = option(Path("contact_sheet.html"), "HTML page to write")
+    number: int = option(24, "number of pairs, chosen at random", at_least(1))
+    crops: int = option(4, "number of crops of each image, as in training", at_least(1))
+    image_size: int = option(224, "side of the model's square input in pixels", at_least(1))
     resize_ratio: float | None = option(
-        None, "as `train --resize_ratio`; likewise --color_jitter and the others of images", UP_TO_ONE
+        None, "like `train --resize_ratio`; --color_jitter and the other augmentation options likewise", UP_TO_ONE
     )
-    context_length: int = option(77, "tokens of a caption at most, start and end included", at_least(2))
-    seed: int = option(0, "as `train --seed`; it also chooses the pairs", at_least(0))
+    context_length: int = option(77, "maximum number of tokens in a caption, including start and end", at_least(2))
+    seed: int = option(0, "like `train --seed`; it also chooses the pairs", at_least(0))
 
 
 def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
-    """Write a contact sheet: crops as training draws them beside caption lines and tokens, what is cut marked.
+    """Write a contact sheet: crops as in training next to captions and their tokens, truncated ones marked.
 
     Args:
-        folder: images and captions that share a stem; --pairs gives a table in its place
-        options: what is shown
+        folder: images and captions that share a stem; or give a table with --pairs
+        options: what to show
     """
     found = scan_source(folder, options).require_pairs()
     number = min(options.number, len(found.pairs))
@@ -61,8 +61,8 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
         options.output,
         f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{html.escape(title)}</h1>\n"
-        f"<p>Each caption line with its tokens, as the model reads them; of {tokenizer.context_length} tokens two are "
-        f'start and end. <span class="token cut">So</span> is marked what is cut.</p>\n{sections}\n</html>\n',
+        f"<p>Each caption with its tokens, as the model reads them; two of the {tokenizer.context_length} tokens are "
+        f'start and end. <span class="token cut">Marked like this</span>: truncated tokens.</p>\n{sections}\n</html>\n',
     )
     print(f"{title}: {options.output}. Open it in a browser.")
     return options.output

@@ -23,24 +23,24 @@ from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, 
 
 @dataclass(frozen=True)
 class SplitOptions(SourceOptions):
-    """How the pairs are divided."""
+    """How to divide the pairs."""
 
-    output: Path = option(Path("split"), "a folder for train.csv, val.csv and test.csv")
-    val_share: float = option(PairOptions.val_share, "share of the pairs to validate on", BELOW_ONE)
-    test_share: float = option(0.05, "share of the pairs to test on", BELOW_ONE)
+    output: Path = option(Path("split"), "folder for train.csv, val.csv and test.csv")
+    val_share: float = option(PairOptions.val_share, "fraction of the pairs for validation", BELOW_ONE)
+    test_share: float = option(0.05, "fraction of the pairs for testing", BELOW_ONE)
     seed: int = option(0, "decides which")
     max_per_class: int | None = option(
-        None, "keep at most so many pairs of a class, which STEM.cls beside the image names, or its folder", at_least(1)
+        None, "maximum number of pairs per class, named by STEM.cls next to the image or by its folder", at_least(1)
     )
 
 
 def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[str, int]:
     """Divide pairs into tables for training, validation and test; equal images stay on one side.
 
-    Which pairs go where depends on the seed and the images' content alone: not on names, nor on the machine.
+    The split depends only on the seed and the images' content, not on names or the machine.
 
     Args:
-        folder: images and captions that share a stem; --pairs gives a table in its place
+        folder: images and captions that share a stem; or give a table with --pairs
         options: how
 
     Returns:
@@ -53,7 +53,9 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
         )
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     if there := [str(table) for table in tables.values() if table.exists()]:
-        raise UserError(f"{', '.join(there)}: there already, and left as it is. Give another --output, or remove it.")
+        raise UserError(
+            f"{', '.join(there)}: already exists, and is not overwritten. Give another --output, or remove it."
+        )
     pairs, digests = _readable(scan_source(folder, options).require_pairs().pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     parts = divide(digests, classes, options)
@@ -65,7 +67,7 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
         print(f"{left_out:,} pairs left out by --max_per_class {options.max_per_class}.")
     validated = f" --val_pairs {tables['val']}"
     if sizes["val"] < 2:
-        print(f"Too few pairs for {tables['val']} to be validated on: it takes 2 to tell one from another.")
+        print(f"Too few pairs for {tables['val']} to be used for validation: it needs at least 2.")
         validated = ""
     print(f"Next: train-clip train --pairs {tables['train']}{validated}")
     return sizes

@@ -1,1 +1,1 @@
-"""Extension: any image encoder joined with any text encoder, of this package or of other libraries; `finetune`."""
+"""Extension: join any image encoder and any text encoder, of this package or other libraries; `finetune`."""

@@ -34,8 +34,9 @@ class CustomCLIP(DualEncoder):
         same = image.width == text.width
         if not same and not project:
             raise UserError(
-                f"The image encoder gives {image.width:,} numbers, the text encoder {text.width:,}; expected as many. "
-                f"Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, {text.width})), "
+                f"The image encoder gives {image.width:,} dimensions, the text encoder {text.width:,}; expected "
+                f"equally many. Replace the image encoder's last layer (encoder.fc = torch.nn.Linear({image.width}, "
+                f"{text.width})), "
                 "or pass project=True, which adds such a layer."
             )
         names = []

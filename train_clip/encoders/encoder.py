@@ -1,4 +1,4 @@
-"""A pretrained encoder with what the rest has to know of it, and which of a library's outputs is its feature.
+"""A pretrained encoder with what the rest needs to know about it, and which of its outputs is the feature.
 
 B  images or captions      C, D  width      L  tokens or patches      H, W  what is left of the image      S  its side
 """
@@ -25,7 +25,7 @@ Description = dict[str, Any]
 class ImageEncoder:
     """Images to features."""
 
-    module: nn.Module  # takes (B, 3, S, S) float, normalised; ``image_features`` reads what it gives
+    module: nn.Module  # takes (B, 3, S, S) float, normalized; ``image_features`` reads what it gives
     width: int  # D
     size: int  # S
     mean: tuple[float, ...]  # the module was trained on (x / 255 - mean) / std of each channel
@@ -64,7 +64,7 @@ class Pixels(NamedTuple):
 
 
 def image_features(output: Any) -> Tensor:
-    """Take an image encoder's features, (B, D) float, not normalised.
+    """Take an image encoder's features, (B, D) float, not normalized.
 
     Its output is (B, D) or (B, D, 1, 1) float; or an object of Hugging Face's form, of which the first is taken that is
     there: ``image_embeds`` or ``pooler_output``, shaped likewise, or ``last_hidden_state`` as (B, C, H, W), whose mean
@@ -94,7 +94,7 @@ def text_features(output: Any, attention_mask: Tensor | None, average: bool) -> 
         average: the mean over the tokens; otherwise ``text_embeds`` or ``pooler_output``, the first that is there.
 
     Returns:
-        (B, D) float, not normalised; of an average in float32 or wider, and zeros for a row without a token.
+        (B, D) float, not normalized; of an average in float32 or wider, and zeros for a row without a token.
     """
     names = () if average else ("text_embeds", "pooler_output")
     if (features := _pooled(output, "text", *names)) is not None:
@@ -108,7 +108,7 @@ def text_features(output: Any, attention_mask: Tensor | None, average: bool) -> 
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         raise UserError(
             f"The text encoder gives {type(output).__name__} without last_hidden_state (B, L, D), whose mean "
-            "avg_word_embs=True asks for. Take another encoder, or avg_word_embs=False (--avg_word_embs false)."
+            "avg_word_embs=True needs. Use another encoder, or avg_word_embs=False (--avg_word_embs false)."
         )
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if attention_mask is None:
@@ -126,8 +126,8 @@ def _pooled(output: Any, kind: str, *names: str) -> Tensor | None:
             if rows.ndim == 2:
                 return rows
             raise UserError(
-                f"The {kind} encoder's {what} has the shape {(*rows.shape,)}; expected (B, D), one row an input. "
-                "Take the head off or replace it, for instance by global average pooling and nn.Flatten()."
+                f"The {kind} encoder's {what} has the shape {(*rows.shape,)}; expected (B, D), one row per input. "
+                "Remove or replace the head, for instance by global average pooling and nn.Flatten()."
             )
     return None
 
@@ -139,9 +139,9 @@ def measured(module: nn.Module, pixels: Pixels, description: Description) -> Ima
     if description:  # a module of the user's own may give other features for the same image each time
         if not torch.allclose(features, image_trial(module, pixels.size, description), equal_nan=True):
             raise UserError(
-                f"{description['source']}:{description['name']}: gives other features for the same image each time; "
-                "expected the same. A masked autoencoder, for one, hides parts of its input at random. Take another "
-                "encoder."
+                f"{description['source']}:{description['name']}: gives different features for the same image each "
+                "time; expected equal ones. A masked autoencoder, for example, hides random parts of its input. Use "
+                "another encoder."
             )
         description = {**description, "width": width, "size": pixels.size, "mean": [*pixels.mean], "std": [*pixels.std]}
     return ImageEncoder(module, width, *pixels, description)
@@ -178,5 +178,5 @@ def _trying(module: nn.Module, description: Description, given: str) -> Iterator
         name = f"{description['source']}:{description['name']}: " if description else ""
         raise UserError(
             f"{name}{type(module).__name__} fails on {given} ({type(error).__name__}: {first_line(error)}). "
-            "Expected an encoder that takes this. Take another."
+            "Expected an encoder for this input. Use another one."
         ) from error

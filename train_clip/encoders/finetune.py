@@ -29,7 +29,7 @@ ENCODERS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class StartOptions(ModelOptions):
-    """What training starts from."""
+    """What to start from."""
 
     image_encoder: str | None = option(
         None,
@@ -38,11 +38,11 @@ class StartOptions(ModelOptions):
     )
     text_encoder: str | None = option(
         None,
-        "hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; default, likewise: hf:johngiorgi/declutr-sci-base",
+        "hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; default, without --pretrained: hf:johngiorgi/declutr-sci-base",
     )
     avg_word_embs: bool | None = option(
         None,
-        "whether a caption is the mean over its tokens (the default), or what the text encoder pools by itself (false)",
+        "whether a caption's embedding is the mean over its tokens (default) or the text encoder's own pooling (false)",
     )
 
 
@@ -75,8 +75,8 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[Any, str]:
     for name in ENCODERS:
         if getattr(start, name) is not None:
             raise UserError(
-                f"--{name}: is for two encoders that are to be joined; --pretrained {start.pretrained} is a whole "
-                "model, with encoders of its own. Leave one of the two options out."
+                f"--{name}: is for joining two encoders; --pretrained {start.pretrained} is a whole model with its "
+                "own encoders. Leave out one of the two options."
             )
     weights = pretrained_weights(start)
     assert weights is not None
@@ -94,7 +94,7 @@ def _join(start: StartOptions, how: Mapping[str, Any]) -> CustomCLIPWrapper:
     """The two encoders, with the tokenizer of the text encoder and a projection where their widths differ."""
     for name in ("model_name", "activation", "image_size"):
         if (value := getattr(start, name)) is not None:
-            raise UsageError(f"--{name} {value}: is for weights (--pretrained). Two encoders have their own.")
+            raise UsageError(f"--{name} {value}: is only for weights (--pretrained). The two encoders define it.")
     assert start.image_encoder is not None and start.text_encoder is not None
     image, text = sources.load_image_encoder(start.image_encoder), sources.load_text_encoder(start.text_encoder)
     assert text.context is not None  # every source knows it

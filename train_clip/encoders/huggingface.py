@@ -1,6 +1,6 @@
-"""Encoders of the transformers library: by a hub's name or a folder, from a description, or a live model of it.
+"""Encoders of the transformers library: by hub name or folder, from a description, or from a model object.
 
-Code that lies beside weights is never run. What is on this machine is read before the hub is asked.
+Code that comes with weights is never run. Local files are used before the hub is asked.
 """
 
 import contextlib
@@ -91,8 +91,8 @@ def _load(name: str, kind: str) -> Any:
     elif missing:  # they would stay random
         raise UserError(
             f"hf:{name}: the weights do not fit. {len(missing)} of {type(module).__name__}'s tensors are not in the "
-            f"file, or have another shape there, such as {', '.join(sorted(missing)[:5])}. Expected all of them. "
-            "Take a model whose config.json and weights belong together."
+            f"file, or have another shape there, such as {', '.join(sorted(missing)[:5])}. Expected all of them. Use "
+            "a model whose config.json and weights belong together."
         )
     return module
 
@@ -105,8 +105,8 @@ def _auto_model(transformers: Any, config: Any, name: str, kind: str) -> Any:
         return getattr(transformers, OTHER_TOWERS[config.model_type])
     if config.is_encoder_decoder:
         raise UserError(
-            f"hf:{name}: {config.model_type} is an encoder with a decoder; expected an encoder. "
-            "Take one such as hf:sentence-transformers/all-mpnet-base-v2 or hf:google-t5/t5-base."
+            f"hf:{name}: {config.model_type} is an encoder with a decoder; expected an encoder. Use one such as "
+            "hf:sentence-transformers/all-mpnet-base-v2 or hf:google-t5/t5-base."
         )
     return transformers.AutoModel
 
@@ -122,13 +122,14 @@ def _pixels(name: str, config: Any) -> Pixels:
         if values.get(key):
             raise UserError(
                 f"hf:{name}: its preprocessor asks for {key}, which is not supported. Expected (x / 255 - mean) / std "
-                "of red, green, blue. Take another encoder."
+                "of red, green, blue. Use another encoder."
             )
     mean, std = [0.0] * 3, [1.0] * 3
     if values.get("do_normalize", True):
         if "image_mean" not in values or "image_std" not in values:
             warnings.warn(
-                f"hf:{name}: its files do not tell how pixels are normalised. ImageNet's mean and deviation are taken.",
+                f"hf:{name}: its files do not say how pixels are normalized. Using ImageNet's mean and standard "
+                "deviation.",
                 stacklevel=3,
             )
         mean, std = values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
@@ -159,7 +160,7 @@ def _side(values: dict[str, Any], name: str) -> int:
     if any(type(side) is not int or side < 1 for side in sides) or len(set(sides)) != 1:
         raise UserError(
             f"hf:{name}: its {key} is {size!r} (preprocessor_config.json, or image_size in config.json); expected the "
-            "side of a square, such as 224. Take an encoder of square images, or write preprocessor_config.json into a "
+            "side of a square, such as 224. Use an encoder for square images, or write preprocessor_config.json into a "
             'local copy of the model, such as {"size": 224, "image_mean": [...], "image_std": [...]}.'
         )
     return sides[0]
@@ -258,10 +259,10 @@ def reading(name: str, part: str) -> Iterator[None]:
         raise
     except Exception as error:
         what = "cannot be loaded"
-        advice = "Copy or download all of its files again, or take another model or version of transformers."
+        advice = "Copy or download all of its files again, or use another model or version of transformers."
         if isinstance(error, OSError) and not Path(name).is_dir():
-            what = "is no folder, not in this machine's cache and not reachable"
-            advice = f"Where there is a network, run `hf download {name} --local-dir FOLDER`; give hf:FOLDER."
+            what = "is not a folder, not in this machine's cache, and cannot be downloaded"
+            advice = f"On a machine with a network, run `hf download {name} --local-dir FOLDER`; give hf:FOLDER."
         raise UserError(f"hf:{name}: the {part} {what} ({first_line(error)}). {advice}") from error
 
 

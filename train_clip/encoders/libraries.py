@@ -58,8 +58,8 @@ def build_text(description: Description, clip: CLIP | None = None) -> TextEncode
 
 def _filled(name: str) -> tuple[Description, CLIP]:
     found = find_weights(name).require_clip(
-        " and no CLIP. Expected a checkpoint of `train-clip train`, or another CLIP; encoders of other libraries come "
-        "from there (hf:NAME)."
+        " and no CLIP. Expected a checkpoint of `train-clip train`, or another CLIP; for encoders of other libraries "
+        "use their prefix (hf:NAME)."
     )
     description = {"source": OWN, "name": name, "label": found.config.name, "config": found.config.to_dict()}
     clip = _random(description)
@@ -86,8 +86,8 @@ def load_timm(name: str) -> ImageEncoder:
         module = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
         raise UserError(
-            f"timm:{name}: its weights are damaged, or not in this machine's cache and not reachable "
-            f"({first_line(error)}). Download them where there is a network (`hf download timm/NAME.TAG --local-dir "
+            f"timm:{name}: its weights are damaged, or not in this machine's cache and cannot be downloaded "
+            f"({first_line(error)}). Download them on a machine with a network (`hf download timm/NAME.TAG --local-dir "
             "FOLDER`) and give the folder: --image_encoder timm:local-dir:FOLDER."
         ) from error
     trained_on = timm.data.resolve_model_data_config(module)
@@ -123,7 +123,7 @@ def load_torchvision(name: str) -> ImageEncoder:
         module = models.get_model(name, weights=weights)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"torchvision:{name}: its weights are damaged, or not in this machine's cache and not reachable "
+            f"torchvision:{name}: its weights are damaged, or not in this machine's cache and cannot be downloaded "
             f"({first_line(error)}). Copy {weights.url} into {hub.get_dir()}/checkpoints."
         ) from error
     trained_on = weights.transforms()
@@ -150,7 +150,7 @@ def _without_head(module: nn.Module, name: str) -> nn.Module:
     if hasattr(module, "aux_logits") or not linear:
         raise UserError(
             f"torchvision:{name}: found no nn.Linear at the end, under {', '.join(HEADS)}, or a second classifier "
-            "half-way. Expected one whose last layer can be taken off. Take another, such as resnet50."
+            "half-way. Expected a model whose last layer can be removed. Use another one, such as resnet50."
         )
     module.set_submodule(linear[-1], nn.Identity())
     return module

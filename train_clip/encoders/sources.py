@@ -1,4 +1,4 @@
-"""Pretrained encoders by their source, and two of them out of a checkpoint.
+"""Pretrained encoders by their source, and two of them from a checkpoint.
 
 A source is a prefix that names a library, then the library's own name for the model.
 """
@@ -86,8 +86,8 @@ def described_tokenizer(description: Any) -> Any:
 def _described(description: Any, name: str) -> dict[str, Any]:
     if not isinstance(description, Mapping):
         raise UserError(
-            f"The {name} is missing: the checkpoint does not say how to make it, as it was one of your own. Make it "
-            f"again: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
+            f"The {name} is missing: the checkpoint does not say how to build it, because it was your own module. "
+            f"Build it again: CustomCLIPWrapper.load_from_checkpoint(path, {name}=…)."
         )
     return dict(description)
 
@@ -126,4 +126,4 @@ def describe_encoder(description: Any) -> str:
     """Name an encoder as the command line does."""
     if isinstance(description, Mapping) and all(isinstance(description.get(key), str) for key in ("source", "name")):
         return f"{description['source']}:{description['name']}"
-    return "a module of the user's own, which the file does not say how to make"
+    return "the user's own module, which the file does not say how to build"

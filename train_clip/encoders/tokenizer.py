@@ -110,7 +110,7 @@ def load_tokenizer(name: str, context_length: int) -> PretrainedTokenizer:
         tokenizer = auto.from_pretrained(name, **how)
         # Where the files are not, the library makes a tokenizer of special tokens alone without a word.
         if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise OSError("found no tokenizer.json and its companions")
+            raise OSError("found no tokenizer.json or related files")
         return tokenizer
 
     with reading(name, "tokenizer"):

@@ -29,16 +29,16 @@ TRIAL_CAPTIONS = (
 
 
 class CustomCLIPWrapper(module.ContrastiveModule):
-    """Two pretrained encoders that train under any ``Trainer``, and embed images and captions afterwards.
+    """Two pretrained encoders that train with any ``Trainer``, and embed images and captions afterwards.
 
     ``CustomCLIPWrapper.load_from_checkpoint(path)`` needs no further arguments where both encoders and the tokenizer
-    are of a library that makes them again (``train-clip finetune``, or Hugging Face's models); a module of the user's
-    own is given there as it was given here.
+    are of a library that makes them again (``train-clip finetune``, or Hugging Face's models); pass a module of your
+    own there again.
 
     Args:
         image_encoder: maps images to (B, D); or what ``load_image_encoder`` gives.
         text_encoder: a Hugging Face text model; or what ``load_text_encoder`` gives.
-        avg_word_embs: whether a caption is the mean over its tokens, or what the text encoder pools by itself.
+        avg_word_embs: whether a caption's embedding is the mean over its tokens, or the text encoder's own pooling.
         project: where the encoders' widths differ, add a linear projection of the images.
         tokenizer: the text encoder's, for captions that are strings; the data module's where None.
         image_size: side of the images of an image encoder of the user's own, in pixels.
@@ -110,22 +110,22 @@ class CustomCLIPWrapper(module.ContrastiveModule):
             return
         if isinstance(projection := self.model.image_projection, torch.nn.Linear):
             rank_zero_info(
-                f"The image encoder gives {projection.in_features:,} numbers, the text encoder "
-                f"{projection.out_features:,}: a linear projection of the images is added, and trained from the start."
+                f"The image encoder gives {projection.in_features:,} dimensions, the text encoder "
+                f"{projection.out_features:,}: adding a linear projection of the images, which is trained from scratch."
             )
         self._reader.padding_counts = self._padding_counts()
         frozen = custom.freeze_unreached(self.model, self._some_tokens())
         if frozen:
             numbers = sum(self.model.get_parameter(name).numel() for name in frozen)
             rank_zero_info(
-                f"{len(frozen)} tensors of {numbers:,} numbers are never reached by the loss and stay as they are: "
+                f"{len(frozen)} tensors with {numbers:,} parameters do not affect the loss and are not trained: "
                 f"{', '.join(frozen)}."
             )
         kept = dict(self.hparams) | {"tokenizer": self.tokenizer is None or self._described_tokenizer()}
         for name in ("image_encoder", "text_encoder", "tokenizer"):
             if kept[name] is None:
                 rank_zero_info(
-                    f"A checkpoint does not say how to make the {name} that you gave. Give it again to load one: "
+                    f"A checkpoint does not say how to build the {name} that you passed. Pass it again to load one: "
                     f"{type(self).__name__}.load_from_checkpoint(path, {name}=…)."
                 )
 

@@ -1,1 +1,1 @@
-"""Embeddings and scores: plain tensors in, plain figures out."""
+"""Embeddings and scores: plain tensors in, plain numbers out."""

@@ -42,7 +42,7 @@ def embed_images(
     """Embed images to (N, D) float32, unit norm, on the model's device.
 
     ``images`` are paths (``BadSample`` where one cannot be read) or pictures, one or several, which are resized and
-    centre-cropped; or a tensor (N, 3, S, S), uint8 or already normalised.
+    center-cropped; or a tensor (N, 3, S, S), uint8 or already normalized.
     """
     images = [images] if isinstance(images, str | Path | Image.Image) else images
     device = model.logit_scale.device

@@ -1,4 +1,4 @@
-"""Retrieval: how often the right one is among the k most similar, both ways.
+"""Retrieval: how often the correct one is among the k most similar, in both directions.
 
 N  images      M  captions      D  embedding width      U  different captions
 """
@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 1024  # bounds memory to this many rows of similarities
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall at each k, as shares in [0, 1], beside what a random order would give."""
+    """Recall at each k, in [0, 1], and chance level."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
@@ -32,7 +32,7 @@ class Retrieval:
         return [heading, *([f"R@{k}", *(f"{column[k]:.1%}" for column in columns)] for k in self.image_to_text)]
 
     def figures(self) -> dict[str, float]:
-        """What is set side by side with other models."""
+        """The scores to compare with other models."""
         both = {"i→t": self.image_to_text, "t→i": self.text_to_image}
         return {f"R@{k} {way}": share for way, recall in both.items() for k, share in recall.items()}
 

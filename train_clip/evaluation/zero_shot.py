@@ -18,7 +18,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Shares in [0, 1]."""
+    """Accuracies in [0, 1]."""
 
     top1: float  # images whose most similar class is theirs
     top5: float  # images whose class is among the five most similar
@@ -35,7 +35,7 @@ class ZeroShot:
         )
 
     def figures(self) -> dict[str, float]:
-        """What is set side by side with other models."""
+        """The scores to compare with other models."""
         return {"zero-shot top-1": self.top1}
 
 
@@ -48,7 +48,7 @@ def score_classes(collection: Collection) -> ZeroShot | None:
 
 
 def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any) -> torch.Tensor:
-    """Embed the classes, (C, D) float of unit norm: encode and normalise each template, average, normalise again.
+    """Embed the classes, (C, D) float of unit norm: encode and normalize each template, average, normalize again.
 
     ``templates`` have ``{}`` where the name goes; ``embed_texts`` maps n strings to (n, D) of unit norm.
     """
@@ -82,7 +82,7 @@ def image_labels(paths: list[str], classes: list[str]) -> list[int]:
     places: dict[str, int] = {}
     for place, name in enumerate(classes):
         if places.setdefault(_plain(name), place) != place:
-            raise UserError(f"The class {name!r} stands in the list more than once. Expected each class once.")
+            raise UserError(f"The class {name!r} is in the list more than once. Expected each class once.")
     return [_label(Path(path), places) for path in paths]
 
 
@@ -108,7 +108,7 @@ def _label(path: Path, places: dict[str, int]) -> int:
             return int(named)
         source = str(label_file)
     raise UserError(
-        f"{path}: its class is {named!r} by {source}, and that is none of the {len(places)} classes. Expected one of "
+        f"{path}: its class is {named!r} by {source}, which is not one of the {len(places)} classes. Expected one of "
         f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "
         f"{label_file.name} with its name or number."
     )

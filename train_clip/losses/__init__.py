@@ -18,7 +18,7 @@ class Pairs(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A loss and the least that it can be."""
+    """A loss and its smallest possible value."""
 
     # pairs, () scale, () bias or None, whether equal captions leave the loss → () float32 or wider
     of: Callable[[Pairs, Tensor, Tensor | None, bool], Tensor]

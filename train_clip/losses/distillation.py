@@ -1,4 +1,4 @@
-"""Targets out of a teacher's similarities, and how far a student is from them (OTTER, arXiv 2112.09445, section 3).
+"""Targets from a teacher's similarities, and a student's divergence from them (OTTER, arXiv 2112.09445, section 3).
 
 A target needs all pairs of the global batch, since optimal transport weighs columns over all rows. Numbers are those of
 OTTER's code (github.com/facebookresearch/OTTER) unless another source stands beside them.

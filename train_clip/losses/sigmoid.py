@@ -1,4 +1,4 @@
-"""A yes or no for each image with each caption: do they belong together (SigLIP, arXiv 2303.15343, section 3.2).
+"""Classify for each image and each caption whether they belong together (SigLIP, arXiv 2303.15343, section 3.2).
 
 Since no sum runs over a row or a column by itself, one direction is both.
 """

@@ -60,7 +60,7 @@ def loss_floor(groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | None = None) -> Tensor:
-    """Share of rows, as of ``info_nce``, whose most similar column is their own pair or equal to it: () float32.
+    """Fraction of rows, as in ``info_nce``, whose most similar column is their own pair or equal to it: () float32.
 
     Ties and NaN count against.
     """

@@ -1,4 +1,4 @@
-"""The loss of a batch whose similarities are too many to hold at once, in tiles of a few rows with all columns.
+"""The loss of a batch with too many similarities to store at once, in tiles of a few rows with all columns.
 
 Each tile's share of the gradient is taken at once: nothing is kept or computed again. Memory is O((B + N) · D) where
 the whole matrix takes O(B · N); the idea is that of Inf-CL (Cheng et al. 2024, arXiv 2410.17243).

@@ -31,7 +31,7 @@ class Blocks(nn.Sequential):
     """Blocks one after the other, by ``run_blocks``."""
 
     recompute: int = 0  # blocks whose activations are recomputed together in the backward pass; 0 to keep everything
-    stochastic_depth: float = 0.0  # share of the rows that the last block is left out for in training
+    stochastic_depth: float = 0.0  # fraction of the rows for which training skips the last block
 
     @override
     def forward(self, x: Tensor) -> Tensor:

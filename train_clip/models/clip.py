@@ -1,4 +1,4 @@
-"""What every model here is: an image tower, a text tower, and one temperature (CLIP paper, section 2); and CLIP itself.
+"""The model interface: an image tower, a text tower, and one temperature (CLIP paper, section 2); and CLIP itself.
 
 B  pairs      L  tokens, at most the context      S  side of the image in pixels      D  embedding width
 """
@@ -45,7 +45,7 @@ def unit_norm(embeddings: Tensor) -> Tensor:
 
 
 class PixelNorm(nn.Module):
-    """(x / 255 - mean) / std for bytes; floats are taken as already normalised and pass unchanged."""
+    """(x / 255 - mean) / std for bytes; floats are taken as already normalized and pass unchanged."""
 
     mean: Tensor
     std: Tensor
@@ -77,9 +77,9 @@ class DualEncoder(nn.Module):
         name: str,
         embed_dim: int,
         image_size: int,
-        context_length: int | None,  # tokens of a caption at most; None where it is not known
+        context_length: int | None,  # maximum number of tokens in a caption; None if unknown
         vocab_size: int | None,  # likewise
-        initial_scale: float,  # what similarities are multiplied by before training, at most 100
+        initial_scale: float,  # initial factor on the similarities, at most 100
     ) -> None:
         super().__init__()
         self.name = name
@@ -97,11 +97,11 @@ class DualEncoder(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.tensor(value)))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images: (B, 3, S, S), uint8 or float that is already normalised → (B, D), not normalised."""
+        """Embed images: (B, 3, S, S), uint8 or float that is already normalized → (B, D), not normalized."""
         return self.visual(self.pixel_norm(images))
 
     def encode_text(self, texts: Texts) -> Tensor:
-        """Embed captions: tokens of B captions → (B, D), not normalised."""
+        """Embed captions: tokens of B captions → (B, D), not normalized."""
         raise NotImplementedError
 
     def caption_mask(self, texts: Texts) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a CLIP is made of, and the numbers it is trained with: YAML read into frozen dataclasses.
+"""The configuration of a CLIP and its training hyperparameters: YAML read into frozen dataclasses.
 
 Sizes of the presets are the paper's (arXiv 2103.00020, tables 19 and 20), optimizer numbers its tables 18 to 20.
 """
@@ -42,7 +42,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         _require_positive(self)
         _require(self.size % self.patch == 0, f"image size {self.size} is not a multiple of the patch {self.patch}")
-        _require(self.width % self.heads == 0, f"image width {self.width} does not divide into {self.heads} heads")
+        _require(self.width % self.heads == 0, f"image width {self.width} is not a multiple of the {self.heads} heads")
 
     @property
     def pixels_per_place(self) -> int:
@@ -88,7 +88,7 @@ TOWERS: dict[str, type[ImageConfig]] = {"blocks": ResNetConfig, "patch": ViTConf
 class TextConfig:
     """The text transformer."""
 
-    context: int  # tokens of a caption at most, start and end included
+    context: int  # maximum number of tokens in a caption, including start and end
     vocab: int  # number of tokens in the vocabulary
     layers: int
     width: int  # embedding width within the blocks
@@ -97,12 +97,12 @@ class TextConfig:
     def __post_init__(self) -> None:
         _require_positive(self)
         _require(self.context >= 2, f"context {self.context}, expected 2 or above, for start and end")
-        _require(self.width % self.heads == 0, f"text width {self.width} does not divide into {self.heads} heads")
+        _require(self.width % self.heads == 0, f"text width {self.width} is not a multiple of the {self.heads} heads")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The numbers of AdamW and the length of the run."""
+    """AdamW's hyperparameters and the length of the run."""
 
     lr: float  # peak learning rate
     betas: tuple[float, float]  # decay of the first and the second moment
@@ -123,7 +123,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One CLIP: two towers, the width where they meet, and the numbers it is trained with."""
+    """One CLIP: two towers, the embedding width, and its training hyperparameters."""
 
     name: str  # how it is called in messages and files
     embed_dim: int  # width of the space where images and captions meet
@@ -178,8 +178,8 @@ def read_config(name: str) -> ModelConfig:
             return preset
     known = [preset.name for preset in presets()]
     raise UsageError(
-        f"Unknown model {name!r}.{did_you_mean(name, known)} Presets: {', '.join(known)}. For a model of your own give "
-        "a YAML file."
+        f"Unknown model {name!r}.{did_you_mean(name, known)} Presets: {', '.join(known)}. For your own model give a "
+        "YAML file."
     )
 
 

@@ -36,7 +36,7 @@ class ModifiedResNet(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        # (B, 3, S, S) normalised images → (B, D) embeddings
+        # (B, 3, S, S) normalized images → (B, D) embeddings
         x = images
         # Fastest with the channels last. But on a CPU statistics of norms are then added up number by number, a tenth
         # as exactly, which float32 would show (tests/parity/test_openai_resnet.py) and half precision does not.

@@ -1,4 +1,4 @@
-"""What options switch on in a tower: gradient checkpointing, stochastic depth, dropped patches, the compiler."""
+"""Switches of a tower: gradient checkpointing, stochastic depth, dropped patches, compilation."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def recompute_blocks(tower: Any, group: int) -> None:
         return
     kind = type(tower).__name__
     if group != 1:
-        raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block by itself. Expected 1.")
+        raise UserError(f"gradient_checkpointing is {group}; {kind} recomputes each block separately. Expected 1.")
     if hasattr(tower, "gradient_checkpointing_enable"):
         tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     elif hasattr(tower, "set_grad_checkpointing"):
@@ -36,9 +36,10 @@ def skip_blocks(tower: torch.nn.Module, name: str, highest: float) -> None:
     stacks = [module.resblocks for module in tower.modules() if isinstance(module, Transformer)]
     if highest and not stacks:
         raise UserError(
-            f"stochastic_depth is {highest}; the {name} tower is {type(tower).__name__}, whose blocks cannot be left "
-            "out: a ResNet's end in more than a sum, and a library's are its own. Expected CLIP's own transformers, "
-            f"such as ViT-B/32's. Leave stochastic_depth out, or keep that tower: lock_{name}."
+            f"stochastic_depth is {highest}; the {name} tower is {type(tower).__name__}, whose blocks cannot be "
+            "skipped: a ResNet's end in more than a sum, and those of other libraries are not supported. Expected "
+            "CLIP's own transformers, "
+            f"such as ViT-B/32's. Leave out stochastic_depth, or freeze that tower: lock_{name}."
         )
     for blocks in stacks:
         blocks.stochastic_depth = highest
@@ -68,14 +69,14 @@ def patches_to_keep(tower: torch.nn.Module, mask_ratio: float) -> int:
         return 0
     if not isinstance(tower, VisionTransformer):
         raise UserError(
-            f"mask_ratio is {mask_ratio}; the image tower is {type(tower).__name__}, of which no patches can be left "
-            "out. Expected CLIP's own vision transformer, such as ViT-B/32. Leave mask_ratio out."
+            f"mask_ratio is {mask_ratio}; the image tower is {type(tower).__name__}, which cannot drop patches. "
+            "Expected CLIP's own vision transformer, such as ViT-B/32. Leave out mask_ratio."
         )
     patches = len(tower.positional_embedding) - 1
     kept = round((1 - mask_ratio) * patches)
     if not kept:
         raise UserError(
-            f"mask_ratio is {mask_ratio}: nothing is left of the {patches:,} patches of an image. Expected at least "
-            "one to be: a lower ratio."
+            f"mask_ratio is {mask_ratio}: no patch is left of the {patches:,} patches of an image. Expected at least "
+            "one: use a lower ratio."
         )
     return kept

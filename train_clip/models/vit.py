@@ -30,11 +30,11 @@ class VisionTransformer(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        # (B, 3, S, S) normalised images → (B, D) embeddings
+        # (B, 3, S, S) normalized images → (B, D) embeddings
         return self.ln_post(self.transformer(self.embed(images))[:, 0]) @ self.proj
 
     def embed(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) normalised images to what the first block takes: (B, 1 + P, W), the class token first.
+        """Map (B, 3, S, S) normalized images to what the first block takes: (B, 1 + P, W), the class token first.
 
         In training it may be (B, 1 + K, W): patches that are left out are not embedded (FLIP, arXiv 2212.00794).
         """

@@ -1,1 +1,1 @@
-"""Extension: visual prompts beside a frozen CLIP; `prompt-tune`."""
+"""Extension: visual prompts for a frozen CLIP; `prompt-tune`."""

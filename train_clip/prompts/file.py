@@ -1,4 +1,4 @@
-"""Visual prompts in files: ours, small and beside a backbone that lies elsewhere, and those of train-CLIP's fork."""
+"""Files of visual prompts: ours, which refer to a separate backbone, and those of train-CLIP's fork."""
 
 import dataclasses
 import re
@@ -17,13 +17,13 @@ from train_clip.options import WeightOptions
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """What is learned beside a frozen backbone."""
+    """What is learned for a frozen backbone."""
 
     number: int  # P, tokens of each block that has prompts
     # Blocks that have prompts of their own, counted from 0: at the first of them they are put between class token and
     # patches, at a later one they replace what the block before made of its own.
     layers: Sequence[int]
-    dropout: float  # share of the prompts' numbers that is dropped in training
+    dropout: float  # dropout probability of the prompts
     class_token: bool  # whether the backbone's class embedding is trained too
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class PromptConfig:
             raise UserError(f"{self.number} prompts; expected 1 or above.")
         if not self.layers or sorted(set(self.layers)) != list(self.layers) or self.layers[0] < 0:
             raise UserError(
-                f"Prompts at the blocks {list(self.layers)}; expected different numbers from 0 on, in order."
+                f"Prompts at the blocks {list(self.layers)}; expected different numbers from 0 on, in increasing order."
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"A dropout of {self.dropout}; expected from 0 to below 1.")
@@ -50,7 +50,7 @@ ELSEWHERE = "--backbone of `train-clip evaluate`, --pretrained of `train-clip pr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FoundPrompts(found.FoundCLIP):
-    """A CLIP with visual prompts: whole, or the prompts beside a backbone that lies in its own file."""
+    """A CLIP with visual prompts: whole, or prompts with a backbone in its own file."""
 
     prompts: PromptConfig
     backbone: found.FoundCLIP | None = None  # once it is settled
@@ -58,22 +58,21 @@ class FoundPrompts(found.FoundCLIP):
     @override
     def require_clip(self, instead: str = "") -> NoReturn:
         self.refuse(
-            f"{self.format}; expected a CLIP without prompts. Give the backbone that they were trained beside. To "
-            "train the prompts on: train-clip prompt-tune --resume"
+            f"{self.format}; expected a CLIP without prompts. Give the backbone that they were trained with. To "
+            "continue training the prompts: train-clip prompt-tune --resume"
         )
 
     @override
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         if choices != found.NO_CHOICE:
-            self.refuse("visual prompts, whose backbone is of one size. Leave the other choices out")
+            self.refuse("visual prompts, whose backbone has fixed sizes. Leave out the other options")
         if "digest" not in self.arguments:  # whole
             return super().settled(choices, backbone)
         try:
             settled = found.find_model(backbone or str(self.arguments["backbone"]), self.config)
         except UserError as error:
             raise UserError(
-                f"{self.source}: visual prompts, whose backbone cannot be loaded ({error}) If it lies elsewhere by "
-                f"now: {ELSEWHERE}"
+                f"{self.source}: visual prompts, whose backbone cannot be loaded ({error}) If it has moved: {ELSEWHERE}"
             ) from error
         return dataclasses.replace(self, backbone=settled)
 
@@ -94,7 +93,7 @@ class FoundPrompts(found.FoundCLIP):
         with torch.device("meta"):
             add_prompts(model, self.prompts)
         if unused := self.about.get(LEFT_OUT):
-            warnings.warn(f"{self.source}: left out {unused}, which were never used.", stacklevel=5)
+            warnings.warn(f"{self.source}: dropped {unused}, which were never used.", stacklevel=5)
         return model, tokenizer
 
     @override
@@ -108,7 +107,7 @@ def read_backbone(backbone: found.FoundCLIP, expected: str | None) -> tuple[dict
     digest = found.digest_of(kept)
     if expected not in (None, digest):
         raise UserError(
-            f"{backbone.source}: its weights belong to another backbone than the prompts were trained beside: their "
+            f"{backbone.source}: its weights are not those of the backbone that the prompts were trained with: their "
             f"SHA-256 is {digest}, expected {expected}. Give that one: {ELSEWHERE}"
         )
     return backbone.resized(kept), digest
@@ -148,7 +147,7 @@ def find_fork(contents: read.Contents) -> FoundPrompts | None:
     used = {number: record for number, record in sorted(prompts.items()) if number != last}
     numbers = {record.shape[0] for record in used.values() if record.shape}
     if len(numbers) != 1:
-        raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected as many in each.")
+        raise UserError(f"{contents.path}: its blocks have {sorted(numbers)} prompts; expected equally many in each.")
     tuned = PromptConfig(numbers.pop(), tuple(used), FORK_DROPOUT, class_token=True)
     unused = f"visual.transformer.resblocks.{last}.prompt_embeddings" if last in prompts else None
     told |= {

@@ -1,4 +1,4 @@
-"""Visual prompts: learned tokens beside the patches of a frozen vision transformer (VPT, arXiv 2203.12119, section 3).
+"""Visual prompts: learned tokens next to the patches of a frozen vision transformer (VPT, arXiv 2203.12119, section 3).
 
 B  images      L  tokens of a block      P  prompts of a block      W  width      S  side of the image in pixels
 """
@@ -22,7 +22,7 @@ def add_prompts(clip: CLIP, config: PromptConfig) -> None:
     """Freeze a CLIP and put prompts into its image tower, a vision transformer; the weights that it has stay."""
     if not isinstance(clip.visual, VisionTransformer):
         raise UserError(
-            f"{clip.name}: its image tower is a ResNet, which has no tokens to put prompts among. Expected a vision "
+            f"{clip.name}: its image tower is a ResNet, which has no tokens to add prompts to. Expected a vision "
             "transformer, such as ViT-B/32; train-clip finetune --pretrained trains ResNets."
         )
     last = len(clip.visual.transformer.resblocks) - 1
@@ -57,7 +57,7 @@ class PromptedTransformer(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map (B, 3, S, S) normalised images to (B, D) embeddings."""
+        """Map (B, 3, S, S) normalized images to (B, D) embeddings."""
         blocks = self.backbone.transformer.resblocks
         layers = [partial(self._layer, number, block) for number, block in enumerate(blocks)]
         x = run_blocks(layers, self.backbone.embed(images), blocks.recompute)

@@ -1,4 +1,4 @@
-"""Tune visual prompts beside a pretrained CLIP."""
+"""Tune visual prompts for a pretrained CLIP."""
 
 import dataclasses
 from pathlib import Path
@@ -25,15 +25,17 @@ BY_LOSS = "val/loss"
 class PromptOptions(options.Options):
     """The prompts."""
 
-    prompts: int = option(50, "tokens at each block that has some")
-    prompt_kind: Literal["deep", "shallow"] = option("deep", "at every block (deep), or at the first alone (shallow)")
+    prompts: int = option(50, "number of prompt tokens per block")
+    prompt_kind: Literal["deep", "shallow"] = option(
+        "deep", "deep: prompts at every block; shallow: at the first block only"
+    )
     prompt_layers: list[int] | None = option(
-        None, 'blocks that have prompts of their own, counted from 0, such as "[0, 1, 2]"; default: those of the kind'
+        None, 'the blocks that have prompts, counted from 0, such as "[0, 1, 2]"; default: those of --prompt_kind'
     )
     prompt_dropout: float | None = option(
-        None, "probability of dropping each of the prompts' numbers in training; default: 0.1 for deep, 0 for shallow"
+        None, "dropout probability of the prompts; default: 0.1 for deep, 0 for shallow"
     )
-    class_token: bool = option(True, "whether the class embedding is trained too")
+    class_token: bool = option(True, "whether to train the class embedding too")
 
     def config(self, blocks: int) -> file.PromptConfig:
         """The prompts beside a backbone of so many blocks: at every one (VPT-deep), or at the first (VPT-shallow)."""
@@ -55,12 +57,12 @@ class PromptOptimizerOptions(options.OptimizerOptions):
     optimizer: Literal["adamw", "sgd"] = option("sgd", "optimizer of the prompts: adamw or sgd")
     learning_rate: float | None = option(
         None,
-        "peak learning rate; default: 25 for each 256 pairs of a batch with SGD, 1e-3 with AdamW",
+        "peak learning rate; default: 25 * batch / 256 with SGD, 1e-3 with AdamW",
         options.POSITIVE,
     )
     weight_decay: float = option(0.0, "weight decay of the prompts", options.at_least(0))
     warmup_steps: int | None = option(
-        None, "optimizer steps until the peak; default: a tenth of the run", options.at_least(0)
+        None, "optimizer steps until the peak learning rate; default: a tenth of the run", options.at_least(0)
     )
     # No options here: the backbone runs as it is, and its prompts are no matrices for Muon.
     half_weights: ClassVar[str] = "none"  # type: ignore[misc]
@@ -76,7 +78,7 @@ def prompt_tune(  # noqa: PLR0913, each is a group of options
     run: options.RunOptions,
     trainer: options.TrainerOptions,
 ) -> Path:
-    """Tune visual prompts, a few thousand numbers in the image tower of a frozen CLIP."""
+    """Tune visual prompts: a few thousand parameters in the image tower of a frozen CLIP."""
     resumed = begin(run, step.seed)
     if resumed is not None:
         start, source = resumed.arguments, str(resumed.checkpoint)
@@ -128,12 +130,12 @@ def _backbone(model: options.ModelOptions) -> Any:
     if model.pretrained is None:
         rank_zero_info(
             f"No --pretrained was given: the backbone is OpenAI's {model.model_name or train.DEFAULT_MODEL}. Prompts "
-            "beside a random backbone learn nothing: it is the backbone that knows images and captions."
+            "need a pretrained backbone: with a random one they cannot learn."
         )
         model = dataclasses.replace(model, pretrained=run_folder.OPENAI)
     weights = train.pretrained_weights(model)
     assert weights is not None
     return weights.require_clip(
-        "; prompts are put among a vision transformer's. Expected a CLIP such as ViT-B/32. `train-clip finetune "
+        "; prompts need a vision transformer. Expected a CLIP such as ViT-B/32. `train-clip finetune "
         "--pretrained` trains the others."
     )

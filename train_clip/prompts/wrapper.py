@@ -1,4 +1,4 @@
-"""Visual prompts beside a frozen CLIP, and the module that trains them (VPT, arXiv 2203.12119).
+"""Visual prompts for a frozen CLIP, and the module that trains them (VPT, arXiv 2203.12119).
 
 Its checkpoints hold what is trained; the backbone stays in its own file, which they name by place and by content.
 """
@@ -25,7 +25,7 @@ VPT = OptimizerConfig(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, wa
 
 
 class PromptCLIPWrapper(ContrastiveModule):
-    """Visual prompts that train under any ``Trainer``, in the image tower of a CLIP that stays as it is.
+    """Visual prompts that train with any ``Trainer``, in the image tower of a frozen CLIP.
 
     ``PromptCLIPWrapper.load_from_checkpoint(path)`` looks for the backbone where it was;
     ``load_from_checkpoint(path, backbone=…)`` elsewhere.
@@ -33,7 +33,7 @@ class PromptCLIPWrapper(ContrastiveModule):
     Args:
         backbone: whatever ``train_clip.load`` takes, and holds a CLIP with a vision transformer; or what
             ``find_weights`` gave.
-        prompts: how many, and where; or its fields as plain data.
+        prompts: their number and blocks; or these fields as plain data.
         digest: of the backbone, as a checkpoint has it.
         config: of the backbone, likewise.
         options: of ``train_clip.options.TrainingOptions``; SGD by default.
@@ -59,7 +59,7 @@ class PromptCLIPWrapper(ContrastiveModule):
         off = {"distillation": "none", "half_weights": "none", "mask_ratio": 0, "stochastic_depth": 0, "layer_decay": 1}
         for name, value in given.flat().items():
             if value != off.get(name, value):
-                raise UserError(f"{name} is {value}; the backbone of prompts stays and runs as it is. Leave it out.")
+                raise UserError(f"{name} is {value}; the backbone of prompts is frozen and not changed. Leave it out.")
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**prompts)
         if not isinstance(backbone, found.Found):
@@ -74,8 +74,8 @@ class PromptCLIPWrapper(ContrastiveModule):
         found.fill(model, tensors, source)
         if given.objective.loss == "sigmoid" and model.logit_bias is None:
             raise UserError(
-                f"loss is 'sigmoid', and {source} has no logit_bias, being trained with the softmax loss. A "
-                "backbone stays as it is: leave the loss out."
+                f"loss is 'sigmoid', and {source} has no logit_bias: it was trained with the softmax loss. A backbone "
+                "is not changed: leave out the loss."
             )
         add_prompts(model, prompts)
         super().__init__(model, VPT, given)

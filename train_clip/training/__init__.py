@@ -1,1 +1,1 @@
-"""Everything that knows Lightning: the module, the data module, micro-batches, optimizer, callbacks."""
+"""Everything that uses Lightning: the module, the data module, minibatches, optimizers, callbacks."""

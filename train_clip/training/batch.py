@@ -1,4 +1,4 @@
-"""What a loader brings → images and tokens that the model takes, or a message that says what is wrong with them.
+"""A loader's batch → the model's images and tokens, or a message that says what is wrong with them.
 
 B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 from train_clip.errors import UserError
 from train_clip.models.clip import CLIP, DualEncoder, Texts, texts_on
 
-LARGEST_NORMALISED = 5.0  # normalised pixels lie within ±2.7; twice that is no rounding
+LARGEST_NORMALISED = 5.0  # normalized pixels lie within ±2.7; twice that is no rounding
 
 
 class Inputs(NamedTuple):
     """What the model takes of a batch, on the device but for the lengths."""
 
-    images: Tensor  # (B, 3, S, S) uint8, or float that is already normalised
+    images: Tensor  # (B, 3, S, S) uint8, or float that is already normalized
     texts: Texts  # tokens
     lengths: Tensor  # (B,) int64 tokens of each caption, on the host: what comes after them is padding
     captions: Tensor  # (B,) int64, equal for equal captions
@@ -82,8 +82,8 @@ class BatchReader:
         if "input_ids" not in named or not all(isinstance(one, Tensor) for one in named.values()):
             found = ", ".join(f"{name} ({type(value).__name__})" for name, value in named.items())
             raise UserError(
-                f"The texts of a batch hold {found}; expected tensors, input_ids among them. Ask the tokenizer for "
-                'them: return_tensors="pt", padding=True.'
+                f"The texts of a batch hold {found}; expected tensors, input_ids among them. Request them from "
+                'the tokenizer: return_tensors="pt", padding=True.'
             )
         return texts_on(device, texts)
 
@@ -115,7 +115,7 @@ def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
         at_most = "" if context is None else f", of {context} tokens at most"
         raise UserError(
             f"A batch's tokens have shape {tuple(ids.shape)} beside {len(images)} images; {model.name} expects one "
-            f"row an image{at_most}. Cut longer captions, keeping their end token: TextImageDataModule(…, "
+            f"row per image{at_most}. Cut longer captions, keeping their end token: TextImageDataModule(…, "
             "context_length=…), or in your loader."
         )
 
@@ -131,11 +131,12 @@ def _check_values(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
         )
     if isinstance(model, CLIP) and len(ids.amax(dim=1).unique()) > 1:
         raise UserError(
-            f"The largest token of a caption is not the same in all of them, but {model.name} reads its text feature "
+            f"The largest token differs between captions, but {model.name} reads its text feature "
             "at the end token, the largest of CLIP's tokens. Use CLIP's tokenizer, or batches of plain strings."
         )
     if images.is_floating_point() and (images.min() >= 0 or images.abs().max() > LARGEST_NORMALISED):
         rank_zero_warn(
             f"The first batch's images are floating point from {images.min():.3g} to {images.max():.3g}. Floats are "
-            "taken as already normalised by mean and deviation, and these do not look it. Pass uint8 to have it done."
+            "treated as already normalized with mean and standard deviation, and these do not look normalized. Pass "
+            "uint8 to have them normalized."
         )

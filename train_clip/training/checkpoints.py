@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, when they are written, and what is kept of them.
+"""Checkpoints that are complete or absent, when to write them, and which to keep.
 
 ``last.ckpt`` is the newest state; ``step-00000500.ckpt``, the state after 500 optimizer steps, and ``best.ckpt`` are
 further names of such files (hard links, copies where the file system has none). An older file is deleted only once the
@@ -30,12 +30,14 @@ BY_RECALL = "val/mean_recall"
 
 
 class AtomicCheckpointIO(plugins.TorchCheckpointIO):
-    """Lightning's checkpoints of plain data, written beside the target, synced and renamed; checked when loaded."""
+    """Lightning's checkpoints as plain data, written next to the target, synced and renamed; verified when loaded."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if "://" in str(path):
-            raise UserError(f"{path}: checkpoints are written to local files only. Give a local --output and copy it.")
+            raise UserError(
+                f"{path}: checkpoints can only be written to local files. Give a local --output and copy it."
+            )
         try:
             # Through a file of Python's own: its errors say what is wrong, such as a full disk.
             with files.replacing(Path(path)) as beside:
@@ -45,14 +47,14 @@ class AtomicCheckpointIO(plugins.TorchCheckpointIO):
                 torch.load(beside, weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise UserError(
-                f"{path}: not written, since it would hold more than plain data, and could not be loaded "
-                f"without running code ({root_cause(error)}). Expected tensors, numbers, text, lists and dicts in the "
+                f"{path}: not written, because it would hold more than plain data, which cannot be loaded without "
+                f"running code ({root_cause(error)}). Expected tensors, numbers, text, lists and dicts in the "
                 "state_dict of every callback, module and data module."
             ) from error
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{path}: cannot be written ({root_cause(error)}). Earlier checkpoints are as they were. Free space or "
-                "the permission to write there, and resume from the newest."
+                f"{path}: cannot be written ({root_cause(error)}). Earlier checkpoints are intact. Free some space or "
+                "allow writing there, and resume from the newest."
             ) from error
 
     @override
@@ -62,7 +64,7 @@ class AtomicCheckpointIO(plugins.TorchCheckpointIO):
 
 
 class Interval(NamedTuple):
-    """How often to save: one of both."""
+    """How often to save: one of the two."""
 
     steps: int = 0  # optimizer steps
     seconds: float = 0.0  # of wall-clock time
@@ -79,7 +81,7 @@ class Interval(NamedTuple):
 
 
 class Checkpoints(callbacks.Checkpoint):
-    """Saves after each epoch, at an interval within it, and names the state that scores best."""
+    """Saves after each epoch and at an interval within it, and names the checkpoint that scores best."""
 
     def __init__(
         self,
@@ -129,8 +131,8 @@ class Checkpoints(callbacks.Checkpoint):
         steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
         if not steps:
             utilities.rank_zero_warn(
-                "This validation came while a gradient was pending, which no checkpoint can hold: it is not asked for "
-                "the best. Make --val_check_interval a multiple of --accumulate_grad_batches."
+                "This validation ran while a gradient was being accumulated, which a checkpoint cannot hold, so it "
+                "does not count for best.ckpt. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
         for which, figure in (("best", name), ("best_mean", ema.ema_figure(name))):
@@ -170,7 +172,7 @@ class Checkpoints(callbacks.Checkpoint):
             try:
                 self._give_names(target, trainer.global_step)
             except OSError as error:
-                failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is whole.")
+                failure = UserError(f"{error.filename or self.folder}: {error.strerror}. {target} is complete.")
         if largest([int(failure is not None)])[0]:
             raise failure or UserError(f"{target}: the first process could not save it; its message says why.")
         for logger in trainer.loggers:
@@ -215,7 +217,7 @@ class Checkpoints(callbacks.Checkpoint):
             try:
                 files.link(last, best)
             except OSError as error:
-                raise UserError(f"{best}: {error.strerror}. {last} is whole.") from error
+                raise UserError(f"{best}: {error.strerror}. {last} is complete.") from error
 
     def _give_names(self, target: Path, step: int) -> None:
         # The other names of a new file; then what is older than the newest few is deleted.

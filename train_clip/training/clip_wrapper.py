@@ -11,7 +11,7 @@ from train_clip.training.module import ContrastiveModule
 
 
 class CLIPWrapper(ContrastiveModule):
-    """A CLIP that trains under any ``Trainer``, and embeds images and captions afterwards.
+    """A CLIP that trains with any ``Trainer``, and embeds images and captions afterwards.
 
     ``CLIPWrapper.load_from_checkpoint(path)`` needs no further arguments. Weights are drawn from PyTorch's global
     generator.

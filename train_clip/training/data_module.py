@@ -1,4 +1,4 @@
-"""Folder or table → loaders, for one process or many."""
+"""Folder or table → data loaders, for one process or many."""
 
 import functools
 import hashlib
@@ -23,13 +23,13 @@ class TextImageDataModule(LightningDataModule):
     """Images and captions that share a stem, anywhere below a folder, or that a table names.
 
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
-    of processes and workers. Pairs that do not fill a global batch are left out, others each epoch.
+    of processes and workers. Pairs that do not fill a global batch are left out, different ones each epoch.
 
     Args: the fields of ``train_clip.options.DataOptions``, and
         image_size: side of the square that the model takes, in pixels.
-        custom_tokenizer: a Hugging Face tokenizer in place of CLIP's, or one whose ``batch`` gives tokens.
-        seed: decides order, crops and captions.
-        context_length: tokens of a caption at most; None for the tokenizer's own (CLIP's: 77).
+        custom_tokenizer: a Hugging Face tokenizer instead of CLIP's, or one whose ``batch`` returns tokens.
+        seed: seed of the order, crops and captions.
+        context_length: maximum number of tokens; None for the tokenizer's own (CLIP's: 77).
     """
 
     def __init__(  # noqa: PLR0913, people know these arguments
@@ -123,15 +123,16 @@ class TextImageDataModule(LightningDataModule):
         same_run.require_same(
             own,
             kept,
-            f"{self.source}: the data is not what the run began with (found {{found}}). Its place in the data and its "
-            "learning rate are counted in batches of one order. Give the earlier values (--minibatch_size is free to "
-            "change), or begin a new run.",
+            f"{self.source}: the data differ from those that the run started with (found {{found}}). The position in "
+            "the data and the learning rate are counted in batches of one order. Use the earlier values "
+            "(--minibatch_size may change), or start a new run.",
             free=("names",),
         )
         if kept["names"] != own["names"]:
             utilities.rank_zero_warn(
-                f"{self.source}: some of the pairs have other names than when the run began. The run goes on at the "
-                "same place in the order, where other pairs may stand: some come twice in this epoch, some not at all."
+                f"{self.source}: some of the pairs have other names than when the run started. The run continues at "
+                "the same position in the order, which may now hold other pairs: some occur twice in this epoch, some "
+                "not at all."
             )
 
     def _loader(self, dataset: Any, **how: Any) -> DataLoader[Any]:
@@ -161,14 +162,13 @@ class TextImageDataModule(LightningDataModule):
     def _summary(self, found: scan.Scan) -> str:
         size, wanted, share = self.batch_size, self.options.batch_size, self.options.val_share
         number, held_out, pairs = len(self.training_pairs), len(self.validation_pairs), found.pairs
-        left_out = f", {number % size:,} pairs left out of an epoch, others each time." if number % size else "."
+        left_out = f"; an epoch leaves out {number % size:,} pairs, different ones each time." if number % size else "."
         lines = {
-            f"Fewer pairs than a batch: it shrinks from {wanted} to {size}.": size < wanted,
-            f"{self.source}: {len(pairs):,} pairs, {number:,} to train on and {held_out:,} held out; "
-            f"{number // size:,} batches of {size:,} an epoch{left_out}": True,
-            f"  {pairs.num_cached:,} of {len(pairs):,} images are read from npz/, in place of the image "
-            "files.": pairs.num_cached,
-            f"  Too few to hold out a share of {share}: it takes 2 pairs to tell one from another.": share
+            f"There are fewer pairs than --batch_size: using {size} instead of {wanted}.": size < wanted,
+            f"{self.source}: {len(pairs):,} pairs, {number:,} for training and {held_out:,} held out; "
+            f"{number // size:,} batches of {size:,} per epoch{left_out}": True,
+            f"  {pairs.num_cached:,} of {len(pairs):,} images are read from npz/ instead of files.": pairs.num_cached,
+            f"  Too few pairs for a validation fraction of {share}: validation needs at least 2.": share
             and not held_out,
         }
         for names, what in (
@@ -201,13 +201,13 @@ def fit_batch_size(wanted: int, num_pairs: int, num_processes: int, source: Path
     """The global batch size to train with: the wanted one, or what the pairs allow where they are fewer."""
     if wanted % num_processes:
         raise UserError(
-            f"--batch_size {wanted} cannot be shared evenly among {num_processes} processes; it counts the pairs of "
-            f"all of them together. Use a multiple of {num_processes}."
+            f"--batch_size {wanted} cannot be divided evenly among {num_processes} processes; it is the total over "
+            f"all of them. Use a multiple of {num_processes}."
         )
     fitting = min(wanted, num_pairs // num_processes * num_processes)
     if fitting < 2:
         raise UserError(
-            f"{source}: {num_pairs} pairs to train on, {num_processes} processes; expected at least 2 pairs, and one a "
+            f"{source}: {num_pairs} training pairs, {num_processes} processes; expected at least 2 pairs, and one per "
             "process. Add pairs, or hold out fewer for validation (--val_share)."
         )
     return fitting

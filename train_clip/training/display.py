@@ -1,4 +1,4 @@
-"""What a run shows: its progress, its speed, its figures as ``metrics.csv``, and their curves as a picture."""
+"""What a run shows: progress, speed, metrics in ``metrics.csv``, and their curves as a picture."""
 
 import csv
 import time
@@ -34,8 +34,8 @@ FIGURES = {
 PANELS = {
     "loss": {
         "train/loss": "training batch",
-        "train/distillation_loss": "of it, distillation",
-        "val/loss": "held out, contrastive",
+        "train/distillation_loss": "distillation term",
+        "val/loss": "held-out, contrastive",
         "val_ema/loss": "likewise, EMA",
     },
     "accuracy within the batch": {
@@ -55,7 +55,7 @@ PANELS = {
 
 
 class RunProgress(Callback):
-    """Figures, pairs/s and the time left: a bar over the whole run on a terminal, a line now and then in a file."""
+    """Metrics, pairs/s and the time left: a bar for the whole run on a terminal, a line now and then in a file."""
 
     def __init__(self) -> None:
         self.done, self.left = MofNCompleteColumn(), TimeRemainingColumn()
@@ -174,7 +174,7 @@ class MetricsLog(loggers.Logger):
                 self._write(self.file, [row])
         except OSError as error:
             raise errors.UserError(
-                f"{self.file}: cannot be written ({error.strerror}). Free space, or the permission to write there, and "
+                f"{self.file}: cannot be written ({error.strerror}). Free some space or allow writing there, and "
                 "resume the run."
             ) from error
         self._newest = row

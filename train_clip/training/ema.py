@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of a model's weights: what ``--ema`` keeps, and self-distillation from it."""
+"""The exponential moving average (EMA) of a model's weights, for ``--ema`` and for self-distillation."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from train_clip.options import DISTILLATION
 
 
 class WeightsEMA(torch.nn.Module):
-    """An EMA of a model's weights with a warm-up, after n updates; never trained, always in eval mode.
+    """An EMA of a model's weights with a warmup, after n updates; never trained, always in eval mode.
 
         m = min(momentum, (1 + n) / (10 + n))            ema ← m · ema + (1 - m) · model
 
@@ -36,7 +36,7 @@ class WeightsEMA(torch.nn.Module):
 
     @torch.no_grad()
     def follow(self, model: DualEncoder) -> None:
-        """Move towards the model, after an update."""
+        """Move toward the model, after an update."""
         share = 1 - min(self.momentum, (1 + self.num_updates) / (10 + self.num_updates))
         own: list[torch.Tensor] = []
         theirs = []
@@ -76,7 +76,7 @@ MATRICES = 12  # of N² float32 that one process holds at its peak (tests/traini
 
 
 class Distillation(torch.nn.Module):
-    """The teacher, the student's temperature towards it, and the term that it adds to the loss.
+    """The teacher, the student's temperature toward it, and the term that it adds to the loss.
 
     L = ½ (KL(Q_v ‖ P_v) + KL(Q_t ‖ P_t))        Q: one of ``options.DISTILLATION``
     """
@@ -110,7 +110,7 @@ def require_room(num_pairs: int) -> None:
     if num_pairs > MOST_PAIRS:
         gib = MATRICES * 4 * num_pairs**2 / 2**30
         raise errors.UserError(
-            f"Distillation holds whole matrices of similarities: {gib:,.0f} GiB on each process for a batch of "
+            f"Distillation needs whole similarity matrices: {gib:,.0f} GiB on each process for a batch of "
             f"{num_pairs:,} pairs. Expected {MOST_PAIRS:,} pairs at most, over all processes. Use a smaller "
             "--batch_size, or --distillation none."
         )

@@ -1,6 +1,6 @@
-"""Both towers at work on a batch: in chunks, with the gradient, seeds and running statistics of the whole batch.
+"""Encode a batch by both towers: in minibatches (chunks), with the gradient and statistics of the whole batch.
 
-Captions are taken in the order of their lengths, each chunk cut at its longest. One ordinary backward pass recomputes
+Captions are sorted by length, and each chunk is padded to its longest only. One ordinary backward pass recomputes
 chunk by chunk: the gradient is the full batch's, the memory a chunk's (GradCache, Gao et al. 2021, arXiv 2101.06983).
 
 B  rows of the batch on this process      D  embedding width      n_k  elements a channel in chunk k      n  Σ n_k
@@ -94,7 +94,7 @@ def encode_in_chunks(
 ) -> Tensor:
     """Encode B rows to (B, D), in their order, holding the activations of few chunks at a time.
 
-    ``encode`` maps b rows to (b, D) by ``encoder``, whose BatchNorms normalise chunk by chunk, with one update of their
+    ``encode`` maps b rows to (b, D) by ``encoder``, whose BatchNorms normalize chunk by chunk, with one update of their
     running statistics a batch; where nothing of it is trained, nothing is recomputed. What comes after ``lengths``,
     (B,) int64 tokens of each row, on the host, makes no difference; None where all are looked at.
     """

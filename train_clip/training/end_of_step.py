@@ -1,4 +1,4 @@
-"""What happens around a step, in this order.
+"""What happens around a step, in order.
 
 update, clamp, EMA (the module's ``optimizer_step``) → position → flags → stop → save (checkpoint callbacks, which
 Lightning runs after all others; the module's own ``on_train_batch_end`` would come after them).
@@ -26,12 +26,12 @@ MOST_SKIPPED = 20  # steps in a row; each halves the scaler's scale, which start
 READ_EVERY = 10  # steps between readings of the flag on a device that runs ahead, where nothing is logged
 
 UNEVEN_SHARES = (
-    "The processes bring from {least:,} to {most:,} pairs to one batch; expected the same of each. Drop the "
+    "The processes have from {least:,} to {most:,} pairs in one batch; expected equally many. Drop the "
     "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data set, no sampler of yours)."
 )
 UNEVEN_EPOCHS = UNEVEN_SHARES.replace("pairs to one batch", "batches to one epoch")
 OTHER_CHECKPOINTS = (
-    "The processes go on from different checkpoints, after {least:,} to {most:,} batches. Name the checkpoint: "
+    "The processes resume from different checkpoints, after {least:,} to {most:,} batches. Name the checkpoint: "
     "--resume RUN/checkpoints/last.ckpt."
 )
 
@@ -108,8 +108,8 @@ class EndOfStep(Callback):
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step < self.num_steps:
             utilities.rank_zero_info(
-                f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the "
-                "learning rate reached its end: one of the Trainer's other limits ended it (--max_time, early "
+                f"The run ended after {trainer.global_step:,} of {self.num_steps:,} optimizer steps, before the end "
+                "of the learning rate schedule: it was stopped by another limit of the Trainer (--max_time, early "
                 "stopping, a loader that ran out)."
             )
 
@@ -129,17 +129,17 @@ class EndOfStep(Callback):
     def _follow_length(self, trainer: Trainer, before: int) -> None:
         if self.num_steps <= trainer.global_step:
             raise UserError(
-                f"The run has done {trainer.global_step:,} optimizer steps of {before:,}, and is to take "
-                f"{self.num_steps:,}: nothing is left, the learning rate is 0. Give more --epochs or --max_steps, or "
-                "the earlier --accumulate_grad_batches."
+                f"The run has done {trainer.global_step:,} optimizer steps of {before:,}, and its length is now "
+                f"{self.num_steps:,}: no steps are left, and the learning rate is 0. Increase --epochs or "
+                "--max_steps, or use the earlier --accumulate_grad_batches."
             )
         for schedule in [config.scheduler for config in trainer.lr_scheduler_configs]:
             if isinstance(schedule, optim.lr_scheduler.LambdaLR):
                 for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
                     group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
         utilities.rank_zero_info(
-            f"The run was to take {before:,} optimizer steps, and is to take {self.num_steps:,}. From step "
-            f"{trainer.global_step:,} on the learning rate follows the new length."
+            f"The length of the run changed from {before:,} to {self.num_steps:,} optimizer steps. From step "
+            f"{trainer.global_step:,} on, the learning rate follows the new length."
         )
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
@@ -200,9 +200,9 @@ class FiniteSteps:
         if batch:
             raise UserError(
                 f"Batch {batch:,.0f}: the loss is {loss:.4g}, its gradient not finite; expected finite numbers. "
-                "No weight was changed by this batch or after it, and no checkpoint holds it. "
-                "Train again with a lower --learning_rate, more --warmup_steps or --gradient_clip_val 1.0; if it is "
-                "the same batch each time, look for an image or caption that is not like the others."
+                "Neither this batch nor a later one changed any weights or a checkpoint. Use a lower "
+                "--learning_rate, more --warmup_steps or --gradient_clip_val 1.0; if it is the same batch each time, "
+                "look for an unusual image or caption in it."
             )
 
     def _count(self, bad: bool, batch: int) -> None:
@@ -218,10 +218,10 @@ class FiniteSteps:
         scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
         if self.skipped_in_a_row >= MOST_SKIPPED or scale < 1:
             raise UserError(
-                f"Batch {batch:,}: the gradient was not finite in {self.skipped_in_a_row} steps in a row, at a scale "
-                f"that is down to {scale:g}. Expected it to fit into half precision within {MOST_SKIPPED} steps, at a "
-                "scale of 1 or above. No weight was changed by these steps. Try --precision bf16-mixed, or 32-true "
-                "where the GPU has no bfloat16; or a lower --learning_rate."
+                f"Batch {batch:,}: the gradient was not finite in {self.skipped_in_a_row} steps in a row, with the "
+                f"gradient scale down to {scale:g}. Expected a finite gradient within {MOST_SKIPPED} steps, at a "
+                "scale of 1 or above. These steps changed no weights. Try --precision bf16-mixed, or 32-true if the "
+                "GPU does not support bfloat16; or a lower --learning_rate."
             )
 
 

@@ -1,4 +1,4 @@
-"""Weights and optimizer state in bfloat16: stochastic rounding, and the AdamW that uses it.
+"""Weights and optimizer state in bfloat16: stochastic rounding, and an AdamW that uses it.
 
 Rounded to nearest, small changes are lost however often they are made: at β₂ = 0.999 the second moment could not decay.
 OpenAI trained CLIP with weights that are "rounded up or down at random by their distance" (openai/CLIP, issue 29). What
@@ -43,7 +43,7 @@ def widen(model: nn.Module, options: OptimizerOptions) -> None:
 
 
 def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
-    """Round each number to one of its two neighbours a < b in bfloat16, so that its mean is the number itself.
+    """Round each number to one of its two neighbors a < b in bfloat16, so that its mean is the number itself.
 
         P(b) = (x - a) / (b - a)
 

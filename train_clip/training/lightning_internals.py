@@ -1,4 +1,4 @@
-"""All that reaches into private parts of Lightning, and what the callbacks ask of a Trainer alike."""
+"""Everything that uses private parts of Lightning, and questions that several callbacks ask a Trainer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The one LightningModule: two encoders, the contrastive objective, and the step that every kind of training shares.
+"""The LightningModule: two encoders, the contrastive objective, and the step shared by all kinds of training.
 
 B  pairs on this process      W  processes      N  pairs of the global batch (W · B), or of whoever embeds
 D  embedding width      S  side of the image in pixels
@@ -35,7 +35,7 @@ FLOAT32_WEIGHTS, HALF = ("32-true", "16-mixed", "bf16-mixed"), ("bf16-true", "16
 class ContrastiveModule(L.LightningModule):
     """Trains a model of two towers on batches that start with images and texts, under any ``Trainer``, with any loader.
 
-    Images are uint8, or float that is already normalised; texts are token tensors (B, L), lists of strings, or a
+    Images are uint8, or float that is already normalized; texts are token tensors (B, L), lists of strings, or a
     tokenizer's mapping with ``input_ids``. ``preset`` fills in what the options leave open.
     """
 
@@ -54,7 +54,7 @@ class ContrastiveModule(L.LightningModule):
         model.lock(towers.lock_image, towers.lock_text)
         if {parameter for parameter in model.parameters() if parameter.requires_grad} <= {*model.temperature()}:
             raise UserError(
-                "Both towers are locked and nothing joins them: only the temperature would be trained. Leave out "
+                "Both towers are locked and there is no projection: only the temperature would be trained. Leave out "
                 "lock_image or lock_text."
             )
         self.distillation = ema.Distillation(model, str(towers.distillation)) if towers.distils else None
@@ -137,8 +137,8 @@ class ContrastiveModule(L.LightningModule):
         num_steps = self.trainer.estimated_stepping_batches
         if not 0 < num_steps < float("inf"):
             raise UserError(
-                "The length of the run is unknown, and the learning rate follows it: the loader has no length, or "
-                "max_epochs is -1. Set the Trainer's max_steps."
+                "The learning rate schedule needs the length of the run, which is unknown: the loader has no length, "
+                "or max_epochs is -1. Set the Trainer's max_steps."
             )
         warmup_steps = self.options.optimizer.warmup_steps
         if warmup_steps is None:
@@ -215,8 +215,8 @@ class ContrastiveModule(L.LightningModule):
     ) -> Tensor:
         """Embed images in eval mode, so many at a time, to (N, D) float32, unit norm, on this module's device.
 
-        ``images`` are paths or pictures, one or several, which are resized and centre-cropped, or a tensor
-        (N, 3, S, S), uint8 or already normalised. An image's embedding times a caption's is their similarity.
+        ``images`` are paths or pictures, one or several, which are resized and center-cropped, or a tensor
+        (N, 3, S, S), uint8 or already normalized. An image's embedding times a caption's is their similarity.
         """
         with self._float32():
             return embed.embed_images(self.model, images, batch_size)
@@ -293,12 +293,12 @@ class ContrastiveModule(L.LightningModule):
         """Begin with a state dict of the model, which fits but for the bias of another loss; EMAs begin with it too."""
         if self.model.logit_bias is not None and BIAS not in weights:
             rank_zero_info(
-                f"{source}: has no {BIAS}, so that it was not trained with the sigmoid loss. Temperature and bias "
-                "begin as from scratch, at a scale of 10 and at -10."
+                f"{source}: has no {BIAS}, so it was not trained with the sigmoid loss. Temperature and bias start as "
+                "from scratch, at a scale of 10 and at -10."
             )
             weights = {**weights} | {name: torch.tensor(value) for name, value in config.START_OF_SIGMOID.items()}
         elif self.model.logit_bias is None and BIAS in weights:
-            rank_zero_info(f"{source}: its {BIAS}, of the sigmoid loss, is left out: the softmax loss has none.")
+            rank_zero_info(f"{source}: its {BIAS}, of the sigmoid loss, is dropped: the softmax loss has none.")
             weights = {name: value for name, value in weights.items() if name != BIAS}
         found.fill(self.model, weights, source)
         self._towers.fixed_texts.clear()
@@ -318,19 +318,19 @@ class ContrastiveModule(L.LightningModule):
         optimizer, step = self.options.optimizer, self.options.step
         if optimizer.keeps_halves and precision not in FLOAT32_WEIGHTS:
             raise UserError(
-                f"--precision {precision}: --half_weights and --adam_statistics are for weights that are float32 "
-                f"otherwise. Use one of {', '.join(FLOAT32_WEIGHTS)}, or leave the two options out."
+                f"--precision {precision}: --half_weights and --adam_statistics need float32 weights. Use one of "
+                f"{', '.join(FLOAT32_WEIGHTS)}, or leave out the two options."
             )
         if optimizer.has_half_weights and step.gradient_checkpointing and precision != "bf16-mixed":
             raise UserError(
-                f"--precision {precision}: blocks that are recomputed take half weights as they are, which bf16-mixed "
-                "does too, and other precisions do not. Use bf16-mixed, or one of --half_weights and "
+                f"--precision {precision}: gradient checkpointing uses half weights directly, which works in "
+                "bf16-mixed only. Use bf16-mixed, or one of --half_weights and "
                 "--gradient_checkpointing."
             )
         if self._means() and precision in HALF:
             raise UserError(
-                f"--precision {precision}: in half precision an EMA of the weights stands still, and with it the "
-                "teacher. Use bf16-mixed or 16-mixed, or --distillation none and --ema 0."
+                f"--precision {precision}: in half precision an EMA of the weights, and so the teacher, would not "
+                "change. Use bf16-mixed or 16-mixed, or --distillation none and --ema 0."
             )
 
     def require_same_model(self, kept: Mapping[str, Any]) -> None:
@@ -341,7 +341,7 @@ class ContrastiveModule(L.LightningModule):
         same_run.require_same(
             self.hparams,
             usual | dict(kept),
-            "The run began with another model or optimizer (found {found}), and its checkpoint holds their state. Give "
-            "the earlier values, or leave them out; to train with others begin a new run.",
+            "The run started with another model or optimizer (found {found}), and its checkpoint holds their state. "
+            "Use the earlier values, or leave them out; to train with others start a new run.",
             self.free_to_change,
         )

@@ -1,10 +1,10 @@
-"""Muon for the matrices within the towers and AdamW for everything else, as one optimizer with one schedule.
+"""Muon for the matrices inside the towers and AdamW for everything else, as one optimizer with one schedule.
 
     m ← μ m + (1 - μ) g        u = (1 - μ) g + μ m        O = orthogonalise(u)
     W ← W (1 - ηλ) - 0.2 η √max(A, B) O
 
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon. The factor is that of Liu et al. 2025, arXiv 2502.16982,
-section 2.2: at one rate a matrix moves by as much as under AdamW.) The same as
+section 2.2: with equal learning rates an update is as large as AdamW's.) The same as
 ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, many matrices of one shape at a time.
 
 A, B  rows and columns of a matrix      K  matrices of one shape
@@ -43,8 +43,8 @@ def build_muon(groups: Groups, model: clip.DualEncoder, options: OptimizerOption
     matrices = {matrix for matrix in hidden_matrices(model) if matrix.requires_grad}
     if not matrices:
         raise errors.UserError(
-            "optimizer is 'muon', which updates the matrices within the towers, and none of them is trained. Expected "
-            "a tower that is; for prompts, or a projection alone: adamw or sgd."
+            "optimizer is 'muon', which updates the matrices inside the towers, and none of them is trained. Train a "
+            "tower, or use adamw or sgd for prompts or a projection alone."
         )
     rate: Any = options.muon_learning_rate
     factors = {True: MUON_RATE if rate is None else rate / options.learning_rate, False: 1.0}

@@ -1,4 +1,4 @@
-"""The optimizer, its groups of parameters, and a warm-up and cosine over the whole run (CLIP paper, section 2.5)."""
+"""The optimizer, its parameter groups, and a warmup and cosine over the whole run (CLIP paper, section 2.5)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mappin
 
 
 def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: float | None) -> dict[nn.Parameter, float]:
-    """Peak learning rates of the towers' parameters, where they differ from the usual one.
+    """Peak learning rates of the towers' parameters that differ from the global one.
 
         rate · D^(L + 1 - l)        l = 0 before the L blocks of a tower, 1 … L in them, L + 1 after the last one
 
@@ -92,10 +92,10 @@ def peak_rates(model: clip.DualEncoder, options: TowerOptions, usual: float | No
         blocks = blocks_of(tower)
         if not blocks:
             raise UserError(
-                f"layer_decay is {options.layer_decay}; the {name} tower is {type(tower).__name__}, in which no blocks "
-                "were found to count by: modules of one class beside each other, such as the children of an "
-                f"nn.ModuleList. Leave layer_decay out, or freeze that tower: lock_{name}. {name}_learning_rate sets "
-                "one rate for all of it."
+                f"layer_decay is {options.layer_decay}; the {name} tower is {type(tower).__name__}, in which no "
+                "blocks were found: sibling modules of one class, such as the children of an nn.ModuleList. Leave "
+                f"out layer_decay, or freeze that tower: lock_{name}. {name}_learning_rate sets one learning rate for "
+                "all of it."
             )
         layers = {parameter: layer for layer, block in enumerate(blocks, 1) for parameter in block.parameters()}
         declared_in_order, layer, after = last.isdisjoint(parameters), 0, len(blocks) + 1
@@ -142,7 +142,7 @@ def warmup_for(num_steps: int, preset: config.OptimizerConfig) -> int:
 
 
 def cosine_with_warmup(warmup_steps: int, num_steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at each optimizer step: a line up to 1, then half a cosine down to 0.
+    """Fraction of the peak learning rate at each optimizer step: linear up to 1, then half a cosine down to 0.
 
     step < w:  (step + 1) / w            otherwise:  ½ (1 + cos(π (step - w) / (num_steps - w)))
     """

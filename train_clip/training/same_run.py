@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the one that began: the same model, optimizer, data and start."""
+"""Whether a resumed run matches the original one: the same model, optimizer, data and initial weights."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first SIGTERM or Ctrl-C asks, the second insists."""
+"""Stopping a run from outside: the first SIGTERM or Ctrl-C ends the batch, the second ends the process."""
 
 import atexit
 import multiprocessing

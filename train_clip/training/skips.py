@@ -1,4 +1,4 @@
-"""Counts samples that could not be read and captions that were cut, over all processes; says so, and stops a run."""
+"""Counts unreadable samples and truncated captions over all processes, reports them, and stops a run."""
 
 from collections import Counter
 from pathlib import Path
@@ -64,13 +64,13 @@ class SkipReport(Callback):
                 self._log(met)
             if counts["replaced"]:
                 print(
-                    f"{epoch}: {counts['replaced']:,} samples replaced by others or left out. Bad files so far: "
+                    f"{epoch}: {counts['replaced']:,} samples replaced by others or skipped. Bad files so far: "
                     f"{len(self.known):,} ({_tally(self.known)}); their names are in {self.log_file}."
                 )
             if counts["cut"]:
                 print(
                     f"{epoch}: {counts['cut']:,} of {counts['captions']:,} captions were longer than "
-                    f"{pl_module.tokenizer.context_length} tokens and cut there, end token kept."
+                    f"{pl_module.tokenizer.context_length} tokens and were truncated, keeping the end token."
                 )
         self._stop_if_too_many(trainer)
 
@@ -91,10 +91,10 @@ class SkipReport(Callback):
             self._log(bad)
         saved = end_of_step.save_now(trainer)
         raise errors.UserError(
-            f"{data.source}: {len(bad):,} of {number:,} pairs ({len(bad) / number:.1%}) could not be used so far, more "
+            f"{data.source}: {len(bad):,} of {number:,} pairs ({len(bad) / number:.1%}) were unusable so far, more "
             f"than --max_bad {data.options.max_bad:g} ({_tally(bad)}). Their names are in {self.log_file}; "
-            "`train-clip data check` finds all there are. Mend or remove them, or allow more by --max_bad. "
-            f"The state of the run is saved in {saved or 'no file, since it has no checkpoints'}."
+            "`train-clip data check` lists all of them. Fix or remove them, or raise --max_bad. The run is saved in "
+            f"{saved or 'no file, because it has no checkpoints'}."
         )
 
     def _note(self, batch: Any) -> None:

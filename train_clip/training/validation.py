@@ -1,4 +1,4 @@
-"""The validation split, scored as a whole: the figures are one process's whatever the number of processes."""
+"""Scores the validation split as a whole: the result is the same for any number of processes."""
 
 import torch
 from torch import Tensor
