@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from train_clip.training.clip_wrapper import CLIPWrapper
     from train_clip.training.data_module import TextImageDataModule
 
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
+
 __all__ = [
     "CLIP",
     "CLIPWrapper",

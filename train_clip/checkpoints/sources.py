@@ -125,7 +125,7 @@ def _from_hub(name: str) -> Contents:
     except Exception as error:
         raise UserError(
             f"{HUB}{name}: not in this machine's cache and not reachable ({first_line(error)}). Where there is a "
-            f"network run `pip install 'train-clip[hf]'` and `hf download {name} --local-dir FOLDER`, and give the "
+            f"network run `pip install huggingface_hub` and `hf download {name} --local-dir FOLDER`, and give the "
             "folder."
         ) from error
 
