@@ -95,11 +95,11 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-# Who takes options by name → an example, and their groups.
+# Who takes options by name → an example, and where they are declared.
 OPTIONS = {
-    "the wrappers": ('CLIPWrapper("ViT-B/32", lock_image=True)', list(options.TrainingOptions.groups().values())),
-    "`TextImageDataModule`": ('TextImageDataModule(pairs="pairs.csv")', [options.DataOptions]),
-    "`load`": ('load("weights.pt", activation="gelu")', [options.WeightOptions]),
+    "the wrappers": ('CLIPWrapper("ViT-B/32", lock_image=True)', options.TrainingOptions),
+    "`TextImageDataModule`": ('TextImageDataModule(pairs="pairs.csv")', options.DataOptions),
+    "`load`": ('load("weights.pt", activation="gelu")', options.WeightOptions),
 }
 
 
@@ -113,8 +113,9 @@ def page() -> str:
         "## Options",
         "On the command line they have the same names, as `--lock_image`.",
     ]
-    for whose, (example, groups) in OPTIONS.items():
-        parts += [f"### Options of {whose}", f"As `{example}`.", *map(option_table, groups)]
+    for whose, (example, declared) in OPTIONS.items():
+        parts += [f"### Options of {whose}", f"Of `train_clip.options.{declared.__name__}`, as `{example}`."]
+        parts += map(option_table, declared.groups().values() if hasattr(declared, "groups") else [declared])
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
