@@ -451,7 +451,7 @@ data.setup()
 batches = iter(data.train_dataloader())
 next(batches)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0
     assert "Traceback" not in ended.stderr
 

@@ -125,9 +125,8 @@ def _from_hub(name: str) -> Contents:
     except Exception as error:
         raise UserError(
             f"{HUB}{name}: not in this machine's cache, and cannot be downloaded ({first_line(error)}). On a machine "
-            f"with a network run `pip install 'train-clip[hf]'` and `hf download {name} --local-dir FOLDER`, and give "
-            "the "
-            "folder."
+            f"with a network run `pip install huggingface_hub` and `hf download {name} --local-dir FOLDER`, and give "
+            "the folder."
         ) from error
 
 

@@ -73,7 +73,7 @@ def live_text_encoder(module: torch.nn.Module, average: bool) -> TextEncoder:
 
 def _load(name: str, kind: str) -> Any:
     """Read configuration and weights; strictly, but for a pooler that the file does not hold, which is taken off."""
-    transformers = find_transformers()
+    transformers = libraries.find_library("transformers")
     with reading(name, f"{kind} encoder"), _quiet():
         config = from_cache_first(transformers.AutoConfig.from_pretrained, name)
         config = getattr(config, TOWERS[kind], config)
@@ -221,7 +221,7 @@ def _verified(live: Any, trial: Any, how: Any) -> Any:
 
 
 def _build(description: Description) -> torch.nn.Module:
-    transformers = find_transformers()
+    transformers = libraries.find_library("transformers")
     kind: Any = getattr(transformers, description["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise UserError(
@@ -235,11 +235,6 @@ def _build(description: Description) -> torch.nn.Module:
     if description["without_pooler"]:
         module.pooler = None
     return module.eval()
-
-
-def find_transformers() -> Any:
-    """Import the library, or say how to install it."""
-    return libraries.find_library("transformers", "'train-clip[hf]'")
 
 
 def from_cache_first(load: Any, name: str, **arguments: Any) -> Any:

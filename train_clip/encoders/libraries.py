@@ -156,7 +156,7 @@ def _without_head(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def find_library(module: str, install: str = "") -> Any:
+def find_library(module: str) -> Any:
     """Import a library when it is first needed, or say how to install it."""
     package = module.partition(".")[0]
     try:
@@ -164,7 +164,7 @@ def find_library(module: str, install: str = "") -> Any:
     except ImportError as error:
         raise UserError(
             f"{package}: encoders of this source need the package {package} ({first_line(error)}). "
-            f"Install it: pip install {install or package}."
+            f"Install it: pip install {package}."
         ) from None
 
 

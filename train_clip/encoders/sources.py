@@ -33,12 +33,20 @@ SOURCES = {
 
 
 def load_image_encoder(source: str) -> "ImageEncoder":
-    """Load a pretrained image encoder, such as "hf:facebook/dinov2-small", "hf:FOLDER" or "timm:resnet50"."""
+    """Load a pretrained image encoder, such as "hf:facebook/dinov2-small", "hf:FOLDER" or "timm:resnet50".
+
+    Raises:
+        UserError: an unknown library or name, a library that is not installed, weights that do not fit.
+    """
     return _load(source, "image")
 
 
 def load_text_encoder(source: str) -> "TextEncoder":
-    """Load a pretrained text encoder, such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER"."""
+    """Load a pretrained text encoder, such as "hf:sentence-transformers/all-mpnet-base-v2" or "hf:FOLDER".
+
+    Raises:
+        UserError: likewise.
+    """
     return _load(source, "text")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 import torch
 
-from train_clip.encoders.huggingface import DEFAULT_CONTEXT, find_transformers, from_cache_first, reading
+from train_clip.encoders.huggingface import DEFAULT_CONTEXT, from_cache_first, reading
+from train_clip.encoders.libraries import find_library
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SETTINGS = ("padding_side", "truncation_side", "model_input_names", "pad_token_type_id", "split_special_tokens")
@@ -104,7 +105,7 @@ def wrap_tokenizer(tokenizer: Any, context_length: int | None = None) -> Pretrai
 
 def load_tokenizer(name: str, context_length: int) -> PretrainedTokenizer:
     """Load a text encoder's tokenizer by its hub name or folder; one with a smaller context of its own keeps that."""
-    auto = find_transformers().AutoTokenizer
+    auto = find_library("transformers").AutoTokenizer
 
     def read(name: str, **how: Any) -> Any:
         tokenizer = auto.from_pretrained(name, **how)
@@ -123,7 +124,7 @@ def tokenizer_from(description: dict[str, Any]) -> PretrainedTokenizer:
     context = description["context"]
     if "backend" not in description:
         return PretrainedTokenizer(load_tokenizer(description["name"], context).tokenizer, context)
-    tokenizer = find_transformers().PreTrainedTokenizerFast(
+    tokenizer = find_library("transformers").PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(description["backend"]),
         name_or_path=description["name"],
         **description["special_tokens"],

@@ -169,7 +169,11 @@ class ModelConfig:
 
 
 def read_config(name: str) -> ModelConfig:
-    """Look up a preset by its name (``ViT-B/32``, ``ViT-B-32``), or read a YAML file of one's own by its path."""
+    """Look up a preset by its name (``ViT-B/32``, ``ViT-B-32``), or read a YAML file of one's own by its path.
+
+    Raises:
+        UserError: no such preset, a file that cannot be read, or sizes that do not fit.
+    """
     path = Path(name)
     if path.suffix.casefold() in (".yaml", ".yml"):
         return _read_yaml(path)

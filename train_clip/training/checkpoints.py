@@ -81,15 +81,23 @@ class Interval(NamedTuple):
 
 
 class Checkpoints(callbacks.Checkpoint):
-    """Saves after each epoch and at an interval within it, and names the checkpoint that scores best."""
+    """Saves after each epoch and at an interval within it, and names the checkpoint that scores best.
+
+    Args:
+        folder: of the files.
+        every: the interval within an epoch; None: only at its end.
+        keep: number of the newest checkpoints to keep, besides the best.
+        best_by: validation metric, the lowest loss or the highest of any other; the best EMA goes by its own.
+        mean_folder: of the EMA's files; default: ``ema`` in the folder.
+    """
 
     def __init__(
         self,
         folder: str | Path,
-        every: Interval | None = None,  # within an epoch; None for only at its end
-        keep: int = 2,  # of the newest states, beside the best one
-        best_by: str = BY_RECALL,  # figure of a validation, a loss at its lowest; the best EMA is so by its own
-        mean_folder: Path | None = None,  # of the EMA's files; ``ema`` below the folder where None
+        every: Interval | None = None,
+        keep: int = 2,
+        best_by: str = BY_RECALL,
+        mean_folder: Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.mean_folder = mean_folder or self.folder / "ema"

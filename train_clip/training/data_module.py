@@ -25,7 +25,8 @@ class TextImageDataModule(LightningDataModule):
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
     of processes and workers. Pairs that do not fill a global batch are left out, different ones each epoch.
 
-    Args: the fields of ``train_clip.options.DataOptions``, and
+    Args:
+        options: of ``train_clip.options.DataOptions``, among them ``folder`` and ``batch_size``.
         image_size: side of the square that the model takes, in pixels.
         custom_tokenizer: a Hugging Face tokenizer instead of CLIP's, or one whose ``batch`` returns tokens.
         seed: seed of the order, crops and captions.
