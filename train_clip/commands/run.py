@@ -14,12 +14,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import cli, loggers, utilities
 
+from train_clip.checkpoints import own
 from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
 from train_clip.errors import UserError, root_cause
+from train_clip.estimates import require_room, size
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
-from train_clip.training import checkpoints, display, signals
+from train_clip.training import checkpoints, display, half_precision, signals
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
+from train_clip.training.optimizer import build_optimizer, state_bytes
 
 # Messages that are about Lightning's products, repeat what the verb prints, or describe how it is meant to be here.
 NOT_ABOUT_THE_RUN = re.compile(
@@ -42,6 +45,7 @@ WARNINGS_BY_DESIGN = (
 
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
+WIDTHS = {"64-true": 2.0, "16-true": 0.5, "bf16-true": 0.5}  # precisions that a whole model is in, next to float32
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     module.require_batch_size(data.batch_size)
     module.require_precision(trainer.precision)
     facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
-    num_steps = _num_steps(data, trainer)
+    num_steps, of_epoch = _num_steps(data, trainer)
     if resumed is not None:
         module.require_same_model(resumed.arguments)
         data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
@@ -118,8 +122,13 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         )
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
+    left = num_steps - steps_before
+    epochs = math.ceil(left / of_epoch) if left < math.inf else left  # which the module refuses
+    saves_within = run.save_every is not None or options.get("val_check_interval") is not None
+    disk = room_for(module, trainer, folder, math.inf if saves_within else epochs)
     write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model)
     say_start(module, trainer, folder, resumed)
+    utilities.rank_zero_only(print)(f"Optimizer steps to come: {left:,}; epochs: {epochs:,}.{disk}")
     try:
         trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
     except signals.Stopped:
@@ -178,6 +187,41 @@ def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resum
         f"{model.image_size}×{model.image_size} pixels; {trainer.world_size} × {device}, {trainer.precision}. "
         f"Everything goes to {folder}/."
     )
+
+
+@utilities.rank_zero_only
+def room_for(module: ContrastiveModule, trainer: L.Trainer, folder: Path, num_saves: float) -> str:
+    """What the checkpoints take of the disk, in words; refused where there is no room for the first."""
+    saving = next((one for one in trainer.checkpoint_callbacks if isinstance(one, checkpoints.Checkpoints)), None)
+    if saving is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return ""
+    state, mean = checkpoint_sizes(module, WIDTHS.get(trainer.precision, 1.0))
+    free = require_room(folder, state + mean, "the run's checkpoints take at least")
+    there = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*/*.ckpt")}.values())
+    # The newest, the best, and one that is being written; of an EMA the last two and its newest.
+    number = min(num_saves, saving.keep + 2)
+    most = number * state + min(num_saves, 3) * mean
+    advice = "" if most < free + there else " That may not be enough: free space, or give --keep 1 or another --output."
+    return (
+        f" Checkpoints take {size(state + mean)} each{' with the EMA' if mean else ''}, {size(most)} at most; "
+        f"{size(free)} are free.{advice}"
+    )
+
+
+def checkpoint_sizes(module: ContrastiveModule, width: float = 1.0) -> tuple[float, float]:
+    """Bytes of a checkpoint that is to come, and of its EMA's; ``width``: of the numbers, next to float32."""
+
+    def count_bytes(state: dict[str, Any]) -> int:
+        checkpoint = {"state_dict": dict(state)}
+        module.on_save_checkpoint(checkpoint)  # which may leave some out
+        tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # what is shared counts once
+
+    numbers, model = module.options.optimizer, module.model
+    state = count_bytes(module.state_dict()) + state_bytes(build_optimizer(module, model, module.options), numbers)
+    state -= 2 * sum(parameter.numel() for parameter in half_precision.to_narrow(model, numbers))
+    named = {} if module.ema is None else module.ema.model.state_dict()
+    return width * state, width * count_bytes({own.MODEL + name: value for name, value in named.items()})
 
 
 @utilities.rank_zero_only
@@ -251,10 +295,11 @@ def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:
-    """Optimizer steps of the whole run, as the Trainer's limits have it; infinity where they have none."""
+def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> tuple[float, int]:
+    """Optimizer steps of the whole run, as the Trainer's limits have it, and of an epoch; infinity for no limit."""
     batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches or 0
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
+    of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     # -1 is no limit, as in the Trainer.
-    return min((limit for limit in (by_epochs, trainer.max_steps) if limit >= 0), default=math.inf)
+    limits = of_epoch * (trainer.max_epochs or 0), trainer.max_steps
+    return min((limit for limit in limits if limit >= 0), default=math.inf), of_epoch
