@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import cli, loggers, utilities
 
-from train_clip.checkpoints import own
 from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
 from train_clip.errors import UserError, root_cause
 from train_clip.estimates import require_room, size
@@ -22,7 +21,7 @@ from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
 from train_clip.training import checkpoints, display, half_precision, signals
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
-from train_clip.training.optimizer import build_optimizer, state_bytes
+from train_clip.training.optimizer import build_optimizer
 
 # Messages that are about Lightning's products, repeat what the verb prints, or describe how it is meant to be here.
 NOT_ABOUT_THE_RUN = re.compile(
@@ -45,7 +44,7 @@ WARNINGS_BY_DESIGN = (
 
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
-WIDTHS = {"64-true": 2.0, "16-true": 0.5, "bf16-true": 0.5}  # precisions that a whole model is in, next to float32
+WIDTHS = {"64-true": 2.0, "16-true": 0.5, "bf16-true": 0.5}  # precisions of all numbers, next to float32
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     module.require_batch_size(data.batch_size)
     module.require_precision(trainer.precision)
     facts = {"verb": job.verb, "parameters": count(module.model), "pairs": len(data.training_pairs)}
-    num_steps, of_epoch = _num_steps(data, trainer)
+    num_steps = _num_steps(data, trainer)
     if resumed is not None:
         module.require_same_model(resumed.arguments)
         data.require_same_data(resumed.state.get(type(data).__qualname__, {}))
@@ -122,13 +121,11 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         )
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
-    left = num_steps - steps_before
-    epochs = math.ceil(left / of_epoch) if left < math.inf else left  # which the module refuses
-    saves_within = run.save_every is not None or options.get("val_check_interval") is not None
-    disk = room_for(module, trainer, folder, math.inf if saves_within else epochs)
+    room = room_for(module, trainer, folder)
     write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model)
     say_start(module, trainer, folder, resumed)
-    utilities.rank_zero_only(print)(f"Optimizer steps to come: {left:,}; epochs: {epochs:,}.{disk}")
+    epochs = f", up to epoch {run.epochs:,}" if run.epochs and run.epochs > 0 else ""
+    utilities.rank_zero_only(print)(f"Optimizer steps to come: {num_steps - steps_before:,}{epochs}.{room}")
     try:
         trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
     except signals.Stopped:
@@ -190,38 +187,33 @@ def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resum
 
 
 @utilities.rank_zero_only
-def room_for(module: ContrastiveModule, trainer: L.Trainer, folder: Path, num_saves: float) -> str:
-    """What the checkpoints take of the disk, in words; refused where there is no room for the first."""
+def room_for(module: ContrastiveModule, trainer: L.Trainer, folder: Path) -> str:
+    """What the checkpoints take of the disk, in words; refused where there is no room for the next one."""
     saving = next((one for one in trainer.checkpoint_callbacks if isinstance(one, checkpoints.Checkpoints)), None)
     if saving is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return ""
-    state, mean = checkpoint_sizes(module, WIDTHS.get(trainer.precision, 1.0))
+    state, mean = (WIDTHS.get(trainer.precision, 1.0) * number for number in checkpoint_sizes(module))
     free = require_room(folder, state + mean, "the run's checkpoints take at least")
     there = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*/*.ckpt")}.values())
-    # The newest, the best, and one that is being written; of an EMA the last two and its newest.
-    number = min(num_saves, saving.keep + 2)
-    most = number * state + min(num_saves, 3) * mean
-    advice = "" if most < free + there else " That may not be enough: free space, or give --keep 1 or another --output."
-    return (
-        f" Checkpoints take {size(state + mean)} each{' with the EMA' if mean else ''}, {size(most)} at most; "
-        f"{size(free)} are free.{advice}"
-    )
+    # The newest, the best, and one that is being written; of an EMA the newest is one.
+    most = (saving.keep + 2) * state + 3 * mean
+    advice = " Free space, or give --keep 1 or another --output." if most > free + there else ""
+    kind = "Checkpoints with their EMA" if mean else "Checkpoints"
+    return f" {kind} take {size(state + mean)} each, {size(most)} at most; {size(free)} are free.{advice}"
 
 
-def checkpoint_sizes(module: ContrastiveModule, width: float = 1.0) -> tuple[float, float]:
-    """Bytes of a checkpoint that is to come, and of its EMA's; ``width``: of the numbers, next to float32."""
-
-    def count_bytes(state: dict[str, Any]) -> int:
-        checkpoint = {"state_dict": dict(state)}
-        module.on_save_checkpoint(checkpoint)  # which may leave some out
-        tensors = (value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor))
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # what is shared counts once
-
-    numbers, model = module.options.optimizer, module.model
-    state = count_bytes(module.state_dict()) + state_bytes(build_optimizer(module, model, module.options), numbers)
-    state -= 2 * sum(parameter.numel() for parameter in half_precision.to_narrow(model, numbers))
-    named = {} if module.ema is None else module.ema.model.state_dict()
-    return width * state, width * count_bytes({own.MODEL + name: value for name, value in named.items()})
+def checkpoint_sizes(module: ContrastiveModule) -> tuple[int, int]:
+    """Bytes that a checkpoint will have, in float32 or half weights, and its EMA's own file."""
+    checkpoint, numbers = {"state_dict": module.state_dict()}, module.options.optimizer
+    module.on_save_checkpoint(checkpoint)  # which may leave some out
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
+    state = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())  # what is shared once
+    state -= 2 * sum(parameter.numel() for parameter in half_precision.to_narrow(module.model, numbers))
+    of_matrix = 2 if numbers.adam_statistics == "bfloat16" else 4
+    for group in build_optimizer(module, module.model, module.options).param_groups:
+        moments = 2 if "betas" in group else bool(group["momentum"])  # of AdamW; of SGD and Muon
+        state += moments * sum(one.numel() * (of_matrix if one.ndim >= 2 else 4) for one in group["params"])
+    return state, sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("ema.model."))
 
 
 @utilities.rank_zero_only
@@ -295,11 +287,10 @@ def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> tuple[float, int]:
-    """Optimizer steps of the whole run, as the Trainer's limits have it, and of an epoch; infinity for no limit."""
+def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:
+    """Optimizer steps of the whole run, as the Trainer's limits have it; infinity where they have none."""
     batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches or 0
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
     # -1 is no limit, as in the Trainer.
-    limits = of_epoch * (trainer.max_epochs or 0), trainer.max_steps
-    return min((limit for limit in limits if limit >= 0), default=math.inf), of_epoch
+    return min((limit for limit in (by_epochs, trainer.max_steps) if limit >= 0), default=math.inf)

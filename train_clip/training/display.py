@@ -69,32 +69,31 @@ class RunProgress(Callback):
         columns = (self.done, BarColumn(10), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
         self.progress = Progress(*columns, refresh_per_second=4)
         self.progress.disable = not self.progress.console.is_terminal
-        self.last_shown = 0.0
-        self.warm: tuple[int, float] | None = None  # steps and time when the warm-up ended
-        self.counts_all = False  # validation and saving too
-        self.said: bool | None = None  # whether the estimate that was said counts all; None before the first
+        self.last_shown, self.batches = 0.0, 0
+        self.warm: tuple[float, float, int] | None = None  # steps, time and epoch when the warm-up ended
+        self.said: bool | None = None  # whether the newest estimate that was said counts an epoch's end; or none was
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        epochs = trainer.max_epochs or 0
-        limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
-        total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
-        self.before = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        self.num_steps = trainer.estimated_stepping_batches
-        self.progress.add_task("", total=total, completed=self.before, left="")
+        total = trainer.estimated_stepping_batches
+        self.progress.add_task("", total=total, completed=trainer.global_step, left="")
         if trainer.is_global_zero:
             self.progress.start()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.batches += 1
+        if not trainer.is_global_zero:
+            return
         task, now, in_file = self.progress.tasks[-1], self.clock(), self.progress.disable
-        self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
-        if trainer.is_global_zero and lightning_internals.steps_and_ends(trainer)[0]:
+        if lightning_internals.steps_and_ends(trainer)[0]:
+            self.progress.update(task.id, completed=trainer.global_step)
             self._estimate(trainer, task, now)
-        if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
+        if now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
             self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
-                self._say(f"batch {self.done.render(task)}  {task.description}{task.fields['left'] and '  left: '}{task.fields['left']}")
+                left = f"  left: {task.fields['left']}" if task.fields["left"] else ""
+                self._say(f"step {self.done.render(task)}  {task.description}{left}")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -103,11 +102,6 @@ class RunProgress(Callback):
             for what, prefix in (("held out", "val"), ("EMA", "val_ema")):
                 if figures := _figures(trainer, prefix):
                     self._say(f"{where}, {what}:  {figures}")
-        self.counts_all = self.warm is not None
-
-    @override
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self.counts_all = self.warm is not None
 
     @override
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -116,25 +110,23 @@ class RunProgress(Callback):
     on_exception = teardown  # the message is to stand alone
 
     def _estimate(self, trainer: Trainer, task: Any, now: float) -> None:
-        """The time that is left, at the mean speed since the warm-up; said once, and again when all is counted."""
-        step = trainer.global_step
+        """The time that is left, at the mean speed since the warm-up; said once, and again when an epoch has ended."""
         if self.warm is None:
-            self.warm = (step, now) if task.completed - self.before >= WARM_UP else None
+            self.warm = (task.completed, now, trainer.current_epoch) if self.batches >= WARM_UP else None
             return
-        num_left, seconds = self.num_steps - step, now - self.warm[1]
-        per_step = seconds / max(1, step - self.warm[0])
+        steps, since, epoch = self.warm
+        per_step, num_left = (now - since) / max(1, task.completed - steps), task.total - task.completed
         timers = (one.time_remaining() for one in trainer.callbacks if isinstance(one, callbacks.Timer))  # type: ignore[attr-defined]
         limit = min((limit for limit in timers if limit is not None), default=math.inf)
-        left = min(per_step * num_left, limit)
+        left, ended = min(per_step * num_left, limit), trainer.current_epoch > epoch
         task.fields["left"] = remaining(left)
-        if min(seconds, left) < ESTIMATE_SECONDS or self.said == self.counts_all:
-            return
-        self.said = self.counts_all
-        what = f"the {num_left:,} steps that are left take"
-        if left == limit:
-            what = f"--max_time ends the run after {left / per_step:,.0f} of the {num_left:,} steps that are left, in"
-        more = "" if self.counts_all else "; validation and saving come on top"
-        self._say(f"{per_step:.3g} s/step: {what} {task.fields['left']}{more}")
+        if min(now - since, left) >= ESTIMATE_SECONDS and self.said != ended:
+            self.said = ended
+            which = "with validation and saving" if ended else "within an epoch"
+            what = f"the {num_left:,} steps to come take"
+            if left == limit:
+                what = f"--max_time ends the run after {left / per_step:,.0f} of {num_left:,} steps to come, in"
+            self._say(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}")
 
     def _say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, soft_wrap=True)

@@ -49,15 +49,6 @@ def build_sgd(groups: Groups, _: clip.DualEncoder, options: OptimizerOptions, fu
     return sgd
 
 
-def state_bytes(optimizer: Optimizer, options: OptimizerOptions) -> int:
-    """Bytes of the state that an optimizer will have: two moments of AdamW, one of Muon and of SGD with momentum."""
-    of_matrix, total = 2 if options.adam_statistics == "bfloat16" else 4, 0
-    for group in optimizer.param_groups:
-        moments = 2 if "betas" in group else bool(group["momentum"])
-        total += moments * sum(p.numel() * (of_matrix if p.ndim >= 2 else 4) for p in group["params"])
-    return total
-
-
 def parameter_groups(module: nn.Module, options: OptimizerOptions, rates: Mapping[nn.Parameter, float]) -> Groups:
     """Sort trainable parameters by whether they decay and by their learning rate; those that decay come first.
 
