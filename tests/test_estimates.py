@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
@@ -18,12 +17,15 @@ from torch.utils.data import DataLoader
 
 from tests.commands.test_train import arguments, model_file  # noqa: F401
 from tests.conftest import TINY, write_pairs
-from train_clip import CLIPWrapper, cli, estimates
+from tests.training.tiny_encoders import SIDE, bare_trainer, bert, image_tower, tokenizer
+from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, cli, estimates
 from train_clip.commands import progress
+from train_clip.commands.convert import write_model
 from train_clip.commands.run import checkpoint_sizes
 from train_clip.data_tools.npz import NpzOptions, data_npz
 from train_clip.errors import UserError
 from train_clip.models.config import config_from_dict
+from train_clip.prompts.file import PromptConfig
 from train_clip.training.checkpoints import Checkpoints
 from train_clip.training.display import RunProgress
 
@@ -228,27 +230,42 @@ def tensors(file: Path) -> int:
     return sum({value.data_ptr(): value.nbytes for value in found}.values())
 
 
+def clip(_: Path, **how: Any) -> CLIPWrapper:
+    return CLIPWrapper("tiny", config_from_dict(TINY), **how)
+
+
+def prompts(folder: Path, **how: Any) -> PromptCLIPWrapper:
+    write_model(clip(folder).model, folder / "backbone.safetensors", "safetensors")
+    return PromptCLIPWrapper(folder / "backbone.safetensors", PromptConfig(3, (0, 1), 0.0, class_token=True), **how)
+
+
+def encoders(_: Path, **how: Any) -> CustomCLIPWrapper:
+    return CustomCLIPWrapper(
+        image_tower(), bert(add_pooling_layer=False), image_size=SIDE, avg_word_embs=True, tokenizer=tokenizer(), **how
+    )
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("build", "how"),
     [
-        {},
-        {"optimizer": "sgd", "momentum": 0.9, "ema": 0.9},
-        {"optimizer": "sgd", "momentum": 0.0},
-        {"optimizer": "muon", "adam_statistics": "bfloat16", "lock_text": True, "ema": 0.9},
-        {"half_weights": "text", "distillation": "softmax", "ema": 0.9},
-        {"half_weights": "both", "adam_statistics": "bfloat16"},
+        (clip, {}),
+        (clip, {"optimizer": "sgd", "momentum": 0.9, "ema": 0.9}),
+        (clip, {"optimizer": "sgd", "momentum": 0.0}),
+        (clip, {"optimizer": "muon", "adam_statistics": "bfloat16", "lock_text": True, "ema": 0.9}),
+        (clip, {"half_weights": "text", "distillation": "softmax", "ema": 0.9}),
+        (clip, {"half_weights": "both", "adam_statistics": "bfloat16"}),
+        (prompts, {"ema": 0.9}),
+        (encoders, {"optimizer": "adamw"}),
     ],
-)  # fmt: skip
-def test_a_checkpoint_is_as_large_as_was_said(tmp_path: Path, how: dict[str, Any]) -> None:
+)
+def test_a_checkpoint_is_as_large_as_was_said(tmp_path: Path, build: Any, how: dict[str, Any]) -> None:
     """Every number of weights, moments and EMA in the files of a run of one step, against what was said before it."""
-    module = CLIPWrapper("tiny", config_from_dict(TINY), **how)
+    module = build(tmp_path, **how)
     said = checkpoint_sizes(module)
-    loader: Any = DataLoader([(torch.zeros(3, 16, 16, dtype=torch.uint8), "a cat")] * 4, batch_size=4)  # type: ignore[arg-type]
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=[Checkpoints(tmp_path)], logger=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, loader)
+    words = "w1 w2" if build is encoders else "a cat"
+    picture = torch.zeros(3, module.model.image_size, module.model.image_size, dtype=torch.uint8)
+    loader: Any = DataLoader([(picture, words)] * 4, batch_size=4)  # type: ignore[arg-type]
+    bare_trainer(enable_checkpointing=True, callbacks=[Checkpoints(tmp_path)]).fit(module, loader)
     mean = tmp_path / "ema" / "last.ckpt"
     assert said == (tensors(tmp_path / "last.ckpt"), tensors(mean) if mean.exists() else 0)
 
@@ -268,7 +285,7 @@ def test_no_run_begins_that_cannot_be_saved(
     assert not (tmp_path / "run").exists()
     cli.main([*words, "--enable_checkpointing", "false", "--output", str(tmp_path / "other")])
     assert "Optimizer steps to come: 9, up to epoch 3.\n" in capsys.readouterr().out
-    state = checkpoint_sizes(CLIPWrapper("tiny", config_from_dict(TINY)))[0]
+    state = checkpoint_sizes(clip(tmp_path))[0]
     fill_disk(monkeypatch, 2 * state)
     cli.main(words)
     assert (

@@ -204,7 +204,8 @@ def room_for(module: ContrastiveModule, trainer: L.Trainer, folder: Path) -> str
 
 def checkpoint_sizes(module: ContrastiveModule) -> tuple[int, int]:
     """Bytes that a checkpoint will have, in float32 or half weights, and its EMA's own file."""
-    checkpoint, numbers = {"state_dict": module.state_dict()}, module.options.optimizer
+    numbers = module.options.optimizer
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     module.on_save_checkpoint(checkpoint)  # which may leave some out
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
     state = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())  # what is shared once
