@@ -307,3 +307,6 @@ def test_no_arrays_and_no_models_without_room(tmp_path: Path, monkeypatch: pytes
     assert "12 arrays to write: at least 9 kB; 9 kB are free.\n" in capsys.readouterr().out
     fill_disk(monkeypatch, 0)
     assert data_npz(folder, options=NpzOptions(16, 0))["there"] == 12
+    fill_disk(monkeypatch, 1000)
+    with pytest.raises(UserError, match=r"b.safetensors: 1 kB .* which the model takes"):
+        write_model(clip(tmp_path).model, tmp_path / "b.safetensors", "safetensors")
