@@ -87,7 +87,7 @@ def test_arrays_of_whole_pictures(folder: Path, workers: int, capsys: pytest.Cap
         assert np.array_equal(np.load(folder / "npz" / f"{image.stem}.npz")["data"].transpose(1, 2, 0), expected)
     printed = capsys.readouterr().out
     images, arrays = (sum(file.stat().st_size for file in (folder / place).iterdir()) for place in ("img", "npz"))
-    assert f"On disk: {arrays / 2**20:.1f} MiB, compared with {images / 2**20:.1f} MiB of images" in printed
+    assert f"On disk: {arrays / 1e3:.0f} kB, compared with {images / 1e3:.0f} kB of images" in printed
     assert f"Next: train-clip train --folder {folder}," in printed
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from tests.conftest import TINY, write_pairs
-from train_clip import CLIPWrapper, cli
+from train_clip import CLIPWrapper, cli, estimates
 from train_clip.checkpoints.own import read_checkpoint
+from train_clip.commands import merge
 from train_clip.commands.merge import interpolate, require_one_model
 from train_clip.errors import UserError
 
@@ -63,6 +65,22 @@ def test_figures_side_by_side(made, tmp_path, monkeypatch, capsys):
         cli.main(["evaluate", file, "--folder", "data", "--json", str(tmp_path / "one.json")])
         assert found[weight]["data"] == json.loads((tmp_path / "one.json").read_text())
     assert "R@1 i→t" in capsys.readouterr().out
+
+
+def test_the_models_that_are_to_come(made, tmp_path, monkeypatch, capsys):
+    """30 s for each of the two that there are, so 60 for two more; a disk for one of two: refused, none is written."""
+    monkeypatch.chdir(made)
+    clock = iter((100.0, 160.0))
+    monkeypatch.setattr(merge, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    words = ["merge", last("start"), last("tuned"), "--weight", "[0, 0.25, 0.5]", "--output", str(tmp_path)]
+    cli.main(words)
+    monkeypatch.undo()
+    monkeypatch.chdir(made)
+    assert "The merged models are scored likewise: about 60 s, done at about" in capsys.readouterr().out
+    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e12, free=1e6))
+    with pytest.raises(SystemExit, match=f"{tmp_path}/new: 1 MB of disk space are free. Expected room for"):
+        cli.main([*words[:-1], str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_read_only_folder_is_told_before_training(words, read_only):
     result = run([*words, "--output", str(read_only / "run")]).require(1)
     (line,) = result.complaints
     assert str(read_only) in line
-    assert "batch 1/" not in result.text
+    assert "step  1/" not in result.text
 
 
 def test_a_folder_that_turns_read_only_ends_the_run_in_a_line(words, disk):

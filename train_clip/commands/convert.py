@@ -7,6 +7,7 @@ from typing import Literal
 from train_clip import files, options
 from train_clip.checkpoints.found import find_weights
 from train_clip.errors import UserError
+from train_clip.estimates import require_room
 from train_clip.models.clip import CLIP, DualEncoder
 
 ENCODERS = (
@@ -69,11 +70,12 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
             "`evaluate` and train_clip.load read."
         )
     _require_writable(target)
-    write = pkgutil.resolve_name(WRITERS[kind][0])
+    write, tensors = pkgutil.resolve_name(WRITERS[kind][0]), model.state_dict()
+    require_room(target, sum(tensor.nbytes for tensor in tensors.values()), "the model takes")
     with files.replacing(target) as beside:
         if kind != "safetensors":
             beside.mkdir()
-        write(model.config, {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, beside)
+        write(model.config, {name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
 
 
 def _require_writable(target: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 from rich import console, table
+from torch.utils.data import DataLoader
 
 from train_clip.checkpoints.found import NO_CHOICE, Found, Pretrained, find_weights
 from train_clip.commands.progress import with_progress
 from train_clip.data import crops, pairs, samples, scan
 from train_clip.errors import BadSample, UsageError, UserError
+from train_clip.estimates import size
 from train_clip.evaluation import embed, zero_shot
 from train_clip.files import replacing, write_text
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
@@ -27,6 +29,7 @@ EVALUATORS = {
     "zero_shot": "train_clip.evaluation.zero_shot:score_classes",
 }
 NAMED = 5  # files named on the screen; --json names all
+LARGE = 1e9  # bytes of embeddings that are spoken of
 IMAGES_DRAWN, COLUMNS = 18, 3
 CAPTIONS_DRAWN = 3  # of each
 WIDTH = 200  # characters, what the widest row of a table takes
@@ -182,7 +185,7 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     loader = samples.image_loader(
         [pair.pixels for pair in found], model.model.image_size, options.batch_size, options.num_workers
     )
-    for indices, pixels, bad in with_progress(loader, "batches of images"):
+    for indices, pixels, bad in with_progress(loader, "images"):
         skips += bad
         kept += indices
         parts.append(embed.embed_images(model.model, pixels, options.batch_size))
@@ -200,11 +203,15 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     def embed_texts(texts: list[str], batch_size: int = embed.EMBED_AT_ONCE) -> torch.Tensor:
         return embed.embed_texts(model.model, texts, lambda batch: model.tokenizer.batch(batch)[0], batch_size)
 
+    if (memory := 4 * model.model.embed_dim * (len(kept) + len(captions))) >= LARGE:
+        print(f"Embeddings of {len(kept):,} images and {len(captions):,} captions take {size(memory)} of memory.")
+    batches: Any = DataLoader(captions, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
+    texts = [embed_texts([]), *map(embed_texts, with_progress(batches, "captions"))]
     return embed.Collection(
         paths=[found[index].image for index in kept],
         images=torch.cat(parts),
         captions=captions,
-        texts=embed_texts(captions, options.batch_size),
+        texts=torch.cat(texts),
         owners=owners,
         classes=classes,
         templates=templates,

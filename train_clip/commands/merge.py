@@ -4,13 +4,16 @@ Weight-space ensembling of the start and the end of a fine-tuning run (WiSE-FT, 
 """
 
 import dataclasses
+import time
 from pathlib import Path
 
 import torch
 
 from train_clip.checkpoints import found, own
 from train_clip.commands import evaluate
+from train_clip.commands.progress import FIRST_SECONDS
 from train_clip.errors import UsageError, UserError
+from train_clip.estimates import remaining, require_room
 from train_clip.files import require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
@@ -67,7 +70,13 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     # Before anything is written: what cannot be mixed or scored leaves no files behind, which would be in the next
     # run's way.
     require_one_model(first, second)
+    require_room(options.output, len(weights) * sum(one.nbytes for one in second.values()), "the merged models take")
+    started = time.perf_counter()
     scores = {weight: _scores(one, options) for weight, one in ((0.0, begin), (1.0, found.find_weights(tuned)))}
+    # The two that there are already took as long as any two others.
+    left = (time.perf_counter() - started) / 2 * len({*weights} - {0.0, 1.0})
+    if left >= FIRST_SECONDS:
+        print(f"The merged models are scored likewise: {remaining(left)}")
     if options.json is not None:
         require_place(options.json)
     about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **own.OF_RUN}}

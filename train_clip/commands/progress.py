@@ -1,15 +1,18 @@
-"""How far a scan is: a bar on a terminal, a line now and then in a file."""
+"""How far a scan is and how long it takes: a bar on a terminal, a line now and then in a file."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from rich import console, progress
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch.utils.data import DataLoader
 
 from train_clip.data.samples import available_cores
+from train_clip.estimates import remaining
 
+FIRST_SECONDS = 5.0  # of work that the first estimate is of, and the least that it speaks of
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 BATCH = 16  # items that travel together from a worker
 
@@ -17,8 +20,8 @@ BATCH = 16  # items that travel together from a worker
 def in_workers(function: Any, items: Any, num_workers: int | None, what: str) -> Iterator[Any]:
     """Call a function on each item of a sequence in processes, None for one a core, and yield in order."""
     workers = available_cores() if num_workers is None else num_workers
-    calls = DataLoader(items, batch_size=BATCH, num_workers=workers, collate_fn=partial(_call, function))
-    for batch in with_progress(calls, f"batches of {BATCH} {what}"):
+    calls: Any = DataLoader(items, batch_size=BATCH, num_workers=workers, collate_fn=partial(_call, function))
+    for batch in with_progress(calls, what):
         yield from batch
 
 
@@ -26,15 +29,21 @@ def _call(function: Any, items: list[Any]) -> list[Any]:
     return list(map(function, items))
 
 
-def with_progress(loader: Any, what: str) -> Iterator[Any]:
-    """Go through something that has a length, and show how many of ``what`` are done."""
-    screen = console.Console()
-    if screen.is_terminal:
-        yield from progress.track(loader, description=what, console=screen, transient=True)
-        return
-    last = time.perf_counter()
-    for number, item in enumerate(loader, 1):
-        yield item
-        if time.perf_counter() - last > LINE_SECONDS:
-            last = time.perf_counter()
-            print(f"{number:,} of {len(loader):,} {what}", flush=True)
+def with_progress(loader: DataLoader[Any], what: str, clock: Callable[[], float] = time.perf_counter) -> Iterator[Any]:
+    """Go through the batches of a loader, and show how many of its items, ``what``, are done and when all will be."""
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
+    screen = Console()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task, first, due = bar.add_task(what, total=total, left=""), None, FIRST_SECONDS
+        for number, batch in enumerate(loader, 1):
+            yield batch
+            done, now = min(number * (loader.batch_size or 1), total), clock()
+            # Speed is counted from the end of the first batch, when all loader processes have started.
+            begun, since = first = first or (done, now)
+            seconds = now - since
+            left = seconds * (total - done) / (done - begun) if done > begun else 0.0
+            bar.update(task, completed=done, left=remaining(left) if seconds >= FIRST_SECONDS else "")
+            if bar.disable and seconds >= due and left >= FIRST_SECONDS:
+                due = seconds + LINE_SECONDS
+                print(f"{done:,} of {total:,} {what}, {(done - begun) / seconds:,.1f}/s: {remaining(left)}", flush=True)

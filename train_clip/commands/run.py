@@ -16,10 +16,12 @@ from lightning.pytorch import cli, loggers, utilities
 
 from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
 from train_clip.errors import UsageError, UserError, root_cause
+from train_clip.estimates import require_room, size
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
-from train_clip.training import checkpoints, display, signals
+from train_clip.training import checkpoints, display, half_precision, signals
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
+from train_clip.training.optimizer import build_optimizer
 
 # Messages that are about Lightning's products, repeat what the verb prints, or describe how it is meant to be here.
 NOT_ABOUT_THE_RUN = re.compile(
@@ -57,6 +59,7 @@ TRAINER_HELP: dict[str, str | None] = {
 }
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
+WIDTHS = {"64-true": 2.0, "16-true": 0.5, "bf16-true": 0.5}  # precisions of all numbers, next to float32
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,11 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
         )
     if options.get("log_every_n_steps") is None:
         trainer.log_every_n_steps = int(max(1, min(LOG_EVERY, num_steps // MIN_POINTS)))  # type: ignore[attr-defined]
+    room = room_for(module, trainer, folder)
     write_run_files(folder, settled(job, run, folder) | options, facts, job.own_model)
     say_start(module, trainer, folder, resumed)
+    epochs = f", up to epoch {run.epochs:,}" if run.epochs and run.epochs > 0 else ""
+    utilities.rank_zero_only(print)(f"Optimizer steps to come: {num_steps - steps_before:,}{epochs}.{room}")
     try:
         trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
     except signals.Stopped:
@@ -193,6 +199,37 @@ def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resum
         f"{model.image_size}×{model.image_size} pixels; {trainer.world_size} × {device}, {trainer.precision}. "
         f"Output folder: {folder}/."
     )
+
+
+@utilities.rank_zero_only
+def room_for(module: ContrastiveModule, trainer: L.Trainer, folder: Path) -> str:
+    """What the checkpoints take of the disk, in words; refused where there is no room for the next one."""
+    saving = next((one for one in trainer.checkpoint_callbacks if isinstance(one, checkpoints.Checkpoints)), None)
+    if saving is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return ""
+    state, mean = (WIDTHS.get(trainer.precision, 1.0) * number for number in checkpoint_sizes(module))
+    free = require_room(folder, state + mean, "the run's checkpoints take at least")
+    there = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*/*.ckpt")}.values())
+    # The newest, the best, and one that is being written; of an EMA the newest is one.
+    most = (saving.keep + 2) * state + 3 * mean
+    advice = " Free space, or give --keep 1 or another --output." if most > free + there else ""
+    kind = "Checkpoints with their EMA" if mean else "Checkpoints"
+    return f" {kind} take {size(state + mean)} each, {size(most)} at most; {size(free)} are free.{advice}"
+
+
+def checkpoint_sizes(module: ContrastiveModule) -> tuple[int, int]:
+    """Bytes that a checkpoint will have, in float32 or half weights, and its EMA's own file."""
+    numbers = module.options.optimizer
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(checkpoint)  # which may leave some out
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
+    state = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())  # what is shared once
+    state -= 2 * sum(parameter.numel() for parameter in half_precision.to_narrow(module.model, numbers))
+    of_matrix = 2 if numbers.adam_statistics == "bfloat16" else 4
+    for group in build_optimizer(module, module.model, module.options).param_groups:
+        moments = 2 if "betas" in group else bool(group["momentum"])  # of AdamW; of SGD and Muon
+        state += moments * sum(one.numel() * (of_matrix if one.ndim >= 2 else 4) for one in group["params"])
+    return state, sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("ema.model."))
 
 
 @utilities.rank_zero_only

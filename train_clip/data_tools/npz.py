@@ -15,6 +15,7 @@ from train_clip.data.images import is_npz, open_rgb, reading
 from train_clip.data.pairs import plain_name, shown
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
+from train_clip.estimates import require_room, size
 from train_clip.files import sweep
 from train_clip.options import Options, PairBy, SourceOptions, at_least, option
 
@@ -57,6 +58,10 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
             )
     for place in {(folder / array).parent for array in images}:
         sweep(place)
+    number = sum(not (folder / array).exists() for array in images)
+    least = number * 3 * options.image_size**2  # of squares; others take more
+    free = require_room(folder / CACHE, least, f"{number:,} arrays take at least")
+    print(f"{number:,} arrays to write: at least {size(least)}; {size(free)} are free.")
     cache = partial(cache_image, folder, options.image_size)
     counts = Counter(written=0, there=0, bad=0, image_bytes=0, cache_bytes=0)
     bad: dict[str, list[str]] = defaultdict(list)
@@ -77,8 +82,8 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
             f"{folder}: none of its {len(images):,} images can be read; {len(pairs) - len(images):,} pairs have arrays "
             "(.npz) and no images. Expected images."
         )
-    cached, whole = counts["cache_bytes"] / 2**20, counts["image_bytes"] / 2**20
-    print(f"On disk: {cached:,.1f} MiB, compared with {whole:,.1f} MiB of images ({cached / whole:.1f} times as much)")
+    cached, whole = counts["cache_bytes"], counts["image_bytes"]
+    print(f"On disk: {size(cached)}, compared with {size(whole)} of images ({cached / whole:.1f} times as much)")
     by_number = "" if options.pair_by == "stem" else f" --pair_by {options.pair_by}"
     print(f"Next: train-clip train --folder {folder}{by_number}, which reads them instead of the images.")
     return dict(counts)

@@ -4,12 +4,14 @@ import base64
 import html
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from train_clip import errors, files
+from train_clip.commands.progress import in_workers
 from train_clip.data import augment, crops, samples
 from train_clip.data.pairs import PairList, shown
 from train_clip.data.scan import scan_source
@@ -56,7 +58,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     chosen = sorted(np.random.default_rng(options.seed).permutation(len(found.pairs))[:number].tolist())
     tokenizer = Tokenizer(options.context_length)
     title = f"{number} of {len(found.pairs):,} pairs of {shown(str(found.source))}"
-    sections = "\n".join(_section(found.pairs, place, options, tokenizer) for place in chosen)
+    sections = "\n".join(in_workers(partial(_section, found.pairs, options, tokenizer), chosen, 0, "pairs"))
     files.write_text(
         options.output,
         f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
@@ -68,7 +70,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     return options.output
 
 
-def _section(pairs: PairList, place: int, options: ShowOptions, tokenizer: Tokenizer) -> str:
+def _section(pairs: PairList, options: ShowOptions, tokenizer: Tokenizer, place: int) -> str:
     pictures, lines = "", []
     try:
         lines = pairs[place].captions()

@@ -1,20 +1,26 @@
 """What a run shows: progress, speed, metrics in ``metrics.csv``, and their curves as a picture."""
 
 import csv
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer, loggers, utilities
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning.pytorch import Callback, Trainer, callbacks, loggers, utilities
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from typing_extensions import override
 
 from train_clip import errors, files
+from train_clip.estimates import remaining
+from train_clip.training import lightning_internals
 
 METRICS = Path("logs", "metrics.csv")  # within a run's folder
 
 REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the device
 LINE_SECONDS = 15.0  # between lines where there is no terminal
+WARM_UP = 3  # batches that no estimate counts: compilation, loader processes that start
+ESTIMATE_SECONDS = 10.0  # of training that the first estimate is of, and the least that it speaks of
 
 # What is shown, in this order: logged names behind train/, val/ or val_ema/, and their labels and formats.
 FIGURES = {
@@ -57,32 +63,37 @@ PANELS = {
 class RunProgress(Callback):
     """Metrics, pairs/s and the time left: a bar for the whole run on a terminal, a line now and then in a file."""
 
-    def __init__(self) -> None:
-        self.done, self.left = MofNCompleteColumn(), TimeRemainingColumn()
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock, self.done = clock, MofNCompleteColumn()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
-        columns = (self.done, BarColumn(10), self.left, TextColumn("{task.description}"))
-        # Some steps take longer than the half minute over which rich looks back by itself.
-        self.progress = Progress(*columns, refresh_per_second=4, speed_estimate_period=3600)
+        columns = (self.done, BarColumn(10), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, refresh_per_second=4)
         self.progress.disable = not self.progress.console.is_terminal
-        self.last_shown = 0.0
+        self.last_shown, self.batches = 0.0, 0
+        self.warm: tuple[float, float, int] | None = None  # steps, time and epoch when the warm-up ended
+        self.said: bool | None = None  # whether the newest estimate that was said counts an epoch's end; or none was
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        epochs = trainer.max_epochs or 0
-        limits = trainer.num_training_batches * epochs, trainer.max_steps * trainer.accumulate_grad_batches
-        total = min((limit for limit in limits if 0 < limit < float("inf")), default=None)
-        self.progress.add_task("", total=total, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        total = trainer.estimated_stepping_batches
+        self.progress.add_task("", total=total, completed=trainer.global_step, left="")
         if trainer.is_global_zero:
             self.progress.start()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        task, now, in_file = self.progress.tasks[-1], time.perf_counter(), self.progress.disable
-        self.progress.update(task.id, completed=trainer.fit_loop.epoch_loop.total_batch_idx + 1)
-        if trainer.is_global_zero and now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
+        self.batches += 1
+        if not trainer.is_global_zero:
+            return
+        task, now, in_file = self.progress.tasks[-1], self.clock(), self.progress.disable
+        if lightning_internals.steps_and_ends(trainer)[0]:
+            self.progress.update(task.id, completed=trainer.global_step)
+            self._estimate(trainer, task, now)
+        if now - self.last_shown > (LINE_SECONDS if in_file else REFRESH_SECONDS):
             self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
-                self._say(f"batch {self.done.render(task)}  {task.description}  left: {self.left.render(task)}")
+                left = f"  left: {task.fields['left']}" if task.fields["left"] else ""
+                self._say(f"step {self.done.render(task)}  {task.description}{left}")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -97,6 +108,25 @@ class RunProgress(Callback):
         self.progress.stop()
 
     on_exception = teardown  # the message is to stand alone
+
+    def _estimate(self, trainer: Trainer, task: Any, now: float) -> None:
+        """The time that is left, at the mean speed since the warm-up; said once, and again when an epoch has ended."""
+        if self.warm is None:
+            self.warm = (task.completed, now, trainer.current_epoch) if self.batches >= WARM_UP else None
+            return
+        steps, since, epoch = self.warm
+        per_step, num_left = (now - since) / max(1, task.completed - steps), task.total - task.completed
+        timers = (one.time_remaining() for one in trainer.callbacks if isinstance(one, callbacks.Timer))  # type: ignore[attr-defined]
+        limit = min((limit for limit in timers if limit is not None), default=math.inf)
+        left, ended = min(per_step * num_left, limit), trainer.current_epoch > epoch
+        task.fields["left"] = remaining(left)
+        if min(now - since, left) >= ESTIMATE_SECONDS and self.said != ended:
+            self.said = ended
+            which = "with validation and saving" if ended else "within an epoch"
+            what = f"the {num_left:,} steps to come take"
+            if left == limit:
+                what = f"--max_time ends the run after {left / per_step:,.0f} of {num_left:,} steps to come, in"
+            self._say(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}")
 
     def _say(self, line: str) -> None:
         self.progress.console.print(line, highlight=False, soft_wrap=True)

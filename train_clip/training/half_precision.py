@@ -6,6 +6,7 @@ has one dimension or none, a thousandth of a model, stays float32.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,11 +29,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
 
 def narrow(model: DualEncoder, options: OptimizerOptions) -> None:
-    """Keep in bfloat16, rounded to nearest, the matrices that are trained of the towers that ``half_weights`` names."""
+    """Keep in bfloat16, rounded to nearest, what is to be."""
+    for parameter in to_narrow(model, options):
+        parameter.data = parameter.data.bfloat16()
+
+
+def to_narrow(model: DualEncoder, options: OptimizerOptions) -> Iterator[nn.Parameter]:
+    """The matrices that are trained of the towers that ``half_weights`` names, unless they are in bfloat16 already."""
     for tower, name in zip(model.towers(), ("image", "text"), strict=True):
         for parameter in tower if options.half_weights in (name, "both") else ():
             if parameter.requires_grad and parameter.ndim >= 2 and parameter.dtype == torch.float32:
-                parameter.data = parameter.data.bfloat16()
+                yield parameter
 
 
 def widen(model: nn.Module, options: OptimizerOptions) -> None:
