@@ -22,6 +22,12 @@ from train_clip.models.config import ModelConfig
 from train_clip.models.config import config_from_dict
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """None beside this one for a test or a file, which take less than a start, and for those that share one GPU."""
+    folders = any(Path(words).is_dir() for words in config.args)
+    return None if folders and "gpu" not in config.getoption("markexpr") else 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none, and what takes minutes unless it was asked for."""
     for item in items:

@@ -104,6 +104,11 @@ def start(
     """
     variables = dict(os.environ if env is None else env)
     if not hasattr(os, "fork") or _early(variables) != _early(_server().variables):
+        print(
+            "DEBUG fresh",
+            set(_early(variables).items()) ^ set(_early(_server().variables).items()),
+            file=open("/tmp/t1debug", "a"),
+        )
         streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
         return subprocess.Popen([sys.executable, *words], env=variables, cwd=cwd, start_new_session=True, **streams)
     reader, writer = os.pipe()
@@ -120,16 +125,22 @@ def run(
     *,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
+    processes: int = 1,
     check: bool = False,
     timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run([sys.executable, *words], capture_output=True, text=True)``, by ``start``."""
+    """``subprocess.run([sys.executable, *words], capture_output=True, text=True)``, by ``start``.
+
+    With ``processes`` of 2 as two that train together: what both print, and a code other than 0 if either has one.
+    """
+    variables = dict(os.environ if env is None else env)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = start(words, stdout=out, stderr=err, env=env, cwd=cwd)
+        started = [start(words, stdout=out, stderr=err, env=variables | rank, cwd=cwd) for rank in ranks(processes)]
         try:
-            code = process.wait(timeout)
+            code = next(filter(None, [process.wait(timeout) for process in started]), 0)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for process in started:
+                os.killpg(process.pid, signal.SIGKILL)
             raise
         out.seek(0), err.seek(0)
         ended = subprocess.CompletedProcess(list(words), code, out.read(), err.read())
@@ -138,12 +149,14 @@ def run(
     return ended
 
 
-def two_ranks() -> list[dict[str, str]]:
-    """The variables of two processes that train together, as Lightning sets them for those that it starts."""
+def ranks(number: int) -> list[dict[str, str]]:
+    """The variables of processes that train together, as Lightning sets them for those that it starts."""
+    if number == 1:
+        return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [both | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    return [both | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)} for rank in range(number)]
 
 
 def _early(variables: Mapping[str, str]) -> dict[str, str]:

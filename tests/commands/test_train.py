@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests import forked
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
 from train_clip.commands.run import default_precision
@@ -39,10 +37,8 @@ def run_train(folder: Path, model_file: Path, output: Path, *words: str) -> Path
 
 def run_on_two_processes(folder: Path, model_file: Path, output: Path, *words: str) -> str:
     """The same on two processes, from outside; what they print."""
-    command = [sys.executable, "-m", "train_clip.cli", *arguments(folder, model_file, output, *words), "--devices", "2"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "MASTER_"))}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=True, timeout=240, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    command = ["-m", "train_clip.cli", *arguments(folder, model_file, output, *words), "--devices", "2"]
+    return forked.run(command, processes=2, check=True).stdout
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

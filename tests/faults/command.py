@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tests.conftest import TINY, write_pairs
-from tests.forked import Process, start, two_ranks
+from tests.forked import Process, ranks, start
 from train_clip.checkpoints.own import read_checkpoint
 
 HERE = Path(__file__).parent
@@ -72,8 +72,7 @@ class Command:
         clean |= {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])} | environment
         self.printed, writer = os.pipe()
         self.processes = [
-            start([*program, *words], env=clean | rank, stdout=writer, stderr=writer)
-            for rank in (two_ranks() if processes == 2 else [{}])
+            start([*program, *words], env=clean | rank, stdout=writer, stderr=writer) for rank in ranks(processes)
         ]
         os.close(writer)
 
@@ -102,8 +101,9 @@ class Command:
             self.kill()
             raise AssertionError(f"it, or a child of it, did not end within {timeout} s\n{b''.join(printed).decode()}")
         os.close(self.printed)
-        (code,) = {process.wait() for process in self.processes}
-        return Result(code, b"".join(printed).decode())
+        text, codes = b"".join(printed).decode(), {process.wait() for process in self.processes}
+        assert len(codes) == 1, f"exit codes {codes}\n{text}"
+        return Result(codes.pop(), text)
 
     def kill(self) -> None:
         """SIGKILL to all its processes."""

@@ -90,7 +90,7 @@ def test_a_disk_that_others_fill_ends_the_run_in_a_line(words, disk):
 
 def test_a_full_disk_ends_both_processes(words, disk):
     """Only the first writes; the second does not wait for it for ever. Each says which file it was."""
-    result = run([*words, "--output", str(disk / "run"), "--devices", "2"]).require(1)
+    result = run([*words, "--output", str(disk / "run"), "--devices", "2"], processes=2).require(1)
     assert "No space left on device" in result.text
     assert len(result.complaints) == 2
     assert all(f"{disk}/run/checkpoints/" in line for line in result.complaints)
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_cannot_be_named_ends_both_processes(words, tmp_path):
     """The state is written, one of its names is not: a message from each, no traceback, and whatever is there loads."""
     folder = tmp_path / "run"
     fail = callback("FailAtChange", path=f"step-{2 * EVERY:08}.ckpt", step=2 * EVERY)
-    result = run([*words, "--output", str(folder), "--devices", "2", *fail]).require(1)
+    result = run([*words, "--output", str(folder), "--devices", "2", *fail], processes=2).require(1)
     assert "No space left on device" in result.text
     assert len(result.complaints) == 2
     assert all(f"{folder}/checkpoints" in line for line in result.complaints)

@@ -129,7 +129,7 @@ def test_a_kill_before_any_change_to_a_file_within_a_save(step, words, alone, tm
 def kill_at(moment: str, process: Command, folder: Path, record: Path, rng: random.Random) -> None:
     """Wait for a moment, send SIGKILL, and see to it that this is what ended the process."""
     if moment == "start":
-        time.sleep(rng.uniform(0, 6))
+        time.sleep(rng.uniform(0, 1))
     else:
         before, batches = len(steps(record)), rng.randint(1, 2 * INTERVAL)
         process.wait_for(lambda: len(steps(record)) >= before + batches, f"{batches} batches")
