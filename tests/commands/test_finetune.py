@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
@@ -250,7 +251,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
 )
 def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
     """Each mistake by a message that says what to do, and no run is left behind."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = set(Path().rglob("*"))
     message = refused(capsys, *ENCODERS, *SHORT, *words.split(), "--output", "none")
     assert re.search(expected, message)

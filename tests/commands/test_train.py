@@ -46,7 +46,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys):
+def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys, drawn):
     """Checkpoints, logs, curves, configuration and versions, and the next command on the screen."""
     run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0.25")
     assert {file.name for file in (run / "checkpoints").iterdir()} == {
