@@ -101,8 +101,11 @@ def start(
         env: all its variables; None: those of this process.
         cwd: its folder; None: that of this process.
     """
+    import torch
+
     variables = dict(os.environ if env is None else env)
-    if not hasattr(os, "fork") or _early(variables) != _early(_server().variables):
+    # A fork cannot use CUDA if an import has so much as counted the devices.
+    if not hasattr(os, "fork") or torch.cuda.is_available() or _early(variables) != _early(_server().variables):
         streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
         return subprocess.Popen([sys.executable, *words], env=variables, cwd=cwd, start_new_session=True, **streams)
     reader, writer = os.pipe()
@@ -209,7 +212,8 @@ def _fork_one(ends: list[int]) -> None:
 
 def _become(words: list[str]) -> None:
     """Run a program in this process, as ``python WORDS`` does."""
-    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [str(Path(path).absolute()) for path in paths if path]
     # A fresh interpreter's generator has a seed of its own.
     sys.modules["numpy"].random.seed()
     first, *rest = words

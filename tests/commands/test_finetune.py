@@ -19,6 +19,7 @@ from train_clip.checkpoints.own import read_checkpoint
 
 ENCODERS = ["--image_encoder", "hf:resnet", "--text_encoder", "hf:bert"]
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --epochs 2 --log_every_n_steps 1".split()
+SHORT += ["--num_workers", "0"]
 
 
 @pytest.fixture(scope="module")

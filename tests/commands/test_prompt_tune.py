@@ -20,7 +20,7 @@ from train_clip import cli
 from train_clip.checkpoints.own import read_checkpoint
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
-DATA = "--folder data --batch_size 4 --accelerator cpu".split()
+DATA = "--folder data --batch_size 4 --accelerator cpu --num_workers 0".split()
 FEW = ["--prompts", "3"]
 BACKBONE = "clip/checkpoints/last.ckpt"
 
@@ -37,21 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("tiny", "resnet"):
             words = ["--model_name", f"{name}.yaml", "--max_steps", "1", "--val_share", "0"]
             cli.main(["train", *DATA, *words, "--output", {"tiny": "clip", "resnet": "resnet"}[name]])
-        cli.main(
-            [
-                "prompt-tune",
-                "--pretrained",
-                BACKBONE,
-                *DATA,
-                *FEW,
-                "--val_share",
-                "0.2",
-                "--epochs",
-                "2",
-                "--output",
-                "run",
-            ]
-        )
+        words = "--val_share 0.2 --epochs 2 --output run".split()
+        cli.main(["prompt-tune", "--pretrained", BACKBONE, *DATA, *FEW, *words])
     return folder
 
 

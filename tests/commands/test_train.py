@@ -27,7 +27,7 @@ def model_file(tmp_path: Path) -> Path:
 
 def arguments(folder: Path, model_file: Path, output: Path, *words: str) -> list[str]:
     base = ["train", "--model_name", str(model_file), "--folder", str(folder), "--output", str(output)]
-    return [*base, *"--batch_size 4 --accelerator cpu --log_every_n_steps 1".split(), *words]
+    return [*base, *"--batch_size 4 --accelerator cpu --log_every_n_steps 1 --num_workers 0".split(), *words]
 
 
 def run_train(folder: Path, model_file: Path, output: Path, *words: str) -> Path:
