@@ -15,7 +15,7 @@ from train_clip.checkpoints.own import read_checkpoint
 from train_clip.commands.merge import interpolate, require_one_model
 from train_clip.errors import UserError
 
-SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1".split()
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1 --num_workers 0".split()
 
 
 @pytest.fixture(scope="module")
