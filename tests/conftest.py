@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tensors here are tiny: threads only wait for one another. Set before torch is imported, and for the commands that
@@ -16,10 +17,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from train_clip.models.config import ModelConfig
 from train_clip.models.config import config_from_dict
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """None beside this one for a test or a file, which take less than a start, and for those that share one GPU."""
+    folders = any(Path(words).is_dir() for words in config.args)
+    return None if folders and "gpu" not in config.getoption("markexpr") else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,6 +37,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[None]:
+    """A run's curves take longer to draw than its few steps to train: empty files instead, but for ``drawn``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **how: Path(file).touch())
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn in this test."""
+    monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
 @pytest.fixture
@@ -43,6 +65,7 @@ def pair_folder(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs", 12)
 
 
+DRAW = Figure.savefig
 TINY = {
     "name": "tiny",
     "embed_dim": 16,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import forked
 from train_clip.errors import UserError
 from train_clip.files import replacing, write_text
 from train_clip.training.checkpoints import AtomicCheckpointIO
@@ -139,14 +138,8 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path, moment: str) -> No
         "    beside.write_bytes(b'new' * 1000)\n"
         "    if sys.argv[2] == 'within the block': die()\n"
     )
-    result = subprocess.run([sys.executable, "-c", program, str(target), moment], check=False, env=_with_package())
-    assert result.returncode == -9
+    assert forked.run(["-c", program, str(target), moment]).returncode == -9
     assert target.read_bytes() == b"old"
-
-
-def _with_package() -> dict[str, str]:
-    """The environment in which another process finds the package that is tested here."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 # Checkpoints

@@ -19,7 +19,7 @@ from train_clip.checkpoints.own import read_checkpoint
 from train_clip.commands.convert import write_model
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
-SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --max_steps 1".split()
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --max_steps 1 --num_workers 0".split()
 KINDS = {"open_clip": "open_clip", "huggingface": "huggingface", "safetensors": "model.safetensors"}
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
 from tests.conftest import write_pairs
 from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
 from train_clip import cli
@@ -479,7 +478,7 @@ cli.main(["data", "check", sys.argv[1], "--num_workers", "0"])
 def test_a_killed_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone without a word after 40 of 60 pairs: what was kept by then is not looked at again."""
     folder = write_pairs(tmp_path / "pairs", 60)
-    assert subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False).returncode == 9
+    assert forked.run(["-c", KILLED, str(folder)]).returncode == 9
     looked_at = counted(monkeypatch)
     assert check(folder)["pairs"] == 60
     assert looked_at == list(range(32, 60))

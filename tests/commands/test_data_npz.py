@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import forked
 from tests.commands.test_train import model_file  # noqa: F401
 from tests.conftest import write_pairs
 from train_clip import cli
@@ -218,25 +217,21 @@ def test_an_interruption_loses_nothing(tmp_path: Path, stop: signal.Signals) -> 
     folder = write_pairs(tmp_path / "pairs", 600, size=200)
     age(folder)
     words = ["data", "npz", str(folder), "--image_size", "100", "--num_workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *words],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    printed = tmp_path / "printed"
+    with printed.open("w") as file:
+        process = forked.start(["-c", SLOWLY, *words], stdout=file, stderr=file)
     until = time.monotonic() + 60
     while len(list(folder.glob("npz/*.npz"))) < 20 and time.monotonic() < until:
         time.sleep(0.002)
     os.killpg(process.pid, stop)
-    _, errors = process.communicate(timeout=60)
+    process.wait(timeout=60)
     made = list(folder.glob("npz/*.npz"))
     assert 20 <= len(made) < 600
     for array in made:
         assert np.load(array)["data"].shape[0] == 3
     if stop == signal.SIGINT:
         assert process.returncode == 130
-        assert "Traceback" not in errors
+        assert "Traceback" not in printed.read_text()
     (folder / "npz" / "left.npz.tmp-123").write_bytes(b"half")
     assert make(folder, size=100) == (600 - len(made), len(made), 0)
     assert len(list((folder / "npz").iterdir())) == 600
@@ -274,7 +269,7 @@ def test_check_and_show_read_the_arrays(folder: Path, capsys: pytest.CaptureFixt
     assert shown.read_text().count("<img") == 11 * 4
 
 
-def forked(folder: Path, by_number: bool = False) -> Path:
+def as_the_fork_has_it(folder: Path, by_number: bool = False) -> Path:
     """The fork's layout: float16 arrays, already normalised, beside images."""
     two_levels(folder)
     (folder / "npz").mkdir()
@@ -291,7 +286,7 @@ def forked(folder: Path, by_number: bool = False) -> Path:
 @pytest.mark.parametrize("pair_by", ["stem", "number"])
 def test_the_forks_files_train(tmp_path: Path, model_file: Path, pair_by: PairBy) -> None:  # noqa: F811
     """Two epochs by the command line on float16 arrays; batches hold the arrays' values; check and show take them."""
-    folder = forked(tmp_path / "fork", pair_by == "number")
+    folder = as_the_fork_has_it(tmp_path / "fork", pair_by == "number")
     values = {np.load(file)["data"].astype(np.float32).tobytes() for file in (folder / "npz").iterdir()}
     for images, _ in batches(folder, pair_by=pair_by):
         assert images.dtype == torch.float32
@@ -322,7 +317,7 @@ def test_the_forks_files_train(tmp_path: Path, model_file: Path, pair_by: PairBy
 
 def test_both_kinds_in_a_folder(tmp_path: Path) -> None:
     """An image without an array among normalised ones: the run stops and names one of each; so does the check."""
-    folder = forked(tmp_path / "fork")
+    folder = as_the_fork_has_it(tmp_path / "fork")
     (folder / "npz" / "004.npz").unlink()
     with pytest.raises(UserError, match=rf"{folder}/img/004.png:? holds a picture"):
         batches(folder)

@@ -13,7 +13,7 @@ from train_clip.commands import demo as demo_module
 from train_clip.commands.demo import Scene, is_unseen, scenes, things
 
 
-def test_the_demo_runs_through(tmp_path, monkeypatch, capsys):
+def test_the_demo_runs_through(tmp_path, monkeypatch, capsys, drawn):
     """Two epochs instead of twenty: pictures, run, scores and the picture are there, and the way on is told."""
 
     def short(*groups):

@@ -24,7 +24,7 @@ from train_clip.commands.run import say_mean
 from train_clip.prompts.prompt_tune import BY_LOSS
 from train_clip.training.checkpoints import BY_RECALL, Checkpoints
 
-SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.25 --log_every_n_steps 1".split()
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.25 --log_every_n_steps 1 --num_workers 0".split()
 MEAN, LAST = Path("run/ema/last.ckpt"), Path("run/checkpoints/last.ckpt")
 
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_read_is_left_out_and_named(pair_folder, checkpoint, caps
     assert "003.png" in capsys.readouterr().out
 
 
-def test_a_picture_is_drawn(pair_folder, checkpoint, tmp_path):
+def test_a_picture_is_drawn(pair_folder, checkpoint, tmp_path, drawn):
     """``--picture`` writes a PNG."""
     cli.main(["evaluate", str(checkpoint), "--folder", str(pair_folder), "--picture", str(tmp_path / "best.png")])
     assert Image.open(tmp_path / "best.png").size[0] > 500

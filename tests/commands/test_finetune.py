@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
@@ -18,6 +19,7 @@ from train_clip.checkpoints.own import read_checkpoint
 
 ENCODERS = ["--image_encoder", "hf:resnet", "--text_encoder", "hf:bert"]
 SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --epochs 2 --log_every_n_steps 1".split()
+SHORT += ["--num_workers", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +252,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
 )
 def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
     """Each mistake by a message that says what to do, and no run is left behind."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = set(Path().rglob("*"))
     message = refused(capsys, *ENCODERS, *SHORT, *words.split(), "--output", "none")
     assert re.search(expected, message)

@@ -17,7 +17,7 @@ from train_clip import CLIPWrapper, cli
 from train_clip.checkpoints.own import read_checkpoint
 from train_clip.checkpoints.sources import OPEN_CLIP_CONFIG
 
-SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --log_every_n_steps 1".split()
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --log_every_n_steps 1 --num_workers 0".split()
 SIGMOID = ["--loss", "sigmoid"]
 
 

@@ -17,7 +17,7 @@ from train_clip.commands import merge
 from train_clip.commands.merge import interpolate, require_one_model
 from train_clip.errors import UserError
 
-SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1".split()
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0 --epochs 1 --num_workers 0".split()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +14,13 @@ import pytest
 import torch
 import yaml
 
+from tests import forked
 from tests.conftest import TINY, write_pairs
 from train_clip import cli
 from train_clip.checkpoints.own import read_checkpoint
 
 RESNET = TINY | {"image": {"size": 32, "blocks": [1, 1, 1, 1], "width": 8}}
-DATA = "--folder data --batch_size 4 --accelerator cpu".split()
+DATA = "--folder data --batch_size 4 --accelerator cpu --num_workers 0".split()
 FEW = ["--prompts", "3"]
 BACKBONE = "clip/checkpoints/last.ckpt"
 
@@ -37,21 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("tiny", "resnet"):
             words = ["--model_name", f"{name}.yaml", "--max_steps", "1", "--val_share", "0"]
             cli.main(["train", *DATA, *words, "--output", {"tiny": "clip", "resnet": "resnet"}[name]])
-        cli.main(
-            [
-                "prompt-tune",
-                "--pretrained",
-                BACKBONE,
-                *DATA,
-                *FEW,
-                "--val_share",
-                "0.2",
-                "--epochs",
-                "2",
-                "--output",
-                "run",
-            ]
-        )
+        words = "--val_share 0.2 --epochs 2 --output run".split()
+        cli.main(["prompt-tune", "--pretrained", BACKBONE, *DATA, *FEW, *words])
     return folder
 
 
@@ -168,16 +155,7 @@ def test_the_script_and_the_recipe_words(here, tmp_path):
     """``python train_finetune_vpt.py`` is the verb; shallow prompts, chosen blocks, no class token, AdamW."""
     script = Path(__file__).parents[2] / "train_finetune_vpt.py"
     start = ["--pretrained", BACKBONE, *DATA, *FEW, "--val_share", "0", "--max_steps", "1"]
-    words = [
-        "--prompt_kind",
-        "shallow",
-        "--class_token",
-        "false",
-        "--optimizer",
-        "adamw",
-        "--output",
-        str(tmp_path / "a"),
-    ]
+    words = [*"--prompt_kind shallow --class_token false --optimizer adamw --output".split(), str(tmp_path / "a")]
     subprocess.run([sys.executable, str(script), *start, *words], check=True, capture_output=True)
     assert set(state(tmp_path / "a")["state_dict"]) == {"model.visual.prompts.0"}
     assert state(tmp_path / "a")["hyper_parameters"]["prompts"]["dropout"] == 0.0
@@ -190,20 +168,9 @@ def test_the_script_and_the_recipe_words(here, tmp_path):
 def test_two_processes_tune_as_one(here, tmp_path):
     """A step of each, with dropout off: the same prompts to 1e-6."""
     words = ["--pretrained", BACKBONE, *DATA, *FEW, "--val_share", "0", "--max_steps", "2", "--prompt_dropout", "0"]
-    for processes in ("1", "2"):
-        output = str(tmp_path / processes)
-        call = [
-            sys.executable,
-            "-m",
-            "train_clip.cli",
-            "prompt-tune",
-            *words,
-            "--devices",
-            processes,
-            "--output",
-            output,
-        ]
-        subprocess.run(call, check=True, capture_output=True, env=os.environ | {"MASTER_PORT": str(_free_port())})
+    for processes in (1, 2):
+        call = ["prompt-tune", *words, "--devices", str(processes), "--output", str(tmp_path / str(processes))]
+        forked.run(["-m", "train_clip.cli", *call], processes=processes, check=True)
     for name, value in state(tmp_path / "1")["state_dict"].items():
         torch.testing.assert_close(state(tmp_path / "2")["state_dict"][name], value, rtol=0, atol=1e-6)
 
@@ -258,9 +225,3 @@ def _copy(checkpoint: str) -> str:
 
 def _no_network(*_: object, **__: object) -> None:
     raise OSError("no network")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests import forked
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, cli
 from train_clip.commands.run import default_precision
@@ -29,7 +27,7 @@ def model_file(tmp_path: Path) -> Path:
 
 def arguments(folder: Path, model_file: Path, output: Path, *words: str) -> list[str]:
     base = ["train", "--model_name", str(model_file), "--folder", str(folder), "--output", str(output)]
-    return [*base, *"--batch_size 4 --accelerator cpu --log_every_n_steps 1".split(), *words]
+    return [*base, *"--batch_size 4 --accelerator cpu --log_every_n_steps 1 --num_workers 0".split(), *words]
 
 
 def run_train(folder: Path, model_file: Path, output: Path, *words: str) -> Path:
@@ -39,10 +37,8 @@ def run_train(folder: Path, model_file: Path, output: Path, *words: str) -> Path
 
 def run_on_two_processes(folder: Path, model_file: Path, output: Path, *words: str) -> str:
     """The same on two processes, from outside; what they print."""
-    command = [sys.executable, "-m", "train_clip.cli", *arguments(folder, model_file, output, *words), "--devices", "2"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "MASTER_"))}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=True, timeout=240, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    command = ["-m", "train_clip.cli", *arguments(folder, model_file, output, *words), "--devices", "2"]
+    return forked.run(command, processes=2, check=True).stdout
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
@@ -50,7 +46,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys):
+def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys, drawn):
     """Checkpoints, logs, curves, configuration and versions, and the next command on the screen."""
     run = run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0.25")
     assert {file.name for file in (run / "checkpoints").iterdir()} == {

@@ -27,7 +27,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         words = "--model_name tiny.yaml --folder data --batch_size 4 --accelerator cpu --val_share 0.2 --max_bad 0.1"
-        cli.main(["train", *words.split(), *"--save_every 1 --keep 9 --log_every_n_steps 1 --output run".split()])
+        cli.main(
+            [
+                "train",
+                *words.split(),
+                *"--save_every 1 --keep 9 --log_every_n_steps 1 --num_workers 0 --output run".split(),
+            ]
+        )
     return folder
 
 

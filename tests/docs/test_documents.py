@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import forked
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import cli
@@ -121,9 +120,7 @@ def test_documented_python_runs(as_a_newcomer):
     found = [block for document in documents for block in blocks(ROOT / document, "python")]
     assert len(found) == 4
     for block in found:
-        ended = subprocess.run(
-            [sys.executable, "-c", block], cwd=as_a_newcomer, capture_output=True, text=True, timeout=200
-        )
+        ended = forked.run(["-c", block], cwd=as_a_newcomer)
         assert ended.returncode == 0, ended.stderr
 
 

@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from tests import forked
 from tests.conftest import TINY, write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -100,14 +99,7 @@ def run(command: str, package: Path, folder: Path) -> str:
     if words[1] == "train":
         words += "--accelerator cpu --log_every_n_steps 1 --num_workers 0".split()
     environment = os.environ | {"PYTHONPATH": str(package.parent)}
-    result = subprocess.run(
-        [sys.executable, "-m", "train_clip.cli", *words[1:]],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = forked.run(["-m", "train_clip.cli", *words[1:]], cwd=folder, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout + result.stderr
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ import torch
 import yaml
 
 from tests.conftest import TINY, write_pairs
+from tests.forked import Process, ranks, start
 from train_clip.checkpoints.own import read_checkpoint
 
 HERE = Path(__file__).parent
 PLAIN = ("-m", "train_clip.cli")
 MESSAGE = r"train-clip: (?:(?!train-clip: ).)*"  # two processes may write theirs on one line
-TIMEOUT = 300  # seconds; a start alone takes five to twenty, by what else the machine does
+TIMEOUT = 300  # seconds; where Python starts afresh, that alone takes five to twenty
 
 
 @dataclass
@@ -60,20 +61,25 @@ class Command:
     Args:
         words: the verb and its options.
         program: what Python runs: the command, or something around it.
+        processes: how many to start, which train together; where it is one, ``--devices`` may have it start others.
         environment: variables beside those of the tests.
     """
 
-    def __init__(self, words: Sequence[str], program: Sequence[str] = PLAIN, **environment: str) -> None:
+    def __init__(
+        self, words: Sequence[str], program: Sequence[str] = PLAIN, processes: int = 1, **environment: str
+    ) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "MASTER_"))}
-        paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-        self.process = subprocess.Popen(
-            [sys.executable, *program, *words],
-            env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        clean |= {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])} | environment
+        self.printed, writer = os.pipe()
+        self.processes = [
+            start([*program, *words], env=clean | rank, stdout=writer, stderr=writer) for rank in ranks(processes)
+        ]
+        os.close(writer)
+
+    @property
+    def process(self) -> Process | subprocess.Popen:
+        """The only one that was started here, or the first."""
+        return self.processes[0]
 
     def wait_for(self, event: Callable[[], Any], what: str) -> Any:
         """Look every millisecond until an event has come, and return what it is."""
@@ -86,22 +92,28 @@ class Command:
 
     def end(self, timeout: float = TIMEOUT) -> Result:
         """Wait for the end of the command and of all its children: each of them holds the pipe that is read here."""
-        try:
-            text, _ = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        printed, deadline = [], time.monotonic() + timeout
+        while select.select([self.printed], [], [], deadline - time.monotonic())[0]:
+            if not (some := os.read(self.printed, 2**16)):
+                break
+            printed.append(some)
+        else:
             self.kill()
-            text, _ = self.process.communicate()
-            raise AssertionError(f"it, or a child of it, did not end within {timeout} s\n{text}") from None
-        return Result(self.process.returncode, text)
+            raise AssertionError(f"it, or a child of it, did not end within {timeout} s\n{b''.join(printed).decode()}")
+        os.close(self.printed)
+        text, codes = b"".join(printed).decode(), {process.wait() for process in self.processes}
+        assert len(codes) == 1, f"exit codes {codes}\n{text}"
+        return Result(codes.pop(), text)
 
     def kill(self) -> None:
         """SIGKILL to all its processes."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        for process in self.processes:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def run(words: Sequence[str], program: Sequence[str] = PLAIN, **environment: str) -> Result:
+def run(words: Sequence[str], program: Sequence[str] = PLAIN, processes: int = 1, **environment: str) -> Result:
     """A command from its start to its end."""
-    return Command(words, program, **environment).end()
+    return Command(words, program, processes, **environment).end()
 
 
 def write_inputs(folder: Path, pairs: int) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from train_clip import CLIP
+from tests.training.tiny_encoders import bert, image_tower
+from train_clip import CLIP, CustomCLIPWrapper
 from train_clip.errors import UserError
 from train_clip.models.blocks import Blocks, run_blocks
 from train_clip.models.config import config_from_dict
@@ -166,3 +167,10 @@ def test_all_stacks_of_a_tower_are_found():
     model = build("vit")
     recompute_blocks(nn.ModuleList([model]), 3)
     assert [module.recompute for module in model.modules() if isinstance(module, Blocks)] == [3, 3]
+
+
+def test_a_locked_tower_is_not_asked_to_recompute():
+    """It keeps nothing for a backward pass; an encoder that cannot recompute is no obstacle where it is locked."""
+    with pytest.raises(UserError, match="ImageTower has no gradient checkpointing"):
+        CustomCLIPWrapper(image_tower(), bert(), image_size=8, gradient_checkpointing=1)
+    CustomCLIPWrapper(image_tower(), bert(), image_size=8, gradient_checkpointing=1, lock_image=True)

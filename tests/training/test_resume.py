@@ -29,7 +29,7 @@ from train_clip.training.signals import Stopped
 PAIRS, BATCH, EPOCHS = 22, 4, 3  # 4 to hold out, 18 to train on: 4 batches an epoch
 BATCHES = 4
 AUGMENTED = {"color_jitter": 1.0, "grayscale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.5}
-CHANCE = {"mask_ratio": 0.5, "unmasked_share": 0.4, "stochastic_depth": 0.5}
+CHANCE = {"minibatch_size": 3, "mask_ratio": 0.5, "unmasked_share": 0.4, "stochastic_depth": 0.5}
 HALVES = {"half_weights": "text", "adam_statistics": "bfloat16"}
 
 
@@ -69,11 +69,11 @@ def crash_at(hook: str, count: int) -> L.Callback:
 
 
 def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, warmup_steps: int = 2, **how: Any) -> Seen:
-    """Train into a folder as the command does, and return what was seen."""
+    """Train into a folder as the command does, and return what was seen. What begins anew saves every step."""
     torch.manual_seed(0)
     seen = Seen()
-    saving = Checkpoints(run / "checkpoints", Interval(steps=1), keep=99)
-    tuning = how.pop("tuning", {})
+    saving = Checkpoints(run / "checkpoints", Interval(steps=99 if resume else 1), keep=99)
+    tuning = {"minibatch_size": 3} | how.pop("tuning", {})
     first_step = 0 if resume is None else read_checkpoint(resume)["global_step"]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -85,7 +85,7 @@ def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, warmup_step
         log_every_n_steps=1,
         **({"max_epochs": EPOCHS} | how),
     )
-    module = Dropping(minibatch_size=3, learning_rate=1e-2, warmup_steps=warmup_steps, **tuning)
+    module = Dropping(learning_rate=1e-2, warmup_steps=warmup_steps, **tuning)
     # The global generator stands elsewhere in a new process.
     torch.manual_seed(99 if resume else 1)
     data = TextImageDataModule(run.parent / "data", BATCH, image_size=16, context_length=16, val_share=0.2)
@@ -94,17 +94,22 @@ def fit(run: Path, resume: Path | None = None, *crashes: L.Callback, warmup_step
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Seen]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
     """An uninterrupted run, with every state that it saved."""
     folder = tmp_path_factory.mktemp("whole")
     write_pairs(folder / "data", PAIRS)
-    yield folder / "run", fit(folder / "run")
+    return folder / "run", fit(folder / "run")
+
+
+@pytest.fixture(autouse=True)
+def data(whole: tuple[Path, Seen], tmp_path: Path) -> None:
+    """The same pairs beside each test's runs."""
+    (tmp_path / "data").symlink_to(whole[0].parent / "data")
 
 
 def test_a_run_that_is_made_longer_follows_the_new_length_at_once(whole: tuple[Path, Seen], tmp_path: Path) -> None:
     """3 epochs that become 5, from step 7 and from the end: each rate is the cosine over 20 steps, by the formula."""
     run = whole[0]
-    (tmp_path / "data").symlink_to(run.parent / "data")
     for step in (7, 12):
         fit(tmp_path / f"from-{step}", saved(run, step), max_epochs=5)
         rates = [float(row["train/learning_rate"]) for row in rows(tmp_path / f"from-{step}") if "train/loss" in row]
@@ -158,11 +163,10 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if value} for row in read]
 
 
-@pytest.mark.parametrize("step", range(1, EPOCHS * BATCHES))
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 8, 11])
 def test_a_run_resumed_at_any_step_ends_alike(whole: tuple[Path, Seen], tmp_path: Path, step: int) -> None:
-    """From each saved state, within epochs and on their edges: data, weights, optimizer, schedule, bit for bit."""
+    """From saved states within epochs and on their edges: data, weights, optimizer, schedule, bit for bit."""
     run, seen = whole
-    (tmp_path / "data").symlink_to(run.parent / "data")
     rest = fit(tmp_path / "run", saved(run, step))
     assert rest.batches == seen.batches[step:]
     assert_same_state(tmp_path / "run", run)
@@ -172,7 +176,6 @@ def test_a_run_resumed_at_any_step_ends_alike(whole: tuple[Path, Seen], tmp_path
     ("hook", "count"),
     [
         ("on_train_batch_start", 3),
-        ("on_before_backward", 6),
         ("on_before_optimizer_step", 5),
         ("on_train_batch_end", 7),
         ("on_validation_batch_start", 2),
@@ -186,7 +189,6 @@ def test_a_run_that_crashed_ends_alike_in_its_own_folder(
 ) -> None:
     """Crashed in any hook and resumed from its last state: also the figures of each step, each once, are the same."""
     run, seen = tmp_path / "run", whole[1]
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     with pytest.raises(KeyError, match=hook):
         fit(run, None, crash_at(hook, count), num_sanity_val_steps=0)
     done = state(run)["global_step"]
@@ -200,7 +202,6 @@ def test_a_run_that_crashed_ends_alike_in_its_own_folder(
 def test_a_run_that_ended_within_an_epoch_goes_on_in_it(whole: tuple[Path, Seen], tmp_path: Path, why: str) -> None:
     """Ended after 6 of 12 batches by max_steps or early stopping, then resumed: the other 6 of the data."""
     run = tmp_path / "run"
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     if why == "max_steps":
         fit(run, None, max_steps=6)
     else:
@@ -217,7 +218,7 @@ def test_a_run_that_ended_within_an_epoch_goes_on_in_it(whole: tuple[Path, Seen]
         assert_same_state(run, whole[0])
 
 
-@pytest.mark.parametrize("longer", [{"max_steps": 12}, {"max_steps": 16}, {}], ids=str)
+@pytest.mark.parametrize("longer", [{"max_steps": 16}, {}], ids=str)
 def test_a_run_that_max_steps_ended_at_an_epochs_end_goes_on_in_the_next(
     whole: tuple[Path, Seen], tmp_path: Path, longer: dict[str, int]
 ) -> None:
@@ -225,7 +226,6 @@ def test_a_run_that_max_steps_ended_at_an_epochs_end_goes_on_in_the_next(
 
     The warm-up outlasts them all, so that no rate depends on the length.
     """
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     how = {"warmup_steps": 100, "max_epochs": 3 + (longer == {"max_steps": 16})}
     seen = fit(tmp_path / "expected", None, **how | longer)
     fit(tmp_path / "run", None, **how, max_steps=8)
@@ -240,7 +240,6 @@ def test_a_run_that_ends_before_its_learning_rate_says_so(
 ) -> None:
     """Stopped by another callback after 6 of 12 steps: said; not where all 12 are done."""
     caplog.set_level("INFO")
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     stopper = L.Callback()
     stopper.on_train_batch_end = lambda trainer, *_: setattr(trainer, "should_stop", trainer.global_step == 6)  # type: ignore[method-assign]
     fit(tmp_path / "run", None, stopper)
@@ -252,7 +251,6 @@ def test_a_run_that_ends_before_its_learning_rate_says_so(
 
 def test_a_run_whose_schedule_is_over_is_refused(whole: tuple[Path, Seen], tmp_path: Path) -> None:
     """From step 7 of 12 with accumulation over 4, 3 steps for the whole: an error, not steps at a rate of 0."""
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     with pytest.raises(
         UserError, match=r"has done 7 optimizer steps of 12, and its length is now 3: no steps are left"
     ):
@@ -261,7 +259,6 @@ def test_a_run_whose_schedule_is_over_is_refused(whole: tuple[Path, Seen], tmp_p
 
 def test_another_precision_goes_on(whole: tuple[Path, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-mixed, whose update is not fused, resumed in float32, whose is; flags are read later, as on a GPU."""
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
     fit(tmp_path / "half", None, plugins=[half], max_steps=6)
     monkeypatch.setattr("train_clip.training.end_of_step.known_at_once", lambda *_: False)
@@ -285,7 +282,6 @@ def test_scoring_asks_for_no_same_run(whole: tuple[Path, Seen]) -> None:
 def test_a_run_that_was_stopped_by_a_signal_ends_alike(whole: tuple[Path, Seen], tmp_path: Path, batch: int) -> None:
     """SIGTERM in a batch, resumed in its folder: state and figures are the same, those of that batch and epoch too."""
     run = tmp_path / "run"
-    (tmp_path / "data").symlink_to(whole[0].parent / "data")
     left = [batch]
 
     def send(*_: Any) -> None:
@@ -319,49 +315,45 @@ def test_a_run_with_other_numbers_is_refused(whole: tuple[Path, Seen], tmp_path:
 @pytest.mark.parametrize(
     "how",
     [
-        {"accumulate_grad_batches": 3},
         {"val_check_interval": 2},
         {"limit_train_batches": 3},
-        {"accumulate_grad_batches": 3, "val_check_interval": 2},
         {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
-        {"max_epochs": -1, "max_steps": 7},
-        {"max_epochs": -1, "max_steps": 12},
-        {"max_epochs": 2, "max_steps": 17},
+        {"max_epochs": -1, "max_steps": 10},
+        {"max_steps": 7, "tuning": AUGMENTED},
         {"scaler": True, "gradient_clip_val": 0.1},
         {"tuning": HALVES, "precision": "bf16-mixed", "accumulate_grad_batches": 3},
-        {"tuning": HALVES, "scaler": True, "gradient_clip_val": 0.1},
+        {"tuning": {"ema": 0.999} | HALVES, "scaler": True, "gradient_clip_val": 0.1},
         {"tuning": {"optimizer": "muon", "adam_statistics": "bfloat16"}, "precision": "bf16-mixed"},
-        {"tuning": AUGMENTED, "max_epochs": -1, "max_steps": 7},
         {"tuning": CHANCE, "accumulate_grad_batches": 3},
         {"tuning": {"loss": "sigmoid", "equal_captions": "mask"}, "accumulate_grad_batches": 3},
         {"tuning": {"ema": 0.5}, "accumulate_grad_batches": 3, "val_check_interval": 2},
-        {"tuning": {"ema": 0.999} | HALVES, "scaler": True},
     ],
     ids=lambda how: " ".join(map(str, how)),
 )
 def test_so_does_every_kind_of_run(tmp_path: Path, how: dict[str, Any]) -> None:
-    """Accumulation over 3 of 10 batches, validation within epochs, parts of epochs, precisions, clipping, max_steps.
+    """Accumulation over 3 of 4 batches, validation within epochs, parts of epochs, precisions, clipping, max_steps.
 
     Weights and moments in bfloat16; images augmented; patches and blocks left out by chance; a running mean of the
-    weights. Resumed from every state that was saved, or of many from every third and the epoch's edge.
+    weights. Resumed from the first step, the end of the first epoch and the last step but one.
     """
-    write_pairs(tmp_path / "data", 50)  # 10 held out: 10 batches an epoch
-    how = {"max_epochs": 2} | how
 
     def train(run: Path, resume: Path | None = None) -> Seen:
-        own = dict(how)
+        own = how | {"tuning": {"minibatch_size": 0} | how.get("tuning", {})}
         if own.pop("scaler", False):
             own["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
         return fit(run, resume, **own)
 
-    seen = train(tmp_path / "run")
-    steps = sorted(int(file.stem[5:]) for file in (tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert len(steps) >= 6
-    for step in steps[:-1] if len(steps) < 10 else sorted({*steps[:-1:3], 10}):
-        consumed = read_checkpoint(saved(tmp_path / "run", step))["callbacks"]["EndOfStep"]["consumed_batches"]
-        rest = train(tmp_path / f"from-{step}", saved(tmp_path / "run", step))
-        assert rest.batches == seen.batches[consumed:], step
-        assert_same_state(tmp_path / f"from-{step}", tmp_path / "run")
+    run = tmp_path / "run"
+    seen = train(run)
+    consumed = {
+        int(file.stem[5:]): read_checkpoint(file)["callbacks"]["EndOfStep"]["consumed_batches"]
+        for file in sorted((run / "checkpoints").glob("step-*"))
+    }
+    ends_epoch = next(step for step, batches in consumed.items() if batches == how.get("limit_train_batches", BATCHES))
+    for step in {1, ends_epoch, max(consumed) - 1}:
+        rest = train(tmp_path / f"from-{step}", saved(run, step))
+        assert rest.batches == seen.batches[consumed[step] :], step
+        assert_same_state(tmp_path / f"from-{step}", run)
 
 
 def test_values_within_values_are_compared():

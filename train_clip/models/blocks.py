@@ -3,7 +3,7 @@
 B  sequences      L  positions      W  width      H  heads      E  width of a head (W / H)
 """
 
-# The compiler sees through a function within another only where its annotations are not evaluated (test_economy.py).
+# The compiler sees through a function within another only where its annotations are not evaluated (test_compile.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

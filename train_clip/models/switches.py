@@ -54,7 +54,7 @@ def compile_tower(tower: torch.nn.Module, dynamic: bool) -> None:
     """
     torch._dynamo.config.recompile_limit = 64  # forms of a block: by tower, training or not, and batch; not 8
     # As many rows as tokens in the first batch would be taken for one size, and the next form, for any sizes, then be
-    # met in the first one's recomputation (tests/training/test_economy.py).
+    # met in the first one's recomputation (tests/training/test_compile.py).
     torch.fx.experimental._config.use_duck_shape = False
     stacks = [module for module in tower.modules() if isinstance(module, Blocks)]
     dynamic = dynamic or any(blocks.stochastic_depth for blocks in stacks)
