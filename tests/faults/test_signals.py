@@ -53,7 +53,7 @@ class Stopped:
 def words(tmp_path_factory) -> list[str]:
     """What all runs have in common."""
     inputs = write_inputs(tmp_path_factory.mktemp("inputs"), PAIRS)
-    return [*inputs, "--val_share", "0", "--epochs", str(EPOCHS)]
+    return [*inputs, "--val_share", "0", "--epochs", str(EPOCHS), "--warmup_steps", str(BATCHES)]
 
 
 @pytest.fixture(scope="module")
