@@ -97,7 +97,7 @@ def test_every_byte_flipped(tmp_path: Path, kind: str) -> None:
 
 
 def test_every_byte_of_the_numbers_flipped(tmp_path: Path) -> None:
-    """Each byte of the pickle and of the storages: refused, by the checksum, whatever the flip."""
+    """One bit of each byte of the pickle and of the storages: refused, by the checksum."""
     content, path = saved(), tmp_path / "a.pt"
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         held = [
@@ -109,11 +109,10 @@ def test_every_byte_of_the_numbers_flipped(tmp_path: Path) -> None:
     for part in held:
         start = content.index(part)
         for place in range(start, start + len(part)):
-            for bit in range(8):
-                damaged = bytearray(content)
-                damaged[place] ^= 1 << bit
-                path.write_bytes(damaged)
-                assert not assert_as_written_or_refused(path)
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            assert not assert_as_written_or_refused(path)
 
 
 def test_a_flip_in_the_header_of_safetensors(tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ def test_every_truncation(tmp_path: Path, kind: str) -> None:
         refusal(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     place=st.floats(0, 1, exclude_max=True),
@@ -163,7 +162,7 @@ def test_other_bytes(
         assert str(path) in str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(program=st.binary(max_size=60))
 def test_random_programs(program: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Random instructions before and after a sound tensor: read or refused, no other error."""

@@ -95,8 +95,9 @@ def test_nothing_is_run(tmp_path: Path) -> None:
             assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", FORBIDDEN)
-@pytest.mark.parametrize("end", [REDUCE, NEWOBJ, b""])
+@pytest.mark.parametrize(
+    ("name", "end"), [*((name, REDUCE) for name in FORBIDDEN), (FORBIDDEN[0], NEWOBJ), (FORBIDDEN[0], b"")]
+)
 def test_a_name_is_refused(tmp_path: Path, name: str, end: bytes) -> None:
     """Named and called, made, or only named: the message names the file and the name."""
     program = state(w=tensor(), x=named(name) + (many(text("touch marker")) + end if end else b""))
@@ -283,9 +284,9 @@ def test_tensors_under_names_that_are_no_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["value", "key", "shape", "attributes", "storage"])
-def test_a_million_tuples_in_one_another(tmp_path: Path, where: str) -> None:
-    """As a value they are data, as attributes passed over; as a key, a size or a name refused, without a crash."""
-    nest = EMPTY + TUPLE1 * 1_000_000
+def test_tuples_deep_in_one_another(tmp_path: Path, where: str) -> None:
+    """300,000: data as a value, passed over as attributes; as a key, a size or a name refused, without a crash."""
+    nest = EMPTY + TUPLE1 * 300_000
     program = {
         "value": state(w=W, x=nest),
         "key": state(w=W, x=DICT + nest + NONE + SETITEM),

@@ -14,13 +14,13 @@ from train_clip.commands.demo import Scene, is_unseen, scenes, things
 
 
 def test_the_demo_runs_through(tmp_path, monkeypatch, capsys, drawn):
-    """Two epochs instead of twenty: pictures, run, scores and the picture are there, and the way on is told."""
+    """One epoch instead of twenty: pictures, run, scores and the picture are there, and the way on is told."""
 
     def short(*groups):
         # On a machine with several devices each further process would run the verb itself.
         *options, run, trainer = groups
         assert trainer["devices"] == 1
-        return train(*options, replace(run, epochs=2), trainer)
+        return train(*options, replace(run, epochs=1), trainer)
 
     train = demo_module.train
     monkeypatch.setattr(demo_module, "train", short)

@@ -24,7 +24,7 @@ SHORT += ["--num_workers", "0"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two encoders, sixteen pairs, a CLIP of three steps, and a run of both encoders with every state kept."""
+    """Two encoders, sixteen pairs, a run of both with every state kept, a CLIP, and a step of tuning it."""
     folder = tmp_path_factory.mktemp("finetune")
     save_resnet(folder / "resnet"), save_bert(folder / "bert")
     write_pairs(folder / "data", 16)
@@ -33,7 +33,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         finetune("--save_every", "1", "--keep", "9", "--output", "run")
         cli.main(["train", "--model_name", "tiny.yaml", *SHORT, "--output", "clip"])
+        tuned = "--pretrained clip/checkpoints/last.ckpt --max_steps 1 --output tuned".split()
+        cli.main(["finetune", *SHORT, *tuned])
     return folder
+
+
+@pytest.fixture
+def there(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder itself as the working directory, for commands that change nothing."""
+    monkeypatch.chdir(made)
 
 
 @pytest.fixture
@@ -131,7 +139,7 @@ def test_a_run_goes_on_without_its_encoders_files(here):
         ("--lock_text", r"lock_text True, was False"),
     ],
 )
-def test_what_a_resumed_run_cannot_change(here, capsys, words, expected):
+def test_what_a_resumed_run_cannot_change(there, capsys, words, expected):
     """Encoders and how they are trained are in its state: another value would go unheard."""
     assert re.search(expected, refused(capsys, "--resume", "run", "--epochs", "4", *words.split()))
 
@@ -139,10 +147,7 @@ def test_what_a_resumed_run_cannot_change(here, capsys, words, expected):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (
-            "--pretrained data",
-            r"pretrained data, was clip/checkpoints/last\.ckpt",
-        ),
+        ("--pretrained data", r"pretrained data, was clip/checkpoints/last\.ckpt"),
         ("--image_encoder hf:foo", r"image_encoder hf:foo, was None"),
         ("--avg_word_embs true", r"avg_word_embs True, was None"),
         ("--context_length 8", r"context_length 8, was None"),
@@ -150,19 +155,21 @@ def test_what_a_resumed_run_cannot_change(here, capsys, words, expected):
         ("--learning_rate 1.0", r"learning_rate 1\.0, was"),
     ],
 )
-def test_nor_can_a_run_that_began_with_a_whole_model(here, capsys, words, expected):
-    """Refused before anything of the run is touched; what it began with may be said again, by another path too."""
-    cli.main(["finetune", *SHORT, "--pretrained", "clip/checkpoints/last.ckpt", "--output", "tuned"])
+def test_nor_can_a_run_that_began_with_a_whole_model(there, capsys, words, expected):
+    """Refused before anything of the run is touched."""
     before = {file: file.read_bytes() for file in Path("tuned").rglob("*") if file.is_file()}
     message = refused(capsys, "--resume", "tuned", "--epochs", "4", *words.split())
     assert re.search(expected, message)
     assert {file: file.read_bytes() for file in Path("tuned").rglob("*") if file.is_file()} == before
-    if "--pretrained" in words:
-        place = str(Path("clip/checkpoints/last.ckpt").resolve())
-        shutil.move("tuned", "moved")
-        cli.main(["finetune", "--resume", "moved", "--epochs", "3", "--pretrained", place])
-        shutil.rmtree("clip")
-        cli.main(["finetune", "--resume", "moved", "--epochs", "4"])
+
+
+def test_what_a_run_began_with_may_be_said_again(here):
+    """By another path too; and left out, when it is gone."""
+    place = str(Path("clip/checkpoints/last.ckpt").resolve())
+    shutil.move("tuned", "moved")
+    cli.main(["finetune", "--resume", "moved", "--max_steps", "2", "--pretrained", place])
+    shutil.rmtree("clip")
+    cli.main(["finetune", "--resume", "moved", "--max_steps", "3"])
 
 
 def test_a_checkpoint_in_no_run_goes_on_too(here, capsys):
@@ -187,9 +194,9 @@ def test_each_verb_goes_on_with_its_own_runs(here, capsys):
 
 def test_a_trained_clip_goes_on_with_its_weights(here):
     """``--pretrained``: at a rate of next to nothing the weights stay what they were; how it is tuned is its own."""
-    words = "--pretrained clip/checkpoints/last.ckpt --learning_rate 1e-30 --output tuned".split()
+    words = "--pretrained clip/checkpoints/last.ckpt --learning_rate 1e-30 --output other".split()
     cli.main(["finetune", *SHORT, *words, "--image_learning_rate", "1e-3"])
-    before, after = (read_checkpoint(Path(run, "checkpoints", "last.ckpt")) for run in ("clip", "tuned"))
+    before, after = (read_checkpoint(Path(run, "checkpoints", "last.ckpt")) for run in ("clip", "other"))
     assert after["hyper_parameters"]["optimizer"] == "adamw"
     assert after["hyper_parameters"]["distillation"] == "none"
     for name, value in before["state_dict"].items():
@@ -250,7 +257,7 @@ def test_a_locked_tower_beside_a_projection(here, capsys, caplog):
         ("--precision bf16-true", r"in half precision an EMA of the weights, and so the teacher, would not change"),
     ],
 )
-def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected):
+def test_what_cannot_start_is_refused(there, capsys, monkeypatch, words, expected):
     """Each mistake by a message that says what to do, and no run is left behind."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     before = set(Path().rglob("*"))
@@ -277,7 +284,7 @@ def test_what_cannot_start_is_refused(here, capsys, monkeypatch, words, expected
         ),
     ],
 )
-def test_a_whole_model_that_cannot_start_is_refused(here, capsys, words, expected):
+def test_a_whole_model_that_cannot_start_is_refused(there, capsys, words, expected):
     """Likewise of ``--pretrained``: files without weights, and options that only two encoders have."""
     before = set(Path().rglob("*"))
     assert re.search(expected, refused(capsys, *SHORT, "--pretrained", *words.split(), "--output", "none"))

@@ -184,7 +184,7 @@ def test_an_error_of_the_loader_is_told_in_a_line(pair_folder, model_file, tmp_p
 
 def test_overfitting_one_batch_learns_it_by_heart(pair_folder, model_file, tmp_path):
     """Lightning's ``--overfit_batches 1``: the same four pairs until the loss is near zero."""
-    words = ["--overfit_batches", "1", "--epochs", "150", "--val_share", "0", "--learning_rate", "1e-2"]
+    words = "--overfit_batches 1 --epochs 150 --val_share 0 --learning_rate 1e-2 --enable_checkpointing false".split()
     run = run_train(pair_folder, model_file, tmp_path / "run", *words)
     losses = [float(row["train/loss"]) for row in metrics(run) if row["train/loss"]]
     assert losses[0] > 1.0

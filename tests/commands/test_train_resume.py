@@ -49,6 +49,12 @@ def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
+@pytest.fixture
+def there(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder itself as the working directory, for commands that change nothing."""
+    monkeypatch.chdir(finished)
+
+
 def train(*words: str) -> None:
     cli.main(["train", *words])
 
@@ -198,7 +204,7 @@ def test_files_that_are_named_already_are_not_named_again(here, capsys):
         ("--keep 0", r"keep is 0; expected 1 or above"),
     ],
 )
-def test_what_a_resumed_run_cannot_change(here, capsys, words, message):
+def test_what_a_resumed_run_cannot_change(there, capsys, words, message):
     """Options that its state or its order of the data would not follow: refused before anything is written."""
     longer = [] if "epochs" in words else ["--epochs", "4"]
     assert re.search(message, refused(capsys, "--resume", "run", *longer, *words.split()))
@@ -264,7 +270,7 @@ def test_a_checkpoint_that_runs_code_is_refused(here, capsys, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
-def test_loading_for_other_ends_asks_no_questions(here):
+def test_loading_for_other_ends_asks_no_questions(there):
     """``load_from_checkpoint`` with a rate of one's own is no resumption."""
     path = "run/checkpoints/last.ckpt"
     assert CLIPWrapper.load_from_checkpoint(path, weights_only=True, learning_rate=0.5).hparams.learning_rate == 0.5

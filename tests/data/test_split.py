@@ -158,7 +158,7 @@ SHARES = st.tuples(st.floats(0, 0.49), st.floats(0, 0.49), st.integers(0, 3), st
 PAIRS = st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abc")), max_size=30)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(pairs=PAIRS, how=SHARES)
 def test_any_division(pairs: list[tuple[int, str]], how: tuple[float, float, int, int | None]) -> None:
     """Against the restatement; each kept pair once, in order; equal images in one part; no part over its number."""
@@ -194,7 +194,7 @@ def test_any_division(pairs: list[tuple[int, str]], how: tuple[float, float, int
         assert all(number > short for number in groups.values())
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(pairs=PAIRS, how=SHARES, order=st.randoms(use_true_random=False))
 def test_the_order_does_not_matter(
     pairs: list[tuple[int, str]], how: tuple[float, float, int, int | None], order: random.Random

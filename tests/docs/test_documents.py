@@ -72,13 +72,13 @@ def test_no_placeholder_is_left_and_every_picture_is_there(document):
 
 @pytest.fixture(scope="module")
 def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the demo has run (two epochs, one picture a scene) and ``data_dir`` holds twelve pairs."""
+    """A folder in which the demo has run (one epoch, one picture a scene) and ``data_dir`` holds twelve pairs."""
     folder = tmp_path_factory.mktemp("newcomer")
     train = demo_module.train
 
     def short(*groups: Any) -> Path:
         *options, run, trainer = groups
-        return train(*options, replace(run, epochs=2), trainer)
+        return train(*options, replace(run, epochs=1), trainer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

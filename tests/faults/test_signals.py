@@ -53,7 +53,7 @@ class Stopped:
 def words(tmp_path_factory) -> list[str]:
     """What all runs have in common."""
     inputs = write_inputs(tmp_path_factory.mktemp("inputs"), PAIRS)
-    return [*inputs, "--val_share", "0", "--epochs", str(EPOCHS)]
+    return [*inputs, "--val_share", "0", "--epochs", str(EPOCHS), "--warmup_steps", str(BATCHES)]
 
 
 @pytest.fixture(scope="module")
@@ -137,28 +137,34 @@ def test_a_signal_within_a_window_of_accumulation_waits_for_its_end(words, tmp_p
     assert (consumed(saved), saved["global_step"]) == (6, 2)
 
 
-def test_torchrun_trains_as_one_process_does_and_passes_a_signal_on(words, alone, tmp_path):
-    """SIGTERM to torchrun itself: all ranks stop after the same batch, and that one is saved.
-
-    Its own exit code is torchrun's affair; it is not that of success. Each step's loss is that of one process.
-    """
-    folder, record = tmp_path / "run", tmp_path / "record"
-    watched = ["--epochs", "1000", *callback("Record", file=str(record))]
-    process = Command([*words, "--devices", "2", "--output", str(folder), *watched], program=torchrun())
-    files = [record.with_name(f"record.{rank}") for rank in range(2)]
+@pytest.fixture(scope="module")
+def told_to_end(words, tmp_path_factory) -> Path:
+    """A run of two processes by torchrun, which got SIGTERM after an epoch; with what each had done then."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    watched = ["--epochs", "1000", *callback("Record", file=str(folder / "record"))]
+    process = Command([*words, "--devices", "2", "--output", str(folder / "run"), *watched], program=torchrun())
+    files = [folder / f"record.{rank}" for rank in range(2)]
     process.wait_for(
         lambda: all(file.exists() and len(file.read_text().split()) > BATCHES for file in files), "batches"
     )
     process.process.terminate()
-    result = process.end()
-    assert result.code != 0
-    done = [int(file.read_text().split()[-1]) for file in files]
-    assert done == [consumed(last(folder))] * 2
-    assert leftovers(folder) == []
-    # In the first epoch, a warm-up, the length of the run changes nothing.
-    shared, single = losses(folder)[:BATCHES], losses(alone(1))[:BATCHES]
+    # The exit code is torchrun's own affair; it is not that of success.
+    assert process.end().code != 0
+    return folder
+
+
+def test_torchrun_trains_as_one_process_does(told_to_end, alone):
+    """Against one process without it: the same loss at each step of the first epoch, a warm-up in both."""
+    shared, single = losses(told_to_end / "run")[:BATCHES], losses(alone(1))[:BATCHES]
     assert [step for step, _ in shared] == list(range(BATCHES))
     assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in single], rel=1e-4)
+
+
+def test_a_signal_to_torchrun_saves_the_last_batch(told_to_end):
+    """SIGTERM to torchrun itself, which passes it on: all ranks stop after the same batch, and that one is saved."""
+    done = [int((told_to_end / f"record.{rank}").read_text().split()[-1]) for rank in range(2)]
+    assert done == [consumed(last(told_to_end / "run"))] * 2
+    assert leftovers(told_to_end / "run") == []
 
 
 def torchrun() -> tuple[str, ...]:
