@@ -171,9 +171,9 @@ def test_verbs_of_two_words(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("trian", "unknown verb 'trian'. Did you mean train? `train-clip --help` lists the verbs."),
-        ("nonsense --help", "unknown verb 'nonsense'. `train-clip --help` lists the verbs."),
-        ("data chek folder", "unknown verb 'data chek'. Did you mean data check or data show?"),
+        ("trian", "unknown command 'trian'. Did you mean train? `train-clip --help` lists all."),
+        ("nonsense --help", "unknown command 'nonsense'. `train-clip --help` lists all."),
+        ("data chek folder", "unknown command 'data chek'. Did you mean data check or data show?"),
         ("train --fold x", "unknown option --fold. Did you mean folder?"),
         ("train --loger.project x", "unknown option --loger.project. Did you mean logger?"),
         ("train --config cpuu", "--config cpuu: neither a file nor a recipe. Did you mean cpu? Recipes: cpu, demo, "),

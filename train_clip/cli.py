@@ -42,7 +42,7 @@ VERBS = {
     "data split": ("train_clip.data_tools.split:data_split", "split pairs into tables: training, validation, test"),
     "data npz": ("train_clip.data_tools.npz:data_npz", "decode every image once, into arrays that load faster"),
     "models": ("train_clip.commands.models:models", "list the models, their sizes and hyperparameters"),
-    "completion": ("train_clip.cli:completion", "print a script that completes verbs and options in your shell"),
+    "completion": ("train_clip.cli:completion", "print a script that completes commands and options in your shell"),
 }
 GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
 HELP = {"-h", "--help"}
@@ -108,11 +108,11 @@ def _run(words: list[str]) -> None:
         verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items() if verb.startswith(group))
         print(
             f"Train CLIP on your own images and captions.\n\n{verbs}\n\n"
-            "`train-clip VERB --help` lists a verb's options. Start with `train-clip demo`."
+            "`train-clip COMMAND --help` lists a command's options. Start with `train-clip demo`."
         )
     else:
         word = " ".join(rest[: 1 + (rest[0] in GROUPS)])
-        raise UsageError(f"unknown verb {word!r}.{did_you_mean(word, VERBS)} `train-clip --help` lists the verbs.")
+        raise UsageError(f"unknown command {word!r}.{did_you_mean(word, VERBS)} `train-clip --help` lists all.")
 
 
 def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
@@ -312,7 +312,7 @@ def _require_one_word(words: list[str], lists: list[str]) -> None:
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
-    """Print a script that completes verbs and options in your shell.
+    """Print a script that completes commands and options in your shell.
 
     Args:
         shell: bash, zsh or tcsh; save the script where that shell looks for completions

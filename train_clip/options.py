@@ -79,9 +79,7 @@ class Options:
 class WeightOptions(Options):
     """What a file of weights may leave open, or is to be changed."""
 
-    model_name: str | None = option(
-        None, "a preset (`train-clip models` lists them) or a YAML file; default: ViT-B/32, or the weights' own"
-    )
+    model_name: str | None = option(None, "a preset or a YAML file; default: ViT-B/32, or the weights' own")
     image_size: int | None = option(None, "input size in pixels; default: the model's", at_least(1))
     context_length: int | None = option(None, "tokens per caption at most; default: the model's", at_least(2))
     activation: Literal["gelu", "quick_gelu"] | None = option(
@@ -104,9 +102,7 @@ class ModelOptions(WeightOptions):
 class SourceOptions(Options):
     """Where pairs come from."""
 
-    pairs: Path | None = option(
-        None, "a table of pairs (.csv, .tsv, .jsonl) instead of --folder; its paths are relative to it"
-    )
+    pairs: Path | None = option(None, "table (.csv, .tsv, .jsonl) of pairs instead of --folder, paths relative to it")
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
     pair_by: PairBy = option("stem", "match files by stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
@@ -128,9 +124,7 @@ class DataOptions(PairOptions):
     folder: Path | None = option(
         None, "images and captions that share a stem (cat.jpg, cat.txt), one caption per line; includes subfolders"
     )
-    batch_size: int = option(
-        256, "pairs per batch over all processes (the global batch), at most all pairs", at_least(2)
-    )
+    batch_size: int = option(256, "pairs per batch over all processes (global batch), at most all pairs", at_least(2))
     num_workers: int | None = option(
         None,
         "data loading processes per training process; default: one per core, at most 8, or 0 when training on a CPU",
@@ -152,9 +146,7 @@ class AugmentationOptions(Options):
         0.0, "strength of color jitter (brightness, contrast, saturation, hue), relative to SimCLR's", UP_TO_TWO
     )
     grayscale: float = option(0.0, "probability of converting an image to grayscale; SimCLR's is 0.2", PROBABILITY)
-    horizontal_flip: float = option(
-        0.0, "probability of a horizontal flip; not for captions that say left or right", PROBABILITY
-    )
+    horizontal_flip: float = option(0.0, "probability of a horizontal flip; not if captions name sides", PROBABILITY)
     vertical_flip: float = option(0.0, "probability of a vertical flip", PROBABILITY)
 
     @property
@@ -171,13 +163,9 @@ class OptimizerOptions(Options):
         None, "muon updates the towers' matrices, AdamW all else; default: adamw, or sgd for two encoders"
     )
     momentum: float | None = option(None, "momentum of SGD (default: 0.9) or Muon (default: 0.95)", BELOW_ONE)
-    muon_learning_rate: float | None = option(
-        None, "peak learning rate of Muon; default: 8 times --learning_rate", POSITIVE
-    )
+    muon_learning_rate: float | None = option(None, "Muon's peak learning rate; default: 8 × --learning_rate", POSITIVE)
     learning_rate: float | None = option(None, "peak learning rate; default: the preset's", POSITIVE)
-    weight_decay: float | None = option(
-        None, "weight decay of matrices and convolutions; default: the preset's", at_least(0)
-    )
+    weight_decay: float | None = option(None, "decay of matrices and convolutions; default: the preset's", at_least(0))
     betas: tuple[float, float] | None = option(
         None, 'decay rates of the first and second moment, such as "[0.9, 0.98]"; default: the preset\'s', BETAS
     )
@@ -191,9 +179,7 @@ class OptimizerOptions(Options):
     half_weights: Literal["none", "text", "image", "both"] = option(
         "none", "towers whose weights are kept in bfloat16 by stochastic rounding; the paper's is text"
     )
-    ema: float = option(
-        0.0, "decay of an exponential moving average (EMA) of the weights, such as 0.999; 0: none", BELOW_ONE
-    )
+    ema: float = option(0.0, "momentum of an exponential moving average (EMA) of weights, such as 0.999", BELOW_ONE)
 
     @property
     def has_half_weights(self) -> bool:
@@ -216,12 +202,8 @@ class ObjectiveOptions(Options):
     equal_captions: Literal["keep", "mask"] = option(
         "keep", "other pairs with the same caption: keep them as negatives, or mask them in the loss"
     )
-    mask_ratio: float = option(
-        0.0, "fraction of image patches dropped in a step, such as FLIP's 0.5; CLIP's ViTs only", BELOW_ONE
-    )
-    unmasked_share: float = option(
-        0.05, "final fraction of the run, which sees whole images again; with --mask_ratio", PROBABILITY
-    )
+    mask_ratio: float = option(0.0, "fraction of patches dropped in a step (FLIP: 0.5); CLIP's ViTs only", BELOW_ONE)
+    unmasked_share: float = option(0.05, "final fraction of the run without --mask_ratio", PROBABILITY)
     stochastic_depth: float = option(
         0.0, "drop probability of the last block of CLIP's transformers, decreasing to 0 at the first", BELOW_ONE
     )
@@ -245,7 +227,7 @@ class TowerOptions(Options):
     )
     kl_coeff: float = option(1.0, "weight of the distillation loss", at_least(0))
     layer_decay: float = option(
-        1.0, "layer-wise learning rate decay: factor per layer, from a tower's output to its input", UP_TO_ONE
+        1.0, "layer-wise learning rate decay: factor per layer below a tower's output", UP_TO_ONE
     )
 
     @property

@@ -49,11 +49,8 @@ TRAINER_HELP: dict[str, str | None] = {
     "precision": "such as 32-true; default: bf16-mixed on a GPU with bfloat16, 16-mixed on others, 32-true on a CPU",
     "max_steps": "stop after this number of optimizer steps; default: as --epochs says",
     "logger": "a logger besides metrics.csv, such as WandbLogger; default: TensorBoardLogger. false: no logs at all",
-    "callbacks": "callbacks besides train-clip's; default: none",
-    "plugins": "plugins besides train-clip's checkpoint writer; default: none",
     "log_every_n_steps": "optimizer steps between logged values; default: 10, or fewer in a run of less than 500 steps",
     "enable_checkpointing": "save checkpoints; default: true (--save_every and --keep say when and how many)",
-    "enable_progress_bar": "show the progress display; default: true",
     "enable_model_summary": "print Lightning's table of the model's layers; default: false",
     "use_distributed_sampler": "no effect: train-clip itself divides the batches among the processes",
 }
