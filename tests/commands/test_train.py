@@ -62,7 +62,8 @@ def test_a_run_leaves_what_it_promises(pair_folder, model_file, tmp_path, capsys
     assert config["epochs"] == 2
     assert config["precision"] == "32-true"
     about = yaml.safe_load((run / "run.yaml").read_text())
-    assert about["versions"]["torch"] == torch.__version__
+    # The wheels of PyPI say their CUDA ("+cu130") in the one and not in the other.
+    assert about["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     rows = metrics(run)
     assert {"train/loss", "train/logit_scale", "train/learning_rate", "train/pairs_per_second", "val/loss"} <= set(
         rows[0]

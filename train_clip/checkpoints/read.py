@@ -354,5 +354,7 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
                 entry, dtype = record.entry, getattr(torch, record.dtype)
                 # PyTorch wants memory that it may write to, and some, for tensors of no elements too.
                 storage = torch.frombuffer(bytearray(archive.read(entry) or bytes(8)), dtype=dtype)
+            elif dtype is not getattr(torch, record.dtype):  # which PyTorch reads one way or the other, by its version
+                raise UserError(f"its entry {entry} holds numbers of two types")
             # What shared its storage in the file is no longer one when it is trained.
             yield name, storage.as_strided(record.shape, record.stride or (), record.offset).clone()
