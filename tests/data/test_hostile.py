@@ -220,9 +220,8 @@ from train_clip.errors import BadSample
 image_suffixes()
 start = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (start + int(sys.argv[2]) * 2**20,) * 2)
-signal.signal(signal.SIGALRM, signal.SIG_DFL)
 for path in sorted(Path(sys.argv[1]).iterdir()):
-    signal.alarm(20)
+    signal.setitimer(signal.ITIMER_PROF, 20)  # of the processor
     try:
         print(path.name, read_image(str(path)).picture.size, sep=": ")
         read_square(str(path), 0, lambda size: random_crop(size, 224, np.random.default_rng(0)))
@@ -301,7 +300,7 @@ def test_time_and_memory_are_bounded(tmp_path: Path) -> None:
     for name, of in files.items():
         (tmp_path / name).write_bytes(of)
     ended = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), str(MIB)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CHILD, str(tmp_path), str(MIB)], capture_output=True, text=True, timeout=600
     )
     found = dict(line.split(": ", 1) for line in ended.stdout.splitlines())
     assert ended.returncode == 0, (ended.returncode, ended.stdout[-300:], ended.stderr[-2000:])

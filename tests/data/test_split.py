@@ -43,7 +43,8 @@ def test_the_split_has_the_share_that_was_asked_for(number: int, share: float) -
     assert len(held_out) == (0 if wanted == 1 else wanted)
     place = {pair: index for index, pair in enumerate(pairs)}
     assert sorted([*training, *held_out], key=place.__getitem__) == list(pairs)
-    assert training == [pair for pair in pairs if pair not in set(held_out)]
+    apart = set(held_out)
+    assert training == [pair for pair in pairs if pair not in apart]
     assert held_out == sorted(held_out, key=place.__getitem__)
     assert held_out_indices(pairs, share) == [place[pair] for pair in held_out]
 

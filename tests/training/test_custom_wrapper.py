@@ -468,7 +468,9 @@ def test_widths_that_differ():
         ({"momentum": 1.0}, UserError, r"momentum is 1\.0"),
         ({"image_learning_rate": 0.0}, UserError, r"image_learning_rate is 0\.0.*lock_image"),
         ({"text_learning_rate": -1.0}, UserError, r"text_learning_rate is -1\.0.*lock_text"),
-        ({"minibatch_size": -1}, UserError, r"minibatch_size is -1"),
+        ({"minibatch_size": -1}, UserError, r"minibatch_size is -1; expected 0 or above"),
+        ({"kept_minibatches": -1}, UserError, r"kept_minibatches is -1; expected 0 or above"),
+        ({"gradient_checkpointing": -1}, UserError, r"gradient_checkpointing is -1; expected 0 or above"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
