@@ -195,7 +195,7 @@ def test_verbs_of_two_words(capsys):
         ("completion fish", "SHELL fish: expected bash, zsh or tcsh."),
         ("train", "Expected one of --folder FOLDER and --pairs TABLE."),
         ("train --folder pairs --save_every often", "--save_every often: expected optimizer steps"),
-        ("train --folder pairs --strategy ddpp", "Lightning's Trainer refuses these options: "),
+        ("train --folder pairs --strategy ddpp", "Lightning's Trainer does not accept these options: "),
     ],
 )
 def test_a_wrong_command_ends_with_2_and_says_what_is_meant(command, message, tmp_path, monkeypatch, capsys):

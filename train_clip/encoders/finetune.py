@@ -33,16 +33,16 @@ class StartOptions(ModelOptions):
 
     image_encoder: str | None = option(
         None,
-        "hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; default, without --pretrained: "
+        "hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; default: "
         "hf:microsoft/resnet-50",
     )
     text_encoder: str | None = option(
         None,
-        "hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; default, without --pretrained: hf:johngiorgi/declutr-sci-base",
+        "hf:NAME or hf:FOLDER, train-clip:CHECKPOINT; default: hf:johngiorgi/declutr-sci-base",
     )
     avg_word_embs: bool | None = option(
         None,
-        "whether a caption's embedding is the mean over its tokens (default) or the text encoder's own pooling (false)",
+        "pool a caption by the mean over its tokens, not by the text encoder's own pooling; default: true",
     )
 
 
