@@ -33,8 +33,7 @@ class StartOptions(ModelOptions):
 
     image_encoder: str | None = option(
         None,
-        "hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; default: "
-        "hf:microsoft/resnet-50",
+        "hf:NAME or hf:FOLDER, timm:NAME, torchvision:NAME, train-clip:CHECKPOINT; default: hf:microsoft/resnet-50",
     )
     text_encoder: str | None = option(
         None,
