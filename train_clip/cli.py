@@ -69,8 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as error:
         # A loader's worker sends its traceback, with the message at the end.
-        print(f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        message = f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}"
+        if not isinstance(error, UsageError):
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         # `| head` has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
