@@ -30,6 +30,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(names[name] for name in close)}?" if close else ""
 
 
+def printable(text: str) -> str:
+    """A file's own words without the codes by which they could write all over a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
 def first_line(error: BaseException) -> str:
     """Give the first line of what a library said, without its full stop, to be quoted in a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from typing_extensions import override
 
-from train_clip.checkpoints import read, sources
-from train_clip.errors import UserError
+from train_clip.checkpoints import read, sources, state_dicts
+from train_clip.errors import UserError, printable
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
 Tensors = dict[str, Any]
 
 # Every format that is read: a function of ``Contents`` that returns a ``Found``, or None for another format. The first
-# that knows a file says what it is: files that say it themselves before those that are told by their tensors.
-FORMATS = (
-    "train_clip.prompts.file:find_prompts",
-    "train_clip.encoders.sources:find_encoders",
+# that knows a file says what it is: files that say it themselves before those that are told by their tensors. Those of
+# a CLIP get its tensors alone, without what the file has around them.
+OTHERS = ("train_clip.prompts.file:find_prompts", "train_clip.encoders.sources:find_encoders")
+CLIPS = (
     "train_clip.checkpoints.own:find_checkpoint",
     "train_clip.checkpoints.own:find_safetensors",
     "train_clip.prompts.file:find_fork",
@@ -38,7 +38,7 @@ FORMATS = (
     "train_clip.checkpoints.open_clip:find_open_clip",
     "train_clip.checkpoints.openai:find_openai",
 )
-WRAPPINGS = ("module.", "_orig_mod.") * 4  # before each name, of models that were wrapped or compiled when saved
+TAKEN = "taken from"  # in ``Found.about``, where a file holds more than this CLIP
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which are no parameters
 TENSORS_OF_LAYER = 12  # of a transformer's block; a ResNet's has more
 NAMED, NONE = 3, "not there"  # tensors in a message
@@ -91,7 +91,10 @@ class Found:
 
     def read_as_kept(self) -> Tensors:
         """Read the tensors under this package's names, in float32, with the sizes in the file."""
-        return self.rename(read.read_tensors(self.records))
+        tensors = self.rename(read.read_tensors(self.records))
+        # The temperature of some of open_clip's models has one dimension, of size 1, and so has their bias.
+        scalars = {name: tensors[name] for name in ("logit_scale", "logit_bias") if name in tensors}
+        return tensors | {name: one.reshape(()) for name, one in scalars.items() if one.numel() == 1}
 
     def read(self) -> Tensors:
         """Read the tensors with the requested sizes."""
@@ -253,24 +256,40 @@ class FoundCLIP(Found):
 
 def find_weights(source: str | Path, choices: WeightOptions = NO_CHOICE, backbone: str | Path | None = None) -> Found:
     """Find a model, and settle with the user's choices what its file leaves open; arguments and errors as ``load``."""
-    return identify(sources.find_contents(source)).settled(WeightOptions.pick(vars(choices)), backbone)
+    return _find(source).settled(WeightOptions.pick(vars(choices)), backbone)
 
 
 def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
     """Find weights that are known to be of a model: what their file leaves open, the model says; others are refused."""
-    return identify(sources.find_contents(source)).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
+    return _find(source).require_clip(f"; expected {model.name}, a CLIP.").matched(model)
+
+
+def _find(source: str | Path) -> Found:
+    found = identify(sources.find_contents(source))
+    if TAKEN in found.about:
+        warnings.warn(
+            f"{found.source}: its CLIP is taken from {found.about[TAKEN]}. To use another one, save its state dict in "
+            "a file of its own.",
+            stacklevel=4,
+        )
+    return found
 
 
 def identify(contents: read.Contents) -> Found:
     """Say which model a file holds."""
-    tensors = contents.tensors
-    for prefix in WRAPPINGS:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): record for key, record in tensors.items()}
-    contents = replace(contents, tensors=tensors)
-    for name in FORMATS:
-        if (found := pkgutil.resolve_name(name)(contents)) is not None:
-            return found
+    contents = state_dicts.unwrapped(contents)
+    clip = state_dicts.clip_in(contents)
+    for formats, seen in (OTHERS, contents), (CLIPS, clip):
+        for name in formats:
+            if (found := pkgutil.resolve_name(name)(seen)) is None:
+                continue
+            if found.arguments or not seen.left_out:  # what this package's own runs leave beside a model is known
+                return found
+            left_out = [name[: read.MOST_SHOWN] for name in seen.left_out[: 2 * NAMED]]
+            left_out += ["…"] * (len(seen.left_out) > len(left_out))
+            taken = printable(f"{seen.place or 'its top level'}; left out: {', '.join(left_out)}")
+            return replace(found, about={TAKEN: taken, **found.about})
+    tensors = clip.tensors
     raise UserError(
         f"{contents.path}: {len(tensors):,} tensors ({', '.join(list(tensors)[:5])}, …) that are not those of a CLIP. "
         "Expected one by OpenAI, open_clip, Hugging Face or this package. To start from other encoders: train-clip "
@@ -285,8 +304,14 @@ def require_usual(values: Mapping[str, Any], usual: Mapping[str, tuple[Any, ...]
             raise UserError(f"{source}: {message.format(name=name, value=value, known=known[-1])}")
 
 
+def side(size: Any) -> Any:
+    """The side of a square that is given as height and width, equal ones; any other size as it is."""
+    return size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+
+
 def fill(model: Any, tensors: Mapping[str, Any], source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
+    tensors = state_dicts.renamed(tensors, model.state_dict())
     found, expected = _forms(tensors), _forms(model.state_dict())
     if odd := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
         some = [f"{name} is {found.get(name, NONE)}, expected {expected.get(name, NONE)}" for name in odd[:NAMED]]

@@ -113,6 +113,7 @@ def _read_config(values: dict[str, Any], pixels: dict[str, Any], source: str) ->
     given = {name: values.get(f"{name}_dict") or values.get(name) or {} for name in DEFAULTS}
     towers = {name: usual | given[name] for name, usual in DEFAULTS.items()}
     vision, text = towers.values()
+    vision |= {name: found.side(vision[name]) for name in ("image_size", "patch_size")}
     for tower in (vision, text):
         found.require_usual(
             tower,

@@ -46,8 +46,7 @@ def find_open_clip(contents: read.Contents) -> found.FoundCLIP | None:
         return None
     if sources.OPEN_CLIP_CONFIG in contents.configs:
         config = _read_config(contents.settings(sources.OPEN_CLIP_CONFIG), source)
-        rename = openai.scalar_temperature
-        return found.FoundCLIP(format="open_clip", source=source, records=records, config=config, rename=rename)
+        return found.FoundCLIP(format="open_clip", source=source, records=records, config=config)
     if set(TRAINING) <= set(contents.data):
         about = {"epoch": contents.data["epoch"], "run": contents.data["name"]}
         return openai.found_by_shapes("open_clip training checkpoint", contents, records, about=about)
@@ -108,10 +107,10 @@ def _read_config(values: dict[str, Any], source: str) -> ModelConfig:
 def _sizes(model: dict[str, Any], source: str) -> dict[str, Any]:
     """A preset's form, with open_clip's defaults for missing values."""
     vision = OF_IMAGES | model["vision_cfg"]
-    image = {"size": vision["image_size"], "width": vision["width"]}
+    image = {"size": found.side(vision["image_size"]), "width": vision["width"]}
     head_width, layers = vision["head_width"], vision["layers"]
     if not isinstance(layers, list):
-        image |= {"patch": vision["patch_size"], "layers": layers, "heads": vision["width"] // head_width}
+        image |= {"patch": found.side(vision["patch_size"]), "layers": layers, "heads": vision["width"] // head_width}
     elif head_width == openai.HEAD:
         image |= {"blocks": layers}
     else:

@@ -26,8 +26,11 @@ def find_openai(contents: read.Contents) -> found.FoundCLIP | None:
     records = {name: one for name, one in contents.tensors.items() if name.rpartition(".")[2] not in (*MARKS, MASK)}
     # Sizes beside the weights are OpenAI's habit, and with them come its activation and its heads.
     clip = found_by_shapes(kind, contents, records, is_openai=is_openai)
-    if is_script and (activation := ACTIVATIONS.get(contents.data.get(ACTIVATION, "").rpartition(".")[2])):
-        clip = replace(clip, config=replace(clip.config, activation=activation), says_activation=True)
+    if is_script:
+        # With whatever prefix the script has before the names of the model; both towers have the same.
+        classes = {kind.rpartition(".")[2] for name, kind in contents.data.items() if name.endswith(ACTIVATION)}
+        if len(classes) == 1 and (activation := ACTIVATIONS.get(classes.pop())):
+            clip = replace(clip, config=replace(clip.config, activation=activation), says_activation=True)
     return clip
 
 
@@ -44,7 +47,6 @@ def found_by_shapes(
         format=kind,
         source=str(contents.path),
         records=records,
-        rename=scalar_temperature,
         about=about or {},
         config=config,
         says_activation=is_openai,
@@ -95,11 +97,3 @@ def _image(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _count(names: dict[str, Any], prefix: str) -> int:
     return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
-
-
-def scalar_temperature(tensors: found.Tensors) -> found.Tensors:
-    """The temperature of some of open_clip's models has one dimension, of size 1, and so has their bias."""
-    return {
-        name: tensor.reshape(()) if name in ("logit_scale", "logit_bias") and tensor.numel() == 1 else tensor
-        for name, tensor in tensors.items()
-    }

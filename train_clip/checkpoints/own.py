@@ -13,6 +13,7 @@ from train_clip.models.config import ModelConfig, config_from_dict
 METADATA = "train_clip"  # under it a .safetensors file holds the model's configuration
 LIGHTNING = "pytorch-lightning_version"
 MODEL = "model."  # before the names of a module's model
+OF_MODULE = "state_dict.model"  # its place in a checkpoint
 RUNNING_MEAN = "running_mean"  # in a file that holds the EMA of a run's weights: what it followed
 NO_STATE = (
     "holds the EMA of a run's weights (--ema), and no training state to resume from. Expected one of "
@@ -46,9 +47,9 @@ def find_safetensors(contents: read.Contents) -> found.FoundCLIP | None:
 def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
     """Find a checkpoint of train-CLIP's CLIPWrapper: OpenAI's model, QuickGELU included (its models/model.py)."""
     told = of_lightning(contents)
-    if LIGHTNING not in contents.data or not told["records"]:
+    if LIGHTNING not in contents.data or not contents.place.endswith(OF_MODULE):
         return None
-    if OF_CUSTOM_WRAPPER in contents.tensors:
+    if OF_CUSTOM_WRAPPER in contents.left_out:
         raise UserError(
             f"{contents.path}: two encoders of train-CLIP's CustomCLIPWrapper, and the file does not say which. Build "
             "them, load its tensors below model.visual. and model.transformer. into them, and pass them to "
@@ -66,9 +67,10 @@ def of_lightning(contents: read.Contents) -> dict[str, Any]:
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
     about |= {shown: data[name] for name, shown in names.items() if name in data}
     arguments = data.get("hyper_parameters")
+    model = {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)}
     return {
         "source": str(contents.path),
-        "records": {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)},
+        "records": model or contents.tensors,
         "arguments": arguments if isinstance(arguments, dict) else {},
         "about": about,
     }

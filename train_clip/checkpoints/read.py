@@ -35,14 +35,18 @@ DTYPES = {kind: dtype for dtype, (_, _, kind) in KINDS.items()}
 # Names that checkpoints hold beside their weights, in older ones of Lightning a run's arguments and its callbacks'
 # classes; Python 2 called the module of its own types __builtin__. Any other name is refused.
 HARMLESS = tuple(
-    "__torch__. argparse.Namespace collections. _codecs. lightning. lightning_fabric. numpy. omegaconf. pathlib. "
-    "pytorch_lightning. torch.device __builtin__.set __builtin__.frozenset __builtin__.complex __builtin__.dict "
-    "__builtin__.list __builtin__.int __builtin__.float __builtin__.str __builtin__.bool".split()
+    "__torch__. argparse.Namespace collections. _codecs. datetime. lightning. lightning_fabric. numpy. omegaconf. "
+    "pathlib. pytorch_lightning. torch.Tensor torch.device __builtin__.set __builtin__.frozenset __builtin__.complex "
+    "__builtin__.dict __builtin__.list __builtin__.int __builtin__.float __builtin__.str __builtin__.bool".split()
 )
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 EXPECTED = (
     " Expected a checkpoint (.ckpt), weights (.pt, .bin, .safetensors), a folder that holds config.json and weights, "
     "a name of OpenAI's such as ViT-B/32, or hf-hub:NAME."
+)
+EXPORT = (
+    "If you trust it, export its weights where all its code is installed: model = torch.load(FILE, "
+    "weights_only=False); torch.save(model.state_dict(), NEW). Of a checkpoint: torch.save(model['state_dict'], NEW)"
 )
 
 
@@ -82,11 +86,13 @@ class Contents:
 
     path: Path  # what messages name
     kind: str  # "PyTorch archive", "TorchScript archive" or "safetensors"
-    # Of a PyTorch archive all of it; of a TorchScript archive each module's class by the module's name; of safetensors
-    # its metadata.
-    data: dict[str, Any]
+    # Of a PyTorch archive all of it, then what is around the weights (``state_dicts.choose``); of a TorchScript archive
+    # each module's class by the module's name; of safetensors its metadata.
+    data: Any
     tensors: dict[str, TensorRecord]  # the weights by the names that they have there
     configs: Mapping[str, Path] = field(default_factory=dict)  # the JSON files beside the weights, by name
+    place: str = ""  # of the weights in the file, such as "state_dict"
+    left_out: tuple[str, ...] = ()  # the places of other CLIPs in the file, and tensors around this one
 
     def settings(self, name: str) -> dict[str, Any]:
         """The values in a JSON file next to the weights; empty if there is none."""
@@ -122,6 +128,10 @@ def read_file(path: Path) -> Contents:
                 "written by PyTorch before 1.6, or in its old format. Convert it with "
                 "torch.save(torch.load(FILE, weights_only=True), NEW)."
             )
+        if start.startswith(b"\x80"):
+            raise UserError(
+                "a plain pickle, which is not opened. If you trust it: torch.save(pickle.load(open(FILE, 'rb')), NEW)"
+            )
         raise UserError(f"begins with {start[:8]!r}, which no weights file does.{EXPECTED}")
     except UserError as error:
         raise UserError(f"{path}: {str(error).removesuffix('.')}.") from error
@@ -133,13 +143,7 @@ def _read_weights(path: Path) -> Contents:
     data = read_archive(path)
     if isinstance(data, StandIn) and type(data).__name__.startswith("__torch__."):
         return _read_modules(path, data)
-    if not isinstance(data, dict):
-        raise UserError(f"holds a {type(data).__name__}; expected a state dict, or a checkpoint of one")
-    held = data.get("state_dict", data)
-    tensors = {name: v for name, v in held.items() if isinstance(name, str) and isinstance(v, TensorRecord)}
-    if not tensors:
-        raise UserError(f"holds no weights, but {str(list(data)[:6])[:MOST_SHOWN]}.{EXPECTED}")
-    return Contents(path, "PyTorch archive", data, tensors)
+    return Contents(path, "PyTorch archive", data, {})
 
 
 def _read_modules(path: Path, module: StandIn) -> Contents:
@@ -203,7 +207,10 @@ def _require_data(program: bytes) -> None:
     for number, (code, argument, _) in enumerate(instructions):
         name, takes = code.name, code.stack_before
         if name not in INSTRUCTIONS:
-            raise UserError(f"its data.pkl has the instruction {name}, which weights do not need")
+            raise UserError(
+                f"its data.pkl has the instruction {name}, which weights do not need, perhaps of a later protocol of "
+                "pickle. If you trust it, save it with PyTorch's: torch.save(torch.load(FILE, weights_only=False), NEW)"
+            )
         # Two of what is taken are the mark, which is not on this stack, and all above it.
         above = marks.pop() + 2 if pickletools.markobject in takes else len(stack)
         start = above - len(takes)
@@ -212,7 +219,7 @@ def _require_data(program: bytes) -> None:
                 f"its data.pkl has over {MAX_INSTRUCTIONS:,} instructions or memo entries, or underflows its stack"
             )
         if name.startswith("SETITEM") and not all(stack[start + 1 :: 2]):
-            raise UserError("its data.pkl has a key that is not a string or number, or a very large number")
+            raise UserError(f"its data.pkl has a key that is not a string or number, or is very large. {EXPORT}")
         del stack[start:]
         if name == "MARK":
             marks.append(start)
@@ -237,15 +244,12 @@ def _unpickle(program: bytes, file: Path, prefix: str, sizes: Mapping[str, int])
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> type:
             name = f"{module}.{name}"
-            if name.startswith("torch.nn."):
-                raise UserError(
-                    "holds a whole pickled module, which only its own code can open. Save its weights where that code "
-                    "is installed: "
-                    "torch.save(model.state_dict(), FILE)"
-                )
             is_known = name in STORAGES or name in MAKERS or name.startswith(HARMLESS)
             if not (is_known or name.removeprefix("torch.") in KINDS) or len(classes) > MAX_NAMES:
-                raise UserError(f"asks for {name}, which weights do not need; no code of it was run")
+                raise UserError(
+                    f"asks for {name[:MOST_SHOWN]}, which weights do not need: it holds a whole pickled module, or "
+                    f"another object; no code of it was run. {EXPORT}"
+                )
             return classes.setdefault(name, type(name, (StandIn,), {}))
 
         def persistent_load(self, words: Any) -> _Storage:
@@ -293,6 +297,8 @@ def _require(value: Any, kind: Any) -> Any:
 MAKERS: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *_: _require(tensor, TensorRecord),
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: _require(tensor, TensorRecord),
+    "torch._tensor._rebuild_from_type_v2": lambda _function, _type, arguments, *_: _tensor(*arguments),
     "torch.Size": _sizes,
     "torch.jit._pickle.restore_type_tag": lambda value, *_: value,
     **dict.fromkeys(("collections.OrderedDict", "collections.defaultdict"), lambda *_: _Dict()),

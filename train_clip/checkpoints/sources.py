@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from train_clip.checkpoints import state_dicts
 from train_clip.checkpoints.read import EXPECTED, Contents, TensorRecord, read_file, read_json
 from train_clip.errors import UserError, first_line
 from train_clip.files import replacing
@@ -18,6 +19,7 @@ WEIGHTS = (
     OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin", HF_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
+SHARDED = ".metadata"  # in a folder that torch.distributed.checkpoint wrote
 
 HUB = "hf-hub:"
 URL = "https://openaipublic.azureedge.net/clip/models"
@@ -67,9 +69,14 @@ def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
         for part in _parts(found) if name.endswith(".index.json") else [name]:
             if (file := find_file(folder, part)) is None:
                 raise UserError(f"{folder}: {name} lists {part}, which does not exist. Get the folder again.")
-            contents = read_file(file)
+            contents = state_dicts.choose(read_file(file))
             tensors |= contents.tensors
         return replace(contents, path=Path(folder), tensors=tensors, configs=configs)
+    if Path(folder, SHARDED).is_file():
+        raise UserError(
+            f"{folder}: a sharded checkpoint. Join its parts: python -m torch.distributed.checkpoint.format_utils "
+            "dcp_to_torch FOLDER NEW.pt"
+        )
     raise UserError(f"{folder}: a folder without weights; expected one of {', '.join(WEIGHTS)}.{EXPECTED}")
 
 

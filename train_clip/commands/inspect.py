@@ -1,6 +1,7 @@
 """Show what a file of weights contains, quickly: neither PyTorch nor the model is loaded."""
 
 from train_clip.checkpoints import found, sources
+from train_clip.errors import printable
 
 # A module's arguments that say which model it is, and not how it was trained.
 OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts", "digest")
@@ -27,8 +28,7 @@ def inspect(file: str, /) -> dict[str, str]:
     trained = {name: value for name, value in weights.arguments.items() if name not in OF_MODEL and value is not None}
     if trained:
         report["trained with"] = ", ".join(f"{_shown(name)} {_shown(value)}" for name, value in trained.items())
-    # Without the codes by which a file could write all over a terminal.
-    report = {name: "".join(c if c.isprintable() else "�" for c in value) for name, value in report.items()}
+    report = {name: printable(value) for name, value in report.items()}
     width = max(map(len, report))
     for name, value in report.items():
         print(f"{name:{width}}  {value}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from train_clip.checkpoints import found, own
+from train_clip.checkpoints import found, own, state_dicts
 from train_clip.commands import evaluate
 from train_clip.commands.progress import FIRST_SECONDS
 from train_clip.errors import UsageError, UserError
@@ -66,7 +66,7 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         begin: found.Found = found.find_model(start, config_from_dict(arguments["config"], start))
     else:
         begin = found.find_weights(start)
-    first = of_one_loss(begin.read(), second)
+    first = of_one_loss(state_dicts.renamed(begin.read(), second), second)
     # Before anything is written: what cannot be mixed or scored leaves no files behind, which would be in the next
     # run's way.
     require_one_model(first, second)

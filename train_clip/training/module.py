@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import model_helpers, rank_zero_info, rank_zero
 from torch import Tensor, nn
 from typing_extensions import override
 
-from train_clip.checkpoints import found, own
+from train_clip.checkpoints import found, own, state_dicts
 from train_clip.data import augment
 from train_clip.errors import UserError
 from train_clip.evaluation import embed
@@ -276,6 +276,8 @@ class ContrastiveModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         # Where a run is resumed, hold this module against the one that it began with; fuse as the precision wants.
         self._towers.fixed_texts.clear()
+        if "state_dict" in checkpoint:  # of a model that was wrapped or compiled, or that is here
+            checkpoint["state_dict"] = state_dicts.renamed(checkpoint["state_dict"], self.state_dict())
         if internals.resuming(internals.trainer_of(self)):
             if own.RUNNING_MEAN in checkpoint:
                 raise UserError(f"The checkpoint {own.NO_STATE}")
