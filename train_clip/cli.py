@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except UserError as error:
         # A loader's worker sends its traceback, with the message at the end.
-        print(f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}", file=sys.stderr)
+        message = re.split(r"train_clip\.errors\.\w+: ", str(error))[-1].rstrip()
+        print(f"train-clip: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         # `| head` has read enough.
