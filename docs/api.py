@@ -28,7 +28,8 @@ any version. `train_clip.__version__` is {train_clip.__version__!r}. `import tra
 comes with what it needs when it is first used.
 
 **Errors.** What a user can put right is a [`UserError`](#train_cliperrorsusererror), whose message says what was found,
-what was expected and what to do. An unknown argument is Python's `TypeError`.
+what was expected and what to do; also a `FileNotFoundError`, `TypeError` or `ValueError` where that says it. An unknown
+argument is Python's `TypeError`.
 
 **Shapes** are in round brackets; what their letters mean stands below each entry.
 """
@@ -99,7 +100,6 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
 OPTIONS = {
     "the wrappers": ('CLIPWrapper("ViT-B/32", lock_image=True)', options.TrainingOptions),
     "`TextImageDataModule`": ('TextImageDataModule(pairs="pairs.csv")', options.DataOptions),
-    "`load`": ('load("weights.pt", activation="gelu")', options.WeightOptions),
 }
 
 
@@ -135,7 +135,8 @@ def signature(thing: Any, before: str = "") -> str:
     """Name, parameters with types and defaults, and what is returned, on a line each where they are many."""
     if is_record(thing) or (thing.__init__ is Exception.__init__ if inspect.isclass(thing) else False):
         return ""
-    how = inspect.signature(thing)
+    # Not a wrapper's own, which lists each option.
+    how = inspect.signature(thing.__init__ if hasattr(thing, "__signature__") else thing)
     given = [one for one in how.parameters.values() if one.name != "self"]
     words = [word for one in given for word in (["*"] * (one is first_keyword(given)) + [parameter(one)])]
     returned = "" if inspect.isclass(thing) or how.return_annotation is None else how.return_annotation
@@ -156,7 +157,8 @@ def parameter(one: inspect.Parameter) -> str:
     """A parameter as one writes it."""
     stars = {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "")
     default = "" if one.default is one.empty else f" = {default_text(one.default)}"
-    return f"{stars}{one.name}: {type_text(one.annotation)}{default}"
+    kind = re.sub(r"^\*<class '(.*)'>$", r"Unpack[\1]", inspect.formatannotation(one.annotation))
+    return f"{stars}{one.name}: {type_text(kind)}{default}"
 
 
 def type_text(kind: Any) -> str:

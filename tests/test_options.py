@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pydoc
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, TextImageDataModule, cli
 from train_clip.encoders.finetune import StartOptions
 from train_clip.errors import UserError
+from train_clip.keywords import TrainingKeywords
 from train_clip.options import DataOptions, ModelOptions, Options, RunOptions, TrainingOptions
 from train_clip.prompts.prompt_tune import PromptOptimizerOptions, PromptOptions
 
@@ -101,6 +103,39 @@ def test_signatures_have_the_dataclass_defaults() -> None:
         shared = {name: one.default for name, one in parameters.items() if name in options and name != "learning_rate"}
         assert shared
         assert shared == {name: options[name] for name in shared}
+
+
+def test_keyword_arguments_are_the_options() -> None:
+    """Their types by ``TrainingKeywords``, a plain string where a table can be extended; all of them in ``help``."""
+    tables = {"optimizer": str | None, "loss": str, "distillation": str | None}
+    every = {one.name: one for group in OF_TRAINING.values() for one in dataclasses.fields(group)}
+    types = {name: tables.get(name, one.type) for name, one in every.items()}
+    for made in (CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper):
+        own = list(inspect.signature(made.__init__).parameters.values())
+        assert own[-1].annotation == Unpack[TrainingKeywords]
+        beside = {one.name for one in own}
+        assert get_type_hints(TrainingKeywords) == {name: kind for name, kind in types.items() if name not in beside}
+        shown = inspect.signature(made).parameters
+        assert set(every) < set(shown)
+        assert {name: shown[name].default for name in set(every) - beside} == {
+            name: every[name].default for name in set(every) - beside
+        }
+        assert "lock_image: bool = False" in pydoc.plain(pydoc.render_doc(made)).replace("\n", " ")[:10_000]
+    assert "lock_image" not in inspect.signature(CLIPWrapper("tiny", TINY)).parameters  # what calls a module
+
+    class Mine(CLIPWrapper):
+        def __init__(self, name: str, **how: Any) -> None:
+            super().__init__(name, TINY, **how)
+
+    assert {"name", "lock_image", "minibatch_size"} < set(inspect.signature(Mine).parameters)
+    assert Mine("a", lock_text=True).hparams["lock_text"]
+
+
+def test_the_data_module_takes_every_option_of_data() -> None:
+    """By name, and nothing else by chance."""
+    parameters = inspect.signature(TextImageDataModule).parameters
+    assert {one.name for one in dataclasses.fields(DataOptions)} < set(parameters)
+    assert all(one.kind is not one.VAR_KEYWORD for one in parameters.values())
 
 
 def test_hparams_have_the_defaults() -> None:

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(error: UserError) -> int | str:
     # A loader's worker sends its traceback, with the message at the end.
-    message = f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}"
+    message = "train-clip: " + re.split(r"train_clip\.errors\.\w+: ", str(error))[-1].rstrip()
     if not isinstance(error, UsageError):
         return message  # which Python prints, and exits with 1
     print(message, file=sys.stderr)

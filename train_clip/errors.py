@@ -8,20 +8,32 @@ class UserError(Exception):
     """Stops a command. The message says what was found, what was expected and what to do."""
 
 
-class UsageError(UserError):
+class UsageError(UserError, ValueError):
     """The command itself is wrong: a verb, an option, a value or a name that does not exist."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that does not exist."""
+
+
+class WrongType(UserError, TypeError):
+    """An argument of another type than expected."""
 
 
 class BadSample(Exception):
     """One image or caption that cannot be used. The data set counts it by reason and replaces it."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
+        Exception.__init__(self, path, reason)  # not OSError's, which takes them for a number and its text
         self.path = path
         self.reason = reason  # in a few words that are the same for every file with the same fault
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class MissingSample(BadSample, FileNotFoundError):
+    """An image that does not exist."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import inspect
 import sys
 import urllib.error
 from pathlib import Path
@@ -19,6 +20,7 @@ from train_clip import load
 from train_clip.checkpoints import sources
 from train_clip.checkpoints.huggingface import write_huggingface
 from train_clip.checkpoints.sources import OPENAI, URL, fetch_openai, find_contents, openai_name
+from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
 
 MODEL = "ViT-B/32"
@@ -267,3 +269,71 @@ def test_a_name_of_nothing_on_the_hub(hub: dict[str, Any], tmp_path: Path, monke
     hub["error"] = huggingface_hub.errors.HFValidationError("Repo id must be in the form")
     assert "hf-hub:" in refused("hf-hub:")
     assert sources.HUB == "hf-hub:"
+
+
+# ``load`` from Python
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A file of this package's."""
+    write_model(tiny_clip(), tmp_path / "clip.safetensors", "safetensors")
+    return tmp_path / "clip.safetensors"
+
+
+@pytest.mark.parametrize("name", ["gone.pt", "gone/clip.pt", "gone"])
+def test_a_path_that_does_not_exist(tmp_path: Path, name: str) -> None:
+    """Ours, and Python's own; a folder that is there is another fault."""
+    for path in (tmp_path / name, str(tmp_path / name)):
+        with pytest.raises(FileNotFoundError, match="no such file") as caught:
+            load(path)
+        assert isinstance(caught.value, UserError)
+    with pytest.raises(UserError, match="folder without weights") as caught:
+        load(tmp_path)
+    assert not isinstance(caught.value, OSError)
+
+
+@pytest.mark.parametrize("source", [["a.pt", "b.pt"], None, 3, b"a.pt", {"a": 1}, torch.zeros(2)])
+def test_a_source_that_is_no_path(source: Any) -> None:
+    """A list of paths, numbers, weights themselves: a TypeError of ours, which names what was found."""
+    with pytest.raises(TypeError, match=f"given as a {type(source).__name__}; expected a path or a name") as caught:
+        load(source)
+    assert isinstance(caught.value, UserError)
+
+
+def test_a_value_that_cannot_work_is_a_value_error(weights: Path) -> None:
+    """Of an option; an option that does not exist is Python's TypeError."""
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        load(weights, activation="relu")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="modelname"):
+        load(weights, modelname="a")  # type: ignore[call-arg]
+
+
+def test_what_can_be_chosen_is_in_the_signature() -> None:
+    """Each by its name, without a place for others."""
+    parameters = inspect.signature(load).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    assert {"model_name", "activation", "image_size", "context_length", "backbone", "device", "dtype"} == set(names)
+    assert all(one.kind is not one.VAR_KEYWORD for one in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_dtype_of_ones_own(weights: Path, dtype: torch.dtype) -> None:
+    """All weights have it, and embeddings are those of float32 within its precision."""
+    whole = load(weights)
+    other = load(weights, dtype=dtype, device="cpu")
+    assert {value.dtype for value in other.model.state_dict().values() if value.is_floating_point()} == {dtype}
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, whole.model.image_size, whole.model.image_size, generator=generator)
+    tokens = other.tokenizer(["a dog", "two cats"])
+    with torch.no_grad():
+        for name, inputs in (("encode_image", images), ("encode_text", tokens)):
+            expected, found = (getattr(one.model, name)(inputs) for one in (whole, other))
+            assert found.dtype == dtype
+            assert torch.allclose(torch.cosine_similarity(found.float(), expected), torch.ones(2), atol=1e-3), name
+
+
+def test_a_device_of_ones_own(weights: Path) -> None:
+    """Every weight lies there."""
+    model = load(weights, device="meta").model
+    assert {value.device.type for value in model.state_dict().values()} == {"meta"}

@@ -26,7 +26,7 @@ class Position:
         return self.count
 
 
-def sampler(consumed: Callable[[], int], rank: int = 0, size: int = 1, seed: int = 5, shuffle: bool = True):
+def sampler(consumed: Callable[[], int | None], rank: int = 0, size: int = 1, seed: int = 5, shuffle: bool = True):
     return GlobalBatchSampler(range(N), G, consumed, shuffle, seed, (rank, size))  # type: ignore[arg-type]
 
 
@@ -133,6 +133,17 @@ def test_set_epoch_is_not_heard() -> None:
     own.set_epoch(4)
     assert [*found, *iterator] == expected
     assert list(own) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_where_nobody_counts_each_iteration_is_an_epoch(size: int) -> None:
+    """Three iterations, against the same sampler with a count; then one that ``set_epoch`` chooses, and the next."""
+    for rank in range(size):
+        own = sampler(lambda: None, rank, size)
+        expected = [list(sampler(Position(epoch * BATCHES), rank, size)) for epoch in range(5)]
+        assert [list(own) for _ in range(3)] == expected[:3]
+        own.set_epoch(1)
+        assert [list(own), list(own)] == expected[1:3]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -1,15 +1,19 @@
-"""Evaluation's crop: bit for bit against torchvision's arithmetic restated."""
+"""Evaluation's crop: bit for bit against torchvision's arithmetic restated; what is no image."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from train_clip.data.crops import center_crop, to_tensor
+from train_clip.data.crops import Preprocess, center_crop, to_tensor
+from train_clip.errors import BadSample, UserError
 
 Noise = Callable[..., Image.Image]
 
@@ -79,3 +83,33 @@ def test_to_tensor_layout(noise: Noise) -> None:
     before = picture.tobytes()
     tensor.zero_()
     assert picture.tobytes() == before
+
+
+# What is no image
+
+
+def own() -> Preprocess:
+    return Preprocess(32, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    """Python's own error, and ours; what is there and no image is ours alone; a reader of samples knows both."""
+    for path in (tmp_path / "gone.png", str(tmp_path / "gone.png")):
+        with pytest.raises(FileNotFoundError, match=r"gone\.png: file does not exist") as caught:
+            own()(path)
+        assert isinstance(caught.value, BadSample)
+        assert (caught.value.path, caught.value.reason) == (str(path), "file does not exist")
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert (type(again), again.path, again.reason) == (type(caught.value), str(path), "file does not exist")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(BadSample) as bad:
+        own()(tmp_path / "text.png")
+    assert not isinstance(bad.value, OSError)
+
+
+@pytest.mark.parametrize("image", [["a.png", "b.png"], np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), None, b"a"])
+def test_neither_a_picture_nor_a_path(image: Any) -> None:
+    """A list of paths, an array, a tensor: a TypeError of ours, which names what was found and what to do."""
+    with pytest.raises(TypeError, match=f"Found a {type(image).__name__} for an image; expected a picture") as caught:
+        own()(image)
+    assert isinstance(caught.value, UserError)

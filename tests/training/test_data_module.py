@@ -87,11 +87,11 @@ def trainer(folder: Path, **how: Any) -> L.Trainer:
 
 
 def among(module: TextImageDataModule, rank: int, size: int) -> TextImageDataModule:
-    """Put a data module on one of several processes that do not exist."""
+    """Put a data module on one of several processes that do not exist, outside a fit."""
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank,
         world_size=size,
-        lightning_module=None,
+        training=False,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     return module
@@ -534,6 +534,92 @@ def test_weights_that_are_loaded_begin_a_run_of_their_own(tmp_path: Path) -> Non
     assert len(whole) == 10
     assert seen.trained == whole
     assert fit(tmp_path, data(folder, 2), tmp_path / "a.ckpt", max_steps=6).trained == whole[3:6]
+
+
+class Foreign(L.LightningModule):
+    """Somebody's module, which knows nothing of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        return self.weight * batch.images.float().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+class Content(L.Callback):
+    """Notes the pairs and the pixels of each batch that is trained on."""
+
+    def __init__(self) -> None:
+        self.trained: list[tuple[list[int], int]] = []
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        self.trained.append((numbers(arguments[2]), hash(arguments[2].images.numpy().tobytes())))
+
+
+def content(folder: Path, module: L.LightningModule, ckpt_path: Path | None = None, **how: Any) -> list[Any]:
+    """Train a module and return what it has seen."""
+    seen = Content()
+    runner = trainer(folder, callbacks=[seen, *how.pop("callbacks", [])], **how)
+    pairs = data(folder / "data", 4, seed=3, resize_ratio=0.5, num_workers=0)
+    runner.fit(module, pairs, ckpt_path=ckpt_path, weights_only=True)
+    return seen.trained
+
+
+@pytest.mark.parametrize("how", [{}, {"reload_dataloaders_every_n_epochs": 1}, {"limit_train_batches": 2}])
+def test_a_module_that_is_not_ours_sees_what_ours_sees(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Four epochs of 14 pairs in batches of 4: the pairs and the crops of our own module, others in each epoch."""
+    make_pairs(tmp_path / "data", 14)
+    ours = content(tmp_path, CLIPWrapper(config=tiny()), max_epochs=4, **how)
+    found = content(tmp_path, Foreign(), max_epochs=4, **how)
+    assert found == ours
+    size = how.get("limit_train_batches", 3)
+    epochs = [found[at : at + size] for at in range(0, len(found), size)]
+    assert len({str([pairs for pairs, _ in epoch]) for epoch in epochs}) == len({str(epoch) for epoch in epochs}) == 4
+    left_out = {frozenset(range(14)) - set(chain.from_iterable(pairs for pairs, _ in epoch)) for epoch in epochs}
+    assert len(left_out) > 1
+
+
+def test_a_module_that_is_not_ours_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+    """Saved after every step of three epochs of three batches, resumed from each: the rest of the run."""
+    make_pairs(tmp_path / "data", 14)
+    every = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = content(tmp_path, Foreign(), max_epochs=3, callbacks=[every], enable_checkpointing=True)
+    for step in range(1, 9):
+        assert content(tmp_path, Foreign(), tmp_path / f"kept/step={step}.ckpt", max_epochs=3) == whole[step:], step
+
+
+def test_a_trainer_that_fits_twice_goes_on(tmp_path: Path) -> None:
+    """Two epochs, then two more with the same Trainer: what four in one see."""
+    make_pairs(tmp_path / "data", 14)
+    whole = content(tmp_path, Foreign(), max_epochs=4)
+    seen, module = Content(), Foreign()
+    runner = trainer(tmp_path, callbacks=[seen], max_epochs=2)
+    for runner.fit_loop.max_epochs in (2, 4):
+        runner.fit(module, data(tmp_path / "data", 4, seed=3, resize_ratio=0.5, num_workers=0))
+    assert seen.trained == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_loop_sees_what_a_trainer_sees(tmp_path: Path, workers: int) -> None:
+    """Without a Trainer, and after one has ended: epochs as it has them; ``set_epoch`` chooses one."""
+    make_pairs(tmp_path / "data", 14)
+    whole = content(tmp_path, Foreign(), max_epochs=3)
+    fitted = data(tmp_path / "data", 4, seed=3, resize_ratio=0.5, num_workers=workers)
+    trainer(tmp_path, max_epochs=1).fit(Foreign(), fitted)
+    alone = data(tmp_path / "data", 4, seed=3, resize_ratio=0.5, num_workers=workers)
+    alone.setup()
+    for module in (alone, fitted):
+        loader, seen = module.train_dataloader(), Content()
+        for _ in range(3):
+            for batch in loader:
+                seen.on_train_batch_start(None, None, batch)
+        assert seen.trained == whole
+        loader.sampler.set_epoch(1)
+        assert [numbers(batch) for batch in loader] == [pairs for pairs, _ in whole[3:6]]
 
 
 def test_each_fit_of_a_module_begins_at_the_first_batch(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train_clip.checkpoints import state_dicts
 from train_clip.checkpoints.read import EXPECTED, Contents, TensorRecord, read_file, read_json
-from train_clip.errors import UserError, first_line
+from train_clip.errors import MissingFile, UserError, WrongType, first_line
 from train_clip.files import replacing
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -39,6 +39,8 @@ OPENAI = {
 
 def find_contents(source: str | Path) -> Contents:
     """Look into a source: a file, a folder, the name of an OpenAI model (``ViT-B/32``), or ``hf-hub:NAME``."""
+    if not isinstance(source, str | os.PathLike):
+        raise WrongType(f"The weights are given as a {type(source).__name__}; expected a path or a name.{EXPECTED}")
     name = str(source)
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
@@ -54,9 +56,10 @@ def read_contents(path: Path) -> Contents:
             return _gather(str(path), WEIGHTS)
         if path.is_file():
             return replace(_gather(str(path.parent), (path.name,)), path=path)
+        kind = UserError if path.exists() else MissingFile
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
-    raise UserError(f"{path}: no such file, or not a regular file.{EXPECTED}")
+    raise kind(f"{path}: no such file, or not a regular file.{EXPECTED}")
 
 
 def _gather(folder: str, weights: tuple[str, ...]) -> Contents:

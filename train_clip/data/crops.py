@@ -9,6 +9,7 @@ S  side of the square in pixels      H, W  of the pixels
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from train_clip.data import arrays, images
-from train_clip.errors import UserError
+from train_clip.errors import UserError, WrongType
 
 REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as much and as exact (jdct.h)
 NORMALISED = "already normalized pixels, used unchanged, without a crop"
@@ -127,10 +128,13 @@ def _reduced(jpeg: images.Jpeg, reduction: int) -> np.ndarray | None:
 def centre_square(image: Image.Image | str | Path, size: int) -> torch.Tensor:
     """Prepare a picture, or the file of one, as evaluation takes it: its center crop, (3, S, S) uint8."""
     if isinstance(image, Image.Image):
-        image = images.upright_rgb(image, "picture", [])
-    else:
-        image = images.open_rgb(str(image))
-    return to_tensor(center_crop(image, size))
+        return to_tensor(center_crop(images.upright_rgb(image, "picture", []), size))
+    if isinstance(image, str | os.PathLike):
+        return to_tensor(center_crop(images.open_rgb(str(image)), size))
+    raise WrongType(
+        f"Found a {type(image).__name__} for an image; expected a picture (PIL.Image.Image) or the path of one. Give "
+        "several one by one, and an array as PIL.Image.fromarray(array)."
+    )
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -15,7 +15,7 @@ from pathlib import Path
 from train_clip.data.images import ARRAY_SUFFIX, image_suffixes, is_npz
 from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, READABLE, Scan, fault_of
-from train_clip.errors import UserError
+from train_clip.errors import MissingFile, UserError
 from train_clip.options import SourceOptions
 
 NAMED = 6  # files in the message on a stem
@@ -35,7 +35,7 @@ def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
     """
     try:
         if not folder.is_dir():
-            raise UserError(
+            raise (UserError if folder.exists() else MissingFile)(
                 f"{folder}: there is no such folder. Expected images and captions (.txt); for a table use --pairs."
             )
     except PermissionError:

@@ -1,20 +1,23 @@
 """A file → an upright RGB picture, or the reason why it is bad.
 
-Pillow drops transparency and turns 16-bit grayscale white; both are fixed here, for training and evaluation.
+Pillow drops transparency, turns 16-bit grayscale white, and takes some pixels for others than their file means; all of
+this is fixed here, for training and evaluation.
 """
 
 import io
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError
+from PIL import TiffImagePlugin as Tiff
 
-from train_clip.errors import BadSample
+from train_clip.errors import BadSample, MissingSample
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS, from which on it warns of a decompression bomb
@@ -35,6 +38,7 @@ JPEG_START = b"\xff\xd8\xff"  # what Pillow knows a JPEG by
 TILE_SIDES = (322, 323)  # TIFF 6.0, section 15
 # A scan's header (T.81, B.2.3): its length follows from its number of components, which keeps chance finds out.
 SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+UNKNOWN_RANGE = "integer pixels of unknown range"
 # How it is said that a mode became RGB. Gray pictures hold nothing that could be lost.
 TO_RGB = {"CMYK": "CMYK or YCCK to RGB", "P": "palette to RGB"}
 
@@ -96,17 +100,19 @@ def open_image(path: str) -> Jpeg | Image.Image:
 
 def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Image:
     """Make an opened picture what ``Decoded`` holds; ``mended`` gets what was mended, a ``BadSample`` the name."""
+    _load(picture)
+    tags = picture.tag_v2 if isinstance(picture, Tiff.TiffImageFile) else {Tiff.PHOTOMETRIC_INTERPRETATION: 1}
     turn = _turn(picture, mended)
     if turn is not None:
         picture = picture.transpose(turn)
     if picture.mode == "F":
         raise BadSample(name, "floating-point pixels of unknown range")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
-        gray = np.asarray(picture)
-        if gray.min() < 0 or gray.max() > 65_535:
-            raise BadSample(name, "integer pixels of unknown range")
-        mended.append("16-bit grayscale scaled to 8 bits")
-        return Image.fromarray((gray >> 8).astype(np.uint8)).convert("RGB")
+        picture = _narrowed(picture, tags, name, mended)
+    elif tags.get(Tiff.SAMPLEFORMAT) == (2,):  # 8 bits with a sign, which Pillow drops
+        raise BadSample(name, UNKNOWN_RANGE)
+    if picture.mode == "La":
+        picture = picture.convert("LA")
     if picture.has_transparency_data:
         mended.append("transparency composited on white")
         # To the bit what Image.alpha_composite gives, in 8 bytes a pixel rather than 20.
@@ -119,6 +125,21 @@ def upright_rgb(picture: Image.Image, name: str, mended: list[str]) -> Image.Ima
     if picture.mode not in ("L", "1"):
         mended.append(TO_RGB.get(picture.mode, f"{picture.mode} to RGB"))
     return picture.convert("RGB")
+
+
+def _narrowed(picture: Image.Image, tags: Mapping[int, Any], name: str, mended: list[str]) -> Image.Image:
+    """Scale a gray picture to 8 bits, with an alpha where a level is transparent; ``tags`` are a TIFF's."""
+    levels, hidden = np.asarray(picture), picture.info.get("transparency")
+    if levels.min() < 0 or levels.max() > 65_535:
+        raise BadSample(name, UNKNOWN_RANGE)
+    bits = 12 if tags.get(Tiff.BITSPERSAMPLE) == (12,) else 16
+    mended.append(f"{bits}-bit grayscale scaled to 8 bits")
+    gray = (levels >> (bits - 8)).astype(np.uint8)
+    if tags.get(Tiff.PHOTOMETRIC_INTERPRETATION, 0) == 0:  # white is zero, of 8 bits and fewer to Pillow too
+        gray = ~gray
+    if hidden is None:
+        return Image.fromarray(gray)
+    return Image.merge("LA", [Image.fromarray(band) for band in (gray, (levels != hidden) * np.uint8(255))])
 
 
 def image_suffixes() -> set[str]:
@@ -147,7 +168,8 @@ def reading(path: str, what: str) -> Iterator[None]:
     except BadSample:
         raise
     except Exception as error:
-        raise BadSample(path, _reason(what, error)) from error
+        kind = MissingSample if isinstance(error, FileNotFoundError) else BadSample
+        raise kind(path, _reason(what, error)) from error
     finally:
         filters.remove(PILLOWS_WARNINGS)
 
@@ -186,7 +208,7 @@ def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
         raise BadSample(path, f"JPEG with over {MAX_SCANS} scans")
     if picture.tile and picture.tile[0][0] == "ppm_plain" and _whole(picture).count(b"#") > MAX_COMMENTS:
         raise BadSample(path, f"PPM with over {MAX_COMMENTS:,} comments")
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+    if isinstance(picture, Tiff.TiffImageFile):
         width, height = (picture.tag_v2.get(tag, 1) for tag in TILE_SIDES)
         if width * height > MAX_PIXELS:
             raise BadSample(path, f"TIFF with tiles over {MAX_PIXELS:,} pixels")
@@ -199,8 +221,54 @@ def _whole(picture: ImageFile.ImageFile) -> bytes:
     return picture.fp.read()
 
 
-def _decoded(path: str, picture: Image.Image) -> Decoded:
+def _load(picture: Image.Image) -> None:
+    """Load a picture with the pixels that its file means, where Pillow would take them for others."""
+    if isinstance(picture, ImageFile.ImageFile) and picture.tile:
+        tile, hidden = picture.tile[0], picture.info.get("transparency")
+        match picture.format, tile.args:
+            case "TIFF", _:
+                _prepare_tiff(picture)
+            case "PSD", "1":
+                picture.tile = [tile._replace(args="1;I")]  # 1 is black, as ImageMagick reads it (psd.c)
+            case "PNG", "L;2" | "L;4" as raw if hidden is not None:
+                white = 2 ** int(raw[-1]) - 1
+                picture.info["transparency"] = (hidden & white) * 255 // white  # scaled as Pillow scales the pixels
+            case "PNG", "RGB;16B" if hidden is not None:
+                _hide_deep_color(picture, hidden)
     picture.load()
+
+
+def _prepare_tiff(picture: Any) -> None:
+    tags = Tiff.PLANAR_CONFIGURATION, Tiff.FILLORDER, Tiff.PHOTOMETRIC_INTERPRETATION
+    planar, order, photometric = map(picture.tag_v2.get, tags)
+    if not picture.use_load_libtiff and (planar == 2 or order == 2 or photometric == 6):
+        # Pillow takes separate planes for 8 bits, chroma for full resolution, and some bits turned round for an error.
+        # Only what is compressed it leaves to libtiff, which reads all, and finds in the file that nothing is.
+        picture.tag_v2[Tiff.COMPRESSION] = 5
+        picture._setup()
+    if picture.use_load_libtiff:
+        rawmode, *others = picture.tile[0].args
+        # libtiff has brought the bytes into the machine's order.
+        picture.tile = [picture.tile[0]._replace(args=(re.sub("BS$", "NS", rawmode), *others))]
+
+
+def _hide_deep_color(picture: ImageFile.ImageFile, color: tuple[int, int, int]) -> None:
+    """Give a PNG of 16 bits a channel its alpha: Pillow keeps the upper bytes, and takes the color for 8 bits."""
+    assert picture.fp is not None
+    at = picture.fp.tell()
+    picture.fp.seek(0)
+    lower: Any = Image.open(picture.fp, formats=["PNG"])
+    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # of PNG's big-endian levels the lower byte
+    lower.load()
+    picture.fp.seek(at)
+    expected = [level >> 8 for level in color] + [level & 255 for level in color]
+    bands = zip(picture.split() + lower.split(), expected, strict=True)
+    del picture.info["transparency"]
+    picture.putalpha(reduce(ImageChops.lighter, (band.point(lambda x, y=y: 255 * (x != y)) for band, y in bands)))
+
+
+def _decoded(path: str, picture: Image.Image) -> Decoded:
+    _load(picture)
     mended: list[str] = []
     # MPO is JPEG with more pictures behind.
     alike = {"MPO": "JPEG", "DIB": "BMP"}

@@ -48,14 +48,15 @@ class GlobalBatchSampler(DistributedSampler[Any]):
     ``set_epoch``'s, which comes too late for a loader that prefetches. Iteration that begins within an epoch runs on
     into the next: the Trainer stops it by its own count, and no batch is left out.
 
-    ``global_batch`` is G, a multiple of W; ``consumed`` gives how many have been trained on; ``process`` is (rank, W).
+    ``global_batch`` is G, a multiple of W; ``consumed`` gives how many have been trained on, or None where nobody
+    counts, and each ``iter()`` is an epoch, the next one or ``set_epoch``'s; ``process`` is (rank, W).
     """
 
     def __init__(
         self,
         dataset: Dataset[Any],
         global_batch: int,
-        consumed: Callable[[], int],
+        consumed: Callable[[], int | None],
         shuffle: bool,
         seed: int,
         process: tuple[int, int] = (0, 1),
@@ -72,7 +73,11 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return self.batches_per_epoch * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self._keys(self.consumed())
+        first = self.consumed()
+        if first is None:
+            first = self.epoch * self.batches_per_epoch
+            self.epoch += 1
+        return self._keys(first)
 
     def _keys(self, first: int) -> Iterator[tuple[int, int]]:
         for position in range(first, first + self.batches_per_epoch):

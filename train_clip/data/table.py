@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, is_blank, plain_name
 from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, fault_of
-from train_clip.errors import UserError
+from train_clip.errors import MissingFile, UserError
 from train_clip.options import SourceOptions
 
 
@@ -58,7 +58,8 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = defaultdict(list)
     try:
         if suffix not in READERS or not table.is_file():
-            raise UserError(f"{table}: cannot be read as a table. Expected one of {', '.join(READERS)}.")
+            kind = UserError if table.exists() else MissingFile
+            raise kind(f"{table}: cannot be read as a table. Expected one of {', '.join(READERS)}.")
         with table.open(encoding="utf-8-sig", newline="") as file:
             for line, row in READERS[suffix](table, file, names):
                 scan.num_entries += 1

@@ -4,7 +4,7 @@ Data-efficient fine-tuning by self-distillation: arXiv 2104.08945, and OTTER, ar
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,7 +14,8 @@ from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders import custom, huggingface, libraries, sources
 from train_clip.encoders.encoder import ImageEncoder, Pixels, TextEncoder
 from train_clip.encoders.tokenizer import PretrainedTokenizer, wrap_tokenizer
-from train_clip.errors import UserError
+from train_clip.errors import UserError, WrongType
+from train_clip.keywords import TrainingKeywords
 from train_clip.models.config import OptimizerConfig
 from train_clip.options import StepOptions, TowerOptions, TrainingOptions
 from train_clip.training import data_module, module
@@ -67,13 +68,13 @@ class CustomCLIPWrapper(module.ContrastiveModule):
         image_size: int = 224,
         pixel_mean: Sequence[float] = huggingface.IMAGENET_MEAN,
         pixel_std: Sequence[float] = huggingface.IMAGENET_STD,
-        **options: Any,
+        **options: Unpack[TrainingKeywords],
     ) -> None:
         pixels = Pixels.of(image_size, pixel_mean, pixel_std, "pixel_mean and pixel_std")
         image: ImageEncoder = _encoder(image_encoder, "image", huggingface.live_image_encoder, pixels)
         text: TextEncoder = _encoder(text_encoder, "text", huggingface.live_text_encoder, avg_word_embs)
-        options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
-        given = TrainingOptions.of(options, optimizer="sgd", distillation="transport", warmup_steps=0)
+        own = {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
+        given = TrainingOptions.of({**options, **own}, optimizer="sgd", distillation="transport", warmup_steps=0)
         super().__init__(custom.CustomCLIP(image, text, avg_word_embs, project, given.objective.loss), OTTER, given)
         if isinstance(tokenizer, Mapping):
             tokenizer = sources.described_tokenizer(tokenizer)
@@ -162,7 +163,7 @@ def _encoder(given: Any, kind: str, live: Any, how: Any) -> Any:
         return given
     if isinstance(given, Mapping | None):
         return sources.build_encoder(given, kind)
-    raise UserError(
+    raise WrongType(
         f"The {kind}_encoder is a {type(given).__name__}; expected a torch.nn.Module, or what "
         f"train_clip.encoders.sources.load_{kind}_encoder('hf:NAME') gives."
     )

@@ -6,16 +6,17 @@ Its checkpoints hold what is trained; the backbone stays in its own file, which 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from typing_extensions import override
 
 from train_clip.checkpoints import found
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
+from train_clip.keywords import TrainingKeywords
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
-from train_clip.options import StepOptions, TrainingOptions
+from train_clip.options import StepOptions, TowerOptions, TrainingOptions
 from train_clip.prompts.file import PromptConfig, read_backbone
 from train_clip.prompts.model import add_prompts
 from train_clip.training.module import ContrastiveModule
@@ -43,7 +44,7 @@ class PromptCLIPWrapper(ContrastiveModule):
     names_of_model = ("backbone", "prompts", "digest", "config")
     free_to_change = (*ContrastiveModule.free_to_change, "backbone")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, by name
         self,
         backbone: str | Path | found.Found,
         prompts: PromptConfig | Mapping[str, Any],
@@ -52,10 +53,11 @@ class PromptCLIPWrapper(ContrastiveModule):
         *,
         digest: str | None = None,
         config: Mapping[str, Any] | None = None,
-        **options: Any,
+        kl_coeff: float = TowerOptions.kl_coeff,
+        **options: Unpack[TrainingKeywords],
     ) -> None:
-        options |= {"minibatch_size": minibatch_size, "learning_rate": learning_rate}
-        given = TrainingOptions.of(options, optimizer="sgd", lock_text=True, distillation="none")
+        own = {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
+        given = TrainingOptions.of({**options, **own}, optimizer="sgd", lock_text=True, distillation="none")
         off = {"distillation": "none", "half_weights": "none", "mask_ratio": 0, "stochastic_depth": 0, "layer_decay": 1}
         for name, value in given.flat().items():
             if value != off.get(name, value):

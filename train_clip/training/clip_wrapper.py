@@ -1,12 +1,13 @@
 """CLIP from scratch: a preset or a configuration, and the module that trains it."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 from train_clip.data.tokenizer import Tokenizer
+from train_clip.keywords import TrainingKeywords
 from train_clip.models.clip import CLIP
 from train_clip.models.config import ModelConfig, config_from_dict, read_config
-from train_clip.options import StepOptions, TrainingOptions
+from train_clip.options import StepOptions, TowerOptions, TrainingOptions
 from train_clip.training.module import ContrastiveModule
 
 
@@ -32,13 +33,17 @@ class CLIPWrapper(ContrastiveModule):
         model_name: str = "ViT-B/32",
         config: ModelConfig | dict[str, Any] | None = None,
         minibatch_size: int = StepOptions.minibatch_size,
-        **options: Any,
+        *,
+        learning_rate: float | None = None,
+        kl_coeff: float = TowerOptions.kl_coeff,
+        **options: Unpack[TrainingKeywords],
     ) -> None:
         if config is None:
             config = read_config(model_name)
         elif isinstance(config, dict):
             config = config_from_dict({"name": model_name} | config, model_name)
-        given = TrainingOptions.of(options | {"minibatch_size": minibatch_size})
+        own = {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
+        given = TrainingOptions.of({**options, **own})
         config = dataclasses.replace(config, logit_bias=given.objective.loss == "sigmoid")
         super().__init__(CLIP(config), config.optimizer, given)
         self.tokenizer = Tokenizer(config.text.context)

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningDataModule, utilities
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from train_clip import gather
 from train_clip.data import samples, scan, table, tokenizer
 from train_clip.data.pairs import PairList, plain_name, split_pairs
 from train_clip.errors import UserError
-from train_clip.options import DataOptions, StepOptions, WeightOptions
+from train_clip.options import DataOptions, PairBy, StepOptions, WeightOptions
 from train_clip.training import lightning_internals, same_run, signals
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
@@ -23,10 +24,12 @@ class TextImageDataModule(LightningDataModule):
     """Images and captions that share a stem, anywhere below a folder, or that a table names.
 
     Each epoch's order depends on (seed, epoch) alone, each crop and caption on (seed, epoch, pair), whatever the number
-    of processes and workers. Pairs that do not fill a global batch are left out, different ones each epoch.
+    of processes and workers. Pairs that do not fill a global batch are left out, different ones each epoch. Without a
+    Trainer each iteration of the loader is an epoch.
+
+    Arguments that are not listed here are options of ``train_clip.options.DataOptions``.
 
     Args:
-        options: of ``train_clip.options.DataOptions``, among them ``folder`` and ``batch_size``.
         image_size: side of the square that the model takes, in pixels.
         custom_tokenizer: a Hugging Face tokenizer instead of CLIP's, or one whose ``batch`` returns tokens.
         seed: seed of the order, crops and captions.
@@ -45,19 +48,28 @@ class TextImageDataModule(LightningDataModule):
         val_share: float = DataOptions.val_share,
         seed: int = StepOptions.seed,
         context_length: int | None = None,
-        **options: Any,
+        *,
+        pairs: str | Path | None = None,
+        image_column: str = DataOptions.image_column,
+        caption_column: str = DataOptions.caption_column,
+        pair_by: PairBy = DataOptions.pair_by,
+        val_pairs: str | Path | None = None,
+        max_bad: float = DataOptions.max_bad,
     ) -> None:
         super().__init__()
-        options["folder"] = folder
-        for name in ("folder", "pairs", "val_pairs"):
-            options[name] = None if options.get(name) is None else Path(options[name])
         self.options = DataOptions(
+            folder=None if folder is None else Path(folder),
             batch_size=batch_size,
             num_workers=num_workers,
             resize_ratio=resize_ratio,
             shuffle=shuffle,
-            val_share=val_share if options["val_pairs"] is None else 0.0,
-            **options,
+            pairs=None if pairs is None else Path(pairs),
+            image_column=image_column,
+            caption_column=caption_column,
+            pair_by=pair_by,
+            val_share=val_share if val_pairs is None else 0.0,
+            max_bad=max_bad,
+            val_pairs=None if val_pairs is None else Path(val_pairs),
         )
         _, self.source = scan.given_source(self.options.folder, self.options)
         StepOptions(seed=seed)
@@ -155,10 +167,14 @@ class TextImageDataModule(LightningDataModule):
         )
 
     def _process(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return gather.world() if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _consumed_batches(self) -> int:
-        return getattr(getattr(self.trainer, "lightning_module", None), "consumed_batches", 0)
+    def _consumed_batches(self) -> int | None:
+        if self.trainer is None or not self.trainer.training:
+            return None
+        # Of a module that is not ours the Trainer counts them, and its checkpoints keep that.
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return getattr(self.trainer.lightning_module, "consumed_batches", batches)
 
     def _summary(self, found: scan.Scan) -> str:
         size, wanted, share = self.batch_size, self.options.batch_size, self.options.val_share

@@ -20,6 +20,7 @@ from train_clip.data import augment
 from train_clip.errors import UserError
 from train_clip.evaluation import embed
 from train_clip.gather import world
+from train_clip.keywords import OptionsByName
 from train_clip.losses import Pairs, softmax
 from train_clip.models import clip, config, switches
 from train_clip.options import LOSSES, AugmentationOptions, TrainingOptions
@@ -39,6 +40,7 @@ class ContrastiveModule(L.LightningModule):
     tokenizer's mapping with ``input_ids``. ``preset`` fills in what the options leave open.
     """
 
+    __signature__ = OptionsByName()
     names_of_model: tuple[str, ...] = ()  # arguments; the others say how it is trained
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
     free_to_change: tuple[str, ...] = ("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile")
