@@ -15,6 +15,7 @@ from tests.conftest import said, write_pairs
 from tests.data.everything import LONG, Everything, drawing, encoded, write_everything
 from train_clip import cli
 from train_clip.data.pairs import PairList
+from train_clip.data.tokenizer import Tokenizer
 from train_clip.data_tools import facts
 from train_clip.data_tools.check import data_check
 from train_clip.data_tools.facts import perceptual_hash
@@ -169,6 +170,28 @@ def test_repeats_and_leaks(tmp_path: Path) -> None:
         assert report["leaks"]["images_nearly"] == (sum(alike) if len(set(alike)) == 2 else 0)
 
 
+def test_captions_that_the_cut_makes_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two captions that differ in their fourth word, cut at two words and at 75, first the one and then the other.
+
+    Another context length looks again at captions that either cuts, and at no others.
+    """
+    folder = write_pairs(tmp_path / "pairs", 3)
+    for place, caption in enumerate(("one two three four", "One two  three five", "one")):
+        (folder / f"{place:03}.txt").write_text(caption)
+    looked_at = counted(monkeypatch)
+    for context, repeated, places in (
+        (4, 2, [0, 1, 2]),
+        (77, 0, [0, 1]),
+        (4, 2, [0, 1]),
+        (3, 3, [0, 1]),
+        (77, 0, [0, 1]),
+    ):
+        looked_at.clear()
+        report = check(folder, context_length=context)
+        assert (report["captions"]["repeated"], report["captions"]["repeated_nearly"]) == (0, repeated)
+        assert looked_at == places
+
+
 @pytest.mark.parametrize("source", ["folder", "table"])
 def test_leaks_between_lists(tmp_path: Path, source: str) -> None:
     """Four pairs to train on, three to validate on: one by the same path, one copied, one of its own; again from the
@@ -237,9 +260,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     looked_at: list[int] = []
     look = facts.audit
 
-    def recorded(pairs: PairList, place: int) -> object:
+    def recorded(pairs: PairList, tokens_of: Tokenizer, place: int) -> object:
         looked_at.append(place)
-        return look(pairs, place)
+        return look(pairs, tokens_of, place)
 
     monkeypatch.setattr(facts, "audit", recorded)
     return looked_at
@@ -341,11 +364,11 @@ def test_two_checks_at_once(tmp_path: Path, cache: Path, monkeypatch: pytest.Mon
     look = facts.audit
     reports: list[Report] = []
 
-    def interposed(pairs: PairList, place: int) -> object:
+    def interposed(pairs: PairList, tokens_of: Tokenizer, place: int) -> object:
         if place == 3 and not reports:
             monkeypatch.setattr(facts, "audit", look)
             reports.append(check(folder))
-        return look(pairs, place)
+        return look(pairs, tokens_of, place)
 
     monkeypatch.setattr(facts, "audit", interposed)
     reports.append(check(folder))
@@ -387,10 +410,10 @@ def test_several_processes_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = write_pairs(tmp_path / "pairs", 64)
     look = facts.audit
 
-    def noted(pairs: PairList, place: int) -> object:
+    def noted(pairs: PairList, tokens_of: Tokenizer, place: int) -> object:
         with (tmp_path / "processes").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return look(pairs, place)
+        return look(pairs, tokens_of, place)
 
     monkeypatch.setattr(facts, "audit", noted)
     check(folder, num_workers=2)
@@ -449,10 +472,10 @@ def test_an_interrupted_look_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     looked_at = counted(monkeypatch)
     look = facts.audit
 
-    def interrupted(pairs: PairList, place: int) -> object:
+    def interrupted(pairs: PairList, tokens_of: Tokenizer, place: int) -> object:
         if place == 40:
             raise KeyboardInterrupt
-        return look(pairs, place)
+        return look(pairs, tokens_of, place)
 
     with monkeypatch.context() as patch:
         patch.setattr(facts, "audit", interrupted)
@@ -470,7 +493,7 @@ from train_clip.data_tools import facts
 
 look = facts.audit
 facts.KEPT_EVERY = 16
-facts.audit = lambda pairs, place: os._exit(9) if place == 40 else look(pairs, place)
+facts.audit = lambda pairs, tokens_of, place: os._exit(9) if place == 40 else look(pairs, tokens_of, place)
 cli.main(["data", "check", sys.argv[1], "--num_workers", "0"])
 """
 

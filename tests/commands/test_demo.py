@@ -31,6 +31,11 @@ def test_the_demo_runs_through(tmp_path, monkeypatch, capsys, drawn):
     scores = json.loads(Path("demo/scores.json").read_text())
     assert scores["num_images"] == 216
     assert scores["zero_shot"]["num_classes"] == 48
+    among_all, among_unseen = scores["zero_shot"], scores["zero_shot_among_unseen"]
+    assert (among_unseen["num_classes"], among_unseen["num_images"], among_unseen["chance"]) == (12, 216, 1 / 12)
+    assert among_unseen["top1"] >= among_all["top1"]  # whatever is right among all is so among fewer
+    assert f"Among all 48 combinations, {among_all['top1']:.1%} of the answers are right" in printed
+    assert f"Among the 12 that it never saw, {among_unseen['top1']:.1%} are right (chance 8.3%)" in printed
     assert 0 < scores["retrieval"]["chance_text_to_image"]["1"] < 0.01
     assert Path("demo/best_captions.png").stat().st_size > 10_000
     assert "--folder data_dir" in printed

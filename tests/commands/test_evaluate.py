@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import lightning as L
@@ -10,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from train_clip import CLIPWrapper, cli
+from tests.conftest import write_pairs
+from train_clip import CLIPWrapper, cli, load
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.errors import UserError
+from train_clip.evaluation.zero_shot import read_list
 
 
 @pytest.fixture
@@ -42,6 +45,27 @@ def test_retrieval_counts_every_caption_of_an_image(pair_folder, checkpoint):
         hits = [captions[j][0] in column.argsort(descending=True)[:k] for j, column in enumerate(similarity.T)]
         assert scores["retrieval"].text_to_image[k] == pytest.approx(sum(hits) / 24)
     assert (scores["num_images"], scores["num_captions"]) == (12, 24)
+
+
+def test_captions_of_equal_tokens_are_one(tmp_path, tiny_config, checkpoint):
+    """Two captions of four images each, that differ in case, blanks, entities and behind the cut: as if word for word.
+
+    At chance half of the first guesses are right. The picture knows it too.
+    """
+    long = " ".join(f"word{number}" for number in range(tiny_config.text.context))
+    variants = {
+        "same": (["a cat & a dog"] * 4, [f"{long} the same end"] * 4),
+        "tokens": (["a cat & a dog", "A  Cat &  a DOG", "a cat &amp; a dog", "a cat\u3000& a dog"],
+                   [f"{long} {end}" for end in ("one", "two", "three", "the fourth end")]),
+    }  # fmt: skip
+    found = {}
+    for name, (short, cut) in variants.items():
+        folder = write_pairs(tmp_path / name, 8)
+        for place, caption in enumerate(short + cut):
+            (folder / f"{place:03}.txt").write_text(caption, encoding="utf-8")
+        found[name] = evaluate(checkpoint, EvaluateOptions(folder))["retrieval"]
+    assert found["tokens"] == found["same"]
+    assert found["tokens"].chance_text_to_image[1] == found["tokens"].chance_image_to_text[1] == 0.5
 
 
 def test_classes_come_from_folders_and_from_cls_files(tmp_path, checkpoint):
@@ -136,7 +160,170 @@ def test_an_image_of_no_class_is_refused(pair_folder, checkpoint, tmp_path):
 
 def test_a_template_without_a_place_for_the_class_is_refused(pair_folder, checkpoint, tmp_path):
     """Every class would get the same caption."""
-    (tmp_path / "classes.txt").write_text("pairs\n")
+    (tmp_path / "classes.txt").write_text("pairs\nother\n")
     (tmp_path / "templates.txt").write_text("a {}\na photo\n")
-    with pytest.raises(UserError, match=r"templates\.txt: 'a photo' has no {}"):
+    with pytest.raises(UserError, match=r"templates\.txt, line 2: 'a photo' has no {}"):
         evaluate(checkpoint, EvaluateOptions(pair_folder, tmp_path / "classes.txt", tmp_path / "templates.txt"))
+
+
+@pytest.fixture
+def spoiled(checkpoint):
+    """Write a checkpoint with some of its tensors multiplied by a number; give its path."""
+
+    def spoil(number: float, *names: str) -> Path:
+        content = torch.load(checkpoint, weights_only=True)
+        for name in names:
+            content["state_dict"][f"model.{name}"].mul_(number)
+        torch.save(content, checkpoint.with_name("spoiled.ckpt"))
+        return checkpoint.with_name("spoiled.ckpt")
+
+    return spoil
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate {} --folder pairs --json scores.json",
+        "convert {} model.safetensors",
+        "train --pretrained {} --folder pairs --output run --val_share 0 --batch_size 4 --num_workers 0",
+        "finetune --pretrained {} --folder pairs --output run --val_share 0 --batch_size 4 --num_workers 0",
+        "merge model.ckpt {}",
+        "merge {} model.ckpt",
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(pair_folder, spoiled, monkeypatch, capsys, words, number):
+    """Two tensors of NaN or infinity: named, with how many, and no score, file or advice on the learning rate."""
+    monkeypatch.chdir(pair_folder.parent)
+    path = spoiled(number, "ln_final.weight", "visual.proj")
+    before = set(Path().iterdir())
+    with pytest.raises(SystemExit):
+        cli.main(words.format(path).split())
+    printed, said = capsys.readouterr()
+    assert re.search(r"spoiled\.ckpt: 2 of its \d+ tensors hold NaN or infinity, such as (visual|ln_final)", said)
+    assert "learning_rate" not in said
+    assert "R@1" not in printed
+    assert set(Path().iterdir()) == before
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "classes", "expected"),
+    [
+        (
+            "visual.ln_post.weight visual.proj",
+            None,
+            r"000\.png: its embedding is not finite .* 12 such among 12 images",
+        ),
+        (
+            "ln_final.weight text_projection",
+            None,
+            r"picture 0: its embedding is not finite .* 24 such among 24 captions",
+        ),
+        ("ln_final.weight text_projection", "pairs\nother\n", r"its embedding is not finite"),
+    ],
+)
+def test_embeddings_that_are_not_finite_get_no_score(
+    pair_folder, spoiled, tmp_path, capsys, tensors, classes, expected
+):
+    """Weights that are finite, but so large that what they make is not: which image or caption, and how many."""
+    (tmp_path / "classes.txt").write_text(classes or "")
+    if classes:
+        for caption in pair_folder.glob("*.txt"):
+            caption.unlink()
+    options = EvaluateOptions(pair_folder, tmp_path / "classes.txt" if classes else None, json=tmp_path / "scores.json")
+    with pytest.raises(UserError, match=expected):
+        evaluate(spoiled(1e30, *tensors.split()), options)
+    assert "R@1" not in capsys.readouterr().out
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize("tensor", ["visual.proj", "text_projection"])
+def test_a_collapsed_model_is_said_to_be_one(pair_folder, spoiled, checkpoint, tmp_path, capsys, tensor):
+    """All images, or all captions and class names, at one point: a line says which; a sound model gets none."""
+    (tmp_path / "classes.txt").write_text("pairs\nother\n")
+    options = EvaluateOptions(pair_folder, tmp_path / "classes.txt")
+    assert evaluate(checkpoint, options)["collapse"] is None
+    assert "Collapsed" not in capsys.readouterr().out
+    scores = evaluate(spoiled(0.0, tensor), options)
+    what = "all images" if tensor == "visual.proj" else "all captions and all class names"
+    assert f"Collapsed: {what} have the same embedding" in capsys.readouterr().out
+    assert scores["retrieval"].image_to_text[1] == scores["zero_shot"].top1 == 0
+
+
+def test_equal_captions_are_no_collapse(pair_folder, checkpoint):
+    """One caption for all images is the data's doing, not the model's; nothing can be found wrong, or scored."""
+    for caption in pair_folder.glob("*.txt"):
+        caption.write_text("the same\nThe Same\n")
+    scores = evaluate(checkpoint, EvaluateOptions(pair_folder))
+    assert scores["collapse"] is None
+    assert scores["retrieval"].image_to_text == scores["retrieval"].text_to_image == {}
+
+
+def test_what_every_guess_finds_is_not_shown(tmp_path, checkpoint, capsys):
+    """Seven images of three captions each, and two classes: R@10 of images and top-5 are 100% for any model."""
+    folder = write_pairs(tmp_path / "pairs", 7)
+    for place in range(7):
+        (folder / f"{place:03}.txt").write_text(f"first {place}\nsecond {place}\nthird {place}\n")
+    (tmp_path / "classes.txt").write_text("pairs\nother\n")
+    scores = evaluate(checkpoint, EvaluateOptions(folder, tmp_path / "classes.txt", json=tmp_path / "scores.json"))
+    assert list(scores["retrieval"].image_to_text) == [1, 5, 10]  # of 21 captions
+    assert list(scores["retrieval"].text_to_image) == list(scores["retrieval"].chance_text_to_image) == [1, 5]
+    assert scores["zero_shot"].top5 is None
+    printed = capsys.readouterr().out
+    assert "top-5" not in printed
+    assert re.search(r"R@5( +\d+\.\d%){4}", printed)
+    assert re.search(r"R@10( +\d+\.\d%){2} *\n", printed)
+
+
+@pytest.mark.parametrize(
+    ("classes", "templates", "expected"),
+    [
+        ("cat\n\ndog\n", None, r"classes\.txt, line 2: ''"),
+        ("\ncat\ndog\n", None, r"classes\.txt, line 1: ''"),
+        ("cat\n&nbsp;\ndog\n", None, r"classes\.txt, line 2: '&nbsp;'"),
+        ("cat\ndog\nCat\n", None, r"classes\.txt, line 3: 'Cat', as in line 1"),
+        ("hot_dog\ncat\nhot  dog\n", None, r"classes\.txt, line 3: 'hot  dog', as in line 1"),
+        ("caf\u00e9\ncat\ncafe\u0301\n", None, r"classes\.txt, line 3: .*, as in line 1"),
+        ("cat\n\ufeffcat\n", None, r"classes\.txt, line 2: .*cat', as in line 1"),
+        ('["cat", "dog"]\n', None, r"classes\.txt, line 1: .* none blank, repeated or JSON"),
+        ('[\n  "cat",\n  "dog"\n]\n', None, r"classes\.txt, line 1: .* none blank, repeated or JSON"),
+        ('{"0": "cat"}\n', None, r"classes\.txt, line 1: .* none blank, repeated or JSON"),
+        ('cat\n"dog"\n', None, r"classes\.txt, line 2: .* none blank, repeated or JSON"),
+        ("cat\n'dog',\n", None, r"classes\.txt, line 2: .* none blank, repeated or JSON"),
+        ("cat\n\"dog\": 1,\n", None, r"classes\.txt, line 2: .* none blank, repeated or JSON"),
+        ("A & B\nA &amp; B\n", None, r"classes\.txt: 'A & B' and 'A &amp; B' have the same tokens"),
+        ("cat\n", None, r"classes\.txt: 1 class\. Expected at least 2"),
+        (" \n", None, r"classes\.txt: is empty"),
+        ("cat\ndog\n", "a {}\n\nthe {}\n", r"templates\.txt, line 2: ''"),
+        ("cat\ndog\n", "a {}\nA {}\n", r"templates\.txt, line 2: 'A {}', as in line 1"),
+        ("cat\ndog\n", "'a photo of a {}.',\n", r"templates\.txt, line 1: .* none blank, repeated or JSON"),
+        ("cat\ndog\n", "a {}\nthe {0}\n", r"templates\.txt, line 2: 'the \{0\}' has no {}"),
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_class_are_refused(pair_folder, checkpoint, tmp_path, classes, templates, expected):
+    """By file and line: blank, repeated in any spelling of it, JSON and code; one class, or none."""
+    (tmp_path / "classes.txt").write_text(classes, encoding="utf-8")
+    (tmp_path / "templates.txt").write_text(templates or "", encoding="utf-8")
+    options = EvaluateOptions(
+        pair_folder, tmp_path / "classes.txt", tmp_path / "templates.txt" if templates is not None else None
+    )
+    with pytest.raises(UserError, match=expected):
+        evaluate(checkpoint, options)
+
+
+def test_lists_that_are_read_as_they_are_meant(tmp_path):
+    """A byte order mark, CR LF, lines of Mac OS, blanks at the end; brackets, digits and quotes in names; {} alone."""
+    path = tmp_path / "list.txt"
+    for content, expected in (
+        (b"\xef\xbb\xbfcat\r\ndog\r\n\r\n \r\n", ["cat", "dog"]),
+        (b"cat\n\xef\xbb\xbfdog", ["cat", "dog"]),
+        (b"cat\rdog\r", ["cat", "dog"]),
+        (b"1\n0\n", ["1", "0"]),
+        (b"null\n[other]\n", ["null", "[other]"]),
+        (b"rock 'n' roll\n\"Weird Al\" Yankovic\n", ["rock 'n' roll", '"Weird Al" Yankovic']),
+        (b"{}\n{} and {}\n", ["{}", "{} and {}"]),
+    ):
+        path.write_bytes(content)
+        assert read_list(path) == expected

@@ -19,7 +19,7 @@ def test_similar_images_leak_whichever_hash_is_the_smaller(held_out: list[int]) 
         pytest.skip("needs ImageHash")
     looks = [0, 1, FAR, FAR + 2, -1, 0xFF << 48]
     pairs = PairList("/", [f"{place}.png" for place in range(6)], [IN_TABLE + "x"] * 6)
-    facts = Facts(6)
+    facts = Facts(6, 77)
     for place, look in enumerate(looks):
         facts.add(place, place + 1, ((9, 9), f"{place}", look), "\n", ())
     found = find_repeats(pairs, facts, np.isin(np.arange(6), held_out))

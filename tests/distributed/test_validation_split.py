@@ -16,8 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from two_processes import run
 
 from train_clip.gather import world
-from train_clip.models.clip import up_to_end
-from train_clip.training.batch import caption_ids
+from train_clip.models.clip import caption_ids, up_to_end
 from train_clip.training.validation import ValidationSplit, interleave
 
 W = 2

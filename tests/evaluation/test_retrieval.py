@@ -199,12 +199,12 @@ def test_more_places_than_candidates():
 def test_an_image_without_a_caption_counts_for_nothing():
     """The figures are those of the other images and their captions."""
     images = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    texts, captions, owners = images[[0, 2, 3]], ["a", "c", "d"], [0, 2, 3]
+    texts, captions = images[[0, 2, 3]], ["a", "c", "d"]
 
     def collection(images: Tensor, owners: list[int]) -> Collection:
         paths = [f"{place}.png" for place in range(len(images))]
-        return Collection(paths, images, captions, texts, owners, [], [], [], lambda _: texts, [])
+        return Collection(paths, images, captions, texts, owners, torch.arange(3), [], [], [], lambda _: texts, [])
 
-    found = module.score_captions(collection(images, owners))
+    found = module.score_captions(collection(images, [0, 2, 3]))
     assert found == module.score_captions(collection(images[[0, 2, 3]], [0, 1, 2]))
     assert found.text_to_image[1] == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train_clip.training.batch import caption_ids
+from train_clip.models.clip import caption_ids
 
 
 def equal(numbers: Tensor) -> list[list[bool]]:

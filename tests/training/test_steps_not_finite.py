@@ -110,6 +110,14 @@ def test_a_poisoned_image_ends_the_run_before_its_step(tiny_config, tmp_path, ac
         assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_no_learning_rate_is_to_blame_for_the_first_step(tiny_config, tmp_path, accumulate):
+    """NaN before anything was learned, as of weights that were NaN from the start: the advice is to look at those."""
+    _, _, error = run(tiny_config, pixels(3, poisoned=0), tmp_path, accumulate_grad_batches=accumulate)
+    assert "check the weights that training starts from" in str(error)
+    assert "learning_rate" not in str(error)
+
+
 class Poison(L.Callback):
     """Puts one NaN into one parameter's gradient at some steps (from 0), on the way to the update."""
 

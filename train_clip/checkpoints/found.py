@@ -340,7 +340,18 @@ def fill(model: Any, tensors: Mapping[str, Any], source: str) -> None:
             f"{source}: does not match its model in {len(odd):,} tensors: {'; '.join(some)}. Expected the tensors of "
             "the model. If these are the sizes of another model, name it (--model_name)."
         )
+    require_finite(tensors, source)
     model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
+
+
+def require_finite(tensors: Mapping[str, Any], source: str) -> None:
+    """Refuse weights with NaN or infinity in them, of which no embedding and no training means anything."""
+    if bad := [name for name, one in tensors.items() if one.is_floating_point() and not one.isfinite().all()]:
+        raise UserError(
+            f"{source}: {len(bad):,} of its {len(tensors):,} tensors hold NaN or infinity, such as "
+            f"{', '.join(bad[:NAMED])}. Expected finite numbers: the run that wrote them diverged, or the file is "
+            "damaged. Use an earlier checkpoint, or other weights."
+        )
 
 
 def _forms(tensors: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Some combinations of color and shape are held out of training, so the model cann
 
 import cmath
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw
 
+from train_clip.checkpoints.found import find_weights
 from train_clip.commands import evaluate
 from train_clip.commands.train import train
 from train_clip.errors import UserError
@@ -51,10 +53,10 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     if output.exists():
         raise UserError(f"{output}: already exists, and is not overwritten. Give another --output, or remove it.")
     training, unseen = write_synthetic(output / "data", COPIES, seed)
-    classes, templates = output / "data" / "classes.txt", output / "data" / "templates.txt"
-    classes.write_text("\n".join(things()) + "\n", encoding="utf-8")
+    data, held_out = output / "data", dict.fromkeys(scene.thing for scene in scenes() if is_unseen(scene))
     every = (TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES))
-    templates.write_text("\n".join(every) + "\n", encoding="utf-8")
+    for name, lines in {"classes": things(), "unseen_classes": held_out, "templates": every}.items():
+        (data / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Wrote pictures of {len(scenes()):,} scenes to {output}/data/, such as “{scenes()[0].captions()[0]}”.")
 
     options = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
@@ -68,15 +70,18 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         TrainerOptions(devices=1),
     )
     print("\nOn combinations of color and shape that were not in the training data:")
-    evaluate.evaluate(
-        str(run / "checkpoints" / "last.ckpt"),
-        evaluate.EvaluateOptions(
-            folder=unseen,
-            classes=classes,
-            templates=templates,
-            json=output / "scores.json",
-            picture=output / "best_captions.png",
-        ),
+    checkpoint, picture = str(run / "checkpoints" / "last.ckpt"), output / "best_captions.png"
+    among_all = evaluate.EvaluateOptions(unseen, data / "classes.txt", data / "templates.txt", picture=picture)
+    among_unseen = replace(among_all, classes=data / "unseen_classes.txt")
+    scores = evaluate.evaluate(checkpoint, among_all)
+    model = evaluate.load_for_scoring(find_weights(checkpoint), among_unseen.device)
+    every, new = scores["zero_shot"], evaluate.score(model, among_unseen)[0]["zero_shot"]
+    evaluate.write_json(output / "scores.json", scores | {"zero_shot_among_unseen": new})
+    print(
+        "\nZero-shot classification names a picture's color and shape, those whose captions are most similar to it.\n"
+        f"  Among all {every.num_classes} combinations, {every.top1:.1%} of the answers are right: the model prefers "
+        f"the {every.num_classes - new.num_classes} that it was trained on.\n"
+        f"  Among the {new.num_classes} that it never saw, {new.top1:.1%} are right (chance {new.chance:.1%})."
     )
     print(
         f"\nThat took {time.perf_counter() - started:.0f} s. With a folder of your own, images and captions that share "

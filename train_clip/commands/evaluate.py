@@ -34,7 +34,8 @@ IMAGES_DRAWN, COLUMNS = 18, 3
 CAPTIONS_DRAWN = 3  # of each
 WIDTH = 200  # characters, what the widest row of a table takes
 
-# ``num_images``, ``num_captions``, each evaluator's result, and ``skips``: files that could not be read.
+# ``num_images``, ``num_captions``, each evaluator's result, ``collapse``: a line where the model maps all to one point,
+# and ``skips``: files that could not be read.
 Scores = dict[str, Any]
 
 
@@ -110,7 +111,7 @@ def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Colle
     collection = _collect(model, options)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
     found = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
-    return counts | found | {"skips": collection.skips}, collection
+    return counts | found | {"collapse": embed.find_collapse(collection), "skips": collection.skips}, collection
 
 
 def figures(scores: Scores) -> dict[str, float]:
@@ -124,6 +125,8 @@ def report(scores: Scores) -> None:
     print(f"{scores['num_images']:,} images, {scores['num_captions']:,} captions, {len(skips):,} files not scored")
     for rows in (scores[name].rows() for name in EVALUATORS if scores[name]):
         (print if isinstance(rows, str) else print_table)(rows)
+    if scores["collapse"]:
+        print(scores["collapse"])
     for path, reason in skips[:NAMED]:
         print(f"Not scored: {path}: {reason}")
 
@@ -149,10 +152,11 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
     from matplotlib.figure import Figure
 
     paths, captions = collection.paths, collection.captions
-    own = set(zip(collection.owners, captions, strict=True))
+    ids = collection.caption_ids.tolist()
+    own = set(zip(collection.owners, ids, strict=True))
     chosen = sorted(random.Random(0).sample(range(len(paths)), min(IMAGES_DRAWN, len(paths))))
-    places = {caption: place for place, caption in enumerate(captions)}
-    different, texts = list(places), collection.texts[list(places.values())]
+    different = list({caption: place for place, caption in enumerate(ids)}.values())
+    texts = collection.texts[different]
     best = (collection.images[chosen] @ texts.T).cpu().topk(min(CAPTIONS_DRAWN, len(different)), dim=1)
     rows = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 1.45 * rows), layout="constrained")
@@ -164,8 +168,8 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
         next(panels).imshow(crops.read_picture(paths[image]).picture)
         beside = next(panels)
         for line, (value, index) in enumerate(zip(values, indices, strict=True)):
-            caption = different[index]
-            mark, colour = ("✓", "#12813a") if (image, caption) in own else (" ", "#555555")
+            caption = captions[different[index]]
+            mark, colour = ("✓", "#12813a") if (image, ids[different[index]]) in own else (" ", "#555555")
             text = textwrap.fill(
                 f"{value:.2f} {mark} {caption}", 41, subsequent_indent=" " * 10, max_lines=2, placeholder=" …"
             )
@@ -177,7 +181,7 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
 
 
 def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
-    classes, templates = _read_classes(options)
+    classes, templates = _read_classes(model, options)
     found = _find(options)
     # Before anything is embedded: an image of no class is refused.
     labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
@@ -191,6 +195,8 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
         parts.append(embed.embed_images(model.model, pixels, options.batch_size))
     if not kept:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
+    paths = [found[index].image for index in kept]
+    embed.require_finite(images := torch.cat(parts), paths, "images")
     captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):
         if pair.caption or pair.texts:
@@ -200,19 +206,24 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
                 skips.append(samples.Skip(bad.path, bad.reason))
             owners += [place] * (len(captions) - len(owners))
 
-    def embed_texts(texts: list[str], batch_size: int = embed.EMBED_AT_ONCE) -> torch.Tensor:
-        return embed.embed_texts(model.model, texts, lambda batch: model.tokenizer.batch(batch)[0], batch_size)
+    def embed_texts(texts: list[str]) -> torch.Tensor:
+        return embed.embed_texts(model.model, texts, lambda batch: model.tokenizer.batch(batch)[0])
 
     if (memory := 4 * model.model.embed_dim * (len(kept) + len(captions))) >= LARGE:
         print(f"Embeddings of {len(kept):,} images and {len(captions):,} captions take {size(memory)} of memory.")
     batches: Any = DataLoader(captions, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
-    texts = [embed_texts([]), *map(embed_texts, with_progress(batches, "captions"))]
+    texts, ids = [embed_texts([])], [torch.empty(0, dtype=torch.long)]
+    for batch in with_progress(batches, "captions"):
+        texts.append(embed_texts(batch))
+        ids.append(_caption_ids(model, batch))
+    embed.require_finite(embedded := torch.cat(texts), captions, "captions")
     return embed.Collection(
-        paths=[found[index].image for index in kept],
-        images=torch.cat(parts),
+        paths=paths,
+        images=images,
         captions=captions,
-        texts=torch.cat(texts),
+        texts=embedded,
         owners=owners,
+        caption_ids=torch.cat(ids).to(images.device),
         classes=classes,
         templates=templates,
         labels=[labels[index] for index in kept] if classes else [],
@@ -236,17 +247,25 @@ def _find(options: ScoreOptions) -> list[pairs.Pair]:
     return chosen
 
 
-def _read_classes(options: ScoreOptions) -> tuple[list[str], list[str]]:
-    classes, templates = (_read_lines(path) for path in (options.classes, options.templates))
-    for template in templates:
+def _read_classes(model: Pretrained, options: ScoreOptions) -> tuple[list[str], list[str]]:
+    classes, templates = (zero_shot.read_list(path) if path else [] for path in (options.classes, options.templates))
+    for number, template in enumerate(templates, 1):
         if "{}" not in template:
-            raise UserError(f"{options.templates}: {template!r} has no {{}} for the class name.")
-    return classes, templates or list(zero_shot.DEFAULT_TEMPLATES)
+            raise UserError(f"{options.templates}, line {number}: {template!r} has no {{}} for the class name.")
+    templates = templates or list(zero_shot.DEFAULT_TEMPLATES)
+    if len(classes) == 1:
+        raise UserError(f"{options.classes}: 1 class. Expected at least 2, from which the model is to choose.")
+    if classes:
+        ids = _caption_ids(model, [templates[0].replace("{}", name) for name in classes]).tolist()
+        first = dict(zip(reversed(ids), reversed(classes), strict=True))
+        for name, number in zip(classes, ids, strict=True):
+            if first[number] != name:
+                raise UserError(
+                    f"{options.classes}: {first[number]!r} and {name!r} have the same tokens, so they are one class to "
+                    "the model. Expected classes that differ within the model's context length."
+                )
+    return classes, templates
 
 
-def _read_lines(path: Path | None) -> list[str]:
-    try:
-        return [] if path is None else pairs.read_caption_lines(str(path))[0]
-    except BadSample as bad:
-        reason = bad.reason.replace("caption", "file")
-        raise UserError(f"{path}: {reason}. Expected class names, or templates with {{}}, one per line.") from None
+def _caption_ids(model: Pretrained, texts: list[str]) -> torch.Tensor:
+    return model.model.caption_ids(model.tokenizer.batch(texts)[0])

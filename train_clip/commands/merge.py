@@ -70,6 +70,8 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     # Before anything is written: what cannot be mixed or scored leaves no files behind, which would be in the next
     # run's way.
     require_one_model(first, second)
+    found.require_finite(first, begin.source)
+    found.require_finite(second, str(tuned))
     require_room(options.output, len(weights) * sum(one.nbytes for one in second.values()), "the merged models take")
     started = time.perf_counter()
     scores = {weight: _scores(one, options) for weight, one in ((0.0, begin), (1.0, found.find_weights(tuned)))}
@@ -158,5 +160,8 @@ def _report(by_weight: dict[float, dict[str, evaluate.Scores]], target: Path | N
             figures = evaluate.figures(scores[name])
             rows.append([f"{weight:g}", *(f"{figure:.1%}" for figure in figures.values())])
         evaluate.print_table([["weight", *figures], *rows])
+        for weight, scores in by_weight.items():
+            if collapse := scores[name]["collapse"]:
+                print(f"Weight {weight:g}: {collapse}")
     if target is not None and by_weight[0.0]:
         evaluate.write_json(target, {f"{weight:g}": scores for weight, scores in by_weight.items()})

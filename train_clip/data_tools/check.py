@@ -35,7 +35,7 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         found.faults += held_out.faults
         val_pairs = len(held_out.pairs)
         sources.append(held_out.source)
-    facts = look_at(found.pairs, sources, options.num_workers, options.cache)
+    facts = look_at(found.pairs, sources, options.context_length, options.num_workers, options.cache)
     report = build_report(found, facts, options, val_pairs)
     print("\n".join(lines(report, options)))
     if options.json is not None:
@@ -117,7 +117,10 @@ def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
         yield f"  {repeated:,} ({repeated / number:.1%}) repeat another caption"
         yield from (f"    {count:,} × {text}" for count, text in captions["most_repeated"])
     if nearly := captions["repeated_nearly"]:
-        yield f"  {nearly:,} more differ from another only in what the tokenizer ignores (case, blanks)"
+        yield (
+            f"  {nearly:,} more give the same tokens as another: they differ only in what the tokenizer ignores (case, "
+            "blanks) or cuts"
+        )
 
 
 def _repeats(repeats: Report) -> Iterator[str]:

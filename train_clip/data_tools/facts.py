@@ -14,9 +14,10 @@ from train_clip import errors, files
 from train_clip.commands.progress import in_workers
 from train_clip.data import crops, images, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
+from train_clip.models import clip
 
 KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
-FORMAT = 3  # to be raised when what is kept, or what is found bad, changes
+FORMAT = 4  # to be raised when what is kept, or what is found bad, changes
 # Faults that may be gone the next time though the files have not changed.
 PASSING = ("cannot be read", "file does not exist", "no permission", "too large for memory")
 
@@ -35,14 +36,15 @@ class Facts:
     A note's lines are what is bad of the captions and of the image, empty for nothing, and what is mended.
     """
 
-    def __init__(self, num_pairs: int) -> None:
+    def __init__(self, num_pairs: int, context_length: int) -> None:
+        self.context_length = context_length  # where captions are cut
         self.pairs = np.zeros(num_pairs, PAIR)
         self.notes = {"\n": 0}
         self._captions = array("Q")
 
     @property
     def captions(self) -> np.ndarray:
-        """(M, 4): the place of each caption's pair, its words, its tokens and its length."""
+        """(M, 4): the place of each caption's pair, its words, its tokens as they are cut, and its length uncut."""
         return np.array(self._captions).reshape(-1, 4)
 
     def add(self, place: int, key: int, image: Any, note: str, captions: Any) -> None:
@@ -58,6 +60,9 @@ class Facts:
             if kept["about"] != _about():
                 return
             pairs, notes, captions = kept["pairs"], kept["notes"].tolist(), kept["captions"]
+            shorter, longer = sorted((self.context_length, int(kept["context_length"])))
+        if shorter < longer:  # captions that are cut elsewhere, or no more, are looked at again
+            pairs["key"][captions[captions[:, 3] > shorter - 2, 0]] = 0
         _, new, old = np.intersect1d(keys, pairs["key"], return_indices=True)
         self.pairs[new] = pairs[old]
         self.notes = {note: code for code, note in enumerate(notes)}
@@ -71,7 +76,8 @@ class Facts:
         try:
             if file is not None:
                 with files.replacing(file) as beside, beside.open("wb") as out:
-                    np.savez(out, about=_about(), notes=list(self.notes), pairs=self.pairs, captions=self.captions)
+                    known: Any = {"notes": list(self.notes), "pairs": self.pairs, "captions": self.captions}
+                    np.savez(out, about=_about(), context_length=self.context_length, **known)
             return file
         except OSError as error:
             print(f"Results cannot be saved in the cache folder ({error}); continuing without.")
@@ -82,12 +88,12 @@ def _about() -> str:
     return f"{FORMAT} {PIL.__version__} {perceptual_hash() is not None}"
 
 
-def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache: bool) -> Facts:
+def look_at(pairs: PairList, sources: list[Path], context_length: int, num_workers: int | None, cache: bool) -> Facts:
     """Look at all pairs but those whose files have not changed since; what is found is kept by the sources' names.
 
     Two processes at once repeat each other's work, no more.
     """
-    facts = Facts(len(pairs))
+    facts = Facts(len(pairs), context_length)
     # Taken before the files are opened: what changes from here on is looked at again the next time.
     keys = np.fromiter(map(_key, pairs.names, pairs), np.uint64, len(pairs))
     # Lists for training and validation can name one image twice: each is a pair of its own.
@@ -101,13 +107,13 @@ def look_at(pairs: PairList, sources: list[Path], num_workers: int | None, cache
         try:
             facts.recall(file, keys)
         except Exception:  # there is none yet; or whatever a damaged one makes NumPy raise: it is written anew
-            facts = Facts(len(pairs))
+            facts = Facts(len(pairs), context_length)
     places = np.flatnonzero(facts.pairs["key"] == 0).tolist()
     if len(places) < len(pairs):
         print(f"{len(pairs) - len(places):,} of {len(pairs):,} pairs have not changed since the last check.")
     due = KEPT_EVERY
     try:
-        looks = in_workers(partial(audit, pairs), places, num_workers, "pairs")
+        looks = in_workers(partial(audit, pairs, tokenizer.Tokenizer(context_length)), places, num_workers, "pairs")
         for number, (place, found) in enumerate(zip(places, looks, strict=True), 1):
             facts.add(place, keys[place], *found)
             if number >= due:
@@ -131,21 +137,21 @@ def _stamp(path: str) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
-def audit(pairs: PairList, place: int) -> tuple[Any, str, Any]:
+def audit(pairs: PairList, tokens_of: tokenizer.Tokenizer, place: int) -> tuple[Any, str, Any]:
     """Look at the pair at a place.
 
     Returns:
         ``sides``, ``content`` and ``look`` as in PAIR; the note; and of each caption the digests of its words and of
-        its tokens, and how many tokens, uncut.
+        its tokens, which are cut, and how many tokens, uncut.
     """
     pair, phash, note = pairs[place], perceptual_hash(), ["", ""]
     image: Any = ((0, 0), "", 0)
     captions: Any = ()
     try:
         texts, mended = (pair.captions(), ()) if pair.texts else read_caption_lines(pair.caption)
-        tokens = tokenizer.Tokenizer().encode(texts)
-        digests = (_digest(np.array(ids, dtype="<u2").tobytes()) for ids in tokens)
-        captions = list(zip(map(words_digest, texts), digests, map(len, tokens), strict=True))
+        tokens, _ = tokens_of.batch(texts)
+        ids = clip.caption_ids(tokens, clip.up_to_end(tokens)).numpy().view(np.uint64).tolist()
+        captions = list(zip(map(words_digest, texts), ids, map(len, tokens_of.encode(texts)), strict=True))
         note += mended
     except errors.BadSample as error:
         note[0] = error.reason

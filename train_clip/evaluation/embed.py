@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from train_clip.data.crops import centre_square
+from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, Texts, texts_on, unit_norm
 
 EMBED_AT_ONCE = 64  # images or captions
@@ -29,11 +31,36 @@ class Collection:
     captions: list[str]  # M
     texts: torch.Tensor  # (M, D) float32, unit norm
     owners: list[int]  # the image of each caption, as a place in ``paths``
+    caption_ids: torch.Tensor  # (M,) int64, equal for captions whose tokens are
     classes: list[str]  # C names; none where nothing is to be classified
     templates: list[str]  # captions with {} where the name goes
     labels: list[int]  # the class of each image
     embed_texts: Callable[[list[str]], torch.Tensor]  # further texts to (n, D) float32, unit norm
     skips: Sequence[tuple[str, str]]  # path and reason of what could not be read
+
+
+def find_collapse(collection: Collection) -> str | None:
+    """Say what the model maps to one point though it differs: within D · eps all is a tie (``softmax.ranks``)."""
+    _, different = np.unique(collection.caption_ids.cpu(), return_index=True)
+    sides = {"images": collection.images, "captions": collection.texts[different.tolist()]}
+    if collection.classes:
+        names = [collection.templates[0].replace("{}", name) for name in collection.classes]
+        sides["class names"] = collection.embed_texts(names)
+    tie = collection.images.shape[1] * torch.finfo(torch.float32).eps
+    found = [what for what, some in sides.items() if len(some) > 1 and (some - some[0]).norm(dim=1).max() <= tie]
+    same = "have the same embedding, up to rounding. The model cannot tell them apart."
+    return f"Collapsed: all {' and all '.join(found)} {same}" if found else None
+
+
+def require_finite(embeddings: torch.Tensor, names: Sequence[str], what: str) -> None:
+    """Refuse embeddings with NaN or infinity in them, of which no score means anything; (n, D), of n names."""
+    bad = (~embeddings.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{names[bad[0]]}: its embedding is not finite (NaN or infinity), one of {len(bad):,} such among "
+            f"{len(names):,} {what}. Expected finite numbers; nothing is scored. Use an earlier checkpoint of the run, "
+            "or other weights."
+        )
 
 
 def embed_images(

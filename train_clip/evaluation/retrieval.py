@@ -25,11 +25,13 @@ class Retrieval:
     chance_image_to_text: dict[int, float]
     chance_text_to_image: dict[int, float]
 
-    def rows(self) -> list[list[str]]:
+    def rows(self) -> list[list[str]] | str:
         """A heading and a row for each k, to be printed."""
         columns = self.image_to_text, self.chance_image_to_text, self.text_to_image, self.chance_text_to_image
         heading = ["retrieval", "image → text", "chance", "text → image", "chance"]
-        return [heading, *([f"R@{k}", *(f"{column[k]:.1%}" for column in columns)] for k in self.image_to_text)]
+        if not (ks := sorted(self.image_to_text.keys() | self.text_to_image.keys())):
+            return "retrieval: not scored, since every caption is correct for every image"
+        return [heading, *([f"R@{k}", *(f"{column[k]:.1%}" if k in column else "" for column in columns)] for k in ks)]
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
@@ -38,15 +40,17 @@ class Retrieval:
 
 
 def score_captions(collection: Collection) -> Retrieval | None:
-    """Score the collection's images against its captions, where it has any."""
+    """Score the collection's images against its captions, where it has any, at each k at which a guess can miss."""
     if not collection.captions:
         return None
     device = collection.images.device
-    places = {caption: place for place, caption in enumerate(collection.captions)}
-    ids = torch.tensor([places[caption] for caption in collection.captions], device=device)
     # An image whose captions could not be read has nothing to be found by.
     described, owners = torch.unique(torch.tensor(collection.owners, device=device), return_inverse=True)
-    return retrieval(collection.images[described], collection.texts, owners, ids)
+    found = retrieval(collection.images[described], collection.texts, owners, collection.caption_ids)
+    # What every guess finds, as with k at the number of candidates, is no score.
+    chances = found.chance_image_to_text, found.chance_text_to_image
+    kept = zip((found.image_to_text, found.text_to_image, *chances), chances * 2, strict=True)
+    return Retrieval(*({k: share for k, share in shares.items() if chance[k] < 1} for shares, chance in kept))
 
 
 def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor, ks: Sequence[int] = KS) -> Retrieval:
@@ -60,10 +64,14 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     """
     different, ids = torch.unique(caption_ids, return_inverse=True)
     places = torch.arange(len(images), device=images.device)
-    to_text, chance_of_text = _search(
-        images, texts, ks, lambda at: _related(places[at], owners, ids, len(different))[:, ids]
+    # The owner and the number of each caption, in the order of either: an image's captions, a caption's images.
+    (by_owner, of_owner), (by_id, of_id) = (
+        (one[order := one.argsort()], other[order]) for one, other in ((owners, ids), (ids, owners))
     )
-    to_image, chance_of_image = _search(texts, images, ks, lambda at: _related(ids[at], ids, owners, len(images)))
+    to_text, chance_of_text = _search(
+        images, texts, ks, lambda at: _related(places[at], by_owner, of_owner, len(different))[:, ids]
+    )
+    to_image, chance_of_image = _search(texts, images, ks, lambda at: _related(ids[at], by_id, of_id, len(images)))
     return Retrieval(to_text, to_image, chance_of_text, chance_of_image)
 
 
@@ -88,8 +96,12 @@ def _search(
 
 
 def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:
-    """(n, size) bool: to which right ones each wanted left one is related, by the pairs of left and right."""
+    """(n, size) bool: to which right ones each wanted left one is related, by the pairs of sorted left and right."""
     table = torch.zeros(len(wanted), size, dtype=torch.bool, device=wanted.device)
-    rows, pairs = (wanted[:, None] == left).nonzero(as_tuple=True)
+    starts, ends = (torch.searchsorted(left, wanted, right=after) for after in (False, True))
+    numbers = ends - starts
+    rows = torch.arange(len(wanted), device=wanted.device).repeat_interleave(numbers)
+    # A row's pairs stand one after the other, from its start on.
+    pairs = torch.arange(len(rows), device=wanted.device) + (starts - numbers.cumsum(0) + numbers)[rows]
     table[rows, right[pairs]] = True
     return table

@@ -3,17 +3,21 @@
 N  images      C  classes      T  templates      D  embedding width
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train_clip.errors import UserError
-from train_clip.evaluation.embed import Collection
+from train_clip.data import pairs
+from train_clip.errors import BadSample, UserError
+from train_clip.evaluation.embed import Collection, require_finite
 from train_clip.losses.softmax import ranks
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
+# A line of JSON or Python: in quotes; with a key in quotes; or with a bracket before anything but a template's.
+DATA = re.compile(r"""(["']).*\1,?|(["']).*\2\s*:.*|[\[{]\s*(["'\[{\d-].*)?""")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ZeroShot:
     """Accuracies in [0, 1]."""
 
     top1: float  # images whose most similar class is theirs
-    top5: float  # images whose class is among the five most similar
+    top5: float | None  # images whose class is among the five most similar; None for five classes or fewer
     mean_per_class: float  # top-1 of each class, averaged over the classes that have images
     chance: float  # top-1 of a guess, 1 / C
     num_images: int
@@ -29,9 +33,10 @@ class ZeroShot:
 
     def rows(self) -> str:
         """A line to be printed."""
+        top5 = "" if self.top5 is None else f"top-5 {self.top5:.1%}, "
         return (
-            f"zero-shot over {self.num_classes} classes: top-1 {self.top1:.1%} (chance {self.chance:.1%}), top-5 "
-            f"{self.top5:.1%}, mean per class {self.mean_per_class:.1%}"
+            f"zero-shot over {self.num_classes} classes: top-1 {self.top1:.1%} (chance {self.chance:.1%}), {top5}mean "
+            f"per class {self.mean_per_class:.1%}"
         )
 
     def figures(self) -> dict[str, float]:
@@ -53,8 +58,10 @@ def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any)
     ``templates`` have ``{}`` where the name goes; ``embed_texts`` maps n strings to (n, D) of unit norm.
     """
     captions = [template.replace("{}", name) for name in classes for template in templates]
-    embeddings = embed_texts(captions).unflatten(0, (len(classes), len(templates)))
-    return torch.nn.functional.normalize(embeddings.mean(dim=1), dim=-1)
+    embeddings = embed_texts(captions)
+    require_finite(embeddings, captions, "captions of classes")
+    means = embeddings.unflatten(0, (len(classes), len(templates))).mean(dim=1)
+    return torch.nn.functional.normalize(means, dim=-1)
 
 
 def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor) -> ZeroShot:
@@ -66,7 +73,7 @@ def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor)
     found, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
     return ZeroShot(
         top1=hits.mean().item(),
-        top5=(places < 5).double().mean().item(),
+        top5=(places < 5).double().mean().item() if len(classes) > 5 else None,
         mean_per_class=(found / counts)[counts > 0].mean().item(),
         chance=1 / len(classes),
         num_images=len(images),
@@ -74,16 +81,32 @@ def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor)
     )
 
 
+def read_list(path: Path) -> list[str]:
+    """Read class names, or templates, one a line. As classes are numbered by their lines, none is passed over."""
+    _text_lines(path, "class names, or templates with {}, one per line")
+    lines, first = path.read_text(encoding="utf-8-sig").rstrip().split("\n"), dict[str, int]()
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if (
+            (earlier := first.setdefault(_plain(line), number)) != number
+            or pairs.is_blank(line)
+            or DATA.fullmatch(line)
+        ):
+            again = f", as in line {earlier}" if earlier != number else ""
+            raise UserError(
+                f"{path}, line {number}: {line!r}{again}. Expected a class name or a template with {{}} in each line: "
+                "none blank, repeated or JSON, as numbers of classes count the lines from 0."
+            )
+    return [line.strip("\ufeff").strip() for line in lines]
+
+
 def image_labels(paths: list[str], classes: list[str]) -> list[int]:
     """The place of each image's class: what ``STEM.cls`` says, by name or place from 0, or else its folder's name.
 
-    Case, and underscores for blanks, make no difference.
+    Case, and underscores for blanks, make no difference. Where a class has a number for a name, numbers are names only.
     """
-    places: dict[str, int] = {}
-    for place, name in enumerate(classes):
-        if places.setdefault(_plain(name), place) != place:
-            raise UserError(f"The class {name!r} is in the list more than once. Expected each class once.")
-    return [_label(Path(path), places) for path in paths]
+    places = {_plain(name): place for place, name in enumerate(classes)}
+    num_numbered = 0 if any(map(str.isdecimal, places)) else len(places)
+    return [_label(Path(path), places, num_numbered) for path in paths]
 
 
 def class_name(path: Path) -> str:
@@ -91,20 +114,26 @@ def class_name(path: Path) -> str:
     label_file = path.with_suffix(".cls")
     if not label_file.is_file():
         return path.parent.name
+    names = _text_lines(label_file, "the name or number of a class")
+    if len(names) > 1:
+        raise UserError(f"{label_file}: {len(names):,} lines. Expected one, the name or number of a class.")
+    return names[0]
+
+
+def _text_lines(path: Path, expected: str) -> list[str]:
     try:
-        return label_file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        raise UserError(f"{label_file}: is not UTF-8. Expected the name of a class. Save it as UTF-8.") from None
+        return pairs.read_caption_lines(str(path))[0]
+    except BadSample as bad:
+        raise UserError(f"{path}: {bad.reason.removeprefix('caption ')}. Expected {expected}, in UTF-8.") from None
 
 
-def _label(path: Path, places: dict[str, int]) -> int:
+def _label(path: Path, places: dict[str, int], num_numbered: int) -> int:
     label_file, named = path.with_suffix(".cls"), class_name(path)
-    # The name before the number: a class may be called "1".
     if (place := places.get(_plain(named))) is not None:
         return place
     source = f"its folder ({path.parent})"
     if label_file.is_file():
-        if named.isdecimal() and int(named) < len(places):
+        if named.isdecimal() and int(named) < num_numbered:
             return int(named)
         source = str(label_file)
     raise UserError(
@@ -115,4 +144,4 @@ def _label(path: Path, places: dict[str, int]) -> int:
 
 
 def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().casefold()
+    return " ".join(pairs.plain_name(name).replace("_", " ").replace("\ufeff", "").casefold().split())

@@ -39,6 +39,19 @@ def up_to_end(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)
 
 
+def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
+    """A number for each caption, (B,) int64, equal for equal captions, which are those of equal tokens: a random hash.
+
+    Of (B, L) int64 ids, cut to the context, and (B, L) bool, which of them make up the caption; padding may stand on
+    either side. This alone says which captions are equal: in training, scores, and the check of a data set.
+    """
+    # Products wrap around: two captions collide once in about 2⁶³ pairs.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (ids.shape[1],), generator=generator).to(ids.device)
+    places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return ((ids + 1) * mask * weights[places]).sum(dim=1)
+
+
 def unit_norm(embeddings: Tensor) -> Tensor:
     """Scale (N, D) rows to length 1, in float32 or wider."""
     return nn.functional.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
@@ -107,6 +120,10 @@ class DualEncoder(nn.Module):
     def caption_mask(self, texts: Texts) -> Tensor:
         """(B, L) bool: which tokens make up a caption, and which are padding; here, of CLIP's tokens."""
         return up_to_end(token_ids(texts))
+
+    def caption_ids(self, texts: Texts) -> Tensor:
+        """(B,) int64, equal for captions that are one to this model: those of equal tokens."""
+        return caption_ids(token_ids(texts), self.caption_mask(texts))
 
     def towers(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters of the image tower and of the text tower; what joins them is in neither."""

@@ -66,7 +66,7 @@ class BatchReader:
             self._checked_values = True
             _check_values(images, ids, self.model)
         lengths, self._lengths = self._lengths, None
-        captions = caption_ids(ids, self.model.caption_mask(texts))
+        captions = self.model.caption_ids(texts)
         return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths, captions)
 
     def tokens(self, texts: Any, device: torch.device) -> Texts:
@@ -90,18 +90,6 @@ class BatchReader:
 
 def _named(texts: Any) -> Mapping[str, Any]:
     return texts if isinstance(texts, Mapping) else {"input_ids": texts}
-
-
-def caption_ids(ids: Tensor, mask: Tensor) -> Tensor:
-    """A number for each caption, (B,) int64, equal for equal captions: a random linear hash of its tokens.
-
-    Of (B, L) int64 ids, and (B, L) bool, which of them make up the caption; padding may stand on either side.
-    """
-    # Products wrap around: two captions collide once in about 2⁶³ pairs.
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**62), 2**62, (ids.shape[1],), generator=generator).to(ids.device)
-    places = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return ((ids + 1) * mask * weights[places]).sum(dim=1)
 
 
 def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:

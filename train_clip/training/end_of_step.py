@@ -159,6 +159,7 @@ class FiniteSteps:
     def __init__(self) -> None:
         self.scaler: Any = None  # of 16-mixed
         self.skipped_in_a_row = 0
+        self.first_batch = 0  # the last one of the first step
         self.gradient_norm = torch.zeros(())
         self._losses: list[Tensor] = []  # of the batches of this step
         self._report = torch.zeros(2)  # the first batch that was not finite, or 0; its loss
@@ -178,6 +179,7 @@ class FiniteSteps:
 
     def before_update(self, optimizer: optim.Optimizer, batch: int) -> None:
         """Look at a step's gradient, unscaled by now; ``batch`` is the number of the step's last batch, from 1."""
+        self.first_batch = self.first_batch or batch
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.gradient_norm = nn.utils.get_total_norm(gradients)
         bad = on_any(~self.gradient_norm.isfinite())
@@ -198,11 +200,13 @@ class FiniteSteps:
         """Read the flag, which waits for the device; a ``UserError`` where a step was not finite."""
         batch, loss = self._report.tolist()
         if batch:
+            advice = "Use a lower --learning_rate, more --warmup_steps or --gradient_clip_val 1.0"
+            if batch == self.first_batch:
+                advice = "It was the first step: check the weights that training starts from, and --precision"
             raise UserError(
                 f"Batch {batch:,.0f}: the loss is {loss:.4g}, its gradient not finite; expected finite numbers. "
-                "Neither this batch nor a later one changed any weights or a checkpoint. Use a lower "
-                "--learning_rate, more --warmup_steps or --gradient_clip_val 1.0; if it is the same batch each time, "
-                "look for an unusual image or caption in it."
+                f"Neither this batch nor a later one changed any weights or a checkpoint. {advice}; if it is the same "
+                "batch each time, look for an unusual image or caption in it."
             )
 
     def _count(self, bad: bool, batch: int) -> None:
