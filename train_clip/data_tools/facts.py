@@ -16,7 +16,7 @@ from train_clip.data import crops, images, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
 
 KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
-FORMAT = 3  # to be raised when what is kept, or what is found bad, changes
+FORMAT = 4  # to be raised when what is kept, or what is found bad, changes
 # Faults that may be gone the next time though the files have not changed.
 PASSING = ("cannot be read", "file does not exist", "no permission", "too large for memory")
 
