@@ -310,3 +310,19 @@ def test_no_arrays_and_no_models_without_room(tmp_path: Path, monkeypatch: pytes
     fill_disk(monkeypatch, 1000)
     with pytest.raises(UserError, match=r"b.safetensors: 1 kB .* which the model takes"):
         write_model(clip(tmp_path).model, tmp_path / "b.safetensors", "safetensors")
+
+
+def test_figures_stand_beside_chance_and_slow_runs_have_decimals(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of held-out figures each with its own chance; pairs a second from thousands to hundredths: written by hand."""
+    figures = {"val/R@1_image_to_text": 0.25, "val/chance_R@1_image_to_text": 0.0625, "val/R@1_text_to_image": 0.5}
+    metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+    training = Training(capsys)
+    training.trainer.callback_metrics = metrics
+    training.display.on_validation_end(training.trainer)
+    assert capsys.readouterr().out == "epoch 1, step 0, held out:  R@1 i→t 25.0% (chance 6.2%)  R@1 t→i 50.0%\n"
+    for speed, said in ((1463.2, "1,463"), (12.3, "12"), (3.21, "3.2"), (0.456, "0.46"), (0.0123, "0.012")):
+        training.trainer.callback_metrics = {"train/pairs_per_second": torch.tensor(speed)}
+        training.display.last_shown = -float("inf")
+        training.clock.now += 1
+        training.display.on_train_batch_end(training.trainer)
+        assert f"pairs/s {said}  " in capsys.readouterr().out.splitlines()[-1] + "  "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import string
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train_clip.data.pairs import MAX_BYTES, read_caption_lines
+from train_clip.data.tokenizer import Tokenizer, is_empty
 from train_clip.errors import BadSample
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, apart from \r and \n
@@ -25,6 +28,10 @@ READABLE = {
     "the same line twice": (b"a cat\na cat\n", ["a cat", "a cat"]),
     "letters beyond ASCII": ("ein Bär\n猫\n🐈".encode(), ["ein Bär", "猫", "🐈"]),
     "blanks within": (b"a  cat\tsits", ["a  cat\tsits"]),
+    "characters that say something": (
+        "?\n…\n❤\ufe0f\n&amp;\n&#8203;a\nя\n\ufffd".encode(),
+        ["?", "…", "❤\ufe0f", "&amp;", "&#8203;a", "я", "\ufffd"],
+    ),
     "other separators": (f"a{SEPARATORS}cat\na dog".encode(), [f"a{SEPARATORS}cat", "a dog"]),
 }
 
@@ -32,6 +39,12 @@ BAD = {
     "empty": (b"", "caption is empty"),
     "blank": (b" \n\t\r\n\xc2\xa0\n", "caption is empty"),
     "only a byte order mark": (codecs.BOM_UTF8, "caption is empty"),
+    "control characters": (b"\x01\x02\n\x7f \x1f", "caption is empty"),
+    "an escape sequence": (b"\x1b[0m", "caption is empty"),
+    "a byte order mark, read as Latin-1": ("ï»¿".encode(), "caption is empty"),
+    "format characters": ("\u200b\u200d\n\xad\n\ufe0f\n\u2060\ufeff".encode(), "caption is empty"),
+    "entities": (b"&amp;nbsp; &#8203;&shy;", "caption is empty"),
+    "letters that fill": ("\u3164\u115f\uffa0\u2800".encode(), "caption is empty"),
     "NUL": (b"a cat\na \x00 dog", "caption contains NUL"),
     "Latin-1": (b"ein B\xe4r", "caption is not UTF-8"),
     "cut within a letter": ("a 猫".encode()[:-1], "caption is not UTF-8"),
@@ -123,3 +136,17 @@ def test_any_bytes(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> 
     rest = content.decode("utf-8-sig")
     for caption in captions:
         rest = rest[rest.index(caption) + len(caption) :]
+
+
+def test_what_makes_no_token_is_empty_and_so_is_what_no_one_sees() -> None:
+    """Every space, mark, sign, control and format character alone: with no token it is empty; as is what is not shown
+    (Unicode's Zs, Zl, Zp, Cc, Cf).
+    """  # noqa: D205
+    letters = [chr(code) for code in range(0x110000)]
+    letters = [letter for letter in letters if unicodedata.category(letter) not in ("Cn", "Co", "Cs")]
+    hidden = {letter for letter in letters if unicodedata.category(letter) in ("Zs", "Zl", "Zp", "Cc", "Cf")}
+    others = [letter for letter in letters if not letter.isalnum()]
+    empty = {letter for letter in others if is_empty(letter)}
+    assert {letter for letter in others if not Tokenizer().encode([letter])[0]} <= empty
+    assert hidden <= empty
+    assert not any(map(is_empty, string.ascii_letters + string.digits + string.punctuation + "猫äяé́"))

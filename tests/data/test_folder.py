@@ -355,6 +355,7 @@ def test_a_folder_of_nothing_but_links_says_so(tmp_path: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'data'}: 0 pairs among 1 files.",
         "  Links to folders, which are not followed: give their targets instead: 2, for instance test.",
+        "  Neither images nor captions: 1 × .me.",
         RENAME,
     ]
 
@@ -516,11 +517,12 @@ def test_the_message_for_no_pairs(tmp_path: Path) -> None:
         f"{tmp_path}: 0 pairs among 4 files.\n"
         "  Images without a caption: 2, for instance coco/12.jpg.\n"
         "  Captions without an image: 1, for instance text/a.txt.\n"
+        "  Neither images nor captions: 1 × .md.\n"
         f"{RENAME}"
     )
 
 
-@pytest.mark.parametrize(("files", "lines"), [([], 2), (["a.jpg"], 3), (["a.txt"], 3), (["a.md"], 2)])
+@pytest.mark.parametrize(("files", "lines"), [([], 2), (["a.jpg"], 3), (["a.txt"], 3), (["a.md"], 3)])
 def test_the_message_for_no_pairs_says_only_what_is_there(tmp_path: Path, files: list[str], lines: int) -> None:
     """No line about lone images or captions where there are none."""
     with pytest.raises(UserError) as caught:
@@ -528,13 +530,37 @@ def test_the_message_for_no_pairs_says_only_what_is_there(tmp_path: Path, files:
     assert len(str(caught.value).splitlines()) == lines
 
 
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (["0.tar", "1.tar"], "2 × .tar. Archives are not read: unpack them (tar -xf FILE.tar, unzip FILE.zip)."),
+        (["a.parquet"], "1 × .parquet. Such files are not read: write their images and captions as files"),
+        (["a.jpg", "b.png", "captions.csv"], "1 × .csv. A table of image paths and captions is read by --pairs TABLE."),
+        (["a.jpg", "captions.JSON"], "1 × .json. Save image paths and captions as a table"),
+        (["a.md", "b.tar", "c.md"], "2 × .md, 1 × .tar. Archives are not read"),
+    ],
+)
+def test_what_lies_in_place_of_pairs(tmp_path: Path, files: list[str], line: str) -> None:
+    """Shards, tables and archives are named, and what makes pairs of them."""
+    with pytest.raises(UserError) as caught:
+        scan_folder(touch(tmp_path, *files)).require_pairs()
+    assert str(caught.value).splitlines()[-2].startswith(f"  Neither images nor captions: {line}")
+
+
 def test_no_such_folder(tmp_path: Path) -> None:
-    """A missing folder and a file in its place are named."""
-    touch(tmp_path, "file")
-    for path in (tmp_path / "missing", tmp_path / "file"):
-        with pytest.raises(UserError, match="there is no such folder") as caught:
-            scan_folder(path)
-        assert str(caught.value).startswith(f"{path}: ")
+    """A missing folder and a file in its place are named; of an archive or a table, what reads it."""
+    touch(tmp_path, "file", "data.tar", "pairs.csv")
+    expected = "Expected images and captions (.txt); for a table use --pairs."
+    for name, found, advice in (
+        ("missing", "there is no such folder", ""),
+        ("missing.tar", "there is no such folder", ""),
+        ("file", "is no folder", ""),
+        ("data.tar", "is no folder", " Archives are not read: unpack them (tar -xf FILE.tar, unzip FILE.zip)."),
+        ("pairs.csv", "is no folder", " A table of image paths and captions is read by --pairs TABLE."),
+    ):
+        with pytest.raises(UserError) as caught:
+            scan_folder(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name}: {found}. {expected}{advice}"
 
 
 class Listing(list[os.DirEntry[str]]):

@@ -99,6 +99,23 @@ def test_captions_out_of_memory_are_what_the_tower_makes(backbone):
     assert len(module._towers.fixed_texts) == 4
 
 
+def test_the_table_of_captions_is_bounded(backbone, monkeypatch):
+    """Room for two rows of 16 float32: the first two are kept, and each batch is what the tower makes: 1e-6."""
+    monkeypatch.setattr("train_clip.training.encode.MOST_FIXED", 2 * (16 * 4 + 600) + 100)
+    module, rows = prompts(backbone), []
+    module.model.transformer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    for captions in (["a"], ["b b", "c", "b b"], ["c", "a", "d d d"], ["b b", "a"]):
+        tokens = module.tokenizer.batch(captions)[0]
+        inputs = module._reader.read((torch.zeros(len(captions), 3, 16, 16), tokens), module.device)
+        _, found = module._towers.embed(module.model, inputs, 0)
+        encoded = sum(rows)
+        expected = nn.functional.normalize(module.model.encode_text(tokens), dim=-1)
+        rows[:] = [encoded]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert len(module._towers.fixed_texts) == 2
+    assert sum(rows) == 1 + 2 + 2 + 0
+
+
 def test_what_a_checkpoint_holds(backbone, tmp_path):
     """The trained tensors and plain data; it loads with ``load`` and as a module, and both embed alike."""
     module = prompts(backbone)

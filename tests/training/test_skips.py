@@ -52,21 +52,24 @@ def test_where_nothing_is_bad_nothing_is_said(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_samples_are_counted_by_epoch_and_files_by_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three samples and three files, then one sample of a known file, then none: two lines, worked out by hand."""
+    """Three samples and three files, one sample of a known file, one of another file, none: two lines, by hand."""
     own = report(tmp_path)
     own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch(("a",), ("b", "a")), 0)
     own.on_validation_batch_end(trainer(tmp_path), MODULE, None, batch(("c",)), 0)
     own.on_train_epoch_end(trainer(tmp_path), MODULE)
     own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch(("a",)), 0)
     own.on_train_epoch_end(trainer(tmp_path, current_epoch=1), MODULE)
+    own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch(("d",), ("a",)), 0)
     own.on_train_epoch_end(trainer(tmp_path, current_epoch=2), MODULE)
+    own.on_train_epoch_end(trainer(tmp_path, current_epoch=3), MODULE)
     place = tmp_path / "skipped.tsv"
     assert capsys.readouterr().out.splitlines() == [
         *(f"Skipped {name}: bad." for name in "abc"),
         f"Epoch 1: 3 samples replaced by others or skipped. Bad files so far: 3 (3 × bad); their names are in {place}.",
-        f"Epoch 2: 1 samples replaced by others or skipped. Bad files so far: 3 (3 × bad); their names are in {place}.",
+        "Skipped d: bad.",
+        f"Epoch 3: 2 samples replaced by others or skipped. Bad files so far: 4 (4 × bad); their names are in {place}.",
     ]
-    assert log(tmp_path) == ["a\tbad", "b\tbad", "c\tbad"]
+    assert log(tmp_path) == ["a\tbad", "b\tbad", "c\tbad", "d\tbad"]
 
 
 def test_the_trial_run_of_validation_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,12 +107,13 @@ def test_a_path_is_one_field_of_one_line(
 
 
 def test_cut_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three of twelve captions, over training and validation, in a line word for word; then none, and silence."""
+    """Three of twelve captions, over training and validation, in a line word for word; later ones are no news."""
     own = report(tmp_path)
     own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch(num_cut=2), 0)
     own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch(), 1)
     own.on_validation_batch_end(trainer(tmp_path), MODULE, None, batch(num_cut=1), 0)
     own.on_train_epoch_end(trainer(tmp_path), MODULE)
+    own.on_train_batch_end(trainer(tmp_path), MODULE, None, batch(num_cut=2), 0)
     own.on_train_epoch_end(trainer(tmp_path, current_epoch=1), MODULE)
     assert capsys.readouterr().out == (
         "Epoch 1: 3 of 12 captions were longer than 77 tokens and were truncated, keeping the end token.\n"

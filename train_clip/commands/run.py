@@ -69,7 +69,7 @@ class Job:
     options: dict[str, Any]  # the verb's, flat, for the run's config.yaml
     epochs: int  # where neither --epochs nor --max_steps is given
     best_by: str = checkpoints.BY_RECALL  # what its best.ckpt is best at
-    advice: Any = None  # a function of the number of pairs: a line to begin a new run with, or None
+    advice: Any = None  # a function of the number of pairs and the kind of device: a line for a new run, or None
     own_model: dict[str, Any] | None = None  # of no preset: kept in the run, to be repeated when its file has changed
 
 
@@ -116,7 +116,8 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = trainer
     data.setup()
-    if resumed is None and job.advice and (line := job.advice(len(data.training_pairs))):
+    device = trainer.strategy.root_device.type
+    if resumed is None and job.advice and (line := job.advice(len(data.training_pairs), device)):
         utilities.rank_zero_info(line)
     module.require_batch_size(data.batch_size)
     module.require_precision(trainer.precision)

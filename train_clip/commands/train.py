@@ -1,19 +1,25 @@
 """Train a CLIP, from scratch or from weights."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from train_clip.checkpoints import found, sources
-from train_clip.commands.run import Job, begin, data_for, train_job
+from train_clip.commands.run import Job, begin, count, data_for, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UsageError, UserError
+from train_clip.estimates import duration
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat
 from train_clip.training.clip_wrapper import CLIPWrapper
 
 DEFAULT_MODEL = "ViT-B/32"
 TWO_ENCODERS = ", which `train-clip finetune --pretrained` trains on."
+LARGE_ON_CPU = 50_000_000  # parameters; the paper's models have 100 million and more
+CPU_EPOCHS, CPU_SPEED = 40, 40  # of `--config cpu`: epochs, and pairs per second and thread in float32
 RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for at most (docs/recipes.md)
 
 
@@ -40,20 +46,28 @@ def train(
         data_for(module, data),
         flat(model, data) | training.flat(),
         config.optimizer.epochs,
-        advice=recipe_for if training.optimizer.optimizer is None and weights is None else None,
+        advice=partial(advise, count(module.model), training.optimizer.optimizer) if weights is None else None,
         own_model=config.to_dict() if is_own else None,
     )
     return train_job(job, run, trainer, resumed)
 
 
-def recipe_for(num_pairs: int) -> str | None:
-    """Suggest a recipe for so few pairs, if training starts from scratch and no optimizer was chosen."""
+def advise(num_parameters: int, optimizer: str | None, num_pairs: int, device: str) -> str | None:
+    """Suggest a recipe that fits the machine or so few pairs, if training starts from scratch."""
+    if device == "cpu" and num_parameters > LARGE_ON_CPU:
+        return (
+            f"This model ({num_parameters / 1e6:,.0f} million parameters) is slow on a CPU. `--config cpu` trains a "
+            f"small one on {num_pairs:,} pairs in about {time_on_cpu(num_pairs)}."
+        )
     recipe = next((name for name, most in RECIPES.items() if num_pairs <= most), None)
-    return recipe and (
-        f"{num_pairs:,} pairs: the defaults are the paper's, chosen for 400 million pairs. `--config {recipe}` is "
-        "better for a data set of this size (docs/recipes.md); `--optimizer adamw` keeps the defaults and hides this "
-        "message."
-    )
+    if optimizer is not None or recipe is None:
+        return None
+    return f"For {num_pairs:,} pairs `--config {recipe}` usually gives better results than the paper's hyperparameters."
+
+
+def time_on_cpu(num_pairs: int) -> str:
+    """How long `--config cpu` takes here for so many pairs, in words."""
+    return duration(CPU_EPOCHS * num_pairs / (CPU_SPEED * torch.get_num_threads()))
 
 
 def pretrained_weights(model: ModelOptions) -> found.Found | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from train_clip.data.images import ARRAY_SUFFIX, image_suffixes, is_npz
 from train_clip.data.pairs import PairList, plain_name
-from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, READABLE, Scan, fault_of
+from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, READABLE, Scan, advice_on, fault_of, path_advice
 from train_clip.errors import MissingFile, UserError
 from train_clip.options import SourceOptions
 
@@ -35,8 +35,10 @@ def scan_folder(folder: Path, options: SourceOptions = DEFAULTS) -> Scan:
     """
     try:
         if not folder.is_dir():
+            advice = advice_on([folder.suffix.lower()]) if folder.is_file() else path_advice(str(folder))
             raise (UserError if folder.exists() else MissingFile)(
-                f"{folder}: there is no such folder. Expected images and captions (.txt); for a table use --pairs."
+                f"{folder}: {'is no folder' if folder.exists() else 'there is no such folder'}. Expected images and "
+                f"captions (.txt); for a table use --pairs.{advice}"
             )
     except PermissionError:
         raise UserError(f"{folder}: no permission to open its parent folder. Allow it (chmod +x).") from None

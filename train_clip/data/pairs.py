@@ -1,14 +1,13 @@
 """Pairs, their captions, which of them are held out, and a compact list for millions of pairs."""
 
-import contextlib
 import hashlib
-import html
 import os
 import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample
 
 MAX_BYTES = 2**20  # of a file; what is longer is something else than captions
@@ -133,7 +132,7 @@ def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
     the caption.
 
     Raises:
-        BadSample: the file cannot be read, is not UTF-8, holds NUL, holds only blanks, or is over ``MAX_BYTES``.
+        BadSample: the file cannot be read, is not UTF-8, holds NUL, has only empty captions, or is over ``MAX_BYTES``.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123, a third of the time
@@ -149,20 +148,11 @@ def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
         raise BadSample(path, "caption is UTF-16, not UTF-8" if utf16 else "caption is not UTF-8") from None
     if "\0" in text:
         raise BadSample(path, "caption contains NUL")
-    captions = [line.strip() for line in text.split("\n") if not is_blank(line)]
+    captions = [line.strip() for line in text.split("\n") if not is_empty(line)]
     if not captions:
         raise BadSample(path, "caption is empty")
     mended = {"byte order mark dropped": content.startswith(b"\xef\xbb\xbf"), "CR LF line endings": b"\r\n" in content}
     return captions, tuple(what for what, found in mended.items() if found)
-
-
-def is_blank(caption: str) -> bool:
-    """Whether nothing is left of a caption once its entities are read: ``&nbsp;`` is a blank."""
-    if "&" in caption:
-        # An entity of over 4,300 digits, at which int() stops, is text.
-        with contextlib.suppress(ValueError):
-            caption = html.unescape(caption)
-    return not caption.strip()
 
 
 def shown(name: str) -> str:

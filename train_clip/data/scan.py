@@ -1,8 +1,10 @@
 """The pairs to train on, found by names only: nothing is decoded here."""
 
 import os
+import re
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -24,6 +26,21 @@ EXPECTED = {
     "number": "  The files of a pair share a number: image1.jpg and text1.txt, one caption per line. Rename the files.",
     "table": "  Expected rows with an image and a caption that is not empty; image paths are relative to the table's "
     "folder.",
+}
+# Suffixes of files that may lie in place of pairs, and what to do with them.
+ADVICE = {
+    ".tar .tgz .gz .bz2 .xz .zst .zip .7z": "Archives are not read: unpack them (tar -xf FILE.tar, unzip FILE.zip).",
+    ".parquet .arrow .feather .tfrecord .h5 .hdf5 .mdb": "Such files are not read: write their images and captions as "
+    "files (cat.jpg, cat.txt), or paths and captions as a table (pandas.read_parquet and to_csv).",
+    ".csv .tsv .jsonl": "A table of image paths and captions is read by --pairs TABLE.",
+    ".json .xlsx .xls .ods": "Save image paths and captions as a table (.csv, .tsv, .jsonl), which --pairs reads.",
+}
+# How a path may begin that means nothing here.
+PATH_ADVICE = {
+    r"[~$]": "Neither ~ nor variables are expanded: write the whole path.",
+    r"file:/": "Write the path without file://.",
+    r"[a-z][a-z0-9+.-]+:/": "Nothing is downloaded: download the files first, and give their paths.",
+    r"[^/]*\\": "Separate folders by / instead of a backslash.",
 }
 READABLE = "expected a readable regular file (chmod +r; chmod +x a folder)"
 
@@ -79,7 +96,22 @@ class Scan:
         ):
             if names:
                 lines.append(f"  {what}: {len(names):,}, for instance {names[0]}.")
+        if self.others:
+            others = (f"{count:,} × {suffix}" for suffix, count in self.others.most_common(NAMED))
+            lines.append(f"  Neither images nor captions: {', '.join(others)}.{advice_on(self.others)}")
+        if kind == "table":
+            lines += dict.fromkeys(f" {advice}" for advice in map(path_advice, self.lone_captions) if advice)
         raise UserError("\n".join([*lines, EXPECTED[kind]]))
+
+
+def advice_on(suffixes: Iterable[str]) -> str:
+    """What to do with files that are not read, by their suffixes, as sentences to append."""
+    return "".join(f" {advice}" for known, advice in ADVICE.items() if not set(known.split()).isdisjoint(suffixes))
+
+
+def path_advice(path: str) -> str:
+    """What to do with a path that is not found, by how it begins, as a sentence to append."""
+    return next((f" {advice}" for start, advice in PATH_ADVICE.items() if re.match(start, path, re.I)), "")
 
 
 def fault_of(path: str, is_regular: bool = False) -> str:

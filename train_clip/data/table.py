@@ -9,16 +9,29 @@ import csv
 import json
 import os
 import posixpath
+import reprlib
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any
 
-from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, is_blank, plain_name
-from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, fault_of
+from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, plain_name
+from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, advice_on, fault_of, path_advice
+from train_clip.data.tokenizer import is_empty
 from train_clip.errors import MissingFile, UserError
 from train_clip.options import SourceOptions
+
+LONGEST_PATH = 4096  # characters; what is longer is something else than a path
+LONGEST_LINE = 2**24  # characters; what is longer is something else than a row
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+BAD_QUOTES = {  # what csv says, and what it means
+    "unexpected end of data": "a quote that opens in this row is never closed",
+    "expected after": "text follows the quote that closes a cell",
+    "field larger than": f"a cell has over {MAX_BYTES:,} characters, as where a quote is not closed",
+}
 
 
 def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
@@ -56,70 +69,112 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
     suffix = table.suffix.lower()
     names = options.image_column, options.caption_column
     captions: dict[str, list[str]] = defaultdict(list)
+    fault = fault_of(os.fspath(table))
+    if fault or suffix not in READERS:
+        raise (UserError if table.exists() else MissingFile)(
+            f"{table}: {fault or 'is no table that is read here'}. Expected a table ({', '.join(READERS)}); for a "
+            f"folder of images and captions use --folder.{path_advice(str(table)) if fault else advice_on([suffix])}"
+        )
     try:
-        if suffix not in READERS or not table.is_file():
-            kind = UserError if table.exists() else MissingFile
-            raise kind(f"{table}: cannot be read as a table. Expected one of {', '.join(READERS)}.")
         with table.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in READERS[suffix](table, file, names):
+            lines = iter(partial(file.readline, LONGEST_LINE), "")
+            for line, row in READERS[suffix](table, lines, names):
                 scan.num_entries += 1
-                image, texts = map(row.get, names)
-                texts = texts if isinstance(texts, list) else [texts]
-                if not all(map(_is_text, (image, *texts))) or not image.strip():
-                    scan.faults.append(
-                        f"{table}, line {line}: an incomplete row; expected {names[0]!r} to name an image and "
-                        f"{names[1]!r} to be text. Fix or remove it."
-                    )
+                if fault := row if isinstance(row, str) else _fault(row, names):
+                    scan.faults.append(f"{table}, line {line}: {fault}. Fix or remove this row.")
                     continue
-                lines = (text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts)
-                captions[str(PurePosixPath(image))] += [text for text in lines if not is_blank(text)]
-    except PermissionError:
-        raise UserError(f"{table}: no permission to read this table. Allow it (chmod +r; chmod +x a folder).") from None
+                image, texts = row[names[0]], _texts(row.get(names[1]))
+                name = image if "://" in image else str(PurePosixPath(image))  # an address is shown as it is
+                texts = [text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts]
+                captions[name] += [text for text in texts if not is_empty(text)]
     except UnicodeDecodeError as error:
         raise UserError(f"{table}: is not UTF-8 ({error.reason}). Save it as UTF-8.") from None
     return captions
 
 
-# The number of a line, and a mapping from columns to what it holds; an empty one where it is not whole.
+def _texts(cell: Any) -> list[Any]:
+    """A cell's captions; what stands for none in JSON (null, NaN, no such key) is none."""
+    return [text for text in (cell if isinstance(cell, list) else [cell]) if text is not None and text == text]
+
+
+def _fault(row: Any, names: tuple[str, str]) -> str:
+    """What is wrong with a row, in words; empty where nothing is."""
+    image, captions = row.get(names[0]), _texts(row.get(names[1]))
+    if not _texts(image) or (isinstance(image, str) and not image.strip()):
+        return f"{names[0]!r} is empty; expected the path of an image"
+    cells = [(names[0], image, LONGEST_PATH, "the path of an image")]
+    for name, cell, most, expected in cells + [(names[1], text, MAX_BYTES, "text") for text in captions]:
+        # Half of a character, which JSON can spell, is no text.
+        if not isinstance(cell, str) or cell.encode("utf-8", "replace").decode() != cell:
+            return f"{name!r} is {reprlib.repr(cell)}; expected {expected}"
+        if len(cell) > most:
+            return f"{name!r} has {len(cell):,} characters; expected {expected} of at most {most:,}"
+    return ""
+
+
+# The number of a row's first line, and a mapping from columns to what it holds, or what is wrong with the row.
 Row = tuple[int, Any]
 
 
-def _separated(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
-    reader = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",", strict=True)
+def _separated(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Iterator[Row]:
+    separator = "\t" if table.suffix.lower() == ".tsv" else ","
+    first = next(lines, "")
+    likely = max((separator, *SEPARATORS), key=first.count)
+    reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
     limit = csv.field_size_limit(MAX_BYTES)  # csv knows one for the whole process
+    line = 1
     try:
+        if likely != separator and not set(names) <= set(next(csv.reader([first], delimiter=separator))):
+            raise UserError(
+                f"{table}: its columns seem to be separated by {SEPARATORS[likely]}; expected {SEPARATORS[separator]} "
+                f"in a {table.suffix} file. Save it with commas as .csv, or with tabs as .tsv."
+            )
         header = next(reader, [])
         _require_columns(table, header, names)
-        for row in filter(any, reader):
-            yield reader.line_num, dict(zip(header, row, strict=True)) if len(row) == len(header) else {}
+        line = reader.line_num + 1
+        for row in reader:
+            if any(row) and len(row) == len(header):
+                yield line, dict(zip(header, row, strict=True))
+            elif any(row):
+                found = f"has {len(row)} cell{'s' * (len(row) > 1)}; expected {len(header)}"
+                yield line, f"{found}, with quotes around text that contains {SEPARATORS[separator]}"
+            line = reader.line_num + 1
     except csv.Error as error:
+        found = next((words for said, words in BAD_QUOTES.items() if said in str(error)), str(error))
         raise UserError(
-            f"{table}, line {reader.line_num}: {error}. Expected quotes around text that contains quotes, separators "
+            f"{table}, line {line}: {found}. Expected quotes around text that contains quotes, separators "
             'or line breaks, and quotes inside it doubled: "a ""red"" ball".'
         ) from None
     finally:
         csv.field_size_limit(limit)
 
 
-def _json_lines(table: Path, file: TextIO, names: tuple[str, str]) -> Iterator[Row]:
-    columns_known = False
-    for line, text in enumerate(file, 1):
+def _json_lines(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Iterator[Row]:
+    keys: list[str] = []
+    has_captions = False
+    for line, text in enumerate(lines, 1):
+        if len(text) == LONGEST_LINE:
+            raise UserError(f"{table}, line {line}: is over {LONGEST_LINE:,} characters. Expected one object per line.")
         if not text.strip():
             continue
         try:
             row = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{table}, line {line}: is not JSON ({error}). Expected one object per line.") from None
-        if isinstance(row, dict) and not columns_known:
-            _require_columns(table, list(row), names)
-            columns_known = True
-        yield line, row if isinstance(row, dict) else {}
+        if isinstance(row, dict):
+            if not keys:
+                keys = list(row)
+                _require_columns(table, keys, names[:1])
+            has_captions = has_captions or names[1] in row
+        yield line, row if isinstance(row, dict) else f"is {reprlib.repr(row)}; expected an object"
+    if keys and not has_captions:
+        _require_columns(table, keys, names)
 
 
 READERS = {".csv": _separated, ".tsv": _separated, ".jsonl": _json_lines}
 
 
-def _require_columns(table: Path, header: list[str], names: tuple[str, str]) -> None:
+def _require_columns(table: Path, header: list[str], names: Sequence[str]) -> None:
     for name in names:
         if header.count(name) != 1:
             raise UserError(
@@ -134,11 +189,6 @@ def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
         # JSON itself would take the last of them.
         raise ValueError("a key occurs twice")
     return row
-
-
-def _is_text(value: Any) -> bool:
-    # Text that UTF-8 can hold: JSON can spell half of a character.
-    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def _spellings(root: str, name: str) -> Iterator[str]:

@@ -14,6 +14,8 @@ import functools
 import gzip
 import html
 import importlib.resources
+import re
+import unicodedata
 from dataclasses import dataclass
 
 import ftfy
@@ -54,7 +56,7 @@ class Tokenizer:
         return tokens, sum(len(caption) > room for caption in captions)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Give each caption's ids, in [0, vocab_size), uncut, without start and end; none for a blank caption."""
+        """Give each caption's ids, in [0, vocab_size), uncut, without start and end; none for an empty caption."""
         if not isinstance(texts, list):
             raise TypeError(f"texts: found {type(texts).__name__}, expected a list of str.")
         for place, text in enumerate(texts):
@@ -103,16 +105,39 @@ NUM_REMEMBERED = 2**15
 LONGEST_REMEMBERED = 16
 
 
+# Letters that no cleaning takes away, unless they are in an entity or an escape sequence: ASCII, kana, Han, Hangul.
+LASTING = re.compile("[0-9A-Za-z\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]")
+# Besides spaces, control and format characters: what Unicode calls default ignorable, the Braille blank, and U+0345,
+# which makes no token.
+INVISIBLE = re.compile(
+    "[\u0345\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
+
+
+def is_empty(caption: str) -> bool:
+    """Whether nothing is to be seen of a caption, as it is or as the model reads it: no word, no sign, no picture."""
+    if LASTING.search(caption) and "&" not in caption and "\x1b" not in caption:
+        return False
+    return any(
+        all(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Zs") for letter in INVISIBLE.sub("", text))
+        for text in (caption, _cleaned(caption))
+    )
+
+
 def _words(text: str) -> list[str]:
     """Clean a text as the reference does, and cut it at its blanks, across which no piece reaches."""
+    # split() cuts where the reference's \s does, and at U+001C to U+001F, which ftfy takes out and unescape leaves out.
+    return _cleaned(text).lower().split()
+
+
+def _cleaned(text: str) -> str:
     # ftfy and unescape change nothing in printable ASCII without "&": what they look for is an entity, a control
     # character (escape sequences and line breaks among them) or a character beyond ASCII, and NFC keeps ASCII.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         # An entity of over 4,300 digits, at which int() and so the reference stop, leaves the text as it is.
         with contextlib.suppress(ValueError):
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    # split() cuts where the reference's \s does, and at U+001C to U+001F, which ftfy takes out and unescape leaves out.
-    return text.lower().split()
+    return text
 
 
 def _word_tokens(word: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from train_clip.data import pairs
+from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import Collection, require_finite
 from train_clip.losses.softmax import ranks
@@ -86,11 +87,7 @@ def read_list(path: Path) -> list[str]:
     _text_lines(path, "class names, or templates with {}, one per line")
     lines, first = path.read_text(encoding="utf-8-sig").rstrip().split("\n"), dict[str, int]()
     for number, line in enumerate(map(str.strip, lines), 1):
-        if (
-            (earlier := first.setdefault(_plain(line), number)) != number
-            or pairs.is_blank(line)
-            or DATA.fullmatch(line)
-        ):
+        if (earlier := first.setdefault(_plain(line), number)) != number or is_empty(line) or DATA.fullmatch(line):
             again = f", as in line {earlier}" if earlier != number else ""
             raise UserError(
                 f"{path}, line {number}: {line!r}{again}. Expected a class name or a template with {{}} in each line: "

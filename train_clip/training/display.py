@@ -22,19 +22,24 @@ LINE_SECONDS = 15.0  # between lines where there is no terminal
 WARM_UP = 3  # batches that no estimate counts: compilation, loader processes that start
 ESTIMATE_SECONDS = 10.0  # of training that the first estimate is of, and the least that it speaks of
 
-# What is shown, in this order: logged names behind train/, val/ or val_ema/, and their labels and formats.
-FIGURES = {
-    "loss": "loss {:.3f}",
-    "distillation_loss": "distillation {:.3f}",
-    "accuracy_image_to_text": "i→t {:.1%}",
-    "accuracy_text_to_image": "t→i {:.1%}",
-    "logit_scale": "scale {:.1f}",
-    "learning_rate": "lr {:.1e}",
-    "pairs_per_second": "pairs/s {:,.0f}",
-    "R@1_image_to_text": "R@1 i→t {:.1%}",
-    "R@5_image_to_text": "R@5 i→t {:.1%}",
-    "R@1_text_to_image": "R@1 t→i {:.1%}",
-    "R@5_text_to_image": "R@5 t→i {:.1%}",
+
+def _speed(pairs: float) -> str:
+    return f"pairs/s {pairs:,.0f}" if pairs >= 10 else f"pairs/s {pairs:.2g}"
+
+
+# What is shown, in this order: logged names behind train/, val/ or val_ema/, and how their values are written.
+FIGURES: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.3f}".format,
+    "distillation_loss": "distillation {:.3f}".format,
+    "accuracy_image_to_text": "i→t {:.1%}".format,
+    "accuracy_text_to_image": "t→i {:.1%}".format,
+    "logit_scale": "scale {:.1f}".format,
+    "learning_rate": "lr {:.1e}".format,
+    "pairs_per_second": _speed,
+    "R@1_image_to_text": "R@1 i→t {:.1%}".format,
+    "R@5_image_to_text": "R@5 i→t {:.1%}".format,
+    "R@1_text_to_image": "R@1 t→i {:.1%}".format,
+    "R@5_text_to_image": "R@5 t→i {:.1%}".format,
 }
 # One panel each: its title, and the logged names with their labels.
 PANELS = {
@@ -133,8 +138,10 @@ class RunProgress(Callback):
 
 
 def _figures(trainer: Trainer, prefix: str) -> str:
-    found, forms = trainer.callback_metrics, {f"{prefix}/{name}": form for name, form in FIGURES.items()}
-    return "  ".join(form.format(found[name].item()) for name, form in forms.items() if name in found)
+    found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    shown = {name: form(found[f"{prefix}/{name}"]) for name, form in FIGURES.items() if f"{prefix}/{name}" in found}
+    chances = {name: found.get(f"{prefix}/chance_{name}") for name in shown}
+    return "  ".join(text + (f" (chance {chances[name]:.1%})" if chances[name] else "") for name, text in shown.items())
 
 
 class Throughput(Callback):

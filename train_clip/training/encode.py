@@ -29,6 +29,8 @@ MOST_PIECES = 4
 LEAST_ROWS = 64
 # Modules all of whose matrices go into products alone, which autocast computes in half precision.
 PRODUCTS = (nn.Linear, nn.Conv2d, SelfAttention)
+MOST_FIXED = 2 * 10**9  # bytes of memory for embeddings of a locked text tower
+OF_ROW = 600  # bytes that a row of them takes besides its elements
 LARGE = 10_000  # rows of a table from which on it is worth gathering those that were looked up
 
 Rows = Tensor | Mapping[str, Tensor]
@@ -65,14 +67,18 @@ class Towers:
 
     @torch.no_grad()
     def _look_up(self, inputs: Inputs, embed: Callable) -> Tensor:
-        # Each caption is encoded once. Among others it differs by rounding: what a run computes after it was resumed
-        # equals what it would have computed to within that.
+        # A caption is encoded once, as long as there is room. Among others it differs by rounding: what a run computes
+        # after it was resumed equals what it would have computed to within that.
         keys = inputs.captions.tolist()
-        if new := {key: place for place, key in enumerate(keys) if key not in self.fixed_texts}:
+        rows = {key: self.fixed_texts[key] for key in keys if key in self.fixed_texts}
+        if new := {key: place for place, key in enumerate(keys) if key not in rows}:
             texts, places = inputs.texts, list(new.values())
             some = {name: t[places] for name, t in texts.items()} if isinstance(texts, Mapping) else texts[places]
-            self.fixed_texts |= zip(new, embed(some, lengths=inputs.lengths[places]).cpu(), strict=True)
-        return torch.stack([self.fixed_texts[key] for key in keys]).to(inputs.captions.device)
+            encoded = embed(some, lengths=inputs.lengths[places]).cpu()
+            rows |= zip(new, encoded, strict=True)
+            room = max(0, MOST_FIXED // (encoded[0].nbytes + OF_ROW) - len(self.fixed_texts))
+            self.fixed_texts |= zip(new, encoded[:room], strict=False)
+        return torch.stack([rows[key] for key in keys]).to(inputs.captions.device)
 
 
 def share(images: Tensor, texts: Tensor, captions: Tensor) -> Pairs:

@@ -25,6 +25,7 @@ class SkipReport(Callback):
         self.counts: Counter[str] = Counter()  # by this process in this epoch
         self.met: dict[str, str] = {}  # by this process in this fit: an earlier one's files may have been mended
         self.known: dict[str, str] = {}
+        self.num_told, self.told_of_cuts = 0, False  # what would be the same in each epoch is said once
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -62,12 +63,14 @@ class SkipReport(Callback):
             for own, met in everyone:
                 counts += own
                 self._log(met)
-            if counts["replaced"]:
+            if counts["replaced"] and len(self.known) > self.num_told:
+                self.num_told = len(self.known)
                 print(
                     f"{epoch}: {counts['replaced']:,} samples replaced by others or skipped. Bad files so far: "
                     f"{len(self.known):,} ({_tally(self.known)}); their names are in {self.log_file}."
                 )
-            if counts["cut"]:
+            if counts["cut"] and not self.told_of_cuts:
+                self.told_of_cuts = True
                 print(
                     f"{epoch}: {counts['cut']:,} of {counts['captions']:,} captions were longer than "
                     f"{pl_module.tokenizer.context_length} tokens and were truncated, keeping the end token."

@@ -48,10 +48,16 @@ class ValidationSplit:
             floor += self._loss.floor(groups).item() * len(rows)
         loss, floor = loss / len(images), floor / len(images)
         found = retrieval(images, texts, torch.arange(len(images), device=images.device), captions)
-        ways = {"image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
-        recalls = {f"val/R@{k}_{way}": recall for way, by_k in ways.items() for k, recall in by_k.items()}
-        mean_recall = sum(recalls.values()) / len(recalls)
-        return {"val/loss": loss, "val/loss_above_floor": loss - floor} | recalls | {"val/mean_recall": mean_recall}
+        ways = {
+            "R@{}_image_to_text": found.image_to_text,
+            "R@{}_text_to_image": found.text_to_image,
+            "chance_R@{}_image_to_text": found.chance_image_to_text,
+            "chance_R@{}_text_to_image": found.chance_text_to_image,
+        }
+        shares = {f"val/{way.format(k)}": share for way, by_k in ways.items() for k, share in by_k.items()}
+        both = *found.image_to_text.values(), *found.text_to_image.values()
+        losses_found = {"val/loss": loss, "val/loss_above_floor": loss - floor}
+        return losses_found | shares | {"val/mean_recall": sum(both) / len(both)}
 
 
 def interleave(parts: list[Tensor], total: int | None) -> Tensor:
