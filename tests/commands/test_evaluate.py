@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train_clip import CLIPWrapper, cli
+from train_clip import CLIPWrapper, cli, load
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.errors import UserError
 
@@ -42,6 +42,23 @@ def test_retrieval_counts_every_caption_of_an_image(pair_folder, checkpoint):
         hits = [captions[j][0] in column.argsort(descending=True)[:k] for j, column in enumerate(similarity.T)]
         assert scores["retrieval"].text_to_image[k] == pytest.approx(sum(hits) / 24)
     assert (scores["num_images"], scores["num_captions"]) == (12, 24)
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint(pair_folder, checkpoint, tmp_path, capsys):
+    """The run, or its checkpoints' folder, by evaluate, inspect and in Python; the last one where none is best."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for names, expected in ((["last.ckpt"], "last.ckpt"), (["best.ckpt", "step-00000001.ckpt"], "best.ckpt")):
+        for name in names:
+            (folder / name).hardlink_to(checkpoint)
+        for given in (folder, folder.parent):
+            cli.main(["evaluate", str(given), "--folder", str(pair_folder)])
+            assert f"Evaluating {folder / expected}.\n12 images, " in capsys.readouterr().out
+            cli.main(["inspect", str(given)])
+            assert f"{folder / expected}\n" in capsys.readouterr().out
+            assert load(given).model.name == "tiny"
+    with pytest.raises(UserError, match="a folder without weights"):
+        load(tmp_path)
 
 
 def test_classes_come_from_folders_and_from_cls_files(tmp_path, checkpoint):
