@@ -82,6 +82,11 @@ TINY = {
 }
 
 
+def said(stop: pytest.ExceptionInfo[SystemExit]) -> str:
+    """What a command that was stopped said: its message, or the error that it became exit code 2 for."""
+    return str(stop.value.__context__ if isinstance(stop.value.code, int) else stop.value.code)
+
+
 def write_pairs(folder: Path, number: int, size: int = 20) -> Path:
     """Write ``number`` pairs of random pictures and captions."""
     folder.mkdir(parents=True)

@@ -67,9 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         # What is left to print goes out here: at the interpreter's end a closed pipe would be a traceback.
         sys.stdout.flush()
     except UserError as error:
-        # A loader's worker sends its traceback, with the message at the end.
-        print(f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(_exit_code(error))
     except BrokenPipeError:
         # `| head` has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,6 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
         if KeyboardInterrupt not in (type(stop), type(stop.__context__)):
             raise
         sys.exit(130)  # 128 + SIGINT, as shells report it
+
+
+def _exit_code(error: UserError) -> int | str:
+    # A loader's worker sends its traceback, with the message at the end.
+    message = f"train-clip: {re.split('(?:User|Usage)Error: ', str(error))[-1].rstrip()}"
+    if not isinstance(error, UsageError):
+        return message  # which Python prints, and exits with 1
+    print(message, file=sys.stderr)
+    return 2
 
 
 def _run(words: list[str]) -> None:

@@ -147,7 +147,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_refused(pair_folder, checkpoint, tm
 def test_an_image_of_no_class_is_refused(pair_folder, checkpoint, tmp_path):
     """A folder that is none of the classes: which image, which class, what to do."""
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(UserError, match=r"000\.png: its class is 'pairs' by its folder .*none of the 2 classes"):
+    with pytest.raises(UserError, match=r"000\.png: its class is 'pairs' by its folder .*not one of the 2 classes"):
         evaluate(checkpoint, EvaluateOptions(pair_folder, tmp_path / "classes.txt"))
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 
-from tests.conftest import TINY, write_pairs
+from tests.conftest import TINY, said, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import CLIPWrapper, CustomCLIPWrapper, cli
 from train_clip.checkpoints.own import read_checkpoint
@@ -60,7 +60,7 @@ def finetune(*words: str) -> None:
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stop:
         cli.main(["finetune", *words])
-    return str(stop.value)
+    return said(stop)
 
 
 def losses(run: str) -> list[str]:

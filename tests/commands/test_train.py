@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from PIL import Image
 
 from tests import forked
-from tests.conftest import TINY, write_pairs
+from tests.conftest import TINY, said, write_pairs
 from train_clip import CLIPWrapper, cli
 from train_clip.commands.run import default_precision
 from train_clip.commands.train import recipe_for
@@ -174,7 +175,7 @@ def test_an_error_of_the_loader_is_told_in_a_line(pair_folder, model_file, tmp_p
         image.write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
         run_train(pair_folder, model_file, tmp_path / "run", "--val_share", "0", "--num_workers", workers)
-    message = str(stop.value)
+    message = said(stop)
     assert message.startswith(f"train-clip: {pair_folder}/0")
     assert message.endswith(
         "Expected nearly all files to be readable; `train-clip data check` lists those that are not."
@@ -259,8 +260,9 @@ def test_a_gpu_trains_in_its_default_precision(pair_folder, model_file, tmp_path
 )
 def test_what_cannot_work_is_told_in_a_line(pair_folder, model_file, tmp_path, words, message):
     """Options that cannot work end with a message for the user, not with a traceback."""
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as stop:
         run_train(pair_folder, model_file, tmp_path / "run", *words)
+    assert re.search(message, said(stop))
 
 
 def test_the_next_command_works_where_nothing_is_held_out(pair_folder, model_file, tmp_path, capsys):

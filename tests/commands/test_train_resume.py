@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import TINY, write_pairs
+from tests.conftest import TINY, said, write_pairs
 from train_clip import CLIPWrapper, cli
 from train_clip.checkpoints.own import read_checkpoint
 
@@ -65,7 +65,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stop:
         train(*words)
     assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
-    return str(stop.value)
+    return said(stop)
 
 
 def rows(run: str) -> list[int]:
@@ -166,7 +166,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(here, capsys):
     for age, name in enumerate(("last", "step-00000005", "best", "step-00000004", "step-00000003")):
         os.utime(checkpoints / f"{name}.ckpt", (4 * 10**9 - age, 4 * 10**9 - age))
     train("--resume", "run")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Passed", "Resuming"))]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Skipped", "Resuming"))]
     assert lines[0].startswith(
         "Skipped run/checkpoints/last.ckpt: not a checkpoint, or an incomplete one (BadZipFile: a record "
     )

@@ -196,7 +196,7 @@ def test_nothing_but_bad_files_stops(numbered_pairs: NumberedPairs, workers: int
     with pytest.raises(UserError) as caught:
         list(loader)
     assert f"{pairs[1].image}: empty file; " in str(caught.value)
-    assert f"{MAX_SUBSTITUTES - 1} substitutes" in str(caught.value)
+    assert f"and {MAX_SUBSTITUTES - 1} randomly chosen" in str(caught.value)
 
 
 def test_the_error_out_of_a_worker_ends_in_the_message_without(numbered_pairs: NumberedPairs) -> None:

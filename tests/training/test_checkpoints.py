@@ -223,7 +223,7 @@ def test_the_older_one_stays_until_the_new_one_has_its_names(tmp_path: Path, mon
     run = Run(tmp_path, Interval(steps=1), keep=1)
     run.step()
     monkeypatch.setattr(module.files, "link", _full)
-    with pytest.raises(UserError, match=r"No space left on device\. .*last\.ckpt is whole\."):
+    with pytest.raises(UserError, match=r"No space left on device\. .*last\.ckpt is complete\."):
         run.step()
     assert run.states() == {"last.ckpt": 2, "step-00000001.ckpt": 1}
 
@@ -240,7 +240,7 @@ def test_a_name_that_cannot_be_given_is_said(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device", "step-00000001.ckpt")
 
     monkeypatch.setattr(module.files, "link", full)
-    with pytest.raises(UserError, match=r"step-00000001\.ckpt: No space left on device\. .*last\.ckpt is whole\."):
+    with pytest.raises(UserError, match=r"step-00000001\.ckpt: No space left on device\. .*last\.ckpt is complete\."):
         run.step()
     assert run.states() == {"last.ckpt": 1}
 

@@ -281,11 +281,11 @@ def test_a_run_and_what_it_leaves(tmp_path: Path, precision: str) -> None:
     inside = Inside(tmp_path / "last.ckpt")
     plugins = [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu"))] if precision == "16-mixed" else []
     how = {"plugins": plugins} if plugins else {"precision": precision}
-    trainer = bare_trainer(max_epochs=12, callbacks=[inside], gradient_clip_val=10.0, num_sanity_val_steps=0, **how)
-    module = CLIPWrapper("tiny", TINY, minibatch_size=4, learning_rate=1e-2, warmup_steps=0, **PAPERS)
+    trainer = bare_trainer(max_epochs=30, callbacks=[inside], gradient_clip_val=10.0, num_sanity_val_steps=0, **how)
+    module = CLIPWrapper("tiny", TINY, minibatch_size=3, learning_rate=3e-3, warmup_steps=0, **PAPERS)
     data = DataLoader(pairs(8), batch_size=8)
     trainer.fit(module, data, data)
-    assert trainer.callback_metrics["val/loss"] < 1.6  # from above log 8 = 2.08
+    assert trainer.callback_metrics["val/loss"] < 1.0  # from above log 8 = 2.08
     seen = inside.seen
     assert seen["optimizer"] is HalfAdamW
     # Under a scaler Lightning would leave the unscaling to such an optimizer, after the gradient was clipped.

@@ -283,7 +283,7 @@ def test_the_forks_checkpoints_load_and_compute_what_it_computes(tmp_path):
         x = block(x)
     expected = clip.visual.ln_post(x[:, 0]) @ clip.visual.proj
     with pytest.warns(
-        UserWarning, match="left out visual.transformer.resblocks.3.prompt_embeddings, which were never used"
+        UserWarning, match="dropped visual.transformer.resblocks.3.prompt_embeddings, which were never used"
     ):
         loaded = train_clip.load(tmp_path / "fork.ckpt").model
     torch.testing.assert_close(loaded.encode_image(images), expected, rtol=0, atol=1e-5)

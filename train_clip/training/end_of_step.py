@@ -29,7 +29,7 @@ UNEVEN_SHARES = (
     "The processes have from {least:,} to {most:,} pairs in one batch; expected equally many. Drop the "
     "incomplete batch (drop_last=True), or let Lightning split the loader (a map-style data set, no sampler of yours)."
 )
-UNEVEN_EPOCHS = UNEVEN_SHARES.replace("pairs to one batch", "batches to one epoch")
+UNEVEN_EPOCHS = UNEVEN_SHARES.replace("pairs in one batch", "batches in one epoch")
 OTHER_CHECKPOINTS = (
     "The processes resume from different checkpoints, after {least:,} to {most:,} batches. Name the checkpoint: "
     "--resume RUN/checkpoints/last.ckpt."
