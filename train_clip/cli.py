@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from train_clip import cores
 from train_clip.errors import UsageError, UserError, did_you_mean
 from train_clip.options import TrainerOptions
 
@@ -48,8 +49,6 @@ GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
 HELP = {"-h", "--help"}
 # Spellings that people know → the option's one name.
 ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
-# Arguments of the Trainer that have another name here: --epochs and --output.
-OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}
 # System errors whose cause is a path that a user gave, or its disk.
 OF_FILES = ("ENOENT", "EACCES", "EEXIST", "EPERM", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EROFS")
 
@@ -103,7 +102,8 @@ def _run(words: list[str]) -> None:
         words = [*words[1:], "--help"]
     verb, rest = split_verb(words)
     if verb is not None:
-        function, call = parse(verb, rest)
+        with cores.fitting_threads():
+            function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
     elif rest == ["--version"]:
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
@@ -148,15 +148,14 @@ def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
     if has_trainer:
         import lightning as L
 
-        # As plain values: the verb makes what they describe.
-        parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS, instantiate=False)
+        pkgutil.resolve_name("train_clip.commands.run:add_trainer_options")(parser)
         kinds |= {name: one.annotation for name, one in inspect.signature(L.Trainer).parameters.items()}
     words, configs = normalise(words, verb)
     _require_known(words, configs, kinds, prog)
     _require_one_word(words, [name for name in own if "[" in str(kinds[name])])
     texts = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs.values()]
     try:
-        values = parser.parse_args(texts + words).as_dict()
+        parsed = parser.parse_args(texts + words)
     except argparse.ArgumentError as error:
         names = {
             (option, str(value)): f"--config {file}: {option}"
@@ -167,7 +166,11 @@ def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 names |= {(name, word): name.upper() for word in words}
         raise UsageError(f"{usage.explain(str(error), kinds, names)} `{prog} --help` lists the options.") from None
-    values["trainer"] = TrainerOptions({name: values[name] for name in set(values) - own - {"config"}})
+    values = parsed.as_dict()
+    if has_trainer:
+        # As plain values, of classes too: the verb makes what they describe, and a run's folder keeps them.
+        plain = yaml.safe_load(parser.dump(parsed, skip_validation=True, skip_unset=False))
+        values["trainer"] = TrainerOptions({name: plain[name] for name in set(plain) - own})
     call = signature.bind_partial()
     for name, parameter in signature.parameters.items():
         kind = parameter.annotation
@@ -329,10 +332,11 @@ def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:
 
     parser = jsonargparse.ArgumentParser("train-clip")
     groups = {"": parser.add_subcommands(required=False)}
+    own_names = pkgutil.resolve_name("train_clip.commands.run:OWN_TRAINER_OPTIONS")
     for verb, (function, text) in VERBS.items():
         one = build_parser(verb, pkgutil.resolve_name(function))[0]
         if one.epilog:
-            for name in set(inspect.signature(L.Trainer).parameters) - OWN_TRAINER_OPTIONS:
+            for name in set(inspect.signature(L.Trainer).parameters) - own_names:
                 one.add_argument(f"--{name}")
         group, _, name = verb.rpartition(" ")
         if group not in groups:

@@ -37,7 +37,8 @@ def checkpoint(model: CLIP, path: Path) -> None:
     held = {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         "optimizer_states": [optimizer.state_dict()],
-        "hyper_parameters": {"config": model.config.to_dict(), "batch_size": 96, "learning_rate": 2.5e-4},
+        "hyper_parameters": {"config": model.config.to_dict(), "batch_size": 96, "learning_rate": 2.5e-4}
+        | {"optimizer": "muon", "momentum": 0.95, "distillation": "none", "eps": None, "seed": 0, "shuffle": True},
         "global_step": 1234,
         "epoch": 5,
         "pytorch-lightning_version": "2.6.6",
@@ -112,11 +113,11 @@ def test_pytorch_is_not_imported(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_step_and_the_numbers_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Step, epoch, version and every argument but the model's, as they were put in."""
+    """Step, epoch (from 1), version and every argument but the model's and the defaults, as they were put in."""
     checkpoint(tiny_clip(), tmp_path / "a.ckpt")
     report = inspect(str(tmp_path / "a.ckpt"))
-    assert (report["step"], report["epoch"], report["Lightning"]) == ("1234", "5", "2.6.6")
-    assert report["trained with"] == "batch_size 96, learning_rate 0.00025"
+    assert (report["step"], report["epoch"], report["Lightning"]) == ("1234", "6", "2.6.6")
+    assert report["trained with"] == "batch_size 96, learning_rate 0.00025, optimizer muon, shuffle True"
     assert report["model"] == "tiny"
     printed = capsys.readouterr().out
     assert all(name in printed and value in printed for name, value in report.items())

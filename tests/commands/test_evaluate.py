@@ -68,6 +68,23 @@ def test_captions_of_equal_tokens_are_one(tmp_path, tiny_config, checkpoint):
     assert found["tokens"].chance_text_to_image[1] == found["tokens"].chance_image_to_text[1] == 0.5
 
 
+def test_a_runs_folder_stands_for_its_best_checkpoint(pair_folder, checkpoint, tmp_path, capsys):
+    """The run, or its checkpoints' folder, by evaluate, inspect and in Python; the last one where none is best."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for names, expected in ((["last.ckpt"], "last.ckpt"), (["best.ckpt", "step-00000001.ckpt"], "best.ckpt")):
+        for name in names:
+            (folder / name).hardlink_to(checkpoint)
+        for given in (folder, folder.parent):
+            cli.main(["evaluate", str(given), "--folder", str(pair_folder)])
+            assert f"Evaluating {folder / expected}.\n12 images, " in capsys.readouterr().out
+            cli.main(["inspect", str(given)])
+            assert f"{folder / expected}\n" in capsys.readouterr().out
+            assert load(given).model.name == "tiny"
+    with pytest.raises(UserError, match="a folder without weights"):
+        load(tmp_path)
+
+
 def test_classes_come_from_folders_and_from_cls_files(tmp_path, checkpoint):
     """Three images without captions, their classes by folder, by a name and by a number in STEM.cls."""
     folder = tmp_path / "classes"

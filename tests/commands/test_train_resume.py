@@ -95,6 +95,26 @@ def test_more_epochs_with_a_word_on_the_learning_rate(here, capsys, caplog):
     assert [start.get("after_steps") for start in starts] == [None, 6]
 
 
+def test_a_file_of_options_resumes_as_the_command_line_does(here, capsys):
+    """``resume`` in a file brings the run's options, over which the file's others win, in the spellings people know."""
+    Path("again.yaml").write_text("resume: run\nmax-epochs: 3\nbatchsize: 4\n")
+    train("--config", "again.yaml")
+    assert "Resuming from run/checkpoints/last.ckpt, after 6 steps" in capsys.readouterr().out
+    assert state("run/checkpoints/last.ckpt")["global_step"] == 9
+    Path("again.yaml").write_text("resume: run\nlr: 1e-2\n")
+    assert "learning_rate" in refused(capsys, "--config", "again.yaml", "--epochs", "5")
+
+
+def test_epochs_are_counted_from_one(there, capsys):
+    """In the log of metrics, in messages and by inspect."""
+    with Path("run", "logs", "metrics.csv").open() as file:
+        logged = [(row["step"], row["epoch"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert logged == [(str(step), str(1 + step // 3)) for step in range(6)]
+    for step in (1, 3, 4, 6):
+        cli.main(["inspect", f"run/checkpoints/step-{step:08}.ckpt"])
+        assert re.search(rf"^epoch +{(step + 2) // 3}$", capsys.readouterr().out, re.MULTILINE), step
+
+
 def test_a_best_that_is_of_before_is_said_to_be(here, capsys):
     """One more step, which no validation follows: what is said of best.ckpt fits the command that is shown next."""
     train("--resume", "run", "--epochs", "4", "--max_steps", "7")

@@ -90,6 +90,22 @@ def test_own_file(tmp_path):
     assert CLIP(config).visual.proj.shape == (24, 16)
 
 
+def test_a_file_made_from_a_preset_has_its_own_name(tmp_path):
+    """Not the preset's, whose sizes it need not have; another name in it counts, and in a run's copy any does."""
+    values = read_config("ViT-B/32").to_dict()
+    for file, name, expected in (
+        ("mine.yaml", "ViT-B/32", "mine"),
+        ("mine.yaml", "cats", "cats"),
+        ("mine.yaml", None, "mine"),
+        ("model.yaml", "ViT-B/32", "ViT-B/32"),
+    ):
+        given = values | {"name": name} if name else {key: values[key] for key in set(values) - {"name"}}
+        (tmp_path / file).write_text(yaml.safe_dump(given))
+        config = read_config(str(tmp_path / file))
+        assert config.name == expected
+        assert config.sizes == read_config("ViT-B/32").sizes
+
+
 def test_own_resnet_file(tmp_path):
     """``blocks`` instead of ``patch`` makes a ResNet; lists come back as lists."""
     path = tmp_path / "mine.yml"

@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from tests.conftest import write_pairs
+from train_clip.cores import free_cores
 from train_clip.data.folder import scan_folder
 from train_clip.data.pairs import split_pairs
-from train_clip.data.samples import Batch, available_cores
+from train_clip.data.samples import Batch
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, config_from_dict
@@ -367,7 +368,7 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "processes", "expected"),
-    [("cpu", 1, 0), ("cuda", 1, min(MAX_WORKERS, available_cores())), ("cuda", 10**6, 1)],
+    [("cpu", 1, 0), ("cuda", 1, min(MAX_WORKERS, free_cores())), ("cuda", 10**6, 1)],
 )
 def test_the_number_of_workers_where_none_is_given(tmp_path: Path, device: str, processes: int, expected: int) -> None:
     """None on a CPU, where the model has the cores; with a GPU one a core, at most 8, at least one a process."""
@@ -380,13 +381,6 @@ def test_the_number_of_workers_where_none_is_given(tmp_path: Path, device: str, 
     assert loader.num_workers == expected
     assert loader.persistent_workers == (expected > 0)
     assert loader.pin_memory == (device == "cuda")
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
-def test_available_cores_are_this_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cores of a large machine are two."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
-    assert available_cores() == 2
 
 
 # Under a Trainer

@@ -220,6 +220,82 @@ def test_ids_of_another_tokenizer_are_refused(tiny_config):
         bare_trainer().fit(CLIPWrapper("tiny", tiny_config), DataLoader(Listed(PIXELS, ids), batch_size=8))
 
 
+TOKENS = Tokenizer(16)(CAPTIONS)
+ONE_ROW = [Tokenizer(16)([caption]) for caption in CAPTIONS]  # (1, L), as a tokenizer called for each returns it
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            (CAPTIONS, PIXELS),
+            r"starts with a (list|tuple); tiny expects a tensor of images \(B, 3, 16, 16\), then the texts",
+        ),
+        ((TOKENS, PIXELS), r"starts with a Tensor \(4, \d+\); tiny expects a tensor of images"),
+        (([{"a": 1}] * 8, CAPTIONS), "starts with a dict; tiny expects a tensor of images"),
+        (
+            (PIXELS, [[text, text] for text in CAPTIONS]),
+            "texts of a batch hold a tuple; .*Of several captions choose one",
+        ),
+        ((PIXELS, [1] * 8), r"tokens have shape \(4,\)"),
+        ((PIXELS, TOKENS.float()), r"torch\.float32, .*tokens\.long\(\)"),
+        ((PIXELS, TOKENS.short()), r"torch\.int16, .*whole numbers"),
+        ((PIXELS, TOKENS > 0), r"torch\.bool, .*whole numbers"),
+        ((PIXELS, ONE_ROW), r"tokens have shape \(4, 1, \d+\), .*take its row"),
+        (
+            (PIXELS, [{"input_ids": row, "attention_mask": row > 0} for row in ONE_ROW]),
+            r"\(4, 1, \d+\), .*its row",
+        ),
+        (
+            (PIXELS, [{"ids": row[0]} for row in ONE_ROW]),
+            r"hold ids \(Tensor\); expected tensors, input_ids among them",
+        ),
+    ],
+)
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_batch_of_another_form_says_which_is_expected(tiny_config, columns, message, validates):
+    """Texts first, several captions, tokens of another type or with a dimension too many; in validation too."""
+    module, loader = CLIPWrapper("tiny", tiny_config), DataLoader(Listed(*columns), batch_size=4)
+    with pytest.raises(UserError, match=message):
+        bare_trainer().validate(module, loader) if validates else bare_trainer().fit(module, loader)
+
+
+def test_one_string_or_rows_of_tokens_in_a_list_are_no_captions(tiny_config):
+    """What a collate_fn may return in place of a list: a single string, which is a sequence too, rows, and nothing."""
+    for texts, found in (("a b c d", r"shape \(1, "), ([*TOKENS[:4]], "hold a Tensor"), (None, "hold a NoneType")):
+        loader = DataLoader(
+            Listed(PIXELS, CAPTIONS), batch_size=4, collate_fn=lambda _, texts=texts: (PIXELS[:4], texts)
+        )
+        with pytest.raises(UserError, match=found):
+            bare_trainer().fit(CLIPWrapper("tiny", tiny_config), loader)
+
+
+def test_int32_tokens_train(tiny_config):
+    """They are whole numbers as good as int64."""
+    losses = [first_loss(tiny_config, DataLoader(Listed(PIXELS, one), batch_size=8)) for one in (TOKENS, TOKENS.int())]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("how", [{}, {"loss": "sigmoid"}, {"minibatch_size": 1}])
+def test_one_pair_is_refused(tiny_config, how):
+    """Alone in its batch, from the first one on or left over by a loader; an incomplete batch of two trains."""
+    for batch_size in (1, 7):
+        loader = DataLoader(Listed(PIXELS, CAPTIONS), batch_size=batch_size)
+        with pytest.raises(UserError, match=r"A batch holds one pair, .*batch_size.*drop_last=True"):
+            bare_trainer().fit(CLIPWrapper("tiny", tiny_config, **how), loader)
+    trainer = bare_trainer()
+    trainer.fit(CLIPWrapper("tiny", tiny_config, **how), DataLoader(Listed(PIXELS, CAPTIONS), batch_size=6))
+    assert trainer.global_step == 2
+
+
+def test_a_compiled_module_is_refused(tiny_config):
+    """``torch.compile`` of the module names the option that compiles its towers."""
+    compiled: Any = torch.compile(CLIPWrapper("tiny", tiny_config))
+    loader = DataLoader(Listed(PIXELS, CAPTIONS), batch_size=8)
+    with pytest.raises(UserError, match=r"torch\.compile.*compile=True"):
+        bare_trainer().fit(compiled, loader)
+
+
 def test_several_validation_loaders_and_other_batches_say_what_is_expected(tiny_config):
     """What the module does not take ends with what it does."""
     loader = DataLoader(Listed(PIXELS, CAPTIONS), batch_size=4)

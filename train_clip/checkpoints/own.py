@@ -61,11 +61,13 @@ def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
 
 def of_lightning(contents: read.Contents) -> dict[str, Any]:
     """What a checkpoint of Lightning's says of any model: tensors, the module's arguments, how far the run had come."""
-    data, about = contents.data, {}
+    data, about = contents.data, dict[str, Any]()
     if isinstance(mean := data.get(RUNNING_MEAN), dict):
         about["EMA of weights"] = f"momentum {mean.get('momentum')}, {mean.get('updates')} updates"
     names = {"global_step": "step", "epoch": "epoch", LIGHTNING: "Lightning"}
     about |= {shown: data[name] for name, shown in names.items() if name in data}
+    if isinstance(about.get("epoch"), int):
+        about["epoch"] += 1  # counted from 1, as everywhere but in Lightning
     arguments = data.get("hyper_parameters")
     model = {key.removeprefix(MODEL): one for key, one in contents.tensors.items() if key.startswith(MODEL)}
     return {

@@ -21,6 +21,8 @@ WEIGHTS = (
 )  # fmt: skip
 SHARDED = ".metadata"  # in a folder that torch.distributed.checkpoint wrote
 
+BEST, LAST = "best.ckpt", "last.ckpt"  # of a run's checkpoints
+
 HUB = "hf-hub:"
 URL = "https://openaipublic.azureedge.net/clip/models"
 # SHA-256 of each file, which is a part of its address (openai/CLIP, clip.py, _MODELS).
@@ -50,8 +52,10 @@ def find_contents(source: str | Path) -> Contents:
 
 
 def read_contents(path: Path) -> Contents:
-    """Look into a file, or into a folder written by Hugging Face or open_clip."""
+    """Look into a file, a folder written by Hugging Face or open_clip, or the best or last checkpoint of a run."""
     try:
+        run = path if path.name == "checkpoints" else path / "checkpoints"
+        path = next((run / name for name in (BEST, LAST) if (run / name).is_file()), path)
         if path.is_dir():
             return _gather(str(path), WEIGHTS)
         if path.is_file():

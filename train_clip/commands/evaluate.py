@@ -77,12 +77,15 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     """Evaluate a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
-        checkpoint: a checkpoint of `train` or `finetune`, or weights of OpenAI (ViT-B/32), open_clip or Hugging Face: a
-            file, a folder, or hf-hub:NAME
+        checkpoint: a checkpoint or a run's folder (its best checkpoint), or weights of OpenAI (ViT-B/32), open_clip or
+            Hugging Face: a file, a folder, or hf-hub:NAME
         options: what to evaluate
         weights: values that they do not state
     """
-    model = load_for_scoring(find_weights(checkpoint, weights, options.backbone), options.device)
+    found = find_weights(checkpoint, weights, options.backbone)
+    if found.source != checkpoint:
+        print(f"Evaluating {found.source}.")
+    model = load_for_scoring(found, options.device)
     scores, collection = score(model, options)
     report(scores)
     if options.json is not None:

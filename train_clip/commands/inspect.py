@@ -2,6 +2,7 @@
 
 from train_clip.checkpoints import found, sources
 from train_clip.errors import printable
+from train_clip.options import MOMENTUM, TrainingOptions
 
 # A module's arguments that say which model it is, and not how it was trained.
 OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts", "digest")
@@ -12,7 +13,7 @@ def inspect(file: str, /) -> dict[str, str]:
     """Show what a file of weights contains: the model, the step, the hyperparameters of training.
 
     Args:
-        file: a checkpoint, a file or a folder of weights, or hf-hub:NAME
+        file: a checkpoint, a run's folder, a file or a folder of weights, or hf-hub:NAME
 
     Returns:
         The printed values, by heading.
@@ -25,7 +26,13 @@ def inspect(file: str, /) -> dict[str, str]:
     )
     report = {"file": str(contents.path), "format": f"{weights.format} ({contents.kind}, {size})"} | weights.describe()
     report |= {name: _shown(value) for name, value in weights.about.items() if value is not None}
-    trained = {name: value for name, value in weights.arguments.items() if name not in OF_MODEL and value is not None}
+    optimizer = str(weights.arguments.get("optimizer"))
+    usual = TrainingOptions().flat() | {"distillation": "none", "momentum": MOMENTUM.get(optimizer, 0.9)}
+    trained = {
+        name: value
+        for name, value in weights.arguments.items()
+        if name not in OF_MODEL and value not in (None, usual.get(name))
+    }
     if trained:
         report["trained with"] = ", ".join(f"{_shown(name)} {_shown(value)}" for name, value in trained.items())
     report = {name: printable(value) for name, value in report.items()}

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from torch.utils.data import DataLoader
 
-from train_clip.data.samples import available_cores
+from train_clip.cores import free_cores
 from train_clip.estimates import remaining
 
 FIRST_SECONDS = 5.0  # of work that the first estimate is of, and the least that it speaks of
@@ -19,7 +19,7 @@ BATCH = 16  # items that travel together from a worker
 
 def in_workers(function: Any, items: Any, num_workers: int | None, what: str) -> Iterator[Any]:
     """Call a function on each item of a sequence in processes, None for one a core, and yield in order."""
-    workers = available_cores() if num_workers is None else num_workers
+    workers = free_cores() if num_workers is None else num_workers
     calls: Any = DataLoader(items, batch_size=BATCH, num_workers=workers, collate_fn=partial(_call, function))
     for batch in with_progress(calls, what):
         yield from batch

@@ -1,24 +1,30 @@
 """A training run, for any command: its Trainer, folder, length and messages."""
 
+import inspect
 import logging
 import math
+import os
 import re
 import shlex
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args
 
+import jsonargparse
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import cli, loggers, utilities
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import loggers, utilities
 
-from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
+from train_clip import cores
+from train_clip.commands.run_folder import Resumption, choose_run_folder, find_checkpoint, write_run_files
 from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.estimates import require_room, size
+from train_clip.models.config import OWN_MODEL
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
-from train_clip.training import checkpoints, display, half_precision, signals
+from train_clip.training import checkpoints, display, half_precision, lightning_internals, signals
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
 from train_clip.training.optimizer import build_optimizer
@@ -54,6 +60,7 @@ TRAINER_HELP: dict[str, str | None] = {
     "enable_model_summary": "print Lightning's table of the model's layers; default: false",
     "use_distributed_sampler": "no effect: train-clip itself divides the batches among the processes",
 }
+OWN_TRAINER_OPTIONS = {name for name, text in TRAINER_HELP.items() if text is None}
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
 WIDTHS = {"64-true": 2.0, "16-true": 0.5, "bf16-true": 0.5}  # precisions of all numbers, next to float32
@@ -140,13 +147,12 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     epochs = f", up to epoch {run.epochs:,}" if run.epochs and run.epochs > 0 else ""
     utilities.rank_zero_only(print)(f"Optimizer steps to come: {num_steps - steps_before:,}{epochs}.{room}")
     try:
-        trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
+        with lightning_internals.told_in_a_line(UserError, "Lightning's Trainer cannot train this"):
+            trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
     except signals.Stopped:
         if trainer.is_global_zero and trainer.checkpoint_callbacks:
             print(f"To resume: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
         raise
-    except MisconfigurationException as error:
-        raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
     say_end(trainer, folder, data)
     return folder
 
@@ -158,9 +164,38 @@ def default_precision(accelerator: Any) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
+def add_trainer_options(parser: Any) -> None:
+    """Add the arguments of Lightning's Trainer to a parser, but for those that have another name here."""
+    # A class before a text, which every class's name would be.
+    classes = {name: inspect.signature(L.Trainer).parameters[name] for name in ("accelerator", "strategy")}
+    parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS | classes.keys(), instantiate=False)
+    for name, one in classes.items():
+        parser.add_argument(f"--{name}", type=Union[get_args(one.annotation)[::-1]], default=one.default)  # noqa: UP007
+
+
 def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
     """Build Lightning's Trainer from plain values, with this package's callbacks and the user's."""
-    asked = {name: _instantiate(value) for name, value in options.items() if value is not None}
+    with lightning_internals.told_in_a_line(UsageError, "Lightning's Trainer does not accept these options"):
+        trainer = _build(options, folder, run, best_by, first_step)
+    if lightning_internals.copies_this_process(trainer):
+        raise UsageError(
+            f"--strategy {options['strategy']}: its processes are copies of this one, and their state does not return "
+            "to it. Expected one that starts the command once for each device: --strategy ddp."
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise UsageError(f"--accumulate_grad_batches {trainer.accumulate_grad_batches}: expected 1 or above.")
+    tasks, elastic = int(os.environ.get("SLURM_NTASKS", "1")), TorchElasticEnvironment.detect()
+    if tasks > trainer.world_size == 1 and SLURMEnvironment.detect() and not elastic:
+        raise UsageError(f"SLURM_NTASKS is {tasks}, and each task would train alone.{lightning_internals.FROM_SLURM}")
+    cores.share_threads(trainer.num_devices)
+    return trainer
+
+
+def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    add_trainer_options(parser)
+    given = parser.instantiate(parser.parse_object(dict(options)))
+    asked = {name: value for name, value in given.as_dict().items() if value is not None}
     callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
     if asked.get("enable_progress_bar", True):
         callbacks.append(display.RunProgress())
@@ -179,10 +214,7 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
         "max_epochs": run.epochs,
         "default_root_dir": folder,
     }
-    try:
-        return L.Trainer(**{"enable_model_summary": False} | asked | own)
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UsageError(f"Lightning's Trainer does not accept these options: {error}") from error
+    return L.Trainer(**{"enable_model_summary": False} | asked | own)
 
 
 @utilities.rank_zero_only
@@ -197,6 +229,8 @@ def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resum
         f"{model.image_size}×{model.image_size} pixels; {trainer.world_size} × {device}, {trainer.precision}. "
         f"Output folder: {folder}/."
     )
+    if load := cores.say_load():
+        print(load)
 
 
 @utilities.rank_zero_only
@@ -274,18 +308,6 @@ def count(module: torch.nn.Module, trained: bool = False) -> int:
 
 def _listed(asked: Any) -> list[Any]:
     return asked if isinstance(asked, list) else [asked]
-
-
-def _instantiate(value: Any) -> Any:
-    # Of {class_path, init_args} an object, also within a list; the rest stays as it is.
-    if isinstance(value, list):
-        return [_instantiate(item) for item in value]
-    if not isinstance(value, dict) or "class_path" not in value:
-        return value
-    try:
-        return cli.instantiate_class((), value)
-    except ImportError as error:
-        raise UserError(f"{value['class_path']}: {error}. Install the required package.") from error
 
 
 def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from train_clip.checkpoints import own, sources
 from train_clip.errors import UserError
 from train_clip.files import sweep, write_text
+from train_clip.models.config import OWN_MODEL
 from train_clip.training.same_run import require_same
 
 AUTO = "auto"
 OPENAI = "openai"
-OWN_MODEL = "model.yaml"
 RUNS = Path("runs")  # where runs lie that were given no folder
 VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
 

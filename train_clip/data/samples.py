@@ -6,7 +6,6 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -211,9 +210,3 @@ def collate(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
     skips = tuple(sample.skips for sample in samples if sample.skips)
     missing = tuple(row for row, sample in enumerate(samples) if sample.missing)
     return Batch(torch.stack([sample.pixels for sample in samples]), texts, skips, num_cut, missing)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    # Where there is no affinity (macOS, Windows) all cores are free.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,6 +21,8 @@ from train_clip.errors import MissingFile, UsageError, UserError, did_you_mean
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+OWN_MODEL = "model.yaml"  # in a run's folder: its model, where no preset's name builds it
+
 # What the sigmoid loss begins with: few of a batch's pairs belong together, and without the bias the first steps would
 # only bring the others down (SigLIP, arXiv 2303.15343, section 3.2).
 START_OF_SIGMOID = {"logit_scale": math.log(10), "logit_bias": -10.0}
@@ -176,7 +178,10 @@ def read_config(name: str) -> ModelConfig:
     """
     path = Path(name)
     if path.suffix.casefold() in (".yaml", ".yml"):
-        return _read_yaml(path)
+        config = _read_yaml(path)
+        # Made from a preset, it is another model; a run's own copy has the name of the model that was trained.
+        is_own = path.name != OWN_MODEL and any(config.name == preset.name for preset in presets())
+        return replace(config, name=path.stem) if is_own else config
     for preset in presets():
         if preset.name.replace("/", "-") == name.replace("/", "-"):
             return preset

@@ -3,7 +3,7 @@
 B  pairs on this process      L  tokens of the longest caption      S  side of the image in pixels
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class BatchReader:
         named = _named(texts)
         ids: Any = named.get("input_ids")
         sound = all(isinstance(one, Tensor) and one.numel() for one in (ids, *named.values()))
-        self._lengths = self.lengths(texts) if sound and ids.ndim == 2 else None
+        self._lengths = self.lengths(texts) if sound and ids.ndim == 2 and ids.dtype != torch.bool else None
 
     def lengths(self, texts: Texts) -> Tensor:
         """Tokens of each caption up to where nothing but padding comes, (B,) int64 on the host."""
@@ -59,7 +59,15 @@ class BatchReader:
                 f"A batch is a {type(batch).__name__}; expected a tuple or list that starts with images and texts. "
                 "Give the loader a collate_fn that returns (images, texts)."
             )
-        images, texts = batch[0], self.tokens(batch[1], device)
+        images = batch[0]
+        if not isinstance(images, Tensor) or (images.ndim != 4 and getattr(batch[1], "ndim", 0) == 4):
+            found = f"Tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            size = self.model.image_size
+            raise UserError(
+                f"A batch starts with a {found}; {self.model.name} expects a tensor of images (B, 3, {size}, {size}), "
+                "then the texts. Give the loader a collate_fn that returns (images, texts)."
+            )
+        texts = self.tokens(batch[1], device)
         ids = _named(texts)["input_ids"]
         _check_shapes(images, ids, self.model)
         if not self._checked_values:
@@ -72,12 +80,19 @@ class BatchReader:
     def tokens(self, texts: Any, device: torch.device) -> Texts:
         """Tokens in the form that the model takes, on a device, of tokens, a tokenizer's mapping or strings."""
         if not isinstance(texts, Mapping | Tensor):
+            texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+            if odd := [text for text in texts if not isinstance(text, str)]:
+                raise UserError(
+                    f"The texts of a batch hold a {type(odd[0]).__name__}; expected a string for each image, a tensor "
+                    "of tokens (B, L), or what a tokenizer returns. Of several captions choose one, in the data set or "
+                    "the loader's collate_fn."
+                )
             if self.tokenizer is None:
                 raise UserError(
                     "The texts are strings, and the module has no tokenizer. Give it one (tokenizer=…), or give the "
                     "data module one (custom_tokenizer=…)."
                 )
-            texts = self.tokenizer.batch(list(texts))[0]
+            texts = self.tokenizer.batch(texts)[0]
         named = _named(texts)
         if "input_ids" not in named or not all(isinstance(one, Tensor) for one in named.values()):
             found = ", ".join(f"{name} ({type(value).__name__})" for name, value in named.items())
@@ -99,12 +114,19 @@ def _check_shapes(images: Tensor, ids: Tensor, model: DualEncoder) -> None:
             f"A batch's images have shape {tuple(images.shape)}; {model.name} expects (B, 3, {size}, {size}). "
             f"Resize them, as TextImageDataModule(…, image_size={size}) does, or build the model for their size."
         )
-    if ids.ndim != 2 or len(ids) != len(images) or (context is not None and ids.shape[1] > context):
+    is_whole = model.vocab_size is None or ids.dtype in (torch.int64, torch.int32)
+    if not is_whole or ids.ndim != 2 or len(ids) != len(images) or (context is not None and ids.shape[1] > context):
         at_most = "" if context is None else f", of {context} tokens at most"
+        advice = (
+            "Cut longer captions, keeping their end token: TextImageDataModule(…, context_length=…), or in your loader"
+        )
+        if not is_whole:
+            advice = "Convert them in your loader: tokens.long()"
+        elif ids.ndim == 3:
+            advice = "A tokenizer that is called for each caption returns a batch of one: take its row, tokens[0]"
         raise UserError(
-            f"A batch's tokens have shape {tuple(ids.shape)} beside {len(images)} images; {model.name} expects one "
-            f"row per image{at_most}. Cut longer captions, keeping their end token: TextImageDataModule(…, "
-            "context_length=…), or in your loader."
+            f"A batch's tokens have shape {tuple(ids.shape)}, {ids.dtype}, beside {len(images)} images; {model.name} "
+            f"expects whole numbers, torch.int64, one row per image{at_most}. {advice}."
         )
 
 

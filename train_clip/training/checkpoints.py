@@ -18,12 +18,13 @@ from lightning.pytorch import callbacks, plugins, utilities
 from typing_extensions import override
 
 from train_clip import files
+from train_clip.checkpoints import sources
 from train_clip.checkpoints.own import LIGHTNING, MODEL, OF_RUN, RUNNING_MEAN, read_checkpoint
 from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.gather import largest
 from train_clip.training import ema, lightning_internals
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+LAST, BEST = sources.LAST, sources.BEST
 # On small sets the held-out loss rises, as the model grows sure of itself, long before retrieval stops getting better
 # (docs/training.md shows such a run).
 BY_RECALL = "val/mean_recall"

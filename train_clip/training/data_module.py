@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, utilities
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from train_clip import gather
+from train_clip import cores, gather
 from train_clip.data import samples, scan, table, tokenizer
 from train_clip.data.pairs import PairList, plain_name, split_pairs
 from train_clip.errors import UserError
@@ -153,7 +153,7 @@ class TextImageDataModule(LightningDataModule):
         workers, processes = self.options.num_workers, self._process()[1]
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
-            workers = 0 if device == "cpu" else min(MAX_WORKERS, max(1, samples.available_cores() // processes))
+            workers = 0 if device == "cpu" else min(MAX_WORKERS, cores.free_cores(processes))
         signals.end_loaders_at_exit()
         return DataLoader(
             dataset,

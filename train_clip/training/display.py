@@ -195,7 +195,9 @@ class MetricsLog(loggers.Logger):
     @utilities.rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write a row, unless it was written just now, ahead of its time (``log_step``)."""
-        row = metrics | {"step": step}
+        row: dict[str, Any] = metrics | {"step": step}
+        if "epoch" in row:
+            row["epoch"] = int(row["epoch"])
         if row == self._newest:
             return
         try:

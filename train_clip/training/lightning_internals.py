@@ -1,13 +1,65 @@
 """Everything that uses private parts of Lightning, and questions that several callbacks ask a Trainer."""
 
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from train_clip.errors import UserError
+
+REFUSALS = (
+    MisconfigurationException,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    NotImplementedError,
+    LookupError,
+    ImportError,
+)
+LIBRARIES = ("lightning", "jsonargparse", "torch.distributed")
+FROM_SLURM = (
+    " Start one task for each device by srun, with --devices as --ntasks-per-node; without SLURM, unset SLURM_NTASKS."
+)
+
+
+@contextmanager
+def told_in_a_line(kind: type[UserError], what: str) -> Iterator[None]:
+    """Turn whatever Lightning itself refuses within, and no other code does, into one line of this kind of error."""
+    try:
+        yield
+    except REFUSALS as error:
+        names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # Where it was raised, the standard library aside: of its variables Lightning asks `os` for some.
+        name = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names][-1]
+        if not f"{name}.".startswith(tuple(f"{library}." for library in LIBRARIES)):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            text = f"{error.args[0]} is missing"
+        advice = FROM_SLURM if "SLURM" in text else ""
+        if isinstance(error, ImportError):
+            advice = " Install the required package."
+        raise kind(f"{what}: {text.rstrip('.')}.{advice} --help_trainer describes its options.") from error
+
+
+def copies_this_process(trainer: Trainer) -> bool:
+    """Whether a Trainer's processes begin as copies of this one (spawn, fork), to which their state never returns."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def trainer_of(module: LightningModule) -> Any:
     """The Trainer that a module is attached to, or None, where ``module.trainer`` raises."""
     return module._trainer
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether a module comes to its Trainer out of ``torch.compile``."""
+    return module._compiler_ctx is not None
 
 
 def resuming(trainer: Trainer | None) -> bool:

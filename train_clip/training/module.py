@@ -80,6 +80,11 @@ class ContrastiveModule(L.LightningModule):
         """Loss of this process's pairs against the global batch, () float32 (CLIP paper, figure 3)."""
         inputs = self._reader.read(batch, self.device)
         self._end_of_step.require_equal_shares(len(inputs.images))
+        if len(inputs.images) * world()[1] == 1:
+            raise UserError(
+                "A batch holds one pair, which has no other to be told from: there is nothing to learn from it. "
+                "Increase the loader's batch_size, or leave out its incomplete batch (drop_last=True)."
+            )
         if self._augments:
             inputs = inputs._replace(images=self._augmented(inputs.images))
         images, texts = self._towers.embed(self.model, inputs, self.consumed_batches)
@@ -123,7 +128,7 @@ class ContrastiveModule(L.LightningModule):
             figures["logit_bias"] = self.model.logit_bias
         if self.distillation is not None:
             figures |= parts | {"distillation_scale": self.distillation.log_scale.exp()}
-        figures = {f"train/{name}": figure for name, figure in figures.items()}
+        figures = {f"train/{name}": figure for name, figure in figures.items()} | self._epoch()
         self.log_dict(figures, sync_dist=True, batch_size=len(pairs.images))
 
     @override
@@ -195,7 +200,11 @@ class ContrastiveModule(L.LightningModule):
             if model is not self.model:
                 figures = {ema.ema_figure(name): value for name, value in figures.items()}
             # Every process has the same figures from the same gathered embeddings; the mean over them changes nothing.
-            self.log_dict(figures, sync_dist=True)
+            self.log_dict(figures | self._epoch(), sync_dist=True)
+
+    def _epoch(self) -> dict[str, float]:
+        # Counted from 1, as in messages: where there is none, Lightning logs one that is counted from 0.
+        return {"epoch": self.current_epoch + 1.0}
 
     @property
     def tokenizer(self) -> Any:
@@ -240,6 +249,11 @@ class ContrastiveModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if internals.is_compiled(self):
+                raise UserError(
+                    "The module went through torch.compile, whose graph does not hold a step over several processes "
+                    "or minibatches. Pass the module itself to the Trainer, made with compile=True (--compile)."
+                )
             self.require_precision(self.trainer.precision)
             if self.options.step.compile:
                 switches.compile_tower(self.model.visual, dynamic=False)
