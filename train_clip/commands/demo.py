@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from train_clip.checkpoints.found import find_weights
 from train_clip.commands import evaluate
 from train_clip.commands.train import time_on_cpu, train
-from train_clip.errors import UserError
+from train_clip.files import require_new
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -51,8 +51,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         seed: seed of the pictures, the weights and the order
     """
     started = time.perf_counter()
-    if output.exists():
-        raise UserError(f"{output}: already exists, and is not overwritten. Give another --output, or remove it.")
+    require_new(output)
     training, unseen = write_synthetic(output / "data", COPIES, seed)
     data, held_out = output / "data", dict.fromkeys(scene.thing for scene in scenes() if is_unseen(scene))
     every = (TEMPLATES[0].format(size=size, thing="{}", place=place) for size, place in product(SIZES, PLACES))

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import loggers, utilities
 
 from train_clip import cores
-from train_clip.commands.run_folder import Resumption, choose_run_folder, find_checkpoint, write_run_files
+from train_clip.commands.run_folder import Resumption, claimed, find_checkpoint, write_run_files
 from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.estimates import require_room, size
 from train_clip.models.config import OWN_MODEL
@@ -112,8 +112,13 @@ def data_for(module: ContrastiveModule, options: DataOptions) -> TextImageDataMo
 
 def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> Path:
     """Train, from the start or from a checkpoint; return the run's folder."""
+    with claimed(run.output, job.module.model.name, resumed) as folder:
+        _train_in(folder, job, run, options, resumed)
+    return folder
+
+
+def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> None:
     module, data = job.module, job.data
-    folder = choose_run_folder(run.output, module.model.name, resumed)
     options |= {"precision": options.get("precision") or default_precision(options.get("accelerator", "auto"))}
     if run.epochs is None:
         # As many as --max_steps takes, or the usual ones.
@@ -154,7 +159,6 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
             print(f"To resume: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
         raise
     say_end(trainer, folder, data)
-    return folder
 
 
 def default_precision(accelerator: Any) -> str:
