@@ -269,6 +269,15 @@ def test_a_collapsed_model_is_said_to_be_one(pair_folder, spoiled, checkpoint, t
     assert scores["retrieval"].image_to_text[1] == scores["zero_shot"].top1 == 0
 
 
+def test_a_merge_says_which_model_is_collapsed(pair_folder, spoiled, checkpoint, monkeypatch, capsys):
+    """A sound model at weight 0, all images at one point at weight 1."""
+    monkeypatch.chdir(pair_folder.parent)
+    cli.main(["merge", str(checkpoint), str(spoiled(0.0, "visual.proj")), "--folder", "pairs"])
+    printed = capsys.readouterr().out
+    assert "Weight 1: Collapsed: all images have the same embedding" in printed
+    assert "Weight 0:" not in printed
+
+
 def test_equal_captions_are_no_collapse(pair_folder, checkpoint):
     """One caption for all images is the data's doing, not the model's; nothing can be found wrong, or scored."""
     for caption in pair_folder.glob("*.txt"):

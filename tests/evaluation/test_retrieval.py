@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from train_clip.evaluation import retrieval as module
 from train_clip.evaluation.embed import Collection
@@ -187,6 +189,27 @@ def test_chance_is_what_random_orders_score():
     for k in (1, 2):
         mean = sum(score.text_to_image[k] for score in turned) / len(turned)
         assert scores[0].chance_text_to_image[k] == pytest.approx(mean, abs=1e-12)
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations give."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += sum(one.numel() for one in tree_leaves(out) if isinstance(one, Tensor))
+        return out
+
+
+def test_twice_the_captions_take_twice_the_work():
+    """Of four images: elements computed for 8,192 captions and for 16,384, not four times as many."""
+    counts = []
+    for number in (8192, 16_384):
+        with Elements() as elements:
+            retrieval(embed(4, 0), embed(number, 1), torch.arange(number) % 4, torch.arange(number))
+        counts.append(elements.count)
+    assert counts[1] < 2.2 * counts[0]
 
 
 def test_more_places_than_candidates():

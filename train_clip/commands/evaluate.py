@@ -32,7 +32,7 @@ NAMED = 5  # files named on the screen; --json names all
 LARGE = 1e9  # bytes of embeddings that are spoken of
 IMAGES_DRAWN, COLUMNS = 18, 3
 CAPTIONS_DRAWN = 3  # of each
-WIDTH = 200  # characters, what the widest row of a table takes
+WIDTH = 200  # characters, what the widest row of a table takes, and more than is drawn of a caption
 
 # ``num_images``, ``num_captions``, each evaluator's result, ``collapse``: a line where the model maps all to one point,
 # and ``skips``: files that could not be read.
@@ -174,7 +174,7 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
             caption = captions[different[index]]
             mark, colour = ("✓", "#12813a") if (image, ids[different[index]]) in own else (" ", "#555555")
             text = textwrap.fill(
-                f"{value:.2f} {mark} {caption}", 41, subsequent_indent=" " * 10, max_lines=2, placeholder=" …"
+                f"{value:.2f} {mark} {caption[:WIDTH]}", 41, subsequent_indent=" " * 10, max_lines=2, placeholder=" …"
             )
             # A dollar sign begins no formula.
             how = {"color": colour, "fontsize": 8, "verticalalignment": "top", "parse_math": False}
