@@ -85,7 +85,7 @@ def test_stream_of_unequal_parts(results):
     """Without a length, and with unequal parts, no pair is lost: recalls against one process's."""
     expected = score(23, 8, list(range(23)), None)
     for result in results:
-        recalls = {name: value for name, value in result["stream"].items() if "R@" in name}
+        recalls = {name: value for name, value in result["stream"].items() if name.startswith("val/R@")}
         assert len(recalls) == 6
         assert recalls == pytest.approx({name: expected[name] for name in recalls}, abs=1e-12)
 
@@ -115,9 +115,12 @@ def test_figures_of_one_process(count, batch):
             right = {other for other in range(count) if tokens[other] == tokens[place]}
             best = max(row[other] for other in right)
             ranks.append(sum(value >= best for other, value in enumerate(row) if other not in right))
+        equal = [tokens.count(one) for one in tokens]
         for k in (1, 5, 10):
             assert found[f"val/R@{k}_{name}"] == pytest.approx(sum(rank < k for rank in ranks) / count, abs=1e-12)
-    recalls = [value for name, value in found.items() if "R@" in name]
+            missed = [math.comb(count - right, k) / math.comb(count, min(k, count)) for right in equal]
+            assert found[f"val/chance_R@{k}_{name}"] == pytest.approx(1 - math.fsum(missed) / count, abs=1e-12)
+    recalls = [value for name, value in found.items() if name.startswith("val/R@")]
     assert found["val/mean_recall"] == pytest.approx(sum(recalls) / 6, abs=1e-12)
 
 

@@ -19,7 +19,7 @@ from train_clip.training.clip_wrapper import CLIPWrapper
 DEFAULT_MODEL = "ViT-B/32"
 TWO_ENCODERS = ", which `train-clip finetune --pretrained` trains on."
 LARGE_ON_CPU = 50_000_000  # parameters; the paper's models have 100 million and more
-CPU_EPOCHS, CPU_SPEED = 40, 40  # of `--config cpu`: epochs, and pairs per second and thread in float32
+CPU_EPOCHS, CPU_SPEED = 40, 30  # of `--config cpu`: epochs, and pairs per second and thread in float32
 RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for at most (docs/recipes.md)
 
 

@@ -30,7 +30,7 @@ LEAST_ROWS = 64
 # Modules all of whose matrices go into products alone, which autocast computes in half precision.
 PRODUCTS = (nn.Linear, nn.Conv2d, SelfAttention)
 MOST_FIXED = 2 * 10**9  # bytes of memory for embeddings of a locked text tower
-OF_ROW = 600  # bytes that a row of them takes besides its elements
+OF_ROW = 800  # bytes that a row of them takes besides its elements
 LARGE = 10_000  # rows of a table from which on it is worth gathering those that were looked up
 
 Rows = Tensor | Mapping[str, Tensor]
