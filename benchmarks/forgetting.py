@@ -33,7 +33,7 @@ def main() -> None:
     start = ("--config", "finetune-clip", "--pretrained", options.checkpoint)
     command("finetune", *start, *share, "--output", run, *further)
     others = ("--other_folder", options.old, "--other_classes", classes, "--other_templates", templates)
-    merged = ("--weight", WEIGHTS, "--output", options.output)
+    merged = ("--weight", WEIGHTS, "--output", options.output / "merged")
     ends = (options.checkpoint, run / "checkpoints" / "last.ckpt")
     show("merge", *ends, *merged, *share, "--split", "held_out", *others)
 

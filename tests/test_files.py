@@ -142,6 +142,23 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path, moment: str) -> No
     assert target.read_bytes() == b"old"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
+def test_files_have_the_modes_of_the_umask(tmp_path: Path, umask: int) -> None:
+    """A file, and one in a folder, that a library made for the user alone; the umask itself is as before."""
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "file") as beside:
+            beside.touch(0o600)
+        with replacing(tmp_path / "folder") as beside:
+            beside.mkdir()
+            (beside / "file").touch(0o600)
+    finally:
+        assert os.umask(before) == umask
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "file", tmp_path / "folder", tmp_path / "folder/file")]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask, 0o666 & ~umask]
+
+
 # Checkpoints
 
 

@@ -1,13 +1,20 @@
-"""Files that are complete or absent: written next to the target, synced, renamed."""
+"""Files that are complete or absent: written next to the target, synced, renamed. And whose a folder is."""
 
 import errno
 import os
+import platform
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from train_clip.errors import UserError
+
 BESIDE = ".tmp-"  # and the process's number, behind the target's name
+LOCK = ".lock"  # in a folder that a process holds
+LOCKED = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems say of a file that another process has locked
 
 
 @contextmanager
@@ -19,6 +26,7 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield beside
         for written in (*beside.glob("*"), beside):
+            _share(written)
             _sync(written)
         beside.replace(target)
         _sync(target.parent)
@@ -51,11 +59,75 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, beside)
 
 
+def require_new(*targets: Path) -> None:
+    """Refuse to overwrite what is there already."""
+    if there := ", ".join(str(target) for target in targets if target.exists()):
+        raise UserError(f"{there}: already exists, and is not overwritten. Give another name, or remove it.")
+
+
+def require_no_others(folder: Path, *own: str) -> None:
+    """Refuse a folder that holds anything but hidden files and those of our ``own`` names: it is the user's."""
+    for one in folder.iterdir() if folder.is_dir() else ():
+        if not any(one.match(name) for name in (".*", f"*{BESIDE}*", *own)):
+            raise UserError(
+                f"{folder}: holds {one.name!r} already, and the output files would be mixed with what is there. "
+                "Expected a new or an empty folder; give another --output."
+            )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes, until the block ends or this process, in whatever way."""
+    lock = folder / LOCK
+    with lock.open("a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+            # Or it was removed after it had been opened here: by a run that has ended just now.
+            is_locked = os.fstat(file.fileno()).st_nlink == 0
+        except OSError as error:
+            if not (is_locked := error.errno in LOCKED):
+                warnings.warn(f"{folder}: its disk has no locks. Start no second run there.", stacklevel=3)
+        if is_locked:
+            file.seek(0)
+            raise UserError(
+                f"{folder}: in use by another run ({file.read() or 'which is starting or ending'}). Wait for its end, "
+                "or give another --output."
+            )
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no file that is open
+                lock.unlink()
+
+
 def sweep(folder: Path) -> None:
     """Remove what ``replacing`` has left in a folder where the process was killed."""
     for left in folder.glob(f"*{BESIDE}*"):
         if left.name.rpartition(BESIDE)[2].isdigit():
             left.unlink(missing_ok=True)
+
+
+def _share(path: Path) -> None:
+    # What a library, as safetensors does, has made for the user's eyes alone becomes readable as the umask has it.
+    if path.is_file() and not path.stat().st_mode & 0o077:
+        os.umask(mask := os.umask(0o077))
+        path.chmod(0o666 & ~mask)
+
+
+def _lock(handle: int) -> None:
+    # By process: one that a run has forked, and that outlives it, holds nothing.
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(handle, 1 << 20, os.SEEK_SET)  # behind what is to be read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sync(path: Path) -> None:

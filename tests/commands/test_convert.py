@@ -157,6 +157,20 @@ def test_a_folder_has_its_name_once_all_of_it_is_on_disk(made, tmp_path, monkeyp
     assert (tmp_path / "out").is_dir()
 
 
+def test_everyone_may_read_what_the_umask_lets_them(here, tmp_path):
+    """Every file of a run, and of it in each format."""
+    source, before = "run/checkpoints/last.ckpt", os.umask(0o027)
+    try:
+        cli.main(["train", "--pretrained", source, *SHORT, "--ema", "0.9", "--output", str(tmp_path / "run")])
+        for kind in KINDS:
+            cli.main(["convert", source, str(tmp_path / kind), "--to", kind])
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(modes) > 20
+    assert {path: mode for path, mode in modes.items() if mode != (0o750 if path.is_dir() else 0o640)} == {}
+
+
 def test_what_is_there_is_never_replaced(here):
     """A target that exists, a file or a folder, empty or not."""
     with pytest.raises(SystemExit, match="data: already exists, and is not overwritten"):

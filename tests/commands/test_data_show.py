@@ -48,9 +48,18 @@ class Page(HTMLParser):
 
 
 def page(folder: Path, **options: object) -> Page:
-    return Page(
-        data_show(folder, options=ShowOptions(output=folder.parent / "page.html", **options)).read_text("utf-8")
-    )  # type: ignore[arg-type]
+    file = data_show(folder, options=ShowOptions(output=folder.parent / "page.html", **options))  # type: ignore[arg-type]
+    text = file.read_text("utf-8")
+    file.unlink()
+    return Page(text)
+
+
+def test_a_page_is_not_overwritten(tmp_path: Path) -> None:
+    """What is there stays, whatever it is."""
+    (tmp_path / "page.html").write_text("mine")
+    with pytest.raises(UserError, match=r"page\.html: already exists, and is not overwritten"):
+        page(write_pairs(tmp_path / "pairs", 2))
+    assert (tmp_path / "page.html").read_text() == "mine"
 
 
 def test_crops_lines_and_tokens(tmp_path: Path) -> None:

@@ -188,3 +188,15 @@ def test_tables_are_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already exists, and is not overwritten"):
         split(folder, tmp_path / "split", seed=1)
     assert (tmp_path / "split" / "train.csv").read_text() == before
+
+
+def test_tables_are_not_written_among_other_files(tmp_path: Path) -> None:
+    """The data folder itself is refused, and left as it is; a folder that looks empty is not."""
+    folder = write_pairs(tmp_path / "pairs", 8)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=r"pairs: holds '\d+\.\w+' already, and the output files would be mixed"):
+        split(folder, folder)
+    assert sorted(folder.iterdir()) == before
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / ".DS_Store").touch()
+    split(folder, tmp_path / "split")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,22 @@ def test_what_cannot_be_merged(made, tmp_path, monkeypatch, files, words, expect
         cli.main(["merge", *map(last, files), *words.split(), "--output", str(tmp_path)])
     assert re.search(expected, said(stop))
     assert not list(tmp_path.iterdir())
+
+
+def test_merged_models_are_among_themselves(made, tmp_path, monkeypatch):
+    """In a folder of their own, to which a later command adds; not in the current folder, in the data's or in a run."""
+    monkeypatch.chdir(made)
+    before = sorted(Path().iterdir())
+    try:
+        for weight in ("0.5", "0.75"):
+            cli.main(["merge", last("start"), last("tuned"), "--weight", weight])
+        assert sorted(file.name for file in Path("merged").iterdir()) == ["merged-0.5.ckpt", "merged-0.75.ckpt"]
+    finally:
+        shutil.rmtree("merged", ignore_errors=True)
+    for other in (".", "data", "tuned", "tuned/checkpoints"):
+        with pytest.raises(SystemExit, match="already, and the output files would be mixed"):
+            cli.main(["merge", last("start"), last("tuned"), "--output", other])
+    assert sorted(Path().iterdir()) == before
 
 
 def test_a_file_that_is_there_stays(made, tmp_path, monkeypatch):

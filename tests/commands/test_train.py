@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from tests import forked
 from tests.conftest import TINY, said, write_pairs
 from train_clip import CLIPWrapper, cli
+from train_clip.commands import run_folder
 from train_clip.commands.run import default_precision
 from train_clip.commands.train import recipe_for
 
@@ -29,6 +31,12 @@ def model_file(tmp_path: Path) -> Path:
 def arguments(folder: Path, model_file: Path, output: Path, *words: str) -> list[str]:
     base = ["train", "--model_name", str(model_file), "--folder", str(folder), "--output", str(output)]
     return [*base, *"--batch_size 4 --accelerator cpu --log_every_n_steps 1 --num_workers 0".split(), *words]
+
+
+def without_output(folder: Path, model_file: Path) -> list[str]:
+    words = arguments(folder, model_file, Path("none"))
+    place = words.index("--output")
+    return words[:place] + words[place + 2 :]
 
 
 def run_train(folder: Path, model_file: Path, output: Path, *words: str) -> Path:
@@ -97,6 +105,59 @@ def test_a_run_without_a_checkpoint_is_begun_anew(pair_folder, model_file, tmp_p
     bare = run_train(pair_folder, model_file, tmp_path / "bare", "--enable_checkpointing", "false")
     with pytest.raises(SystemExit, match="already holds a run"):
         run_train(pair_folder, model_file, bare)
+
+
+def test_what_a_kill_has_left_is_no_obstacle(pair_folder, model_file, tmp_path):
+    """A run that was killed within its first file: its temporary file, and a lock that nobody holds."""
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "run.yaml.tmp-123"):
+        (tmp_path / "run" / name).write_text("process 123 on here")
+    run = run_train(pair_folder, model_file, tmp_path / "run", "--max_steps", "1")
+    assert {file.name for file in run.iterdir()} == {
+        *("run.yaml", "config.yaml", "model.yaml", "checkpoints", "logs", "tensorboard", "curves.png")
+    }
+
+
+def test_a_run_is_not_written_among_other_files(pair_folder, model_file, tmp_path):
+    """The data folder as --output: refused, and left as it was."""
+    before = sorted(pair_folder.iterdir())
+    with pytest.raises(
+        SystemExit, match=r"pairs: holds '\d+\.\w+' already, .* Expected a new or an empty folder; give"
+    ):
+        run_train(pair_folder, model_file, pair_folder)
+    assert sorted(pair_folder.iterdir()) == before
+
+
+def test_a_mistake_leaves_no_folder(pair_folder, model_file, tmp_path, monkeypatch):
+    """Refused once the folder is chosen: it is gone again, with those above it that were made, but no other."""
+    monkeypatch.chdir(tmp_path)
+    words = without_output(pair_folder, model_file)
+    (tmp_path / "mine").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for output in (["--output", "a/b/run"], ["--output", "mine/run"], ["--output", "mine"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, *output, "--save_every", "often"])
+        assert "--save_every often" in said(stop)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_runs_that_start_in_one_second_have_a_folder_each(pair_folder, model_file, tmp_path, monkeypatch):
+    """Three runs without --output, by a clock that stands still: each has its own log and checkpoints."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2030, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    monkeypatch.chdir(tmp_path)
+    words = without_output(pair_folder, model_file)
+    for steps in ("1", "2", "3"):
+        cli.main([*words, "--max_steps", steps])
+    names = ["tiny-20300102-030405", "tiny-20300102-030405-2", "tiny-20300102-030405-3"]
+    assert sorted(run.name for run in Path("runs").iterdir()) == names
+    assert [len(metrics(Path("runs", name))) for name in names] == [1, 2, 3]
 
 
 def test_the_saved_config_runs_again_to_the_same_weights(pair_folder, model_file, tmp_path):

@@ -6,12 +6,14 @@ its exit code is.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,27 @@ class SignalAt(AtBatch):
     def act(self) -> None:
         print(f"Signal {self.number} in {self.moment} on rank {self.rank}.", flush=True)
         os.kill(os.getpid(), self.number)
+
+
+class DeafAt(AtBatch):
+    """Has its own process sent a signal, or two, while Python calls no handler, as within a long backward pass.
+
+    Args:
+        number: the signal's.
+        times: how often it is sent, a second apart.
+        where: as for ``AtBatch``.
+    """
+
+    def __init__(self, number: int, times: int = 1, **where: Any) -> None:
+        super().__init__(**where)
+        self.number = number
+        self.times = times
+
+    def act(self) -> None:
+        subprocess.Popen(f"sleep 0.3; kill -{self.number} {os.getpid()}; sleep 0.7;" * self.times, shell=True)
+        # One instruction of Python's; other threads run.
+        deque(map(ctypes.CDLL(None).usleep, [1000] * 1500 * self.times), 0)
+        print("The step goes on.", flush=True)
 
 
 class ShellAt(AtBatch):

@@ -137,6 +137,45 @@ def test_a_signal_within_a_window_of_accumulation_waits_for_its_end(words, tmp_p
     assert (consumed(saved), saved["global_step"]) == (6, 2)
 
 
+@pytest.mark.parametrize(("number", "name", "keeps"), [(TERM, "SIGTERM", True), (INT, "Ctrl-C", False)])
+def test_a_signal_is_answered_at_once(number, name, keeps, words, tmp_path):
+    """While the step is still going on it is said what will happen, and whether anything is saved."""
+    when = callback("DeafAt", number=number, batch=STOP, moment="backward")
+    how = ["--output", str(tmp_path / "run"), "--enable_checkpointing", str(keeps).lower()]
+    said = run([*words, *how, *when]).require(128 + number).text
+    then = "saves and stops" if keeps else "stops"
+    answer = said.index(
+        f"{name}: the run {then} at the end of this step, or of the epoch if this is its last. A second"
+    )
+    assert answer < said.index("The step goes on.") < said.index(f"Stopped by {name} after batch {STOP};")
+
+
+def test_one_process_of_two_answers(words, tmp_path):
+    """The first one, where both get the signal."""
+    how = ["--devices", "2", "--output", str(tmp_path / "run"), *callback("Record", file=str(tmp_path / "record"))]
+    both = Command([*words, *how, "--epochs", "1000"], processes=2)
+    both.wait_for(lambda: (tmp_path / "record.1").exists(), "a batch")
+    for process in both.processes:
+        process.terminate()
+    assert both.end().require(128 + TERM).text.count("SIGTERM: the run saves and stops") == 1
+
+
+def test_a_second_signal_ends_the_run_within_the_step(words, tmp_path):
+    """It is said, and nothing is saved."""
+    when = callback("DeafAt", number=INT, times=2, batch=STOP, moment="backward")
+    said = run([*words, "--output", str(tmp_path / "run"), *when]).require(128 + INT).text
+    assert "Ctrl-C again: ended without saving." in said
+    assert "The step goes on." not in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_two_signals_at_a_time_are_one(words, tmp_path):
+    """As from ``timeout``, which sends one to the process and one to its group: the run is saved."""
+    when = callback("ShellAt", line="kill -TERM $PPID; sleep 0.05; kill -TERM $PPID", batch=STOP)
+    run([*words, "--output", str(tmp_path / "run"), *when]).require(128 + TERM)
+    assert consumed(last(tmp_path / "run")) == STOP
+
+
 @pytest.fixture(scope="module")
 def told_to_end(words, tmp_path_factory) -> Path:
     """A run of two processes by torchrun, which got SIGTERM after an epoch; with what each had done then."""

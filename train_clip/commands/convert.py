@@ -52,7 +52,7 @@ def convert(
     Returns:
         The target.
     """
-    _require_writable(target)
+    files.require_new(target)
     # Before gigabytes are read.
     found = find_weights(source, weights).require_clip(f" {ENCODERS}")
     write_model(found.build().model, target, to)
@@ -69,15 +69,10 @@ def write_model(model: DualEncoder, target: Path, kind: str) -> None:
             f"{model.name}: a CLIP with visual prompts, which no other format can hold. Keep the .ckpt, which "
             "`evaluate` and train_clip.load read."
         )
-    _require_writable(target)
+    files.require_new(target)
     write, tensors = pkgutil.resolve_name(WRITERS[kind][0]), model.state_dict()
     require_room(target, sum(tensor.nbytes for tensor in tensors.values()), "the model takes")
     with files.replacing(target) as beside:
         if kind != "safetensors":
             beside.mkdir()
         write(model.config, {name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-
-
-def _require_writable(target: Path) -> None:
-    if target.exists():
-        raise UserError(f"{target}: already exists, and is not overwritten. Give another name, or remove it.")

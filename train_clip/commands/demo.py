@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from train_clip.commands import evaluate
 from train_clip.commands.train import train
-from train_clip.errors import UserError
+from train_clip.files import require_new
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -48,8 +48,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         seed: seed of the pictures, the weights and the order
     """
     started = time.perf_counter()
-    if output.exists():
-        raise UserError(f"{output}: already exists, and is not overwritten. Give another --output, or remove it.")
+    require_new(output)
     training, unseen = write_synthetic(output / "data", COPIES, seed)
     classes, templates = output / "data" / "classes.txt", output / "data" / "templates.txt"
     classes.write_text("\n".join(things()) + "\n", encoding="utf-8")

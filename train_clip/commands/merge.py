@@ -14,7 +14,7 @@ from train_clip.commands import evaluate
 from train_clip.commands.progress import FIRST_SECONDS
 from train_clip.errors import UsageError, UserError
 from train_clip.estimates import remaining, require_room
-from train_clip.files import require_place
+from train_clip.files import require_new, require_no_others, require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
 from train_clip.training import checkpoints, same_run
@@ -31,7 +31,7 @@ class MergeOptions(evaluate.ScoreOptions):
     """The weights of the two models, and what to evaluate the merged models on."""
 
     weight: float | list[float] = option(0.5, 'weight of the second checkpoint, 0 to 1; several as "[0.25, 0.5, 0.75]"')
-    output: Path = option(Path(), "folder for merged-WEIGHT.ckpt")
+    output: Path = option(Path("merged"), "folder for merged-WEIGHT.ckpt")
     other_folder: Path | None = option(None, "second folder to evaluate on, with data that the model knew before")
     other_classes: Path | None = option(None, "like --classes, for --other_folder")
     other_templates: Path | None = option(None, "like --templates, for --other_folder")
@@ -50,9 +50,8 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     """
     weights = _weights(options)
     targets = [options.output / f"merged-{weight:g}.ckpt" for weight in weights]
-    for target in targets:
-        if target.exists():
-            raise UserError(f"{target}: already exists, and is not overwritten. Give another --output, or remove it.")
+    require_new(*targets)
+    require_no_others(options.output, "merged-*.ckpt")
     end = own.read_checkpoint(tuned)
     arguments, state = end.get("hyper_parameters"), end.get("state_dict", {})
     second = {name.removeprefix(own.MODEL): value for name, value in state.items() if name.startswith(own.MODEL)}

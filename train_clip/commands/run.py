@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import cli, loggers, utilities
 
-from train_clip.commands.run_folder import OWN_MODEL, Resumption, choose_run_folder, find_checkpoint, write_run_files
+from train_clip.commands.run_folder import OWN_MODEL, Resumption, claimed, find_checkpoint, write_run_files
 from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.estimates import require_room, size
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
@@ -105,8 +105,13 @@ def data_for(module: ContrastiveModule, options: DataOptions) -> TextImageDataMo
 
 def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> Path:
     """Train, from the start or from a checkpoint; return the run's folder."""
+    with claimed(run.output, job.module.model.name, resumed) as folder:
+        _train_in(folder, job, run, options, resumed)
+    return folder
+
+
+def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> None:
     module, data = job.module, job.data
-    folder = choose_run_folder(run.output, module.model.name, resumed)
     options |= {"precision": options.get("precision") or default_precision(options.get("accelerator", "auto"))}
     if run.epochs is None:
         # As many as --max_steps takes, or the usual ones.
@@ -147,7 +152,6 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
     except MisconfigurationException as error:
         raise UserError(f"Lightning's Trainer cannot train this: {error}") from error
     say_end(trainer, folder, data)
-    return folder
 
 
 def default_precision(accelerator: Any) -> str:

@@ -1,8 +1,12 @@
 """The folder of a run: its options, its environment, its checkpoints, and which of them to resume from."""
 
+import itertools
+import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -15,12 +19,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.checkpoints import own, sources
 from train_clip.errors import UserError
-from train_clip.files import sweep, write_text
+from train_clip.files import held, require_no_others, sweep, write_text
 from train_clip.training.same_run import require_same
 
 AUTO = "auto"
 OPENAI = "openai"
 OWN_MODEL = "model.yaml"
+ABOUT = "run.yaml"  # the first file of a run, by which it is known
 RUNS = Path("runs")  # where runs lie that were given no folder
 VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
 
@@ -90,7 +95,7 @@ def options_of_run(verb: str, resume: str, output: str | None) -> dict[str, dict
     config = None if run is None else run / "config.yaml"
     if run is None or config is None or not config.is_file():
         return {}
-    about, model = run / "run.yaml", run / OWN_MODEL
+    about, model = run / ABOUT, run / OWN_MODEL
     starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
     if starts and (began := starts[-1].get("verb", verb)) != verb:
         raise UserError(
@@ -114,19 +119,40 @@ def find_checkpoint(resume: str, output: Path | None) -> Resumption:
     raise UserError(f"--resume {resume}: no checkpoint loads in {run}/checkpoints/, for the reasons above.")
 
 
-def choose_run_folder(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Path:
-    """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's."""
-    if resumed and resumed.run and (output or resumed.run).resolve() == resumed.run.resolve():
-        return resumed.run
-    if output is None:
-        return RUNS / f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-    # Other processes of the same run come here after the first has begun to write.
-    if rank_zero_only.rank == 0 and _holds_run(output):  # type: ignore[attr-defined]
-        raise UserError(
-            f"{output}: already holds a run, which is not overwritten. Give another --output, or --resume {output} to "
-            "continue it."
-        )
-    return output
+@contextmanager
+def claimed(output: Path | None, model_name: str, resumed: Resumption | None = None) -> Iterator[Path]:
+    """The folder of a new run, ``runs/MODEL-DATE-TIME`` by default, or of the one that goes on; never another's.
+
+    It is held against other runs until the block ends. If that has left nothing, no folder is left either.
+    """
+    run = resumed.run if resumed else None
+    goes_on = run is not None and (output or run).resolve() == run.resolve()
+    name = f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = run if run and goes_on else output or RUNS / name
+    # Of several processes the first holds it. Lightning's own rank is not yet right on a second host.
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    if any(int(os.environ.get(name) or 0) for name in names):
+        yield folder
+        return
+    is_given = goes_on or output is not None
+    for number in itertools.count(2):
+        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=is_given)
+            break
+        except FileExistsError:
+            if is_given:
+                raise
+            folder = RUNS / f"{name}-{number}"
+    try:
+        with held(folder):
+            if not goes_on:
+                _require_free(folder)
+            yield folder
+    finally:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
 
 
 @rank_zero_only
@@ -136,9 +162,6 @@ def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any],
     A ``model`` of no preset becomes ``model.yaml``.
     """
     sweep(folder)
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    if model is not None:
-        write_text(folder / OWN_MODEL, yaml.safe_dump(model, sort_keys=False))
     # Without what is not installed, as this package where it runs from its source.
     versions = {name: metadata.version(name) for name in VERSIONS_OF if any(metadata.Distribution.discover(name=name))}
     about = {
@@ -151,10 +174,13 @@ def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any],
         "output": str(folder),
         **facts,
     }
-    file = folder / "run.yaml"
+    file = folder / ABOUT
     # One document a start.
     earlier = file.read_text(encoding="utf-8") + "---\n" if file.is_file() else ""
     write_text(file, earlier + yaml.safe_dump(about, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    if model is not None:
+        write_text(folder / OWN_MODEL, yaml.safe_dump(model, sort_keys=False))
 
 
 def _newest_run() -> Path:
@@ -186,8 +212,14 @@ def _read(run: Path | None, file: Path) -> Resumption:
     return Resumption(run, file, small)
 
 
-def _holds_run(folder: Path) -> bool:
-    # One that ended before its first checkpoint has nothing that would be lost.
+def _require_free(folder: Path) -> None:
+    # A run that ended before its first checkpoint has nothing that would be lost.
     config = folder / "config.yaml"
     without = config.is_file() and "enable_checkpointing: false" in config.read_text(encoding="utf-8")
-    return without or any((folder / "checkpoints").glob("*.ckpt"))
+    if without or any((folder / "checkpoints").glob("*.ckpt")):
+        raise UserError(
+            f"{folder}: already holds a run, which is not overwritten. Give another --output, or --resume {folder} to "
+            "continue it."
+        )
+    if not (folder / ABOUT).is_file():
+        require_no_others(folder)

@@ -53,6 +53,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
         folder: images and captions that share a stem; or give a table with --pairs
         options: what to show
     """
+    files.require_new(options.output)
     found = scan_source(folder, options).require_pairs()
     number = min(options.number, len(found.pairs))
     chosen = sorted(np.random.default_rng(options.seed).permutation(len(found.pairs))[:number].tolist())

@@ -17,7 +17,7 @@ from train_clip.data.scan import scan_source
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
-from train_clip.files import replacing
+from train_clip.files import replacing, require_new, require_no_others
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, option
 
 
@@ -52,10 +52,8 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
             "below 1."
         )
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
-    if there := [str(table) for table in tables.values() if table.exists()]:
-        raise UserError(
-            f"{', '.join(there)}: already exists, and is not overwritten. Give another --output, or remove it."
-        )
+    require_new(*tables.values())
+    require_no_others(options.output)
     pairs, digests = _readable(scan_source(folder, options).require_pairs().pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     parts = divide(digests, classes, options)

@@ -54,13 +54,13 @@ class EndOfStep(Callback):
             EndOfStep.__init__(self)  # Lightning restores a resumed run's count after this
 
     @override
-    def on_sanity_check_start(self, *_: Any) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, *_: Any) -> None:
         # From Lightning, which gives them back at the end.
-        self.signals.install()
+        self.signals.install(bool(trainer.checkpoint_callbacks))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.signals.install()
+        self.signals.install(bool(trainer.checkpoint_callbacks))
         lightning_internals.begin_next_epoch(trainer)
         self.finite.begin(pl_module, lightning_internals.gradient_scaler(trainer))
         if trainer.num_training_batches < float("inf"):
@@ -114,7 +114,12 @@ class EndOfStep(Callback):
             )
 
     @override
+    def teardown(self, *_: Any, **__: Any) -> None:
+        self.signals.release()
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.signals.release()
         # Lightning gives the model back at the end of training, but not after an error.
         pl_module.teardown("fit")
 

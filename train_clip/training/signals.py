@@ -4,12 +4,17 @@ import atexit
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
+from contextlib import suppress
+
+from lightning.pytorch.utilities import rank_zero_only
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 STARTER = "TRAIN_CLIP_STARTER"  # in the environment: the number of a run's first process
 GRACE = 10.0  # seconds in which the others may end by themselves
+TOGETHER = 0.5  # seconds in which two are one: timeout(1) sends one to the process and one to its group
 
 
 class Stopped(SystemExit):
@@ -17,19 +22,60 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Notes the first signal, for whoever reads ``received`` at the end of the batch; a second one acts at once."""
+    """Notes a signal, for whoever reads ``received`` at the end of the batch, and says so; a second one acts at once.
+
+    Python calls handlers between two of its instructions, and a backward pass, which is one, may take minutes. A thread
+    learns of a signal at once, by what Python writes to a socket.
+    """
 
     received = 0
+    wakeup: socket.socket | None = None
 
-    def install(self) -> None:
+    def install(self, saves: bool = False) -> None:
         """Take both signals over, in the main thread; elsewhere Python allows no handlers."""
-        if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                signal.signal(number, signal.SIG_DFL if self.received else self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in STOPPING:
+            signal.signal(number, self._note)
+        if self.wakeup is None:
+            reader, self.wakeup = socket.socketpair()
+            self.wakeup.setblocking(False)
+            self.before = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_act_at_once, args=(reader, saves), daemon=True).start()
+
+    def release(self) -> None:
+        """End the thread. The handlers are Lightning's to give back."""
+        if self.wakeup is not None:
+            signal.set_wakeup_fd(self.before)
+            with self.wakeup:
+                self.wakeup.shutdown(socket.SHUT_WR)  # loader processes hold copies
+            self.wakeup = None
 
     def _note(self, number: int, _: object) -> None:
         self.received = number
-        self.install()
+
+
+def _act_at_once(reader: socket.socket, saves: bool) -> None:
+    """Say what the first signal does, and end the process at a second one."""
+    first = 0.0
+    with reader:
+        while read := reader.recv(1):
+            number, is_second = read[0], first > 0
+            if number not in STOPPING or (is_second and time.monotonic() - first < TOGETHER):
+                continue
+            first, name = time.monotonic(), "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            line = f"{name} again: ended without saving."
+            if not is_second:
+                line = (
+                    f"{name}: the run {'saves and ' * saves}stops at the end of this step, or of the epoch if this is "
+                    f"its last. A second {name} ends it at once, without saving."
+                )
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                with suppress(OSError):
+                    # Past Python's buffers, which the main thread may be about to write.
+                    os.write(2, f"\n{line}\n".encode())
+            if is_second:
+                os._exit(128 + number)
 
 
 def end_with_starter() -> None:
@@ -58,6 +104,7 @@ def outlive_the_first_signal(_: int) -> None:
         for number in STOPPING:
             signal.signal(number, lambda *_: os._exit(0))
 
+    signal.set_wakeup_fd(-1)  # the run's
     for number in STOPPING:
         signal.signal(number, end_by_the_next)
 
