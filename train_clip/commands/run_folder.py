@@ -129,8 +129,9 @@ def claimed(output: Path | None, model_name: str, resumed: Resumption | None = N
     goes_on = run is not None and (output or run).resolve() == run.resolve()
     name = f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = run if run and goes_on else output or RUNS / name
-    # Of several processes the first holds it. Between hosts that Lightning joins, no rank is known yet.
-    if rank_zero_only.rank or ("RANK" not in os.environ and int(os.environ.get("NODE_RANK") or 0)):  # type: ignore[attr-defined]
+    # Of several processes the first holds it. Lightning's own rank is not yet right on a second host.
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    if any(int(os.environ.get(name) or 0) for name in names):
         yield folder
         return
     is_given = goes_on or output is not None
