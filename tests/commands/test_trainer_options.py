@@ -89,7 +89,10 @@ def test_other_strategies_are_refused_in_a_line(pair_folder, model_file, tmp_pat
     [
         ("--val_check_interval 100 --val_share 0.3", "`val_check_interval` (100) must be less than or equal to"),
         ("--callbacks EarlyStopping --callbacks.monitor nothing", "Early stopping conditioned on metric `nothing`"),
-        ("--callbacks EarlyStopping --callbacks.monitor x --callbacks.mode y", "EarlyStopping: `mode` can be"),
+        (
+            "--callbacks EarlyStopping --callbacks.monitor x --callbacks.mode y",
+            "these options: `mode` can be min, max, got y",
+        ),
         ("--limit_train_batches 0.01", "its length is 0 steps"),
         ("--profiler nothing", "profiler"),
         ("--accumulate_grad_batches 0", "--accumulate_grad_batches 0: expected 1 or above"),
