@@ -302,7 +302,7 @@ def test_a_gpu_trains_in_its_default_precision(pair_folder, model_file, tmp_path
     [
         (["--epochs", "0"], "the run has done 0 steps, and its length is 0 steps"),
         (["--accelerator", "cuda"], "Lightning's Trainer does not accept these options"),
-        (["--logger", "WandbLogger"], "WandbLogger: .*Install the required package"),
+        (["--logger", "WandbLogger"], "WandbLogger': Requirement .*pip install"),
         (["--val_share", "1.5"], r"val_share is 1\.5; expected from 0 to below 1"),
         (["--batch_size", "1"], "batch_size is 1; expected 2 or above"),
         (["--resize_ratio", "1.5"], r"resize_ratio is 1\.5; expected above 0, up to 1\."),

@@ -1,5 +1,6 @@
 """Everything that uses private parts of Lightning, and questions that several callbacks ask a Trainer."""
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -38,12 +39,12 @@ def told_in_a_line(kind: type[UserError], what: str) -> Iterator[None]:
         name = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names][-1]
         if not f"{name}.".startswith(tuple(f"{library}." for library in LIBRARIES)):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        # Where a class refuses its arguments, the parser adds why each other type of the option does not fit.
+        of_class = re.search(r"\nErrors:\n  - (.+?)(?:\n  - |\nGiven|\Z)", str(error), re.DOTALL)
+        text = " ".join((of_class[1] if of_class else str(error)).split()) or type(error).__name__
         if isinstance(error, KeyError):
             text = f"{error.args[0]} is missing"
         advice = FROM_SLURM if "SLURM" in text else ""
-        if isinstance(error, ImportError):
-            advice = " Install the required package."
         raise kind(f"{what}: {text.rstrip('.')}.{advice} --help_trainer describes its options.") from error
 
 
