@@ -311,6 +311,24 @@ def test_our_weights_under_other_prefixes(prefix: str, tmp_path: Path) -> None:
     assert check(tmp_path / "a.ckpt", original)["format"].startswith("train-clip checkpoint")
 
 
+def test_the_wrapper_itself_loads_what_was_compiled_when_saved(tmp_path: Path) -> None:
+    """``load_from_checkpoint``, whose loading is Lightning's and strict, and a wrapper that is compiled by then."""
+    original = of_ours(tmp_path)
+    original.module.model = torch.compile(original.module.model)
+    torch.save(original.beside | {"state_dict": original.module.state_dict()}, tmp_path / "a.ckpt")
+    module = train_clip.CLIPWrapper.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu")
+    for name, value in original.model.state_dict().items():
+        assert torch.equal(module.model.state_dict()[name], value)
+
+
+def test_a_lightning_module_around_a_clip_of_hugging_faces(tmp_path: Path) -> None:
+    """Its names are like those of train-CLIP's module; its model is not."""
+    original = of_huggingface(tmp_path)
+    held = {"state_dict": Around("model", original.module).state_dict(), "pytorch-lightning_version": "2.6.6"}
+    torch.save(held, tmp_path / "a.ckpt")
+    assert check(tmp_path / "a.ckpt", original)["format"].startswith("Hugging Face CLIPModel")
+
+
 def test_a_head_beside_the_clip_is_named(tmp_path: Path) -> None:
     """A CLIP that is a part of a classifier: it is taken, and the rest is named."""
     original = of_openai(tmp_path)
