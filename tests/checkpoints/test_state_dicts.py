@@ -4,122 +4,26 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
-import pickle
-import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint import format_utils
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPConfig, CLIPModel
 
 import train_clip
-from tests.checkpoints.by_hand import refusal, tiny_clip
-from tests.checkpoints.test_inspect_without_torch import AsOpenAI
-from tests.conftest import TINY
-from train_clip.checkpoints.huggingface import rename_back
-from train_clip.commands.convert import write_model
-from train_clip.commands.inspect import inspect
-from train_clip.encoders.sources import load_image_encoder, load_text_encoder
-from train_clip.models.clip import CLIP, DualEncoder
-
-# Heads of 64 channels and QuickGELU, as OpenAI's files are read.
-SIZES = {
-    "activation": "quick_gelu",
-    "image": TINY["image"] | {"width": 64, "heads": 1},
-    "text": TINY["text"] | {"width": 64, "heads": 1, "vocab": 99},
-}
-
-
-class Original(NamedTuple):
-    """A model under the names of a format."""
-
-    module: nn.Module  # whose state dict is saved
-    model: DualEncoder  # which embeds alike
-    beside: dict[str, Any]  # what its checkpoint holds beside the state dict
-    configs: Path | None = None  # a folder of the JSON files that belong beside the weights
-
-
-def of_openai(folder: Path) -> Original:
-    model = tiny_clip(**SIZES)
-    return Original(AsOpenAI(copy.deepcopy(model)), model, {})
-
-
-def of_open_clip(folder: Path) -> Original:
-    model = tiny_clip(**SIZES)
-    write_model(model, folder / "configs", "open_clip")
-    return Original(copy.deepcopy(model), model, {}, folder / "configs")
-
-
-def of_huggingface(folder: Path) -> Original:
-    model = tiny_clip(**SIZES)
-    write_model(model, folder / "configs", "huggingface")
-    theirs = CLIPModel(CLIPConfig.from_pretrained(folder / "configs"))
-    theirs.load_state_dict(rename_back(model.state_dict()))
-    return Original(theirs, model, {}, folder / "configs")
-
-
-def of_module(module: Any) -> Original:
-    beside = {"hyper_parameters": dict(module.hparams), "pytorch-lightning_version": "2.6.6", "epoch": 1}
-    return Original(module, copy.deepcopy(module.model).eval(), beside)
-
-
-def of_ours(folder: Path) -> Original:
-    module = train_clip.CLIPWrapper(config=TINY | SIZES, ema=0.9)
-    module.model.load_state_dict(tiny_clip(**SIZES).state_dict())
-    return of_module(module)
-
-
-def of_two_encoders(folder: Path) -> Original:
-    write_model(tiny_clip(**SIZES), folder / "one.safetensors", "safetensors")
-    towers = (load(f"train-clip:{folder / 'one.safetensors'}") for load in (load_image_encoder, load_text_encoder))
-    original = of_module(train_clip.CustomCLIPWrapper(*towers))
-    original.beside["hyper_parameters"]["tokenizer"] = {"source": "clip", "context_length": 16}
-    return original
-
-
-ORIGINALS = {
-    "OpenAI": of_openai,
-    "open_clip": of_open_clip,
-    "Hugging Face": of_huggingface,
-    "ours": of_ours,
-    "two encoders": of_two_encoders,
-}
+from tests.checkpoints.by_hand import refusal
+from tests.checkpoints.originals import ORIGINALS, Original, check, of_huggingface, of_openai, of_ours
 
 
 @pytest.fixture(params=ORIGINALS)
 def original(request: pytest.FixtureRequest, tmp_path: Path) -> Original:
     return ORIGINALS[request.param](tmp_path)
-
-
-@torch.no_grad()
-def check(path: Path, original: Original, warning: str | None = None) -> dict[str, str]:
-    """Load, and embed as the original does; ``inspect`` says the same as ``load`` warns of."""
-    for config in original.configs.glob("*.json") if original.configs else ():
-        (path.parent / config.name).write_bytes(config.read_bytes())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = train_clip.load(path).model
-    images = torch.randn(2, 3, original.model.image_size, original.model.image_size)
-    texts = torch.tensor([[97, 5, 98] + [0] * 13, [97, 7, 9, 98] + [0] * 12])
-    assert torch.equal(model.encode_image(images), original.model.encode_image(images))
-    assert torch.equal(model.encode_text(texts), original.model.encode_text(texts))
-    assert torch.equal(model.logit_scale, original.model.logit_scale)
-    told = [str(one.message) for one in caught if "is taken from" in str(one.message)]
-    report = inspect(str(path))
-    assert [warning in one for one in told] == ([] if warning is None else [True])
-    assert report.get("taken from", "None") in (told or ["None"])[0]
-    return report
 
 
 # Weights below other keys
@@ -311,6 +215,24 @@ def test_our_weights_under_other_prefixes(prefix: str, tmp_path: Path) -> None:
     assert check(tmp_path / "a.ckpt", original)["format"].startswith("train-clip checkpoint")
 
 
+def test_the_wrapper_itself_loads_what_was_compiled_when_saved(tmp_path: Path) -> None:
+    """``load_from_checkpoint``, whose loading is Lightning's and strict, and a wrapper that is compiled by then."""
+    original = of_ours(tmp_path)
+    original.module.model = torch.compile(original.module.model)
+    torch.save(original.beside | {"state_dict": original.module.state_dict()}, tmp_path / "a.ckpt")
+    module = train_clip.CLIPWrapper.load_from_checkpoint(tmp_path / "a.ckpt", map_location="cpu")
+    for name, value in original.model.state_dict().items():
+        assert torch.equal(module.model.state_dict()[name], value)
+
+
+def test_a_lightning_module_around_a_clip_of_hugging_faces(tmp_path: Path) -> None:
+    """Its names are like those of train-CLIP's module; its model is not."""
+    original = of_huggingface(tmp_path)
+    held = {"state_dict": Around("model", original.module).state_dict(), "pytorch-lightning_version": "2.6.6"}
+    torch.save(held, tmp_path / "a.ckpt")
+    assert check(tmp_path / "a.ckpt", original)["format"].startswith("Hugging Face CLIPModel")
+
+
 def test_a_head_beside_the_clip_is_named(tmp_path: Path) -> None:
     """A CLIP that is a part of a classifier: it is taken, and the rest is named."""
     original = of_openai(tmp_path)
@@ -367,127 +289,3 @@ def test_a_script_of_a_model_around_a_clip(tmp_path: Path) -> None:
 
     torch.jit.trace(Wrapper(), torch.randn(1, 3, 16, 16)).save(str(tmp_path / "a.pt"))
     check(tmp_path / "a.pt", original)
-
-
-# Remedies
-
-
-def remedy(message: str, before: str) -> str:
-    """The program in a message, from a word on, to the end of its sentence or of a colon's part."""
-    return before + message.split(before, 1)[1].split(", NEW)")[0] + ", NEW)"
-
-
-class Settings:
-    """A class of somebody's, beside weights."""
-
-
-class Mine(CLIP):
-    """A class of somebody's: a whole model."""
-
-
-def saved_whole(original: Original, path: Path) -> None:
-    torch.save(original.module, path)
-
-
-def saved_with_settings(original: Original, path: Path) -> None:
-    torch.save({"state_dict": original.module.state_dict(), "settings": Settings()}, path)
-
-
-def saved_with_pairs_for_keys(original: Original, path: Path) -> None:
-    torch.save({"state_dict": original.module.state_dict(), "buckets": {(1, 2): 3}}, path)
-
-
-def saved_by_protocol(number: int) -> Callable[[Original, Path], None]:
-    return lambda original, path: torch.save(
-        {"state_dict": original.module.state_dict(), "bytes": b"a"}, path, pickle_protocol=number
-    )
-
-
-def saved_by_pickle(original: Original, path: Path) -> None:
-    path.write_bytes(pickle.dumps(original.module.state_dict()))
-
-
-REFUSED: dict[str, tuple[Callable[[Original, Path], None], str]] = {
-    "a model": (saved_whole, "model = torch.load"),
-    "an object": (saved_with_settings, "model = torch.load"),
-    "pairs as keys": (saved_with_pairs_for_keys, "model = torch.load"),
-    **{f"protocol {number}": (saved_by_protocol(number), "torch.save(torch.load") for number in (3, 4, 5)},
-    "pickle": (saved_by_pickle, "torch.save(pickle.load"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_has_a_remedy_that_works(name: str, tmp_path: Path) -> None:
-    """The program of the message, word for word, makes a file that loads."""
-    original = of_openai(tmp_path)
-    save, before = REFUSED[name]
-    save(original, tmp_path / "old.pt")
-    message = refusal(tmp_path / "old.pt", train_clip.load)
-    assert message.count("\n") == 0
-    program = remedy(message, before)
-    if name in ("an object", "pairs as keys"):
-        program = program.split("; ")[0] + "; " + remedy(message.split("Of a checkpoint: ")[1], "torch.save(model")
-    names = {"torch": torch, "pickle": pickle, "FILE": tmp_path / "old.pt", "NEW": tmp_path / "new.pt"}
-    exec(program, names)
-    check(tmp_path / "new.pt", original)
-
-
-def test_a_sharded_checkpoint_is_joined_by_the_remedy(tmp_path: Path) -> None:
-    """A folder of torch.distributed's: the message's module, called here, makes a file that loads."""
-    original = of_openai(tmp_path)
-    checkpoint.save({"model": original.module.state_dict()}, checkpoint_id=tmp_path / "shards", no_dist=True)
-    message = refusal(tmp_path / "shards", train_clip.load)
-    assert "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER NEW.pt" in message
-    format_utils.dcp_to_torch_save(tmp_path / "shards", tmp_path / "new.pt")
-    check(tmp_path / "new.pt", original)
-
-
-def test_a_model_of_ours_that_was_pickled(tmp_path: Path) -> None:
-    """A whole module of this package, and of a class that was derived from one: named, with the same remedy."""
-    for model in (tiny_clip(**SIZES), Mine(tiny_clip(**SIZES).config)):
-        torch.save(model, tmp_path / "a.pt")
-        message = refusal(tmp_path / "a.pt", train_clip.load)
-        assert type(model).__name__ in message
-        assert "model = torch.load(FILE, weights_only=False); torch.save(model.state_dict(), NEW)" in message
-
-
-def test_parameters_and_tensors_with_attributes(tmp_path: Path) -> None:
-    """PyTorch writes them by other functions; their numbers are the same."""
-    original = of_openai(tmp_path)
-    parameters = dict(original.module.named_parameters()) | dict(original.module.named_buffers())
-    for number, value in enumerate(parameters.values()):
-        value.no_decay = number % 2 == 0
-    torch.save(parameters, tmp_path / "a.pt")
-    check(tmp_path / "a.pt", original)
-
-
-# Small differences of shape
-
-
-@pytest.mark.parametrize("shape", [(1,), (1, 1)])
-def test_a_temperature_with_dimensions(original: Original, shape: tuple[int, ...], tmp_path: Path) -> None:
-    """One number, whatever its dimensions."""
-    state = original.module.state_dict()
-    for name in [name for name in state if name.endswith("logit_scale")]:
-        state[name] = state[name].reshape(shape)
-    torch.save(original.beside | {"state_dict": state} if original.beside else state, tmp_path / "a.pt")
-    check(tmp_path / "a.pt", original)
-
-
-@pytest.mark.parametrize("kind", ["open_clip", "Hugging Face"])
-def test_sizes_as_pairs_of_equal_numbers(kind: str, tmp_path: Path) -> None:
-    """Height and width of images and patches; unequal ones are refused."""
-    original = ORIGINALS[kind](tmp_path)
-    torch.save(original.module.state_dict(), tmp_path / "a.pt")
-    for pair, patch in (([16, 16], [8, 8]), ([16, 24], 8)):
-        for file in original.configs.glob("*config.json"):
-            text = re.sub(r'"image_size": [^,}]*?(\d+|\[[^]]*\])', f'"image_size": {pair}', file.read_text())
-            text = re.sub(r'"patch_size": (\d+|\[[^]]*\])', f'"patch_size": {patch}', text)
-            json.loads(text)
-            file.write_text(text)
-        if pair == [16, 16]:
-            check(tmp_path / "a.pt", original)
-        else:
-            for config in original.configs.glob("*.json"):
-                (tmp_path / config.name).write_bytes(config.read_bytes())
-            assert "[16, 24]" in refusal(tmp_path / "a.pt", train_clip.load)

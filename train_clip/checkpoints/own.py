@@ -55,6 +55,8 @@ def find_train_clip(contents: read.Contents) -> found.FoundCLIP | None:
             "them, load its tensors below model.visual. and model.transformer. into them, and pass them to "
             "train_clip.CustomCLIPWrapper."
         )
+    if "visual.conv1.weight" not in contents.tensors:  # somebody's module, with another CLIP in it
+        return None
     kind = "train-CLIP checkpoint (CLIPWrapper)"
     return openai.found_by_shapes(kind, contents, told["records"], is_openai=True, about=told["about"])
 
