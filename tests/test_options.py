@@ -15,7 +15,7 @@ from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, TextImageDataModule, cli
 from train_clip.encoders.finetune import StartOptions
 from train_clip.errors import UserError
-from train_clip.keywords import TrainingKeywords
+from train_clip.keywords import DataKeywords, TrainingKeywords
 from train_clip.options import DataOptions, ModelOptions, Options, RunOptions, TrainingOptions
 from train_clip.prompts.prompt_tune import PromptOptimizerOptions, PromptOptions
 
@@ -136,6 +136,11 @@ def test_the_data_module_takes_every_option_of_data() -> None:
     parameters = inspect.signature(TextImageDataModule).parameters
     assert {one.name for one in dataclasses.fields(DataOptions)} < set(parameters)
     assert all(one.kind is not one.VAR_KEYWORD for one in parameters.values())
+    own, given = inspect.signature(TextImageDataModule.__init__).parameters, get_type_hints(DataKeywords)
+    assert own["options"].annotation == Unpack[DataKeywords]
+    assert {one.name for one in dataclasses.fields(DataOptions)} - set(own) == set(given)
+    paths = {"pairs": str | Path | None, "val_pairs": str | Path | None}
+    assert given == {one.name: one.type for one in dataclasses.fields(DataOptions) if one.name in given} | paths
 
 
 def test_hparams_have_the_defaults() -> None:

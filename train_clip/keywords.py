@@ -1,13 +1,14 @@
-"""The options of training as keyword arguments: for editors, their types; for ``help``, a signature that lists them.
+"""The options as keyword arguments: their types for editors, and for ``help`` a signature that lists them.
 
 ``tests/test_options.py`` holds them against ``options.py``. What a table there can be extended by is a plain string.
 """
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from train_clip.options import TrainingOptions
+from train_clip.options import PairBy
 
 
 class TrainingKeywords(TypedDict, total=False):
@@ -44,8 +45,22 @@ class TrainingKeywords(TypedDict, total=False):
     seed: int
 
 
+class DataKeywords(TypedDict, total=False):
+    """The options of ``DataOptions``, but for those that the data module has among its own arguments."""
+
+    pairs: str | Path | None
+    image_column: str
+    caption_column: str
+    pair_by: PairBy
+    max_bad: float
+    val_pairs: str | Path | None
+
+
 class OptionsByName:
     """As ``__signature__`` of a class whose constructor takes ``**options``: its signature with each of them."""
+
+    def __init__(self, *groups: Any) -> None:
+        self.groups = groups
 
     def __get__(self, instance: Any, owner: type) -> inspect.Signature:
         """Give the class's; an instance has its ``forward``'s."""
@@ -54,7 +69,7 @@ class OptionsByName:
         _, *parameters = inspect.signature(owner.__init__).parameters.values()  # type: ignore[misc]
         if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
             named = {one.name for one in parameters}
-            every = (one for group in TrainingOptions.groups().values() for one in fields(group))
+            every = (one for group in self.groups for one in fields(group))
             parameters[-1:] = [
                 inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
                 for one in every

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningDataModule, utilities
 from torch.utils.data import DataLoader
@@ -14,7 +14,8 @@ from train_clip import cores, gather
 from train_clip.data import samples, scan, table, tokenizer
 from train_clip.data.pairs import PairList, plain_name, split_pairs
 from train_clip.errors import UserError
-from train_clip.options import DataOptions, PairBy, StepOptions, WeightOptions
+from train_clip.keywords import DataKeywords, OptionsByName
+from train_clip.options import DataOptions, StepOptions, WeightOptions
 from train_clip.training import lightning_internals, same_run, signals
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
@@ -36,6 +37,8 @@ class TextImageDataModule(LightningDataModule):
         context_length: maximum number of tokens; None for the tokenizer's own (CLIP's: 77).
     """
 
+    __signature__ = OptionsByName(DataOptions)
+
     def __init__(  # noqa: PLR0913, people know these arguments
         self,
         folder: str | Path | None = None,
@@ -48,28 +51,19 @@ class TextImageDataModule(LightningDataModule):
         val_share: float = DataOptions.val_share,
         seed: int = StepOptions.seed,
         context_length: int | None = None,
-        *,
-        pairs: str | Path | None = None,
-        image_column: str = DataOptions.image_column,
-        caption_column: str = DataOptions.caption_column,
-        pair_by: PairBy = DataOptions.pair_by,
-        val_pairs: str | Path | None = None,
-        max_bad: float = DataOptions.max_bad,
+        **options: Unpack[DataKeywords],
     ) -> None:
         super().__init__()
+        given: dict[str, Any] = {"folder": folder, **options}
+        for name in ("folder", "pairs", "val_pairs"):
+            given[name] = None if given.get(name) is None else Path(given[name])
         self.options = DataOptions(
-            folder=None if folder is None else Path(folder),
             batch_size=batch_size,
             num_workers=num_workers,
             resize_ratio=resize_ratio,
             shuffle=shuffle,
-            pairs=None if pairs is None else Path(pairs),
-            image_column=image_column,
-            caption_column=caption_column,
-            pair_by=pair_by,
-            val_share=val_share if val_pairs is None else 0.0,
-            max_bad=max_bad,
-            val_pairs=None if val_pairs is None else Path(val_pairs),
+            val_share=val_share if given["val_pairs"] is None else 0.0,
+            **given,
         )
         _, self.source = scan.given_source(self.options.folder, self.options)
         StepOptions(seed=seed)

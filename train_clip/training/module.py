@@ -40,7 +40,7 @@ class ContrastiveModule(L.LightningModule):
     tokenizer's mapping with ``input_ids``. ``preset`` fills in what the options leave open.
     """
 
-    __signature__ = OptionsByName()
+    __signature__ = OptionsByName(*TrainingOptions.groups().values())
     names_of_model: tuple[str, ...] = ()  # arguments; the others say how it is trained
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
     free_to_change: tuple[str, ...] = ("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile")
