@@ -24,10 +24,10 @@ class BadSample(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
     """Name what a mistyped word is closest to, as a sentence to append; empty where nothing is close."""
     close = difflib.get_close_matches(word.lower(), names := {name.lower(): name for name in known}, n=2)
-    return f" Did you mean {' or '.join(names[name] for name in close)}?" if close else ""
+    return f" Did you mean {' or '.join(before + names[name] for name in close)}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from train_clip.checkpoints.read import EXPECTED, Contents, TensorRecord, read_file, read_json
-from train_clip.errors import UserError, first_line
+from train_clip.errors import UserError, did_you_mean, first_line
 from train_clip.files import replacing
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -54,7 +54,8 @@ def read_contents(path: Path) -> Contents:
             return replace(_gather(str(path.parent), (path.name,)), path=path)
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
-    raise UserError(f"{path}: no such file, or not a regular file.{EXPECTED}")
+    meant = did_you_mean(str(path), [*OPENAI, "openai"])
+    raise UserError(f"{path}: no such file, or not a regular file.{meant}{EXPECTED}")
 
 
 def _gather(folder: str, weights: tuple[str, ...]) -> Contents:
