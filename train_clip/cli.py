@@ -48,8 +48,7 @@ GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
 HELP = {"-h", "--help"}
 # Spellings that people know → the option's one name.
 ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
-# Arguments of the Trainer that have another name here: --epochs and --output.
-OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}
+OWN_TRAINER_OPTIONS = {"max_epochs", "default_root_dir"}  # --epochs and --output here
 # System errors whose cause is a path that a user gave, or its disk.
 OF_FILES = ("ENOENT", "EACCES", "EEXIST", "EPERM", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EROFS")
 
