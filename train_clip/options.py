@@ -82,7 +82,7 @@ class WeightOptions(Options):
     model_name: str | None = option(None, "a preset or a YAML file; default: ViT-B/32, or the weights' own")
     image_size: int | None = option(None, "input size in pixels; default: the model's", at_least(1))
     context_length: int | None = option(None, "tokens per caption at most; default: the model's", at_least(2))
-    activation: Literal["gelu", "quick_gelu"] | None = option(None, "of --pretrained weights; default: their own")
+    activation: Literal["gelu", "quick_gelu"] | None = option(None, "of the weights; default: as their file says")
 
 
 @dataclass(frozen=True)
