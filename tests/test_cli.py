@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 
 import train_clip
 from tests.conftest import write_pairs
@@ -226,7 +225,9 @@ def test_a_mistyped_name_of_weights_names_the_nearest(capsys):
 def test_the_version_is_the_package_s_own(capsys):
     """On the command line, in Python, and in the installed package's metadata."""
     cli.main(["--version"])
-    assert capsys.readouterr().out.startswith(f"train-clip {train_clip.__version__} (torch {torch.__version__}, ")
+    assert capsys.readouterr().out.startswith(
+        f"train-clip {train_clip.__version__} (torch {metadata.version('torch')}, "
+    )
     assert metadata.version("train-clip") == train_clip.__version__
 
 
