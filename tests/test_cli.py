@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 
 import train_clip
 from tests.conftest import write_pairs
@@ -174,8 +173,8 @@ def test_verbs_of_two_words(capsys):
         ("trian", "unknown command 'trian'. Did you mean train? `train-clip --help` lists all."),
         ("nonsense --help", "unknown command 'nonsense'. `train-clip --help` lists all."),
         ("data chek folder", "unknown command 'data chek'. Did you mean data check or data show?"),
-        ("train --fold x", "unknown option --fold. Did you mean folder?"),
-        ("train --loger.project x", "unknown option --loger.project. Did you mean logger?"),
+        ("train --fold x", "unknown option --fold. Did you mean --folder?"),
+        ("train --loger.project x", "unknown option --loger.project. Did you mean --logger?"),
         ("train --config cpuu", "--config cpuu: neither a file nor a recipe. Did you mean cpu? Recipes: cpu, demo, "),
         ("train --config", "--config: its value is missing. Recipes: cpu, demo, finetune"),
         ("train --config typo.yaml", "--config typo.yaml: unknown option epoch. Did you mean epochs"),
@@ -187,7 +186,10 @@ def test_verbs_of_two_words(capsys):
         ("train --learning-rate high", "--learning_rate high: expected a number."),
         ("train --betas 3", '--betas 3: expected numbers in brackets and quotes, such as "[0.9, 0.98]".'),
         ("train --val_share 2", "val_share is 2.0; expected from 0 to below 1."),
-        ("train --logger Nope", "--logger Nope: expected a Logger, "),
+        ("--verison", "unknown command '--verison'. Did you mean --version?"),
+        ("train --logger Nope", "--logger Nope: expected the name of a Logger, true or false."),
+        ("train --callbacks Nope", "--callbacks Nope: expected the name of a Callback."),
+        ("train --logger true --logger.project x", "--logger.project: is for a class; expected --logger to name one"),
         ("train --precision 17", "--precision 17: expected 64, 32, 16, "),
         ("train --folder", "--folder: its value is missing; expected a path."),
         ("train data_dir", "data_dir: not expected here; a value follows the name of its option."),
@@ -213,10 +215,19 @@ def test_a_wrong_command_ends_with_2_and_says_what_is_meant(command, message, tm
     assert not re.search("Traceback|<class|typing|subtypes", error)
 
 
+def test_a_mistyped_name_of_weights_names_the_nearest(capsys):
+    """As those of presets: a model of OpenAI's, by any command that reads weights."""
+    for command in ("evaluate ViT-B32 --folder .", "inspect ViT-B32", "train --pretrained ViT-B32 --folder ."):
+        with pytest.raises(SystemExit, match=r"ViT-B32: no such file.* Did you mean ViT-B/32"):
+            cli.main(command.split())
+
+
 def test_the_version_is_the_package_s_own(capsys):
     """On the command line, in Python, and in the installed package's metadata."""
     cli.main(["--version"])
-    assert capsys.readouterr().out.startswith(f"train-clip {train_clip.__version__} (torch {torch.__version__}, ")
+    assert capsys.readouterr().out.startswith(
+        f"train-clip {train_clip.__version__} (torch {metadata.version('torch')}, "
+    )
     assert metadata.version("train-clip") == train_clip.__version__
 
 

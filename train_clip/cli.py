@@ -105,7 +105,7 @@ def _run(words: list[str]) -> None:
         with cores.fitting_threads():
             function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
-    elif rest == ["--version"]:
+    elif rest in (["--version"], ["-V"]):
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
         own = pkgutil.resolve_name("train_clip:__version__")
         print(f"train-clip {own} ({versions}, Python {platform.python_version()})")
@@ -119,7 +119,8 @@ def _run(words: list[str]) -> None:
         )
     else:
         word = " ".join(rest[: 1 + (rest[0] in GROUPS)])
-        raise UsageError(f"unknown command {word!r}.{did_you_mean(word, VERBS)} `train-clip --help` lists all.")
+        meant = did_you_mean(word, [*VERBS, "--version", "--help"])
+        raise UsageError(f"unknown command {word!r}.{meant} `train-clip --help` lists all.")
 
 
 def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
@@ -307,10 +308,9 @@ def _require_known(words: list[str], configs: dict[str, dict[str, Any]], kinds: 
         for name in names:
             # --logger.project is an argument of the logger's class.
             if name.partition(".")[0] not in {*kinds, "print_config"}:
-                where = f"--config {file}: unknown option {name}" if file else f"unknown option --{name}"
-                raise UsageError(
-                    f"{where}.{did_you_mean(name.partition('.')[0], kinds)} `{prog} --help` lists the options."
-                )
+                where, before = (f"--config {file}: unknown option ", "") if file else ("unknown option --", "--")
+                meant = did_you_mean(name.partition(".")[0], kinds, before)
+                raise UsageError(f"{where}{name}.{meant} `{prog} --help` lists the options.")
 
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:

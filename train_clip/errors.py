@@ -36,10 +36,10 @@ class MissingSample(BadSample, FileNotFoundError):
     """An image that does not exist."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
     """Name what a mistyped word is closest to, as a sentence to append; empty where nothing is close."""
     close = difflib.get_close_matches(word.lower(), names := {name.lower(): name for name in known}, n=2)
-    return f" Did you mean {' or '.join(names[name] for name in close)}?" if close else ""
+    return f" Did you mean {' or '.join(before + names[name] for name in close)}?" if close else ""
 
 
 def printable(text: str) -> str:

@@ -82,9 +82,7 @@ class WeightOptions(Options):
     model_name: str | None = option(None, "a preset or a YAML file; default: ViT-B/32, or the weights' own")
     image_size: int | None = option(None, "input size in pixels; default: the model's", at_least(1))
     context_length: int | None = option(None, "tokens per caption at most; default: the model's", at_least(2))
-    activation: Literal["gelu", "quick_gelu"] | None = option(
-        None, "activation function of the pretrained weights; default: as their file says"
-    )
+    activation: Literal["gelu", "quick_gelu"] | None = option(None, "of the weights; default: as their file says")
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,7 @@ class ObjectiveOptions(Options):
     loss: Literal[*LOSSES] = option(  # type: ignore[valid-type]
         "softmax", "softmax (CLIP: cross-entropy in both directions) or sigmoid (SigLIP)"
     )
-    equal_captions: Literal["keep", "mask"] = option(
-        "keep", "other pairs with the same caption: keep them as negatives, or mask them in the loss"
-    )
+    equal_captions: Literal["keep", "mask"] = option("keep", "keep pairs of equal captions as negatives, or mask them")
     mask_ratio: float = option(0.0, "fraction of patches dropped in a step (FLIP: 0.5); CLIP's ViTs only", BELOW_ONE)
     unmasked_share: float = option(0.05, "final fraction of the run without --mask_ratio", PROBABILITY)
     stochastic_depth: float = option(
@@ -214,11 +210,9 @@ class TowerOptions(Options):
     """The towers (image and text encoder) and self-distillation."""
 
     image_learning_rate: float | None = option(
-        None, "peak learning rate of the image tower; default: --learning_rate", RATE_OF_TOWER
+        None, "peak, of the image tower; default: --learning_rate", RATE_OF_TOWER
     )
-    text_learning_rate: float | None = option(
-        None, "peak learning rate of the text tower; default: --learning_rate", RATE_OF_TOWER
-    )
+    text_learning_rate: float | None = option(None, "peak, of the text tower; default: --learning_rate", RATE_OF_TOWER)
     lock_image: bool = option(False, "freeze the image tower")
     lock_text: bool = option(False, "freeze the text tower")
     distillation: Literal[*DISTILLATION, "none"] | None = option(  # type: ignore[valid-type]
@@ -241,7 +235,7 @@ class StepOptions(Options):
     """Memory and speed, with the same gradient; seed."""
 
     minibatch_size: int = option(
-        0, "pairs encoded at a time per process (BatchNorm normalizes per minibatch); 0: all at once", at_least(0)
+        0, "pairs encoded at a time per process (BatchNorm per minibatch); 0: all", at_least(0)
     )
     kept_minibatches: int = option(0, "minibatches whose activations are kept, not recomputed", at_least(0))
     gradient_checkpointing: int = option(0, "gradient (activation) checkpointing every N blocks; 0: none", at_least(0))

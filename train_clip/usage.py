@@ -28,7 +28,7 @@ PLAIN = {
     int: Words("N", "a whole number"),
     float: Words("X", "a number"),
     bool: Words("{true,false}", "true or false", ("true", "false")),
-    str: Words("NAME", "a word"),
+    str: Words("NAME", "a name"),
     Path: Words("PATH", "a path"),
 }
 
@@ -42,9 +42,14 @@ def in_words(kind: Any) -> Words:
     if len(kinds) > 1:
         parts = dict.fromkeys(part for one in map(in_words, kinds) for part in one.choices or [one.expected])
         return Words("VALUE", either(parts))
-    if get_origin(kinds[0]) in (tuple, list):
-        return Words('"[X, X]"', 'numbers in brackets and quotes, such as "[0.9, 0.98]"')
-    return PLAIN.get(kinds[0], Words("VALUE", f"a {getattr(kinds[0], '__name__', kinds[0])}"))
+    if of := get_args(kinds[0]):
+        # Several numbers; or several objects, where one does too.
+        return (
+            Words('"[X, X]"', 'numbers in brackets and quotes, such as "[0.9, 0.98]"')
+            if of[0] in PLAIN
+            else in_words(of[0])
+        )
+    return PLAIN.get(kinds[0], Words("VALUE", f"the name of a {getattr(kinds[0], '__name__', kinds[0])}"))
 
 
 def _alternatives(kind: Any) -> list[Any]:
@@ -111,6 +116,8 @@ def explain(message: str, kinds: dict[str, Any], names: dict[tuple[str, str], st
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if option and value and option[1] in kinds:
         words, name = in_words(kinds[option[1]]), names.get((option[1], value[1]), f"--{option[1]}")
+        if nested := re.match(r"NestedArg\(key='(.*)', val=", value[1]):
+            return f"{name}.{nested[1]}: is for a class; expected --{option[1]} to name one before it."
         return f"{name} {value[1]}: expected {words.expected}.{did_you_mean(value[1], words.choices)}"
     if option := re.search(r"argument --(\w+).*: expected one argument", message):
         return f"--{option[1]}: its value is missing; expected {in_words(kinds[option[1]]).expected}."

@@ -166,3 +166,11 @@ def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
     short = "--folder data_dir --max_steps 1 --output run".split()
     cli.main(["finetune" if start else "train", "--config", recipe.stem, *start, *short])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_core_is_as_short_as_readme_says():
+    """Fewer than 10,000 lines, as shipped, without the extensions that the import contract lists."""
+    assert "fewer than 10,000 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
+    extensions = {"encoders", "prompts", "data_tools"}
+    files = [file for file in (ROOT / "train_clip").rglob("*.py") if not extensions & set(file.parts)]
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 10_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train_clip.checkpoints import state_dicts
 from train_clip.checkpoints.read import EXPECTED, Contents, TensorRecord, read_file, read_json
-from train_clip.errors import MissingFile, UserError, WrongType, first_line
+from train_clip.errors import MissingFile, UserError, WrongType, did_you_mean, first_line
 from train_clip.files import replacing
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -63,7 +63,8 @@ def read_contents(path: Path) -> Contents:
         kind = UserError if path.exists() else MissingFile
     except OSError as error:  # a name that is longer than names can be
         raise UserError(f"{path}: {error.strerror}.{EXPECTED}") from error
-    raise kind(f"{path}: no such file, or not a regular file.{EXPECTED}")
+    meant = did_you_mean(str(path), [*OPENAI, "openai"])
+    raise kind(f"{path}: no such file, or not a regular file.{meant}{EXPECTED}")
 
 
 def _gather(folder: str, weights: tuple[str, ...]) -> Contents:

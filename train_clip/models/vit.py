@@ -14,7 +14,7 @@ from train_clip.models.config import ViTConfig
 class VisionTransformer(nn.Module):
     """Patches and a class token, through the blocks; the class token's output is projected."""
 
-    kept_patches: int = 0  # K: patches of each image that are looked at in training, chosen by chance; 0 for all
+    kept_patches: int = 0  # K: patches of each image that are looked at in training, chosen at random; 0 for all
 
     def __init__(self, config: ViTConfig, embed_dim: int, activation: str) -> None:
         super().__init__()
