@@ -1,6 +1,6 @@
-"""Writes ``docs/api.md``: the public names of the package, from their signatures, docstrings and fields.
+"""Writes ``docs/api.md``, the public names of the package from their signatures, docstrings and fields, and a stub.
 
-``python docs/api.py`` rewrites the page; ``tests/docs/test_api.py`` holds it against the code.
+``python docs/api.py`` rewrites both; ``tests/docs/test_api.py`` holds them against the code.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_args
 
 import docstring_parser
 
 import train_clip
-from train_clip import options
+from train_clip import keywords, options
 
 WIDTH = 110  # of a signature on one line
 INTRO = f"""\
@@ -96,6 +96,7 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
+EXTENSIBLE = {"optimizer", "loss", "distillation"}  # options whose values are in a table
 # Who takes options by name → an example, and where they are declared.
 OPTIONS = {
     "the wrappers": ('CLIPWrapper("ViT-B/32", lock_image=True)', options.TrainingOptions),
@@ -257,5 +258,29 @@ def option_table(group: type) -> str:
     return "\n".join([heading, "", "| name | type | default | |", "|---|---|---|---|", *(f"| {row} |" for row in rows)])
 
 
+def stub() -> str:
+    """``train_clip/keywords.pyi``: the options as keyword arguments, for type checkers and editors."""
+    lines = [
+        '"""Written by ``python docs/api.py``: the options of ``options.py`` as keyword arguments."""\n',
+        "import inspect\nfrom pathlib import Path\nfrom typing import Any, Literal, TypedDict\n",
+    ]
+    for kind in (keywords.TrainingKeywords, keywords.DataKeywords):
+        lines.append(f"class {kind.__name__}(TypedDict, total=False):")
+        lines += [f"    {name}: {stub_type(name, one)}" for name, one in inspect.get_annotations(kind).items()]
+        lines.append("")
+    lines += ["class OptionsByName:", "    def __init__(self, *groups: Any) -> None: ..."]
+    lines += ["    def __get__(self, instance: Any, owner: type) -> inspect.Signature: ...", ""]
+    return "\n".join(lines)
+
+
+def stub_type(name: str, kind: Any) -> str:
+    """An option's type: what a table can be extended by is any text, and a path may be a text too."""
+    kinds = [one for one in get_args(kind) or [kind] if one is not type(None)]
+    text = inspect.formatannotation(kinds[0] if len(kinds) == 1 else kind).removeprefix("typing.").replace("'", '"')
+    text = {"pathlib.Path": "str | Path", "pathlib._local.Path": "str | Path"}.get(text, text)
+    return ("str" if name in EXTENSIBLE else text) + " | None" * (type(None) in get_args(kind))
+
+
 if __name__ == "__main__":
     Path(__file__).with_suffix(".md").write_text(page(), encoding="utf-8")
+    Path(keywords.__file__).with_suffix(".pyi").write_text(stub(), encoding="utf-8")

@@ -42,6 +42,10 @@ def test_the_page_is_what_the_script_writes():
     assert generator()["page"]() == PAGE, "run `python docs/api.py`"
 
 
+def test_the_stub_of_the_options_is_what_the_script_writes():
+    assert generator()["stub"]() == (ROOT / "train_clip" / "keywords.pyi").read_text(encoding="utf-8")
+
+
 def test_every_public_name_is_on_the_page_once():
     """The package's own names, and each that a document imports from one of its modules, if only in a sentence."""
     imported = set()
