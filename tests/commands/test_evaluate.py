@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import write_pairs
+from tests.conftest import said, write_pairs
 from train_clip import CLIPWrapper, cli, load
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.errors import UserError
@@ -214,11 +214,11 @@ def test_weights_that_are_not_finite_are_refused(pair_folder, spoiled, monkeypat
     monkeypatch.chdir(pair_folder.parent)
     path = spoiled(number, "ln_final.weight", "visual.proj")
     before = set(Path().iterdir())
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         cli.main(words.format(path).split())
-    printed, said = capsys.readouterr()
-    assert re.search(r"spoiled\.ckpt: 2 of its \d+ tensors hold NaN or infinity, such as (visual|ln_final)", said)
-    assert "learning_rate" not in said
+    printed, message = capsys.readouterr().out, said(stop)
+    assert re.search(r"spoiled\.ckpt: 2 of its \d+ tensors hold NaN or infinity, such as (visual|ln_final)", message)
+    assert "learning_rate" not in message
     assert "R@1" not in printed
     assert set(Path().iterdir()) == before
     with pytest.raises(UserError, match="hold NaN or infinity"):

@@ -145,7 +145,9 @@ def test_the_printed_tree_is_the_real_one():
         printed.add("/".join(parents))
     assert [path for path in printed if not (ROOT / path).exists()] == []
     package = {
-        f"train_clip/{path.name}" for path in (ROOT / "train_clip").iterdir() if not path.name.startswith(("_", "py."))
+        f"train_clip/{path.name}"
+        for path in (ROOT / "train_clip").iterdir()
+        if not path.name.startswith(("_", "py.")) and path.suffix != ".pyi"
     }
     assert package - printed == set()
 
@@ -169,8 +171,8 @@ def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
 
 
 def test_the_core_is_as_short_as_readme_says():
-    """Fewer than 10,000 lines, as shipped, without the extensions that the import contract lists."""
-    assert "fewer than 10,000 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
+    """Fewer than 11,000 lines, as shipped, without the extensions that the import contract lists."""
+    assert "fewer than 11,000 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
     extensions = {"encoders", "prompts", "data_tools"}
     files = [file for file in (ROOT / "train_clip").rglob("*.py") if not extensions & set(file.parts)]
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 10_000
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 11_000

@@ -257,7 +257,7 @@ def test_the_digest_minds_names_shapes_and_values():
         assert digest_of(tensors | other) != expected
 
 
-def test_prompts_on_prompts_are_refused(backbone, tmp_path, capsys):
+def test_prompts_on_prompts_are_refused(backbone, tmp_path):
     """A checkpoint of prompts is no backbone, and no format of others holds it."""
     trainer = fit(prompts(backbone), tmp_path)
     trainer.save_checkpoint(tmp_path / "p.ckpt")
@@ -269,9 +269,8 @@ def test_prompts_on_prompts_are_refused(backbone, tmp_path, capsys):
         ["convert", str(tmp_path / "p.ckpt"), str(tmp_path / "out"), "--to", "open_clip"],
     ):
         start = [] if "convert" in words else ["--pretrained", str(tmp_path / "p.ckpt"), "--folder", str(tmp_path)]
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(SystemExit, match="expected a CLIP without prompts"):
             cli.main([*words, *start])
-        assert "expected a CLIP without prompts" in capsys.readouterr().err
     with pytest.raises(UserError, match="a CLIP with visual prompts, which no other format can hold"):
         write_model(train_clip.load(tmp_path / "p.ckpt").model, tmp_path / "out", "open_clip")
 

@@ -119,6 +119,11 @@ def train_job(job: Job, run: RunOptions, options: TrainerOptions, resumed: Resum
 
 def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, resumed: Resumption | None) -> None:
     module, data = job.module, job.data
+    if resumed is None and data.source.is_dir() and folder.resolve().is_relative_to(data.source.resolve()):
+        raise UserError(
+            f"{folder}: lies in {data.source}/, where the next run would take its curves for data. Give an --output "
+            "outside the data folder."
+        )
     options |= {"precision": options.get("precision") or default_precision(options.get("accelerator", "auto"))}
     if run.epochs is None:
         # As many as --max_steps takes, or the usual ones.

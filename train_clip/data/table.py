@@ -71,7 +71,7 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = defaultdict(list)
     fault = fault_of(os.fspath(table))
     if fault or suffix not in READERS:
-        raise (UserError if table.exists() else MissingFile)(
+        raise (MissingFile if fault == GONE else UserError)(
             f"{table}: {fault or 'is no table that is read here'}. Expected a table ({', '.join(READERS)}); for a "
             f"folder of images and captions use --folder.{path_advice(str(table)) if fault else advice_on([suffix])}"
         )
