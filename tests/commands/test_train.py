@@ -128,6 +128,16 @@ def test_a_run_is_not_written_among_other_files(pair_folder, model_file, tmp_pat
     assert sorted(pair_folder.iterdir()) == before
 
 
+def test_a_run_is_not_written_below_the_data(pair_folder, model_file, tmp_path, monkeypatch):
+    """A new folder below the data folder, given or by default, whose curves the next scan would count."""
+    before = sorted(pair_folder.iterdir())
+    monkeypatch.chdir(pair_folder)
+    for output in (["--output", str(pair_folder / "run")], ["--output", "a/b"], []):
+        with pytest.raises(SystemExit, match=r"lies in .*pairs/, .* Give an --output outside the data folder"):
+            cli.main([*without_output(pair_folder, model_file), *output])
+    assert sorted(pair_folder.iterdir()) == before
+
+
 def test_a_mistake_leaves_no_folder(pair_folder, model_file, tmp_path, monkeypatch):
     """Refused once the folder is chosen: it is gone again, with those above it that were made, but no other."""
     monkeypatch.chdir(tmp_path)
