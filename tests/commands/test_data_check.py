@@ -561,3 +561,16 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (folder / os.fsdecode(b"b\xe4r.txt")).write_text("a bear")
     assert check(folder)["bad"] == {"empty file": [f"{folder}/b\\xe4r.png"]}
     assert check(folder)["bad_pairs"] == 1
+
+
+def test_what_is_not_read_comes_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Archives beside pairs, and rows whose paths begin in a way that means nothing here, each kind once."""
+    folder = write_pairs(tmp_path / "pairs", 4)
+    (folder / "more.tar").write_bytes(b"")
+    check(folder, image_size=16)
+    assert "1 × .tar. Archives are not read: unpack them" in capsys.readouterr().out
+    rows = [f"pairs/{index:03}.png,a" for index in range(4)] + ["~/a.png,b", "~/c.png,b", "https://a.b/c.png,d"]
+    (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]))
+    data_check(options=CheckOptions(pairs=tmp_path / "table.csv", max_bad=1.0, num_workers=0, image_size=16))
+    told = capsys.readouterr().out
+    assert told.count("Neither ~ nor variables are expanded") == told.count("Nothing is downloaded") == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import strategies
 
@@ -20,7 +21,7 @@ from train_clip import cli
 __all__ = ["model_file"]
 
 MULTIPLE = ["ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"]
-WORKS = [*MULTIPLE, "single_device", "DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy"]
+WORKS = [*MULTIPLE, "single_device", "DDPStrategy", "SingleDeviceStrategy"]
 OTHERS = [name for name in (*strategies.StrategyRegistry, *strategies.__all__) if name not in WORKS]
 
 
@@ -75,6 +76,18 @@ def test_arguments_of_a_strategy(pair_folder, model_file, tmp_path):
 def test_ddp_by_its_names(pair_folder, model_file, tmp_path, name):
     ended = run(pair_folder, model_file, tmp_path / "run", "--devices", "2", "--strategy", name, processes=2)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_sharded_weights_are_saved_in_one_file(pair_folder, model_file, tmp_path):
+    """As asked for; by default they would be folders, which are refused."""
+    words = ["--strategy", "ModelParallelStrategy"]
+    assert "Add --strategy.save_distributed_checkpoint false" in refusal(
+        pair_folder, model_file, tmp_path / "run", *words
+    )
+    words += ["--strategy.save_distributed_checkpoint", "false"]
+    ended = run(pair_folder, model_file, tmp_path / "run", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert "model.logit_scale" in torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
 
 
 @pytest.mark.parametrize("name", OTHERS)

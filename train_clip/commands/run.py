@@ -186,10 +186,18 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
     """Build Lightning's Trainer from plain values, with this package's callbacks and the user's."""
     with lightning_internals.told_in_a_line(UsageError, "Lightning's Trainer does not accept these options"):
         trainer = _build(options, folder, run, best_by, first_step)
+    asked = options.get("strategy")
+    strategy = asked["class_path"].rpartition(".")[2] if isinstance(asked, dict) else asked
     if lightning_internals.copies_this_process(trainer):
         raise UsageError(
-            f"--strategy {options['strategy']}: its processes are copies of this one, and their state does not return "
+            f"--strategy {strategy}: its processes are copies of this one, and their state does not return "
             "to it. Expected one that starts the command once for each device: --strategy ddp."
+        )
+    if lightning_internals.saves_folders(trainer):
+        raise UsageError(
+            f"--strategy {strategy}: its checkpoints would be folders of parts; expected files. Add "
+            "--strategy.save_distributed_checkpoint false (ModelParallelStrategy) or --strategy.state_dict_type full "
+            "(FSDPStrategy)."
         )
     if trainer.accumulate_grad_batches < 1:
         raise UsageError(f"--accumulate_grad_batches {trainer.accumulate_grad_batches}: expected 1 or above.")

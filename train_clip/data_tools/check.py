@@ -53,10 +53,14 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
         yield f"  {report['cached']:,} × read from npz/ instead of the image"
     yield from _named("image without a caption", report["lone_images"])
     yield from _named("caption without an image", report["lone_captions"])
+    if kind == "rows":
+        yield from dict.fromkeys(
+            f"   {text}" for text in map(scan.path_advice, report["lone_captions"]["examples"]) if text
+        )
     yield from _named("link to a folder, not followed", report["folder_links"])
     if report["others"]:
         others = (f"{count:,} × {suffix}" for suffix, count in report["others"].items())
-        yield "  neither image nor caption: " + ", ".join(others)
+        yield f"  neither image nor caption: {', '.join(others)}.{scan.advice_on(report['others'])}"
     if report["faults"]:
         yield f"Faults: {len(report['faults']):,}. Training does not start with them."
         yield from ("  " + fault.replace("\n", "\n  ") for fault in report["faults"])

@@ -53,6 +53,12 @@ def copies_this_process(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def saves_folders(trainer: Trainer) -> bool:
+    """Whether a Trainer's checkpoints are folders of parts, which neither resume nor load here."""
+    strategy = trainer.strategy
+    return getattr(strategy, "_save_distributed_checkpoint", getattr(strategy, "_state_dict_type", "") == "sharded")
+
+
 def trainer_of(module: LightningModule) -> Any:
     """The Trainer that a module is attached to, or None, where ``module.trainer`` raises."""
     return module._trainer
