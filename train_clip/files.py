@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,11 +104,13 @@ def held(folder: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def sweep(folder: Path) -> None:
-    """Remove what ``replacing`` has left in a folder where the process was killed."""
+def sweep(folder: Path, age: float = 0.0) -> None:
+    """Remove what ``replacing`` has left in a folder where the process was killed, so many seconds ago at least."""
     for left in folder.glob(f"*{BESIDE}*"):
-        if left.name.rpartition(BESIDE)[2].isdigit():
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # others sweep too
+            is_old = not age or time.time() - left.stat().st_mtime >= age
+            if is_old and left.name.rpartition(BESIDE)[2].isdigit():
+                left.unlink()
 
 
 def _share(path: Path) -> None:

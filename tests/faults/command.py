@@ -90,8 +90,11 @@ class Command:
             time.sleep(0.001)
         return found
 
-    def end(self, timeout: float = TIMEOUT) -> Result:
-        """Wait for the end of the command and of all its children: each of them holds the pipe that is read here."""
+    def end(self, timeout: float = TIMEOUT, alike: bool = True) -> Result:
+        """Wait for the end of the command and of all its children: each of them holds the pipe that is read here.
+
+        Its processes have one exit code, unless they need not be ``alike``.
+        """
         printed, deadline = [], time.monotonic() + timeout
         while select.select([self.printed], [], [], deadline - time.monotonic())[0]:
             if not (some := os.read(self.printed, 2**16)):
@@ -102,7 +105,7 @@ class Command:
             raise AssertionError(f"it, or a child of it, did not end within {timeout} s\n{b''.join(printed).decode()}")
         os.close(self.printed)
         text, codes = b"".join(printed).decode(), {process.wait() for process in self.processes}
-        assert len(codes) == 1, f"exit codes {codes}\n{text}"
+        assert len(codes) == 1 or not alike, f"exit codes {codes}\n{text}"
         return Result(codes.pop(), text)
 
     def kill(self) -> None:
