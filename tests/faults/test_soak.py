@@ -1,7 +1,7 @@
 """Runs that are interrupted again and again, where memory and disk are small, end as the run that was left alone.
 
-``SOAK_SECONDS=1800 pytest -m slow -s tests/faults/test_soak.py`` takes half an hour; ``SOAK_FAULTS="killed full_disk"``
-has these faults alone.
+``SOAK_SECONDS=1800 pytest -m slow -s tests/faults/test_soak.py`` takes half an hour. ``SOAK_FAULTS="killed full_disk"``
+has these faults alone, ``SOAK_PROCESSES=1`` runs on one process alone, ``SOAK_STARTS=0`` none while a run starts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from train_clip.checkpoints.own import read_checkpoint
 SECONDS = float(os.environ.get("SOAK_SECONDS", "90"))
 SHM, DISK = "64m", "60m"  # of /dev/shm, as in a container; of the disk of a run, with room for six checkpoints
 PAIRS, BATCHES, EPOCHS = 40, 10, 30  # batches of 4 to one epoch
+PROCESSES = [int(number) for number in os.environ.get("SOAK_PROCESSES", "1 2").split()]
+STARTS = float(os.environ.get("SOAK_STARTS", "0.2"))  # share of the faults that come while a run starts
 INTERVAL = 7  # optimizer steps between saves
 PAUSE = 0.02  # seconds a batch
 LIMIT = 90.0  # seconds within which a run has ended after a fault: far more than any is to take
@@ -69,8 +71,7 @@ def sent(*numbers: signal.Signals) -> Fault:
 @contextmanager
 def killed(scene: Scene) -> Iterator[None]:
     """All processes at once, as by a machine that is switched off."""
-    with suppress(ProcessLookupError):
-        scene.command.kill()
+    scene.command.kill()
     yield
 
 
@@ -140,9 +141,9 @@ def soak(folder: Path, seconds: float, faults: list[str]) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
     inputs = [*write_inputs(folder, PAIRS), *f"--val_share 0 --epochs {EPOCHS} --save_every {INTERVAL}".split()]
     alone: dict[int, Path] = {}
-    for number, processes in enumerate(cycle([1, 2])):
+    for number, processes in enumerate(cycle(PROCESSES)):
         words = [*inputs, *f"--devices {processes} --num_workers {3 - processes}".split()]
-        if processes not in alone:
+        if processes not in alone:  # a sum has its own rounding on each number of them
             alone[processes] = folder / f"alone-{processes}"
             run([*words, "--output", str(alone[processes])], processes=processes).require(0)
         done, record = disk / f"run-{number}", folder / f"record-{number}"
@@ -153,11 +154,12 @@ def soak(folder: Path, seconds: float, faults: list[str]) -> None:
             if not before:
                 # What has no checkpoint yet cannot go on.
                 shutil.rmtree(done, ignore_errors=True)
+            print(f"run {number}, {processes} processes, {name}:", end=" ", flush=True)
             command = Command(["train", "--resume", str(done)] if before else start, processes=processes)
             result = interrupted(name, Scene(command, disk, folder / "pairs", rng), record)
             rounds[name] += 1
             took = time.monotonic() - begun
-            print(f"run {number}, {processes} processes, {name}: {before} to {newest(done)}, {took:.0f} s", flush=True)
+            print(f"{before} to {newest(done)}, {took:.0f} s", flush=True)
             assert newest(done) >= before, result.text
             assert name != "none" or newest(done) == EPOCHS * BATCHES, result.text
         require_same_state(last(done), last(alone[processes]))
@@ -175,12 +177,12 @@ def interrupted(name: str, scene: Scene, record: Path) -> Result:
     before = steps.stat().st_size if steps.exists() else 0
     if name == "none":
         return scene.command.end(LIMIT + 2 * PAUSE * EPOCHS * BATCHES)
-    if scene.rng.random() < 0.8:
+    if scene.rng.random() >= STARTS:
         limit = time.monotonic() + LIMIT
         while scene.command.process.poll() is None and not (steps.exists() and steps.stat().st_size > before):
             assert time.monotonic() < limit, scene.command.end(0).text
             time.sleep(0.01)
-    time.sleep(scene.rng.uniform(0, 3))
+    time.sleep(scene.rng.uniform(0, 2))
     with FAULTS[name](scene):
         return scene.command.end(LIMIT, alike=False)
 
