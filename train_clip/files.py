@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from train_clip.errors import UserError
 
 BESIDE = ".tmp-"  # and the process's number, behind the target's name
+PATIENCE = 50  # tenths of a second, for others to close a file
 LOCK = ".lock"  # in a folder that a process holds
 LOCKED = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems say of a file that another process has locked
 
@@ -28,7 +30,7 @@ def replacing(target: Path) -> Iterator[Path]:
         for written in (*beside.glob("*"), beside):
             _share(written)
             _sync(written)
-        beside.replace(target)
+        _replace(beside, target)
         _sync(target.parent)
     finally:
         if beside.is_dir():
@@ -103,11 +105,23 @@ def held(folder: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def sweep(folder: Path) -> None:
-    """Remove what ``replacing`` has left in a folder where the process was killed."""
+def sweep(folder: Path, age: float = 0.0) -> None:
+    """Remove what ``replacing`` has left in a folder where the process was killed, so many seconds ago at least."""
     for left in folder.glob(f"*{BESIDE}*"):
-        if left.name.rpartition(BESIDE)[2].isdigit():
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # others sweep too
+            is_old = not age or time.time() - left.stat().st_mtime >= age
+            if is_old and left.name.rpartition(BESIDE)[2].isdigit():
+                left.unlink()
+
+
+def _replace(beside: Path, target: Path) -> None:
+    # Windows replaces no file that somebody reads, such as a virus scanner or `evaluate`, and so it waits for a while.
+    for _ in range(PATIENCE if sys.platform == "win32" else 0):
+        with suppress(PermissionError):
+            beside.replace(target)
+            return
+        time.sleep(0.1)
+    beside.replace(target)
 
 
 def _share(path: Path) -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import http.server
 import inspect
+import os
 import sys
+import threading
+import time
 import urllib.error
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,7 @@ import huggingface_hub.errors
 import pytest
 import torch
 
+from tests import forked
 from tests.checkpoints.by_hand import tiny_clip
 from train_clip import load
 from train_clip.checkpoints import sources
@@ -45,21 +53,63 @@ def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bytes:
     return content
 
 
+@dataclass
+class Answer:
+    """What the server does with a request.
+
+    Args:
+        content: of the file.
+        cut: bytes after which it breaks off; None: never.
+        ranges: whether it sends a part where one is asked for.
+        tells: whether it tells the length.
+        waits: seconds before it breaks off.
+    """
+
+    content: bytes
+    cut: int | None = None
+    ranges: bool = True
+    tells: bool = True
+    waits: float = 0.0
+
+
+@dataclass
+class Site:
+    """A server: its next answers, the last of which it repeats, and what it was asked for, with the first byte."""
+
+    answers: list[Answer]
+    asked: list[tuple[str, int]]
+
+
 @pytest.fixture
-def downloads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the next downloads give, bytes or an error; and after them the addresses that were asked for."""
-    answers: list[Any] = []
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """OpenAI's server, on this machine."""
+    told = Site([], [])
 
-    def download(address: str, target: str, *_: Any, **__: Any) -> None:
-        answer = answers.pop(0)
-        answers.append(address)
-        if isinstance(answer, BaseException):
-            Path(target).write_bytes(b"PK half of it")
-            raise answer
-        Path(target).write_bytes(answer)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = told.answers.pop(0) if len(told.answers) > 1 else told.answers[0]
+            first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            told.asked.append((self.path, first))
+            content = answer.content[first:] if answer.ranges else answer.content
+            self.send_response(206 if answer.ranges else 200)
+            if answer.tells:
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: answer.cut])
+            time.sleep(answer.waits)
+            self.close_connection = True
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    return answers
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(sources, "URL", f"http://127.0.0.1:{server.server_port}")
+    yield told
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def names(folder: Path) -> list[str]:
@@ -97,32 +147,97 @@ def test_names_in_their_spellings(name: str, found: str | None) -> None:
     assert openai_name(name) == found
 
 
-def test_a_download_is_checked_and_kept(cache: Path, published: bytes, downloads: list[Any]) -> None:
+def test_a_download_is_checked_and_kept(cache: Path, published: bytes, site: Site) -> None:
     """Fetched once from the address that holds the checksum, and read from the cache afterwards."""
-    downloads.append(published)
+    site.answers = [Answer(published)]
     assert fetch_openai(MODEL).read_bytes() == published
-    assert downloads == [f"{URL}/{hashlib.sha256(published).hexdigest()}/ViT-B-32.pt"]
+    assert site.asked == [(f"/{hashlib.sha256(published).hexdigest()}/ViT-B-32.pt", 0)]
     assert fetch_openai(MODEL) == cache / "ViT-B-32.pt"
+    assert len(site.asked) == 1
     assert set(find_contents("ViT-B-32").tensors) == set(find_contents(cache / "ViT-B-32.pt").tensors)
     assert names(cache) == ["ViT-B-32.pt"]
 
 
-def test_a_file_with_another_checksum(cache: Path, published: bytes, downloads: list[Any]) -> None:
-    """In the cache, or as it was downloaded: the message has both checksums, the file, the address and what to do."""
-    (cache / "ViT-B-32.pt").write_bytes(published + b"\0")
-    downloads.append(published[:-1])
-    for content in (published + b"\0", published[:-1]):
-        message = refused(MODEL)
-        for expected in (
-            str(cache / "ViT-B-32.pt"),
-            hashlib.sha256(content).hexdigest(),
-            hashlib.sha256(published).hexdigest(),
-            f"{URL}/{OPENAI[MODEL]}/ViT-B-32.pt",
-            "Remove the file",
-        ):
-            assert expected in message
-        (cache / "ViT-B-32.pt").unlink()
+def test_another_file_in_the_cache_is_replaced(cache: Path, published: bytes, site: Site, capsys: Any) -> None:
+    """As a download by OpenAI's package leaves it that was cut short: said with both checksums, and downloaded."""
+    (cache / "ViT-B-32.pt").write_bytes(published[:-1])
+    site.answers = [Answer(published)]
+    assert fetch_openai(MODEL).read_bytes() == published
+    told = capsys.readouterr().out
+    assert all(hashlib.sha256(content).hexdigest() in told for content in (published, published[:-1]))
+    assert names(cache) == ["ViT-B-32.pt"]
+
+
+@pytest.mark.parametrize("here", [None, b"another"])
+@pytest.mark.parametrize("tells", [True, False])
+def test_another_file_on_the_server_is_not_kept(
+    cache: Path, published: bytes, site: Site, here: bytes | None, tells: bool
+) -> None:
+    """A proxy's page, or an end too early: refused with both checksums, what was there stays, the next try works."""
+    if here is not None:
+        (cache / "ViT-B-32.pt").write_bytes(here)
+    site.answers = [Answer(published[:-1], tells=tells)]
+    message = refused(MODEL)
+    for content in (published, published[:-1], here):
+        assert content is None or hashlib.sha256(content).hexdigest() in message
+    assert f"{sources.URL}/{OPENAI[MODEL]}/ViT-B-32.pt" in message
+    assert str(cache / "ViT-B-32.pt") in message
+    assert [path.read_bytes() for path in cache.iterdir()] == ([] if here is None else [here])
+    site.answers = [Answer(published)]
+    assert fetch_openai(MODEL).read_bytes() == published
+
+
+@pytest.mark.parametrize("waits", [0.0, 1.0])
+def test_a_connection_that_breaks_off_is_taken_up(
+    cache: Path, published: bytes, site: Site, waits: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed, or silent for too long: the next one begins where it ended."""
+    monkeypatch.setattr(sources, "SILENCE", 0.3)
+    whole = 2**17
+    site.answers = [Answer(published, whole, waits=waits), Answer(published, whole, waits=waits), Answer(published)]
+    assert fetch_openai(MODEL).read_bytes() == published
+    assert [first for _, first in site.asked] == [0, whole, 2 * whole]
+
+
+def test_a_server_without_ranges_begins_again(cache: Path, published: bytes, site: Site) -> None:
+    """It sends all of it each time; what came of it before is not kept beside it."""
+    site.answers = [Answer(published, 2**17, ranges=False), Answer(published, ranges=False)]
+    assert fetch_openai(MODEL).read_bytes() == published
+    assert [first for _, first in site.asked] == [0, 2**17]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_connections_that_bring_nothing_end(cache: Path, published: bytes, site: Site, ranges: bool) -> None:
+    """Broken off at the same place each time: how much is missing, and nothing is left; the next try works."""
+    nothing = Answer(published, 0 if ranges else 2**17, ranges)
+    site.answers = [Answer(published, 2**17, ranges), nothing]
+    assert f"broke off {len(published) - 2**17:,} bytes before the end" in refused(MODEL)
     assert names(cache) == []
+    site.answers = [Answer(published, ranges=ranges)]
+    assert fetch_openai(MODEL).read_bytes() == published
+
+
+def test_what_a_kill_has_left_is_removed_when_it_is_nobodys(cache: Path, published: bytes, site: Site) -> None:
+    """Parts of an hour ago; what was written to just now may be another process's."""
+    for number, age in ((1, 4000), (2, 10)):
+        part = cache / f"ViT-B-32.pt.tmp-{number}"
+        part.write_bytes(b"PK")
+        os.utime(part, (time.time() - age,) * 2)
+    site.answers = [Answer(published)]
+    fetch_openai(MODEL)
+    assert names(cache) == ["ViT-B-32.pt", "ViT-B-32.pt.tmp-2"]
+
+
+def test_two_processes_download_at_once(cache: Path, published: bytes, site: Site) -> None:
+    """Each into a file of its own: both end with the whole one."""
+    site.answers = [Answer(published, 2**17, waits=1.0), Answer(published, 2**17, waits=1.0), Answer(published)]
+    program = "from train_clip.checkpoints import sources\n"
+    program += f"sources.URL, sources.OPENAI[{MODEL!r}] = {sources.URL!r}, {OPENAI[MODEL]!r}\n"
+    program += f"sources.SILENCE = 0.3\nprint(len(sources.fetch_openai({MODEL!r}).read_bytes()))"
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(lambda _: forked.run(["-c", program]), range(2)))
+    assert [one.stdout.splitlines()[-1] for one in ended] == [str(len(published))] * 2, ended
+    assert names(cache) == ["ViT-B-32.pt"]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +253,13 @@ def test_a_file_with_another_checksum(cache: Path, published: bytes, downloads: 
         TimeoutError(),
     ],
 )
-def test_no_network(cache: Path, published: bytes, downloads: list[Any], error: BaseException) -> None:
+def test_no_network(cache: Path, published: bytes, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the network does: the address, where to put the file, the cause; and nothing is left in the cache."""
-    downloads.append(error)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
     message = refused(MODEL)
     assert f"{URL}/{OPENAI[MODEL]}/ViT-B-32.pt" in message
     assert str(cache / "ViT-B-32.pt") in message
@@ -149,14 +268,14 @@ def test_no_network(cache: Path, published: bytes, downloads: list[Any], error: 
     assert names(cache) == []
 
 
-def test_a_folder_in_place_of_the_file(cache: Path, published: bytes, downloads: list[Any]) -> None:
+def test_a_folder_in_place_of_the_file(cache: Path, published: bytes) -> None:
     """A folder of that name in the cache: refused by name."""
     (cache / "ViT-B-32.pt").mkdir()
     assert str(cache / "ViT-B-32.pt") in refused(MODEL)
 
 
 def test_without_a_cache_of_ones_own(
-    published: bytes, downloads: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: bytes, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XDG_CACHE_HOME unset, or empty, which its specification takes for unset: ~/.cache/clip, as OpenAI has it."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -165,7 +284,7 @@ def test_without_a_cache_of_ones_own(
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         if value is not None:
             monkeypatch.setenv("XDG_CACHE_HOME", value)
-        downloads[:] = [published]
+        site.answers = [Answer(published)]
         assert fetch_openai(MODEL) == tmp_path / "home" / ".cache" / "clip" / "ViT-B-32.pt"
 
 

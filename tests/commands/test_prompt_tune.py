@@ -199,7 +199,7 @@ def test_without_weights_it_is_openais_that_are_meant(here, caplog, monkeypatch,
     """The command as people know it, ``--model_name ViT-L/14`` alone: what is asked for, and where to put the file."""
     caplog.set_level("INFO")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
+    monkeypatch.setattr("urllib.request.urlopen", _no_network)
     with pytest.raises(SystemExit, match=r"OpenAI's ViT-L/14 is not in .*put it at .*ViT-L-14\.pt"):
         cli.main(["prompt-tune", "--model_name", "ViT-L/14", *DATA])
     assert "Prompts need a pretrained backbone" in caplog.text

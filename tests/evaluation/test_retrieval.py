@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from train_clip.evaluation import retrieval as module
 from train_clip.evaluation.embed import Collection
 from train_clip.evaluation.retrieval import Retrieval, retrieval
+from train_clip.losses import tiles
 
 KS = (1, 2, 5)
 
@@ -86,10 +87,10 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("at_once", [2, 1024])
-def test_against_a_double_loop(case, seed, at_once, monkeypatch):
-    """Recall and chance, both ways, whole and two rows at a time, against loops."""
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
+@pytest.mark.parametrize("tile", [0, 15, 10_000])
+def test_against_a_double_loop(case, seed, tile, monkeypatch):
+    """Recall and chance, both ways, whole and one to three rows at a time, against loops."""
+    monkeypatch.setattr(tiles, "TILE", tile)
     owners, captions, count = case
     images, texts = embed(count, seed), embed(len(owners), seed + 100)
     found = retrieval(images, texts, torch.tensor(owners), torch.tensor(captions), KS)

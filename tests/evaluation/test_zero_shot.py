@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train_clip.evaluation import zero_shot as module
 from train_clip.evaluation.zero_shot import DEFAULT_TEMPLATES, class_embeddings, zero_shot
+from train_clip.losses import tiles
 
 N, C, D = 40, 8, 6
 
@@ -28,9 +30,14 @@ def naive_ranks(images: Tensor, labels: list[int], classes: Tensor) -> list[int]
     return ranks
 
 
+@pytest.mark.parametrize("tile", [0, 3 * C, 10**6])
 @pytest.mark.parametrize("seed", range(3))
-def test_against_a_loop(seed):
-    """Top-1, top-5 and the mean over classes; images of unequal numbers, and of one class none: 1e-12."""
+def test_against_a_loop(seed, tile, monkeypatch):
+    """Top-1, top-5 and the mean over classes; images of unequal numbers, and of one class none: 1e-12.
+
+    All images at once, three, and one at a time.
+    """
+    monkeypatch.setattr(tiles, "TILE", tile)
     labels = torch.randint(C - 1, (N,), generator=torch.Generator().manual_seed(seed)).clamp(min=1).tolist()
     classes = embed(C, seed)
     images = F.normalize(classes[labels] + 1.2 * embed(N, seed + 50), dim=-1)
@@ -75,8 +82,13 @@ def test_not_a_number_is_not_right(spoiled):
     assert found.top1 == found.top5 == found.mean_per_class == 0
 
 
-def test_class_embeddings():
-    """Each template normalised, averaged, normalised again (CLIP paper, section 3.1.4), against loops: 1e-12."""
+@pytest.mark.parametrize("captions", [1, 6, 4096])
+def test_class_embeddings(captions, monkeypatch):
+    """Each template normalised, averaged, normalised again (CLIP paper, section 3.1.4), against loops: 1e-12.
+
+    A class at a time, two, and all.
+    """
+    monkeypatch.setattr(module, "CAPTIONS_AT_ONCE", captions)
     names, templates = ["cat", "red bus", "{}"], ["a photo of a {}.", "{}", "the {}, and again a {}"]
     vectors: dict[str, Tensor] = {}
 

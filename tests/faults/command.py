@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,11 @@ class Command:
             time.sleep(0.001)
         return found
 
-    def end(self, timeout: float = TIMEOUT) -> Result:
-        """Wait for the end of the command and of all its children: each of them holds the pipe that is read here."""
+    def end(self, timeout: float = TIMEOUT, alike: bool = True) -> Result:
+        """Wait for the end of the command and of all its children: each of them holds the pipe that is read here.
+
+        Its processes have one exit code, unless they need not be ``alike``.
+        """
         printed, deadline = [], time.monotonic() + timeout
         while select.select([self.printed], [], [], deadline - time.monotonic())[0]:
             if not (some := os.read(self.printed, 2**16)):
@@ -102,13 +106,14 @@ class Command:
             raise AssertionError(f"it, or a child of it, did not end within {timeout} s\n{b''.join(printed).decode()}")
         os.close(self.printed)
         text, codes = b"".join(printed).decode(), {process.wait() for process in self.processes}
-        assert len(codes) == 1, f"exit codes {codes}\n{text}"
+        assert len(codes) == 1 or not alike, f"exit codes {codes}\n{text}"
         return Result(codes.pop(), text)
 
     def kill(self) -> None:
-        """SIGKILL to all its processes."""
+        """SIGKILL to all its processes that there are."""
         for process in self.processes:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(words: Sequence[str], program: Sequence[str] = PLAIN, processes: int = 1, **environment: str) -> Result:

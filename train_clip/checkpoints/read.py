@@ -348,7 +348,8 @@ def _read_from(file: Path, records: Mapping[str, TensorRecord]) -> Iterator[tupl
 
     if next(iter(records.values())).stride is None:
         with safe_open(file, framework="pt") as tensors:
-            yield from ((name, tensors.get_tensor(record.entry)) for name, record in records.items())
+            # Copies: a model on a mapped file would change with the file, and keep Windows from replacing it.
+            yield from ((name, tensors.get_tensor(record.entry).clone()) for name, record in records.items())
         return
     num_bytes = sum(math.prod(record.shape) * KINDS[record.dtype][0] for record in records.values())
     if num_bytes > MAX_SHARED * file.stat().st_size:

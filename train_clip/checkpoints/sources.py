@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
+from typing import IO
 
 from train_clip.checkpoints import state_dicts
 from train_clip.checkpoints.read import EXPECTED, Contents, TensorRecord, read_file, read_json
 from train_clip.errors import MissingFile, UserError, WrongType, did_you_mean, first_line
-from train_clip.files import replacing
+from train_clip.files import replacing, sweep
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 HF_CONFIG, HF_WEIGHTS, HF_PIXELS = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -24,6 +28,8 @@ SHARDED = ".metadata"  # in a folder that torch.distributed.checkpoint wrote
 BEST, LAST = "best.ckpt", "last.ckpt"  # of a run's checkpoints
 
 HUB = "hf-hub:"
+SILENCE = 60.0  # seconds without a byte, after which a connection has broken off
+STALE = 3600.0  # seconds after which a part of a download is nobody's: what goes on is written to all the time
 URL = "https://openaipublic.azureedge.net/clip/models"
 # SHA-256 of each file, which is a part of its address (openai/CLIP, clip.py, _MODELS).
 OPENAI = {
@@ -107,27 +113,58 @@ def fetch_openai(name: str) -> Path:
     """Find OpenAI's file of a model in the cache (``~/.cache/clip``, as their package has it), or download it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
     target, published = folder / f"{name.replace('/', '-')}.pt", OPENAI[name]
-    address = f"{URL}/{published}/{target.name}"
-    if not target.is_file():
-        from torch.hub import download_url_to_file
-
-        try:
-            with replacing(target) as beside:
-                print(f"OpenAI's {name}: {address} → {target}")
-                download_url_to_file(address, str(beside))
-        except Exception as error:  # whatever a network does, or a folder of that name
-            raise UserError(
-                f"OpenAI's {name} is not in {folder}, and cannot be downloaded ({first_line(error)}). On a machine "
-                f"with a network, download {address} and put it at {target}; or give another file."
-            ) from error
-    with target.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != published:
+    address, other = f"{URL}/{published}/{target.name}", ""
+    if target.is_file():
+        if (found := _sha256(target)) == published:
+            return target
+        other = f" (the file there has SHA-256 {found}, not {published})"
+    try:
+        sweep(folder, STALE)
+        with replacing(target) as beside:
+            print(f"OpenAI's {name}: {address} → {target}{other}")
+            _download(address, beside)
+            if (found := _sha256(beside)) != published:
+                raise ValueError(f"what came has SHA-256 {found}, not {published}")
+    except Exception as error:  # whatever a network does, or a folder of that name
         raise UserError(
-            f"{target}: its SHA-256 is {found}, that of OpenAI's {name} is {published}. Remove the file to have it "
-            f"downloaded again, or put {address} there."
-        )
+            f"OpenAI's {name} is not in {folder}{other}, and cannot be downloaded ({first_line(error)}). On a machine "
+            f"with a network, download {address} and put it at {target}; or give another file."
+        ) from error
     return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(address: str, target: Path) -> None:
+    """Download into a file. Where a connection breaks off the next one goes on, as long as each brings something."""
+    import urllib.request
+
+    from rich.progress import wrap_file
+
+    with target.open("wb") as file:
+        left: int | None = 1
+        while left:
+            start = file.tell()
+            request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"})
+            with urllib.request.urlopen(request, timeout=SILENCE) as answer:
+                if answer.status != HTTPStatus.PARTIAL_CONTENT:
+                    file.seek(0)
+                    file.truncate()
+                with wrap_file(answer, answer.length or 0, description="Downloading") as body:
+                    file.writelines(_blocks(body))
+                left = answer.length  # None where the server does not tell
+            if left and file.tell() <= start:
+                raise ConnectionError(f"the connection broke off {left:,} bytes before the end")
+
+
+def _blocks(body: IO[bytes]) -> Iterator[bytes]:
+    # All that comes before a connection breaks off, in whatever way. What goes wrong on a disk is not raised here.
+    with suppress(Exception):
+        while block := body.read(2**16):
+            yield block
 
 
 def _from_hub(name: str) -> Contents:

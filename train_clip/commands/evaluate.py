@@ -188,18 +188,19 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     found = _find(options)
     # Before anything is embedded: an image of no class is refused.
     labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
-    skips, kept, parts = list[samples.Skip](), list[int](), list[torch.Tensor]()
+    skips, kept = list[samples.Skip](), list[int]()
+    images = _room(model, len(found))
     loader = samples.image_loader(
         [pair.pixels for pair in found], model.model.image_size, options.batch_size, options.num_workers
     )
     for indices, pixels, bad in with_progress(loader, "images"):
         skips += bad
+        images[len(kept) : len(kept) + len(indices)] = embed.embed_images(model.model, pixels, options.batch_size)
         kept += indices
-        parts.append(embed.embed_images(model.model, pixels, options.batch_size))
     if not kept:
         raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
     paths = [found[index].image for index in kept]
-    embed.require_finite(images := torch.cat(parts), paths, "images")
+    embed.require_finite(images := images[: len(kept)], paths, "images")
     captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):
         if pair.caption or pair.texts:
@@ -215,18 +216,18 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     if (memory := 4 * model.model.embed_dim * (len(kept) + len(captions))) >= LARGE:
         print(f"Embeddings of {len(kept):,} images and {len(captions):,} captions take {size(memory)} of memory.")
     batches: Any = DataLoader(captions, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
-    texts, ids = [embed_texts([])], [torch.empty(0, dtype=torch.long)]
-    for batch in with_progress(batches, "captions"):
-        texts.append(embed_texts(batch))
-        ids.append(_caption_ids(model, batch))
-    embed.require_finite(embedded := torch.cat(texts), captions, "captions")
+    texts, ids = _room(model, len(captions)), torch.empty(len(captions), dtype=torch.long)
+    for number, batch in enumerate(with_progress(batches, "captions")):
+        rows = slice(number * options.batch_size, (number + 1) * options.batch_size)
+        texts[rows], ids[rows] = embed_texts(batch), _caption_ids(model, batch)
+    embed.require_finite(texts, captions, "captions")
     return embed.Collection(
         paths=paths,
         images=images,
         captions=captions,
-        texts=embedded,
+        texts=texts,
         owners=owners,
-        caption_ids=torch.cat(ids).to(images.device),
+        caption_ids=ids.to(images.device),
         classes=classes,
         templates=templates,
         labels=[labels[index] for index in kept] if classes else [],
@@ -259,7 +260,9 @@ def _read_classes(model: Pretrained, options: ScoreOptions) -> tuple[list[str], 
     if len(classes) == 1:
         raise UserError(f"{options.classes}: 1 class. Expected at least 2, from which the model is to choose.")
     if classes:
-        ids = _caption_ids(model, [templates[0].replace("{}", name) for name in classes]).tolist()
+        named = [templates[0].replace("{}", name) for name in classes]
+        batches: Any = DataLoader(named, zero_shot.CAPTIONS_AT_ONCE, collate_fn=list)  # type: ignore[arg-type]
+        ids = torch.cat([_caption_ids(model, batch) for batch in batches]).tolist()
         first = dict(zip(reversed(ids), reversed(classes), strict=True))
         for name, number in zip(classes, ids, strict=True):
             if first[number] != name:
@@ -268,6 +271,11 @@ def _read_classes(model: Pretrained, options: ScoreOptions) -> tuple[list[str], 
                     "the model. Expected classes that differ within the model's context length."
                 )
     return classes, templates
+
+
+def _room(model: Pretrained, number: int) -> torch.Tensor:
+    # Filled batch by batch: parts that are joined in the end would take the memory twice.
+    return torch.empty(number, model.model.embed_dim, device=model.model.logit_scale.device)
 
 
 def _caption_ids(model: Pretrained, texts: list[str]) -> torch.Tensor:

@@ -60,6 +60,8 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
             f"{tuned}: does not hold a model of this package. Expected a checkpoint of `train-clip train` "
             "or `finetune`."
         )
+    about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **own.OF_RUN}}
+    del end  # with the optimizer's state, twice as large as the weights
     if "config" in arguments:
         # The start is of the tuned model's configuration, whatever its file leaves open.
         begin: found.Found = found.find_model(start, config_from_dict(arguments["config"], start))
@@ -80,7 +82,6 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
         print(f"The merged models are scored likewise: {remaining(left)}")
     if options.json is not None:
         require_place(options.json)
-    about = {name: end[name] for name in KEPT if name in end} | {"hyper_parameters": {**arguments, **own.OF_RUN}}
     for weight, target in zip(weights, targets, strict=True):
         merged = {own.MODEL + name: value for name, value in interpolate(first, second, weight).items()}
         checkpoints.AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)

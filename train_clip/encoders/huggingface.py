@@ -94,7 +94,8 @@ def _load(name: str, kind: str) -> Any:
             f"file, or have another shape there, such as {', '.join(sorted(missing)[:5])}. Expected all of them. Use "
             "a model whose config.json and weights belong together."
         )
-    return module
+    # A copy: these weights may be a mapped file, with which they would change.
+    return copy.deepcopy(module)
 
 
 def _auto_model(transformers: Any, config: Any, name: str, kind: str) -> Any:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -18,6 +17,7 @@ from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, Texts, texts_on, unit_norm
 
 EMBED_AT_ONCE = 64  # images or captions
+COMPARED_AT_ONCE = 4096  # embeddings with the first one
 
 Picture = str | Path | Image.Image
 
@@ -41,20 +41,26 @@ class Collection:
 
 def find_collapse(collection: Collection) -> str | None:
     """Say what the model maps to one point though it differs: within D · eps all is a tie (``softmax.ranks``)."""
-    _, different = np.unique(collection.caption_ids.cpu(), return_index=True)
-    sides = {"images": collection.images, "captions": collection.texts[different.tolist()]}
+    sides = {"images": collection.images}
+    if (collection.caption_ids != collection.caption_ids[:1]).any():
+        sides["captions"] = collection.texts
     if collection.classes:
         names = [collection.templates[0].replace("{}", name) for name in collection.classes]
         sides["class names"] = collection.embed_texts(names)
-    tie = collection.images.shape[1] * torch.finfo(torch.float32).eps
-    found = [what for what, some in sides.items() if len(some) > 1 and (some - some[0]).norm(dim=1).max() <= tie]
+    found = [what for what, some in sides.items() if len(some) > 1 and _is_one_point(some)]
     same = "have the same embedding, up to rounding. The model cannot tell them apart."
     return f"Collapsed: all {' and all '.join(found)} {same}" if found else None
 
 
+def _is_one_point(some: torch.Tensor) -> bool:
+    tie = some.shape[1] * torch.finfo(torch.float32).eps
+    return all((rows - some[0]).norm(dim=1).max() <= tie for rows in some.split(COMPARED_AT_ONCE))
+
+
 def require_finite(embeddings: torch.Tensor, names: Sequence[str], what: str) -> None:
-    """Refuse embeddings with NaN or infinity in them, of which no score means anything; (n, D), of n names."""
-    bad = (~embeddings.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    """Refuse embeddings with NaN or infinity in them, of which no score means anything; (n, D) unit norm, n names."""
+    # No sum of a row of unit norm overflows, and in none NaN or infinity is lost; a mask would take the memory again.
+    bad = (~embeddings.sum(dim=1).isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UserError(
             f"{names[bad[0]]}: its embedding is not finite (NaN or infinity), one of {len(bad):,} such among "

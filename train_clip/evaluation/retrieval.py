@@ -11,9 +11,9 @@ from torch import Tensor
 
 from train_clip.evaluation.embed import Collection
 from train_clip.losses.softmax import ranks
+from train_clip.losses.tiles import tiles
 
 KS = (1, 5, 10)  # CLIP paper, table 13
-ROWS_AT_ONCE = 1024  # bounds memory to this many rows of similarities
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def score_captions(collection: Collection) -> Retrieval | None:
     device = collection.images.device
     # An image whose captions could not be read has nothing to be found by.
     described, owners = torch.unique(torch.tensor(collection.owners, device=device), return_inverse=True)
-    found = retrieval(collection.images[described], collection.texts, owners, collection.caption_ids)
+    images = collection.images if len(described) == len(collection.images) else collection.images[described]
+    found = retrieval(images, collection.texts, owners, collection.caption_ids)
     # What every guess finds, as with k at the number of candidates, is no score.
     chances = found.chance_image_to_text, found.chance_text_to_image
     kept = zip((found.image_to_text, found.text_to_image, *chances), chances * 2, strict=True)
@@ -79,18 +80,16 @@ def _search(
     queries: Tensor, candidates: Tensor, ks: Sequence[int], right: Callable[[slice], Tensor]
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Recall and chance at each k; ``right`` tells for some of the queries which candidates are right."""
-    found, matches = [], []
-    for start in range(0, len(queries), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    found, matches = torch.empty(2, len(queries), dtype=torch.int64)
+    for rows in tiles(len(queries), len(candidates)):
         table = right(rows)
-        found.append(ranks(queries[rows], candidates, table).cpu())
-        matches.append(table.sum(dim=1).cpu())
+        found[rows], matches[rows] = ranks(queries[rows], candidates, table), table.sum(dim=1)
     # On the CPU: some devices (MPS) have no float64.
-    recall = {k: (torch.cat(found) < k).double().mean().item() for k in ks}
+    recall = {k: (found < k).double().mean().item() for k in ks}
     # 1 - C(candidates - matches, k) / C(candidates, k), averaged over the queries.
     number = len(candidates)
     drawn = torch.arange(min(max(ks), number), dtype=torch.float64)
-    wrong = number - torch.cat(matches).double()[:, None]
+    wrong = number - matches.double()[:, None]
     missed = ((wrong - drawn) / (number - drawn)).clamp(min=0).cumprod(dim=1)
     return recall, {k: (1 - missed[:, min(k, number) - 1]).mean().item() for k in ks}
 

@@ -15,8 +15,10 @@ from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import Collection, require_finite
 from train_clip.losses.softmax import ranks
+from train_clip.losses.tiles import tiles
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
+CAPTIONS_AT_ONCE = 4096  # of classes: what is held of them at a time, or all of one class
 # A line of JSON or Python: in quotes; with a key in quotes; or with a bracket before anything but a template's.
 DATA = re.compile(r"""(["']).*\1,?|(["']).*\2\s*:.*|[\[{]\s*(["'\[{\d-].*)?""")
 
@@ -58,24 +60,31 @@ def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any)
 
     ``templates`` have ``{}`` where the name goes; ``embed_texts`` maps n strings to (n, D) of unit norm.
     """
-    captions = [template.replace("{}", name) for name in classes for template in templates]
-    embeddings = embed_texts(captions)
-    require_finite(embeddings, captions, "captions of classes")
-    means = embeddings.unflatten(0, (len(classes), len(templates))).mean(dim=1)
-    return torch.nn.functional.normalize(means, dim=-1)
+    at_once = max(1, CAPTIONS_AT_ONCE // len(templates))
+    means = list[torch.Tensor]()
+    for start in range(0, len(classes), at_once):
+        names = classes[start : start + at_once]
+        embeddings = embed_texts([template.replace("{}", name) for name in names for template in templates])
+        means.append(embeddings.unflatten(0, (len(names), len(templates))).mean(dim=1))
+    found = torch.nn.functional.normalize(torch.cat(means), dim=-1)
+    require_finite(found, classes, "classes")
+    return found
 
 
 def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor) -> ZeroShot:
     """Score (N, D) images by their (N,) labels against (C, D) classes, of unit norm; ties and NaN count against."""
-    right = labels[:, None] == torch.arange(len(classes), device=labels.device)
+    numbers = torch.arange(len(classes), device=labels.device)
+    places = torch.empty_like(labels)
+    for at in tiles(len(images), len(classes)):
+        places[at] = ranks(images[at], classes, labels[at, None] == numbers)
     # On the CPU: some devices (MPS) have no float64.
-    places, labels = ranks(images, classes, right).cpu(), labels.cpu()
+    places, labels = places.cpu(), labels.cpu()
     hits = (places < 1).double()
-    found, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
+    right, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
     return ZeroShot(
         top1=hits.mean().item(),
         top5=(places < 5).double().mean().item() if len(classes) > 5 else None,
-        mean_per_class=(found / counts)[counts > 0].mean().item(),
+        mean_per_class=(right / counts)[counts > 0].mean().item(),
         chance=1 / len(classes),
         num_images=len(images),
         num_classes=len(classes),

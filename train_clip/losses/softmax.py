@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train_clip.losses import Loss, Pairs
-from train_clip.losses.tiles import TILE, tiled_loss
+from train_clip.losses.tiles import TILE, tiled_loss, tiles
 
 
 def clip_loss(pairs: Pairs, scale: Tensor, _bias: Tensor | None = None, mask_equal: bool = False) -> Tensor:
@@ -65,16 +65,17 @@ def accuracy(rows: Tensor, columns: Tensor, offset: int = 0, groups: Tensor | No
     Ties and NaN count against.
     """
     groups = torch.arange(len(columns), device=rows.device) if groups is None else groups
-    at_once = max(1, TILE // max(1, len(columns)))
-    shares = zip(rows.split(at_once), groups[offset : offset + len(rows), None].split(at_once), strict=True)
-    return torch.cat([ranks(some, columns, own == groups) < 1 for some, own in shares]).float().mean()
+    own = groups[offset : offset + len(rows), None]
+    found = [ranks(rows[at], columns, own[at] == groups) < 1 for at in tiles(len(rows), len(columns))]
+    return torch.cat(found).float().mean()
 
 
 @torch.no_grad()
 def ranks(rows: Tensor, columns: Tensor, right: Tensor) -> Tensor:
     """How many wrong columns stand before each row's best right one. Ties and NaN count against.
 
-    Of (B, D) rows and (N, D) columns, unit norm, and (B, N) bool: (B,) int64 in [0, N]. Similarities closer than
+    Of (B, D) rows, as few as ``tiles`` gives, and (N, D) columns, unit norm, and (B, N) bool: (B,) int64 in [0, N].
+    Similarities closer than
     D · eps are a tie: a computed product is off by up to D · eps / 2 (Higham, Accuracy and Stability of Numerical
     Algorithms, 2002, section 3.1), by the order of its sum, which depends on the processor and the place in the matrix.
     """

@@ -6,7 +6,7 @@ the whole matrix takes O(B · N); the idea is that of Inf-CL (Cheng et al. 2024,
 B  pairs on this process      N  pairs of the global batch      D  embedding width      b  rows of a tile
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,12 @@ TILE = 2**22  # similarities that are held at a time
 
 TileLoss = Callable[[Tensor, Tensor, bool], Tensor]
 """(b, N) logits, (b, 1) own columns, whether to overwrite the logits by their gradient → () sum of the rows' losses."""
+
+
+def tiles(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Cut rows into slices that have ``TILE`` similarities with all the columns at most, or are of one row."""
+    at_once = max(1, TILE // max(1, num_columns))
+    return (slice(start, start + at_once) for start in range(0, max(1, num_rows), at_once))
 
 
 def tiled_loss(
@@ -52,8 +58,8 @@ class _Tiled(torch.autograd.Function):
         loss = of_bias = torch.zeros((), dtype=dtype, device=rows.device)
         of_rows, of_columns = (torch.zeros_like(side) if wants_gradient else side for side in (wide_rows, wide_columns))
         places = torch.arange(offset, offset + len(rows), device=rows.device)[:, None]
-        tiles = (side.split(max(1, TILE // max(1, len(columns)))) for side in (wide_rows, of_rows, places))
-        for some, of_some, own in zip(*tiles, strict=True):
+        for at in tiles(len(rows), len(columns)):
+            some, of_some, own = wide_rows[at], of_rows[at], places[at]
             logits = (scale.to(dtype) * some) @ wide_columns.T
             if bias is not None:
                 logits.add_(bias)

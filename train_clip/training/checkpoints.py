@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -45,7 +46,8 @@ class AtomicCheckpointIO(plugins.TorchCheckpointIO):
                 with beside.open("wb") as file:
                     torch.save(checkpoint, file)
                 # What cannot be read again is found out now, and not when it is needed.
-                torch.load(beside, weights_only=True, mmap=True)
+                # Nothing is mapped: Windows would not rename the file.
+                torch.load(beside, weights_only=True, map_location="meta")
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{path}: not written, because it would hold more than plain data, which cannot be loaded without "
@@ -237,4 +239,5 @@ class Checkpoints(callbacks.Checkpoint):
         # Higher numbers are what a run has left that was resumed from before them; they are not this run's to delete.
         steps = [file for file in self.folder.glob(f"step-{'[0-9]' * 8}.ckpt") if file <= newest]
         for file in sorted(steps)[: -self.keep]:
-            file.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows, where somebody reads it: the next save tries again
+                file.unlink(missing_ok=True)

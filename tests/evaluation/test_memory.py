@@ -1,0 +1,58 @@
+"""What evaluation takes of memory besides the embeddings, at sizes at which a whole matrix would not fit."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests import forked
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kibibytes on Linux alone")
+
+LIMIT = 300  # MB; matrices as a whole would take 0.8 to 6 GB
+# What is given, and what is called; all embeddings are at one point, of which no figure comes.
+CASES = {
+    "10,000 classes in 80 templates": (
+        "names, templates = [str(n) for n in range(10_000)], ['a {} ' + str(n) for n in range(80)]",
+        "zero_shot.class_embeddings(names, templates, lambda texts: points(len(texts), 512))",
+    ),
+    "50,000 images, 10,000 classes": (
+        "images, labels, classes = points(50_000, 16), torch.arange(50_000) % 10_000, points(10_000, 16)",
+        "zero_shot.zero_shot(images, labels, classes)",
+    ),
+    "100,000 captions of 2,000 images": (
+        "images, texts, numbers = points(2_000, 4), points(100_000, 4), torch.arange(100_000)",
+        "retrieval.retrieval(images, texts, numbers // 50, numbers)",
+    ),
+    "800 MB of embeddings looked through": (
+        "some, numbers = points(200_000, 512), torch.arange(200_000)\n"
+        "held = embed.Collection([], some, [], points(200_000, 512), [], numbers, [], [], [], None, [])",
+        "embed.require_finite(some, numbers, 'images'), embed.find_collapse(held)",
+    ),
+}
+PROGRAM = """
+import resource
+import torch
+from train_clip.evaluation import embed, retrieval, zero_shot
+
+def points(rows, width):
+    return torch.full((rows, width), width**-0.5)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+{given}
+before = peak()
+{called}
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_bounded(case):
+    """Of a process of its own, at its peak."""
+    given, called = CASES[case]
+    ended = forked.run(["-c", PROGRAM.format(given=given, called=called)])
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < LIMIT
