@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import shutil
+import stat
 import sys
 import time
 import warnings
@@ -75,6 +76,16 @@ def require_no_others(folder: Path, *own: str) -> None:
                 f"{folder}: holds {one.name!r} already, and the output files would be mixed with what is there. "
                 "Expected a new or an empty folder; give another --output."
             )
+
+
+def regular(path: str, flags: int) -> int:
+    """For ``open(path, opener=regular)``, of a user's files: a FIFO in a file's place would block for ever."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    kind = os.fstat(handle).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a folder ``open`` itself refuses
+        os.close(handle)
+        raise FileExistsError(errno.EEXIST, "is not a regular file", str(path))
+    return handle
 
 
 @contextmanager

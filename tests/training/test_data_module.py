@@ -92,6 +92,7 @@ def among(module: TextImageDataModule, rank: int, size: int) -> TextImageDataMod
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=rank,
         world_size=size,
+        num_devices=size,
         training=False,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 
 from train_clip.errors import BadSample, MissingSample
+from train_clip.files import regular
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS, from which on it warns of a decompression bomb
@@ -85,13 +86,13 @@ def read_image(path: str) -> Decoded:
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
-    with reading(path, "image"), open(path, "rb") as file:  # noqa: PTH123, a third of the time
+    with reading(path, "image"), open(path, "rb", opener=regular) as file:
         return _decoded(path, _open(path, file))
 
 
 def open_image(path: str) -> Jpeg | Image.Image:
     """Open an image file as ``read_image`` does, but leave it to the caller to decode a plain JPEG."""
-    with reading(path, "image"), open(path, "rb") as file:  # noqa: PTH123, a third of the time
+    with reading(path, "image"), open(path, "rb", opener=regular) as file:
         picture = _open(path, file)
         if picture.format in JPEGS and picture.mode in ("RGB", "L"):
             return Jpeg(_whole(picture), picture.size, _turn(picture, []))
@@ -180,6 +181,8 @@ def _reason(what: str, error: Exception) -> str:
             return "file does not exist"
         case PermissionError():
             return "no permission to read the file"
+        case FileExistsError():
+            return "not a regular file"
         case MemoryError():
             return "too large for memory"
         case Image.DecompressionBombError():

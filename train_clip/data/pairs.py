@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample
+from train_clip.files import regular
 
 MAX_BYTES = 2**20  # of a file; what is longer is something else than captions
 IN_TABLE = "\0"  # begins captions that stand in place of their file's name, which cannot hold it
@@ -135,8 +136,10 @@ def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
         BadSample: the file cannot be read, is not UTF-8, holds NUL, has only empty captions, or is over ``MAX_BYTES``.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123, a third of the time
+        with open(path, "rb", opener=regular) as file:
             content = file.read(MAX_BYTES + 1)
+    except FileExistsError:
+        raise BadSample(path, "not a regular file") from None
     except OSError as error:
         raise BadSample(path, f"caption cannot be read ({type(error).__name__})") from None
     if len(content) > MAX_BYTES:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from train_clip.data import crops, images
+from train_clip.data import crops, images, workers
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
 from train_clip.errors import BadSample, UserError
 
@@ -195,7 +195,7 @@ def image_loader(paths: Sequence[str], size: int, batch_size: int, num_workers: 
     """Load images alone, in batches of (indices, (B, 3, S, S) pixels, skips); bad files are in the skips alone."""
     numbered = PairList("", paths, (f"{IN_TABLE}{index}" for index in range(len(paths))))
     images = ValidationPairs(numbered, size)
-    return DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate_images)
+    return workers.loader(images, batch_size, num_workers, collate_fn=_collate_images)
 
 
 def _collate_images(samples: list[Sample]) -> tuple[list[int], torch.Tensor, list[Skip]]:

@@ -22,6 +22,7 @@ from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, plain_name
 from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, advice_on, fault_of, path_advice
 from train_clip.data.tokenizer import is_empty
 from train_clip.errors import MissingFile, UserError
+from train_clip.files import regular
 from train_clip.options import SourceOptions
 
 LONGEST_PATH = 4096  # characters; what is longer is something else than a path
@@ -76,7 +77,7 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
             f"folder of images and captions use --folder.{path_advice(str(table)) if fault else advice_on([suffix])}"
         )
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
+        with open(table, encoding="utf-8-sig", newline="", opener=regular) as file:
             lines = iter(partial(file.readline, LONGEST_LINE), "")
             for line, row in READERS[suffix](table, lines, names):
                 scan.num_entries += 1

@@ -13,6 +13,7 @@ from typing_extensions import override
 from train_clip import cores, gather
 from train_clip.data import samples, scan, table, tokenizer
 from train_clip.data.pairs import PairList, plain_name, split_pairs
+from train_clip.data.workers import loader
 from train_clip.errors import UserError
 from train_clip.keywords import DataKeywords, OptionsByName
 from train_clip.options import DataOptions, StepOptions, WeightOptions
@@ -95,13 +96,14 @@ class TextImageDataModule(LightningDataModule):
         order = samples.GlobalBatchSampler(
             dataset, self.batch_size, self._consumed_batches, how.shuffle, self.seed, process
         )
-        return self._loader(dataset, sampler=order, drop_last=True)
+        return self._loader(dataset, sampler=order, drop_last=True, say=utilities.rank_zero_info)
 
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if not self.validation_pairs:
             return []
-        return self._loader(samples.ValidationPairs(self.validation_pairs, self.image_size))
+        # That its processes are fewer, the training loader says for both.
+        return self._loader(samples.ValidationPairs(self.validation_pairs, self.image_size), say=lambda _: None)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -149,14 +151,16 @@ class TextImageDataModule(LightningDataModule):
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
             workers = 0 if device == "cpu" else min(MAX_WORKERS, cores.free_cores(processes))
         signals.end_loaders_at_exit()
-        return DataLoader(
+        on_this_host = 1 if self.trainer is None else self.trainer.num_devices
+        return loader(
             dataset,
             self.batch_size // processes,
+            workers,
+            # Those of training and of validation are at work at the same time.
+            on_this_host * (2 if self.validation_pairs else 1),
+            signals.outlive_the_first_signal,
             collate_fn=functools.partial(samples.collate, self.tokenizer),
-            num_workers=workers,
-            persistent_workers=workers > 0,
             pin_memory=device == "cuda",
-            worker_init_fn=signals.outlive_the_first_signal,
             **how,
         )
 
