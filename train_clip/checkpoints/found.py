@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 from typing_extensions import override
 
 from train_clip.checkpoints import read, sources, state_dicts
-from train_clip.errors import UserError, printable
+from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
+from train_clip.printing import printable
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     import torch

@@ -17,6 +17,7 @@ from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, READABLE, Scan, advice_on, fault_of, path_advice
 from train_clip.errors import MissingFile, UserError
 from train_clip.options import SourceOptions
+from train_clip.printing import printable
 
 NAMED = 6  # files in the message on a stem
 CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at the top
@@ -144,7 +145,7 @@ def _pair(scan: Scan, shared: str | int, files: list[str]) -> Iterator[Row]:
             if captions == 1 and len(here) == 2:
                 yield here[0], here[1], caches.get(here[0], "")
             elif 0 < captions < len(here):
-                listed = "\n  ".join(sorted(here)[:NAMED] + ["…"] * (len(here) > NAMED))
+                listed = "\n  ".join([*map(printable, sorted(here)[:NAMED]), *["…"] * (len(here) > NAMED)])
                 scan.faults.append(
                     f"{scan.source.joinpath(*place)}: the {scan.pair_by} {shared} is in {len(here)} names, so it is "
                     f"not clear which files form a pair:\n  {listed}\n  Expected one image and one caption, and at "

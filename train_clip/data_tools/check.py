@@ -8,6 +8,7 @@ from train_clip import errors, files
 from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
+from train_clip.printing import printable
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -37,9 +38,9 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         sources.append(held_out.source)
     facts = look_at(found.pairs, sources, options.context_length, options.num_workers, options.cache)
     report = build_report(found, facts, options, val_pairs)
-    print("\n".join(lines(report, options)))
     if options.json is not None:
         files.write_text(options.json, json.dumps(report, indent=2) + "\n")
+    print("\n".join(lines(report, options)))
     if report["problems"]:
         raise errors.UserError(f"{report['source']}: training would fail. {' '.join(report['problems'])}")
     return report
@@ -55,7 +56,7 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
     yield from _named("caption without an image", report["lone_captions"])
     yield from _named("link to a folder, not followed", report["folder_links"])
     if report["others"]:
-        others = (f"{count:,} × {suffix}" for suffix, count in report["others"].items())
+        others = (f"{count:,} × {printable(suffix)}" for suffix, count in report["others"].items())
         yield "  neither image nor caption: " + ", ".join(others)
     if report["faults"]:
         yield f"Faults: {len(report['faults']):,}. Training does not start with them."

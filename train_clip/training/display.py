@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer, callbacks, loggers, utilities
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from typing_extensions import override
 
 from train_clip import errors, files
 from train_clip.estimates import remaining
+from train_clip.printing import progress_bar
 from train_clip.training import lightning_internals
 
 METRICS = Path("logs", "metrics.csv")  # within a run's folder
@@ -72,8 +73,7 @@ class RunProgress(Callback):
         self.clock, self.done = clock, MofNCompleteColumn()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
         columns = (self.done, BarColumn(10), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, refresh_per_second=4)
-        self.progress.disable = not self.progress.console.is_terminal
+        self.progress = progress_bar(*columns, refresh_per_second=4)
         self.last_shown, self.batches = 0.0, 0
         self.warm: tuple[float, float, int] | None = None  # steps, time and epoch when the warm-up ended
         self.said: bool | None = None  # whether the newest estimate that was said counts an epoch's end; or none was
@@ -134,7 +134,7 @@ class RunProgress(Callback):
             self._say(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}")
 
     def _say(self, line: str) -> None:
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
+        print(line, flush=True)
 
 
 def _figures(trainer: Trainer, prefix: str) -> str:
