@@ -12,12 +12,12 @@ LAYOUT = "\n\t"  # of our own messages
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r]")  # how cells begin that spreadsheets run
 
 
-def printable(text: str, kept: str = "") -> str:
+def printable(text: object, kept: str = "") -> str:
     r"""Escape what could steer a terminal, reorder a line or begin another: \x1b, \u202e, \n, a byte that is no UTF-8.
 
     The result can be written as UTF-8. Characters in ``kept`` stay as they are.
     """
-    if text.isprintable():
+    if (text := str(text)).isprintable():
         return text
     return "".join(
         _escaped(letter) if unicodedata.category(letter) in CONTROL and letter not in JOINERS + kept else letter

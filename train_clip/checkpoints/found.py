@@ -311,11 +311,11 @@ def identify(contents: read.Contents) -> Found:
             left_out += ["…"] * (len(seen.left_out) > len(left_out))
             taken = printable(f"{seen.place or 'its top level'}; left out: {', '.join(left_out)}")
             return replace(found, about={TAKEN: taken, **found.about})
-    tensors = clip.tensors
+    tensors, first = clip.tensors, printable(", ".join(list(clip.tensors)[:5]))
     raise UserError(
-        f"{contents.path}: {len(tensors):,} tensors ({', '.join(list(tensors)[:5])}, …) that are not those of a CLIP. "
-        "Expected one by OpenAI, open_clip, Hugging Face or this package. To start from other encoders: train-clip "
-        "finetune --image_encoder … --text_encoder …"
+        f"{contents.path}: {len(tensors):,} tensors ({first}, …) that are not those of a CLIP. Expected one by "
+        "OpenAI, open_clip, Hugging Face or this package. To start from other encoders: train-clip finetune "
+        "--image_encoder … --text_encoder …"
     )
 
 

@@ -203,7 +203,9 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
         kept += indices
         parts.append(embed.embed_images(model.model, pixels, options.batch_size))
     if not kept:
-        raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
+        raise UserError(
+            f"{printable(skips[0].path)}: {skips[0].reason}; none of the {len(found):,} images can be read."
+        )
     paths = [found[index].image for index in kept]
     embed.require_finite(images := torch.cat(parts), paths, "images")
     captions, owners = list[str](), list[int]()

@@ -80,9 +80,9 @@ def _groups(scan: Scan) -> dict:
             groups[int(numbers[0])].append(path)
         elif numbers:
             scan.faults.append(
-                f"{scan.source / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear which "
-                "one pairs it. Expected one number (--pair_by number). Rename it, or list the pairs in a table "
-                "(--pairs)."
+                f"{printable(scan.source / path)}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not "
+                "clear which one pairs it. Expected one number (--pair_by number). Rename it, or list the pairs in a "
+                "table (--pairs)."
             )
         else:
             _leave_alone(scan, [path])
@@ -98,7 +98,7 @@ def _images_and_captions(scan: Scan) -> Iterator[str]:
             entries = list(os.scandir(scan.source / parent))
         except PermissionError:
             lacking = "no permission to list this folder. Allow it (chmod +rx), or move the folder away."
-            scan.faults.append(f"{scan.source / parent}: {lacking}")
+            scan.faults.append(f"{printable(scan.source / parent)}: {lacking}")
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -111,7 +111,7 @@ def _images_and_captions(scan: Scan) -> Iterator[str]:
                 scan.folder_links.append(path)
             elif suffix in wanted:
                 if fault := fault_of(entry.path, entry.is_file(follow_symlinks=False)):
-                    scan.faults.append(f"{scan.source / path}: {fault}; {READABLE}. Rename or remove it.")
+                    scan.faults.append(f"{printable(scan.source / path)}: {fault}; {READABLE}. Rename or remove it.")
                 else:
                     scan.num_entries += 1
                     yield path
@@ -147,10 +147,9 @@ def _pair(scan: Scan, shared: str | int, files: list[str]) -> Iterator[Row]:
             elif 0 < captions < len(here):
                 listed = "\n  ".join([*map(printable, sorted(here)[:NAMED]), *["…"] * (len(here) > NAMED)])
                 scan.faults.append(
-                    f"{scan.source.joinpath(*place)}: the {scan.pair_by} {shared} is in {len(here)} names, so it is "
-                    f"not clear which files form a pair:\n  {listed}\n  Expected one image and one caption, and at "
-                    "most "
-                    "one array in npz/. Rename or remove the others."
+                    f"{printable(scan.source.joinpath(*place))}: the {scan.pair_by} {printable(shared)} is in "
+                    f"{len(here)} names, so it is not clear which files form a pair:\n  {listed}\n  Expected one image "
+                    "and one caption, and at most one array in npz/. Rename or remove the others."
                 )
                 return
             elif place:

@@ -24,6 +24,7 @@ from train_clip.data.tokenizer import is_empty
 from train_clip.errors import MissingFile, UserError
 from train_clip.files import MAX_CAPTIONS, MAX_PATH, MAX_ROW
 from train_clip.options import SourceOptions
+from train_clip.printing import printable
 
 NAMED = 20  # columns in a message
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -53,7 +54,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
         if fault == GONE:
             scan.lone_captions.append(name)
         elif fault:
-            scan.faults.append(f"{path}: {fault}; {READABLE}. Fix or remove its rows.")
+            scan.faults.append(f"{printable(path)}: {fault}; {READABLE}. Fix or remove its rows.")
         else:
             there[spelling] += texts
     scan.lone_captions.sort()
