@@ -290,9 +290,7 @@ def _options_in(name: str) -> dict[str, Any]:
         raise UsageError(
             f"--config {name}: neither a file nor a recipe.{did_you_mean(name, recipes)} Recipes: {', '.join(recipes)}."
         )
-    expected = "options, a line NAME: VALUE for each"
-    if not isinstance(content := read_yaml(path, expected), dict):
-        raise UserError(f"--config {name}: holds {type(content).__name__}. Expected {expected}.")
+    content = read_yaml(path, "options, a line NAME: VALUE for each")
     return {_one_name(str(option)): value for option, value in content.items()}
 
 

@@ -1,6 +1,4 @@
-"""Files that are complete or absent: written next to the target, synced, renamed. And whose a folder is, and what of
-a text is read.
-"""  # noqa: D205
+"""Files that are complete or absent: written next to the target, synced, renamed. Whose a folder is; what is read."""
 
 import errno
 import os
@@ -60,18 +58,21 @@ def write_text(target: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def read_yaml(path: Path, expected: str) -> Any:
-    """Read plain values; the message says what was ``expected`` where the file holds none, or is over ``MAX_YAML``."""
+def read_yaml(path: Path, expected: str) -> dict[str, Any]:
+    """Read keys and values; the message says what was ``expected`` where a file holds none, or is over ``MAX_YAML``."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_YAML + 1)
         if len(content) > MAX_YAML:
             raise ValueError(f"over {MAX_YAML:,} bytes")
-        return yaml.load(content.decode(errors="replace"), _WithoutAliases)
+        values = yaml.load(content.decode(errors="replace"), _WithoutAliases)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not YAML ({error})"
         kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
         raise kind(f"{path}: {reason}. Expected {expected}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}. Expected {expected}.")
+    return values
 
 
 class _WithoutAliases(yaml.SafeLoader):

@@ -19,15 +19,11 @@ def printable(text: object, kept: str = "") -> str:
     """
     if (text := str(text)).isprintable():
         return text
-    return "".join(
-        _escaped(letter) if unicodedata.category(letter) in CONTROL and letter not in JOINERS + kept else letter
-        for letter in text
-    )
-
-
-def _escaped(letter: str) -> str:
-    is_byte = "\udc80" <= letter <= "\udcff"  # of a file's name, as Python has it
-    return f"\\x{ord(letter) - 0xDC00:02x}" if is_byte else letter.encode("unicode_escape").decode()
+    codes = {one for one in {*text} - {*JOINERS, *kept} if unicodedata.category(one) in CONTROL}
+    # A byte of a file's name is of U+DC00 on, as Python has it.
+    escapes: Any = {one: f"\\x{ord(one) - 0xDC00:02x}" for one in codes if "\udc80" <= one <= "\udcff"}
+    escapes |= {one: one.encode("unicode_escape").decode() for one in codes - escapes.keys()}
+    return text.translate(str.maketrans(escapes))
 
 
 def no_formula(cell: str, before: str = " ") -> str:
@@ -48,19 +44,16 @@ class PlainStream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> int:
-        """Write text; as many characters as were given are written."""
+    def write(self, text: str) -> int:  # noqa: D102
         bar = "\r" * (text.startswith("\r") and self.stream.isatty())
         self.stream.write(bar + printable(text[len(bar) :], LAYOUT))
         return len(text)
 
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write several texts."""
+    def writelines(self, lines: Iterable[str]) -> None:  # noqa: D102
         for line in lines:
             self.write(line)
 
-    def isatty(self) -> bool:
-        """False."""
+    def isatty(self) -> bool:  # noqa: D102
         return False
 
 

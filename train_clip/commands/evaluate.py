@@ -91,14 +91,12 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     # What took long is on disk before it is shown, to a terminal that may be gone; and shown, whatever a picture meets.
     if options.json is not None:
         write_json(options.json, scores)
-    picture = options.picture if collection.captions else None
     try:
-        if picture is not None:
-            draw_best_captions(collection, picture)
+        if options.picture is not None and collection.captions:
+            draw_best_captions(collection, options.picture)
+            print(f"Images next to their best captions: {options.picture}")
     finally:
         report(scores)
-    if picture is not None:
-        print(f"Images next to their best captions: {picture}")
     return scores
 
 

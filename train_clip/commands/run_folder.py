@@ -1,6 +1,7 @@
 """The folder of a run: its options, its environment, its checkpoints, and which of them to resume from."""
 
 import itertools
+import json
 import os
 import platform
 import re
@@ -54,7 +55,7 @@ class Resumption:
     def config(self) -> dict[str, Any] | None:
         """The options of the run; None for a checkpoint that lies in none."""
         file = None if self.run is None else self.run / "config.yaml"
-        return (read_yaml(file, OPTIONS) or {}) if file and file.is_file() else None
+        return read_yaml(file, OPTIONS) if file and file.is_file() else None
 
     def require_same_start(self, asked: dict[str, Any], known: dict[str, Any] | None = None) -> None:
         """Refuse other weights than the run started from: its state holds the model, and they would be ignored.
@@ -185,7 +186,8 @@ def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any],
     # One document a start.
     earlier = file.read_text(encoding="utf-8") + "---\n" if file.is_file() else ""
     write_text(file, earlier + yaml.safe_dump(about, sort_keys=False))
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    # Nothing in it is shared: YAML would write an alias, which is not read.
+    write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     if model is not None:
         write_text(folder / OWN_MODEL, yaml.safe_dump(model, sort_keys=False))
 

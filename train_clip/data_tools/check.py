@@ -111,8 +111,7 @@ def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
     if cut:
         yield (
             f"  {cut:,} ({cut / number:.1%}) are longer than {context_length} tokens including start and end: they "
-            "lose "
-            f"{captions['tokens_cut']:,} tokens, {captions['tokens_cut'] / cut:.1f} each"
+            f"lose {captions['tokens_cut']:,} tokens, {captions['tokens_cut'] / cut:.1f} each"
         )
     if repeated:
         yield f"  {repeated:,} ({repeated / number:.1%}) repeat another caption"
@@ -141,8 +140,7 @@ def _leaks(leaks: Report, options: CheckOptions) -> Iterator[str]:
         similar = "" if leaks["images_nearly"] is None else f", {leaks['images_nearly']:,} by a similar image"
         yield (
             f"Held out by {by}: {leaks['held_out']:,} pairs. Of these, also in training: {leaks['images']:,} by the "
-            "same "
-            f"image{similar}, {leaks['captions']:,} by a caption"
+            f"same image{similar}, {leaks['captions']:,} by a caption"
         )
     if leaks["images"]:
         yield f"  for instance {', '.join(leaks['examples'])}. `train-clip data split` keeps equal images on one side"

@@ -198,9 +198,7 @@ def presets() -> tuple[ModelConfig, ...]:
 
 
 def _read_yaml(path: Path) -> ModelConfig:
-    values = read_yaml(path, "a preset's name or a YAML file that can be read")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
+    values = read_yaml(path, "a preset's name, or YAML with keys such as embed_dim, image, text")
     return config_from_dict({"name": path.stem} | values, str(path))
 
 

@@ -98,7 +98,7 @@ class RunProgress(Callback):
             self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
                 left = f"  left: {task.fields['left']}" if task.fields["left"] else ""
-                self._say(f"step {self.done.render(task)}  {task.description}{left}")
+                print(f"step {self.done.render(task)}  {task.description}{left}", flush=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -106,7 +106,7 @@ class RunProgress(Callback):
             where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
             for what, prefix in (("held out", "val"), ("EMA", "val_ema")):
                 if figures := _figures(trainer, prefix):
-                    self._say(f"{where}, {what}:  {figures}")
+                    print(f"{where}, {what}:  {figures}", flush=True)
 
     @override
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -131,10 +131,7 @@ class RunProgress(Callback):
             what = f"the {num_left:,} steps to come take"
             if left == limit:
                 what = f"--max_time ends the run after {left / per_step:,.0f} of {num_left:,} steps to come, in"
-            self._say(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}")
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
+            print(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}", flush=True)
 
 
 def _figures(trainer: Trainer, prefix: str) -> str:
