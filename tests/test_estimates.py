@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Timer
-from rich.console import Console
 from torch.utils.data import DataLoader
 
 from tests.commands.test_train import arguments, model_file  # noqa: F401
@@ -145,7 +145,10 @@ def test_a_short_scan_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_scan_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar with the time that is left and when it is done."""
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
     go_through(100, 1, 2)
     assert re.search(rf"images .* about \d+ s, {END}", screen.getvalue())
 

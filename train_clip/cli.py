@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import yaml
 
-from train_clip import cores
+from train_clip import cores, printing
 from train_clip.errors import UsageError, UserError, did_you_mean, of_process, with_notes
+from train_clip.files import read_yaml
 from train_clip.options import TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
@@ -58,10 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exits with 0, with 1 where files or a run stop it, with 2 where the command is wrong, with 128 + N at signal N.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
-            stream.reconfigure(errors="replace")
+    printing.escape_streams()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
         # What is left to print goes out here: at the interpreter's end a closed pipe would be a traceback.
@@ -299,13 +297,8 @@ def _options_in(name: str) -> dict[str, Any]:
         raise UsageError(
             f"--config {name}: neither a file nor a recipe.{did_you_mean(name, recipes)} Recipes: {', '.join(recipes)}."
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {_one_name(option): value for option, value in content.items()}
-    except (yaml.YAMLError, AttributeError) as error:
-        raise UserError(
-            f"--config {name}: holds no options ({error}). Expected YAML, a line NAME: VALUE for each."
-        ) from error
+    content = read_yaml(path, "options, a line NAME: VALUE for each")
+    return {_one_name(str(option)): value for option, value in content.items()}
 
 
 def _require_known(words: list[str], configs: dict[str, dict[str, Any]], kinds: dict[str, Any], prog: str) -> None:

@@ -4,9 +4,14 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from train_clip.printing import LAYOUT, printable
+
 
 class UserError(Exception):
     """Stops a command. The message says what was found, what was expected and what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), LAYOUT)
 
 
 class UsageError(UserError, ValueError):
@@ -30,7 +35,7 @@ class BadSample(Exception):
         self.reason = reason  # in a few words that are the same for every file with the same fault
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return printable(f"{self.path}: {self.reason}")
 
 
 class MissingSample(BadSample, FileNotFoundError):
@@ -41,11 +46,6 @@ def did_you_mean(word: str, known: Iterable[str], before: str = "") -> str:
     """Name what a mistyped word is closest to, as a sentence to append; empty where nothing is close."""
     close = difflib.get_close_matches(word.lower(), names := {name.lower(): name for name in known}, n=2)
     return f" Did you mean {' or '.join(before + names[name] for name in close)}?" if close else ""
-
-
-def printable(text: str) -> str:
-    """A file's own words without the codes by which they could write all over a terminal."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written next to the target, synced, renamed. And whose a folder is."""
+"""Files that are complete or absent: written next to the target, synced, renamed. Whose a folder is; what is read."""
 
 import errno
 import os
@@ -11,9 +11,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from train_clip.errors import UserError
+import yaml
 
+from train_clip.errors import MissingFile, UserError
+
+# The most that is read of a text, whatever holds it, and no more than that is in memory: the rest is something else.
+MAX_CAPTIONS = 2**20  # bytes of a file of captions, of class names or of templates; of a caption in a table
+MAX_ROW = 2**24  # characters of a table's row, over all of its lines
+MAX_PATH = 4096  # bytes of a path in a table
+MAX_YAML = 2**16  # bytes of options or of a model's configuration
 BESIDE = ".tmp-"  # and the process's number, behind the target's name
 PATIENCE = 50  # tenths of a second, for others to close a file
 LOCK = ".lock"  # in a folder that a process holds
@@ -51,6 +59,31 @@ def write_text(target: Path, text: str) -> None:
     """Write UTF-8 text completely or not at all."""
     with replacing(target) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def read_yaml(path: Path, expected: str) -> dict[str, Any]:
+    """Read keys and values; the message says what was ``expected`` where a file holds none, or is over ``MAX_YAML``."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_YAML + 1)
+        if len(content) > MAX_YAML:
+            raise ValueError(f"over {MAX_YAML:,} bytes")
+        values = yaml.load(content.decode(errors="replace"), _WithoutAliases)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not YAML ({error})"
+        kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{path}: {reason}. Expected {expected}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}. Expected {expected}.")
+    return values
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    def compose_node(self, *place: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            # A few of them stand for any number of values.
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} stands for other values: write them out")
+        return super().compose_node(*place)
 
 
 def link(source: Path, target: Path) -> None:

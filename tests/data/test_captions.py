@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_clip.data.pairs import MAX_BYTES, read_caption_lines
+from train_clip.data.pairs import read_caption_lines
 from train_clip.data.tokenizer import Tokenizer, is_empty
 from train_clip.errors import BadSample
+from train_clip.files import MAX_CAPTIONS
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, apart from \r and \n
 
@@ -82,16 +83,16 @@ def test_what_is_mended(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("letter", [b"a", b" ", b"a cat\n", "猫".encode(), b"\0", b"\xff"])
 def test_a_file_of_a_mebibyte(tmp_path: Path, letter: bytes) -> None:
     """One byte over 2 to the 20th is refused for its size alone; as many bytes as that are looked into."""
-    assert MAX_BYTES == 1_048_576
+    assert MAX_CAPTIONS == 1_048_576
     path = tmp_path / "a.txt"
-    path.write_bytes((letter * MAX_BYTES)[: MAX_BYTES + 1])
+    path.write_bytes((letter * MAX_CAPTIONS)[: MAX_CAPTIONS + 1])
     with path.open("ab") as file:
-        file.write(b"a" * (MAX_BYTES + 1 - path.stat().st_size))
+        file.write(b"a" * (MAX_CAPTIONS + 1 - path.stat().st_size))
     with pytest.raises(BadSample) as caught:
         read_caption_lines(str(path))[0]
     assert caught.value.reason == "caption file over 1,048,576 bytes"
-    path.write_bytes(b"a" * MAX_BYTES)
-    assert read_caption_lines(str(path))[0] == ["a" * MAX_BYTES]
+    path.write_bytes(b"a" * MAX_CAPTIONS)
+    assert read_caption_lines(str(path))[0] == ["a" * MAX_CAPTIONS]
 
 
 @pytest.mark.parametrize("name", READABLE)

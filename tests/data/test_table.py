@@ -518,7 +518,7 @@ BROKEN_ROWS = {
         "b.jpg,,": f"has 3 cells; {QUOTED}",
         ",a cat": EMPTY,
         "  ,a cat": EMPTY,
-        "a" * 5_000 + ",a cat": f"'image' has 5,000 characters; {PATH} of at most 4,096",
+        "a" * 5_000 + ",a cat": f"'image' has 5,000 bytes; {PATH} of at most 4,096",
     },
     ".jsonl": {
         '{"caption": "a cat"}': EMPTY,
@@ -535,7 +535,7 @@ BROKEN_ROWS = {
         '{"image": "a.jpg", "caption": {"en": "a cat"}}': f"'caption' is {{'en': 'a cat'}}; {TEXT}",
         '{"image": "a.jpg", "caption": ["a cat", ["a dog"]]}': f"'caption' is ['a dog']; {TEXT}",
         '{"image": "a.jpg", "caption": "' + "a" * 1_048_577 + '"}': (
-            f"'caption' has 1,048,577 characters; {TEXT} of at most 1,048,576"
+            f"'caption' has 1,048,577 bytes; {TEXT} of at most 1,048,576"
         ),
         "[]": "is []; expected an object",
         '["a.jpg", "a cat"]': "is ['a.jpg', 'a cat']; expected an object",

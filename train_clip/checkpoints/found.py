@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 from typing_extensions import override
 
 from train_clip.checkpoints import read, sources, state_dicts
-from train_clip.errors import UserError, printable
+from train_clip.errors import UserError
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import WeightOptions
+from train_clip.printing import printable
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
     import torch
@@ -310,11 +311,11 @@ def identify(contents: read.Contents) -> Found:
             left_out += ["…"] * (len(seen.left_out) > len(left_out))
             taken = printable(f"{seen.place or 'its top level'}; left out: {', '.join(left_out)}")
             return replace(found, about={TAKEN: taken, **found.about})
-    tensors = clip.tensors
+    tensors, first = clip.tensors, printable(", ".join(list(clip.tensors)[:5]))
     raise UserError(
-        f"{contents.path}: {len(tensors):,} tensors ({', '.join(list(tensors)[:5])}, …) that are not those of a CLIP. "
-        "Expected one by OpenAI, open_clip, Hugging Face or this package. To start from other encoders: train-clip "
-        "finetune --image_encoder … --text_encoder …"
+        f"{contents.path}: {len(tensors):,} tensors ({first}, …) that are not those of a CLIP. Expected one by "
+        "OpenAI, open_clip, Hugging Face or this package. To start from other encoders: train-clip finetune "
+        "--image_encoder … --text_encoder …"
     )
 
 

@@ -71,7 +71,9 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
     )
     print("\nOn combinations of color and shape that were not in the training data:")
     checkpoint, picture = str(run / "checkpoints" / "last.ckpt"), output / "best_captions.png"
-    among_all = evaluate.EvaluateOptions(unseen, data / "classes.txt", data / "templates.txt", picture=picture)
+    among_all = evaluate.EvaluateOptions(
+        unseen, data / "classes.txt", data / "templates.txt", json=output / "scores.json", picture=picture
+    )
     among_unseen = replace(among_all, classes=data / "unseen_classes.txt")
     scores = evaluate.evaluate(checkpoint, among_all)
     model = evaluate.load_for_scoring(find_weights(checkpoint), among_unseen.device)

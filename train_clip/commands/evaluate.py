@@ -21,6 +21,7 @@ from train_clip.estimates import size
 from train_clip.evaluation import embed, zero_shot
 from train_clip.files import replacing, write_text
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
+from train_clip.printing import printable
 
 # By its key in the report: a function of a ``Collection``; its result, if it applies, is a dataclass with ``rows()`` to
 # print and ``figures()`` to compare. A new one is a line here and a file of its own.
@@ -87,12 +88,15 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         print(f"Evaluating {found.source}.")
     model = load_for_scoring(found, options.device)
     scores, collection = score(model, options)
-    report(scores)
+    # What took long is on disk before it is shown, to a terminal that may be gone; and shown, whatever a picture meets.
     if options.json is not None:
         write_json(options.json, scores)
-    if options.picture is not None and collection.captions:
-        draw_best_captions(collection, options.picture)
-        print(f"Images next to their best captions: {options.picture}")
+    try:
+        if options.picture is not None and collection.captions:
+            draw_best_captions(collection, options.picture)
+            print(f"Images next to their best captions: {options.picture}")
+    finally:
+        report(scores)
     return scores
 
 
@@ -131,7 +135,7 @@ def report(scores: Scores) -> None:
     if scores["collapse"]:
         print(scores["collapse"])
     for path, reason in skips[:NAMED]:
-        print(f"Not scored: {path}: {reason}")
+        print(f"Not scored: {printable(path)}: {reason}")
 
 
 def write_json(target: Path, scores: dict[str, Any]) -> None:
@@ -146,7 +150,7 @@ def print_table(rows: list[list[str]]) -> None:
         column.justify = "right"
     for row in rows[1:]:
         printed.add_row(*row)
-    console.Console(width=WIDTH).print(printed)
+    console.Console(width=WIDTH, markup=False, color_system=None).print(printed)
 
 
 def draw_best_captions(collection: embed.Collection, target: Path) -> None:
@@ -198,7 +202,9 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
         images[len(kept) : len(kept) + len(indices)] = embed.embed_images(model.model, pixels, options.batch_size)
         kept += indices
     if not kept:
-        raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(found):,} images can be read.")
+        raise UserError(
+            f"{printable(skips[0].path)}: {skips[0].reason}; none of the {len(found):,} images can be read."
+        )
     paths = [found[index].image for index in kept]
     embed.require_finite(images := images[: len(kept)], paths, "images")
     captions, owners = list[str](), list[int]()

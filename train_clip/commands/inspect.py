@@ -1,8 +1,8 @@
 """Show what a file of weights contains, quickly: neither PyTorch nor the model is loaded."""
 
 from train_clip.checkpoints import found, sources
-from train_clip.errors import printable
 from train_clip.options import MOMENTUM, TrainingOptions
+from train_clip.printing import printable
 
 # A module's arguments that say which model it is, and not how it was trained.
 OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts", "digest")

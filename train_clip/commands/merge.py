@@ -85,10 +85,14 @@ def merge(start: str, tuned: Path, /, options: MergeOptions) -> list[Path]:
     for weight, target in zip(weights, targets, strict=True):
         merged = {own.MODEL + name: value for name, value in interpolate(first, second, weight).items()}
         checkpoints.AtomicCheckpointIO().save_checkpoint(about | {"state_dict": merged}, target)
-        print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
         if weight not in scores:
             scores[weight] = _scores(found.find_weights(target), options)
-    _report(dict(sorted(scores.items())), options.json)
+    scores = dict(sorted(scores.items()))
+    if options.json is not None and scores[0.0]:
+        evaluate.write_json(options.json, {f"{weight:g}": of_one for weight, of_one in scores.items()})
+    for weight, target in zip(weights, targets, strict=True):
+        print(f"Wrote {target}: {1 - weight:g} × {start} + {weight:g} × {tuned}.")
+    _report(scores)
     return targets
 
 
@@ -151,7 +155,7 @@ def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.S
     return {name: evaluate.score(model, how)[0] for name, how in sets.items()}
 
 
-def _report(by_weight: dict[float, dict[str, evaluate.Scores]], target: Path | None) -> None:
+def _report(by_weight: dict[float, dict[str, evaluate.Scores]]) -> None:
     """Print a table for each set, a row a weight."""
     for name in by_weight[0.0]:
         print(f"\n{name}")
@@ -163,5 +167,3 @@ def _report(by_weight: dict[float, dict[str, evaluate.Scores]], target: Path | N
         for weight, scores in by_weight.items():
             if collapse := scores[name]["collapse"]:
                 print(f"Weight {weight:g}: {collapse}")
-    if target is not None and by_weight[0.0]:
-        evaluate.write_json(target, {f"{weight:g}": scores for weight, scores in by_weight.items()})

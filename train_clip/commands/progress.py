@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from torch.utils.data import DataLoader
 
 from train_clip.cores import free_cores
 from train_clip.estimates import remaining
+from train_clip.printing import progress_bar
 
 FIRST_SECONDS = 5.0  # of work that the first estimate is of, and the least that it speaks of
 LINE_SECONDS = 15.0  # between lines where there is no terminal
@@ -33,8 +33,7 @@ def with_progress(loader: DataLoader[Any], what: str, clock: Callable[[], float]
     """Go through the batches of a loader, and show how many of its items, ``what``, are done and when all will be."""
     total = len(loader.dataset)  # type: ignore[arg-type]
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}")
-    screen = Console()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with progress_bar(*columns, transient=True) as bar:
         task, first, due = bar.add_task(what, total=total, left=""), None, FIRST_SECONDS
         for number, batch in enumerate(loader, 1):
             yield batch

@@ -1,8 +1,10 @@
 """The folder of a run: its options, its environment, its checkpoints, and which of them to resume from."""
 
 import itertools
+import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,12 +21,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.checkpoints import own, sources
 from train_clip.errors import UserError
-from train_clip.files import held, require_no_others, sweep, write_text
+from train_clip.files import MAX_YAML, held, read_yaml, require_no_others, sweep, write_text
 from train_clip.models.config import OWN_MODEL
 from train_clip.training.same_run import require_same
 
 AUTO = "auto"
 OPENAI = "openai"
+OPTIONS = "the options of a run, as it wrote them"
 ABOUT = "run.yaml"  # the first file of a run, by which it is known
 RUNS = Path("runs")  # where runs lie that were given no folder
 VERSIONS_OF = ("train-clip", "torch", "lightning", "numpy", "pillow", "tokenizers", "ftfy", "jsonargparse")
@@ -52,7 +55,7 @@ class Resumption:
     def config(self) -> dict[str, Any] | None:
         """The options of the run; None for a checkpoint that lies in none."""
         file = None if self.run is None else self.run / "config.yaml"
-        return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file and file.is_file() else None
+        return read_yaml(file, OPTIONS) if file and file.is_file() else None
 
     def require_same_start(self, asked: dict[str, Any], known: dict[str, Any] | None = None) -> None:
         """Refuse other weights than the run started from: its state holds the model, and they would be ignored.
@@ -96,14 +99,19 @@ def options_of_run(verb: str, resume: str, output: str | None) -> dict[str, dict
     if run is None or config is None or not config.is_file():
         return {}
     about, model = run / ABOUT, run / OWN_MODEL
-    starts = list(yaml.safe_load_all(about.read_text(encoding="utf-8"))) if about.is_file() else []
-    if starts and (began := starts[-1].get("verb", verb)) != verb:
+    began = [verb]
+    if about.is_file():
+        with about.open(encoding="utf-8") as file:
+            # Of its first start, which is every other's.
+            began = re.findall("^verb: (.+)", file.read(MAX_YAML), re.MULTILINE) or began
+    if began[0] != verb:
         raise UserError(
-            f"{run}: a run of `train-clip {began}`, not of `{verb}`. To resume it: train-clip {began} --resume {run}"
+            f"{run}: a run of `train-clip {began[0]}`, not of `{verb}`. To resume it: train-clip {began[0]} --resume "
+            f"{run}"
         )
     # The run's own copy of its model, wherever the run lies by now.
     own_model = {"model_name": str(model)} if model.is_file() else {}
-    return {str(config): yaml.safe_load(config.read_text(encoding="utf-8")) | own_model}
+    return {str(config): read_yaml(config, OPTIONS) | own_model}
 
 
 def find_checkpoint(resume: str, output: Path | None) -> Resumption:
@@ -178,7 +186,8 @@ def write_run_files(folder: Path, config: dict[str, Any], facts: dict[str, Any],
     # One document a start.
     earlier = file.read_text(encoding="utf-8") + "---\n" if file.is_file() else ""
     write_text(file, earlier + yaml.safe_dump(about, sort_keys=False))
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    # Nothing in it is shared: YAML would write an alias, which is not read.
+    write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
     if model is not None:
         write_text(folder / OWN_MODEL, yaml.safe_dump(model, sort_keys=False))
 

@@ -28,6 +28,7 @@ import torch
 from train_clip.data.pairs import PairList
 from train_clip.errors import BadSample, UserError
 from train_clip.options import AugmentationOptions
+from train_clip.printing import printable
 from train_clip.tensors import sent
 
 LUMA = np.array([0.299, 0.587, 0.114])  # red, green, blue: ITU-R BT.601
@@ -149,8 +150,8 @@ def warnings_of_flips(how: AugmentationOptions, pairs: Any) -> Iterator[str]:
             yield (
                 f"{flip} is {getattr(how, flip)}, and {len(against):,} of {len(captions):,} checked captions "
                 f"({len(against) / len(captions):.1%}) name a side, a direction of rotation or text, such as {word!r} "
-                f"in “{shown}”. They do not describe a flipped image. Leave out the flip, unless these words mean "
-                "something else here."
+                f"in “{printable(shown)}”. They do not describe a flipped image. Leave out the flip, unless these "
+                "words mean something else here."
             )
 
 

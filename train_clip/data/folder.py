@@ -17,6 +17,7 @@ from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.scan import CAPTION_SUFFIX, DEFAULTS, READABLE, Scan, advice_on, fault_of, path_advice
 from train_clip.errors import MissingFile, UserError
 from train_clip.options import SourceOptions
+from train_clip.printing import printable
 
 NAMED = 6  # files in the message on a stem
 CACHE, IMAGES = "npz/", "img/"  # folders that have a meaning, where they lie at the top
@@ -79,9 +80,9 @@ def _groups(scan: Scan) -> dict:
             groups[int(numbers[0])].append(path)
         elif numbers:
             scan.faults.append(
-                f"{scan.source / path}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not clear which "
-                "one pairs it. Expected one number (--pair_by number). Rename it, or list the pairs in a table "
-                "(--pairs)."
+                f"{printable(scan.source / path)}: holds {len(numbers)} numbers ({', '.join(numbers)}), so it is not "
+                "clear which one pairs it. Expected one number (--pair_by number). Rename it, or list the pairs in a "
+                "table (--pairs)."
             )
         else:
             _leave_alone(scan, [path])
@@ -97,7 +98,7 @@ def _images_and_captions(scan: Scan) -> Iterator[str]:
             entries = list(os.scandir(scan.source / parent))
         except PermissionError:
             lacking = "no permission to list this folder. Allow it (chmod +rx), or move the folder away."
-            scan.faults.append(f"{scan.source / parent}: {lacking}")
+            scan.faults.append(f"{printable(scan.source / parent)}: {lacking}")
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -110,7 +111,7 @@ def _images_and_captions(scan: Scan) -> Iterator[str]:
                 scan.folder_links.append(path)
             elif suffix in wanted:
                 if fault := fault_of(entry.path, entry.is_file(follow_symlinks=False)):
-                    scan.faults.append(f"{scan.source / path}: {fault}; {READABLE}. Rename or remove it.")
+                    scan.faults.append(f"{printable(scan.source / path)}: {fault}; {READABLE}. Rename or remove it.")
                 else:
                     scan.num_entries += 1
                     yield path
@@ -144,12 +145,11 @@ def _pair(scan: Scan, shared: str | int, files: list[str]) -> Iterator[Row]:
             if captions == 1 and len(here) == 2:
                 yield here[0], here[1], caches.get(here[0], "")
             elif 0 < captions < len(here):
-                listed = "\n  ".join(sorted(here)[:NAMED] + ["…"] * (len(here) > NAMED))
+                listed = "\n  ".join([*map(printable, sorted(here)[:NAMED]), *["…"] * (len(here) > NAMED)])
                 scan.faults.append(
-                    f"{scan.source.joinpath(*place)}: the {scan.pair_by} {shared} is in {len(here)} names, so it is "
-                    f"not clear which files form a pair:\n  {listed}\n  Expected one image and one caption, and at "
-                    "most "
-                    "one array in npz/. Rename or remove the others."
+                    f"{printable(scan.source.joinpath(*place))}: the {scan.pair_by} {printable(shared)} is in "
+                    f"{len(here)} names, so it is not clear which files form a pair:\n  {listed}\n  Expected one image "
+                    "and one caption, and at most one array in npz/. Rename or remove the others."
                 )
                 return
             elif place:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample
-from train_clip.files import regular
+from train_clip.files import MAX_CAPTIONS, regular
 
-MAX_BYTES = 2**20  # of a file; what is longer is something else than captions
+MARK = "\ufeff"  # of the order of bytes
 IN_TABLE = "\0"  # begins captions that stand in place of their file's name, which cannot hold it
-CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {9: r"\t", 10: r"\n", 13: r"\r"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,34 +132,36 @@ def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
     the caption.
 
     Raises:
-        BadSample: the file cannot be read, is not UTF-8, holds NUL, has only empty captions, or is over ``MAX_BYTES``.
+        BadSample: the file cannot be read, is not UTF-8, holds NUL, has only empty captions, or is over
+            ``MAX_CAPTIONS``.
     """
+    text = read_captions(path)
+    captions = [line.strip() for line in text.removeprefix(MARK).split("\n") if not is_empty(line)]
+    mended = {"byte order mark dropped": text.startswith(MARK), "CR LF line endings": "\r\n" in text}
+    return captions, tuple(what for what, found in mended.items() if found)
+
+
+def read_captions(path: str) -> str:
+    """The text of a file of captions, or of names, as it is; errors as for ``read_caption_lines``."""
     try:
         with open(path, "rb", opener=regular) as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(MAX_CAPTIONS + 1)
     except FileExistsError:
         raise BadSample(path, "not a regular file") from None
     except OSError as error:
         raise BadSample(path, f"caption cannot be read ({type(error).__name__})") from None
-    if len(content) > MAX_BYTES:
-        raise BadSample(path, f"caption file over {MAX_BYTES:,} bytes")
+    if len(content) > MAX_CAPTIONS:
+        raise BadSample(path, f"caption file over {MAX_CAPTIONS:,} bytes")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")
     except UnicodeDecodeError:
         utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         raise BadSample(path, "caption is UTF-16, not UTF-8" if utf16 else "caption is not UTF-8") from None
     if "\0" in text:
         raise BadSample(path, "caption contains NUL")
-    captions = [line.strip() for line in text.split("\n") if not is_empty(line)]
-    if not captions:
+    if all(map(is_empty, text.removeprefix(MARK).split("\n"))):
         raise BadSample(path, "caption is empty")
-    mended = {"byte order mark dropped": content.startswith(b"\xef\xbb\xbf"), "CR LF line endings": b"\r\n" in content}
-    return captions, tuple(what for what, found in mended.items() if found)
-
-
-def shown(name: str) -> str:
-    """A name that can be printed on one line: bytes that are not UTF-8 and control characters are escaped."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").translate(CONTROL)
+    return text
 
 
 def plain_name(name: str) -> str:

@@ -12,6 +12,7 @@ from pkgutil import resolve_name
 from train_clip.data.pairs import PairList
 from train_clip.errors import UsageError, UserError
 from train_clip.options import SourceOptions
+from train_clip.printing import printable
 
 # A source is given by a path: the folder, or the option of its name. A new one is a line here, a file and an option.
 SOURCES = {"folder": "train_clip.data.folder:scan_folder", "pairs": "train_clip.data.table:scan_table"}
@@ -95,9 +96,9 @@ class Scan:
             ("Links to folders, which are not followed: give their targets instead", self.folder_links),
         ):
             if names:
-                lines.append(f"  {what}: {len(names):,}, for instance {names[0]}.")
+                lines.append(f"  {what}: {len(names):,}, for instance {printable(names[0])}.")
         if self.others:
-            others = (f"{count:,} × {suffix}" for suffix, count in self.others.most_common(NAMED))
+            others = (f"{count:,} × {printable(suffix)}" for suffix, count in self.others.most_common(NAMED))
             lines.append(f"  Neither images nor captions: {', '.join(others)}.{advice_on(self.others)}")
         if kind == "table":
             lines += dict.fromkeys(f" {advice}" for advice in map(path_advice, self.lone_captions) if advice)

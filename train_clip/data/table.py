@@ -18,20 +18,21 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from train_clip.data.pairs import IN_TABLE, MAX_BYTES, PairList, plain_name
+from train_clip.data.pairs import IN_TABLE, PairList, plain_name
 from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, advice_on, fault_of, path_advice
 from train_clip.data.tokenizer import is_empty
 from train_clip.errors import MissingFile, UserError
-from train_clip.files import regular
+from train_clip.files import MAX_CAPTIONS, MAX_PATH, MAX_ROW, regular
 from train_clip.options import SourceOptions
+from train_clip.printing import printable
 
-LONGEST_PATH = 4096  # characters; what is longer is something else than a path
-LONGEST_LINE = 2**24  # characters; what is longer is something else than a row
+NAMED = 20  # columns in a message
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 BAD_QUOTES = {  # what csv says, and what it means
     "unexpected end of data": "a quote that opens in this row is never closed",
     "expected after": "text follows the quote that closes a cell",
-    "field larger than": f"a cell has over {MAX_BYTES:,} characters, as where a quote is not closed",
+    "field larger than": f"a cell has over {MAX_CAPTIONS:,} characters, as where a quote is not closed",
+    "row larger than": f"a row has over {MAX_ROW:,} characters, as where a quote is not closed",
 }
 
 
@@ -53,7 +54,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
         if fault == GONE:
             scan.lone_captions.append(name)
         elif fault:
-            scan.faults.append(f"{path}: {fault}; {READABLE}. Fix or remove its rows.")
+            scan.faults.append(f"{printable(path)}: {fault}; {READABLE}. Fix or remove its rows.")
         else:
             there[spelling] += texts
     scan.lone_captions.sort()
@@ -78,7 +79,7 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
         )
     try:
         with open(table, encoding="utf-8-sig", newline="", opener=regular) as file:
-            lines = iter(partial(file.readline, LONGEST_LINE), "")
+            lines = iter(partial(file.readline, MAX_ROW + 1), "")
             for line, row in READERS[suffix](table, lines, names):
                 scan.num_entries += 1
                 if fault := row if isinstance(row, str) else _fault(row, names):
@@ -103,13 +104,14 @@ def _fault(row: Any, names: tuple[str, str]) -> str:
     image, captions = row.get(names[0]), _texts(row.get(names[1]))
     if not _texts(image) or (isinstance(image, str) and not image.strip()):
         return f"{names[0]!r} is empty; expected the path of an image"
-    cells = [(names[0], image, LONGEST_PATH, "the path of an image")]
-    for name, cell, most, expected in cells + [(names[1], text, MAX_BYTES, "text") for text in captions]:
+    cells = [(names[0], image, MAX_PATH, "the path of an image")]
+    for name, cell, most, expected in cells + [(names[1], text, MAX_CAPTIONS, "text") for text in captions]:
+        content = cell.encode("utf-8", "replace") if isinstance(cell, str) else b""
         # Half of a character, which JSON can spell, is no text.
-        if not isinstance(cell, str) or cell.encode("utf-8", "replace").decode() != cell:
+        if content.decode() != cell:
             return f"{name!r} is {reprlib.repr(cell)}; expected {expected}"
-        if len(cell) > most:
-            return f"{name!r} has {len(cell):,} characters; expected {expected} of at most {most:,}"
+        if len(content) > most:
+            return f"{name!r} has {len(content):,} bytes; expected {expected} of at most {most:,}"
     return ""
 
 
@@ -121,9 +123,17 @@ def _separated(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Ite
     separator = "\t" if table.suffix.lower() == ".tsv" else ","
     first = next(lines, "")
     likely = max((separator, *SEPARATORS), key=first.count)
-    reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
-    limit = csv.field_size_limit(MAX_BYTES)  # csv knows one for the whole process
-    line = 1
+    size, line = 0, 1
+
+    def of_a_row() -> Iterator[str]:
+        nonlocal size
+        for line in chain([first], lines):
+            if (size := size + len(line)) > MAX_ROW:
+                raise csv.Error("row larger than")
+            yield line
+
+    reader = csv.reader(of_a_row(), delimiter=separator, strict=True)
+    limit = csv.field_size_limit(MAX_CAPTIONS)  # csv knows one for the whole process
     try:
         if likely != separator and not set(names) <= set(next(csv.reader([first], delimiter=separator))):
             raise UserError(
@@ -132,14 +142,14 @@ def _separated(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Ite
             )
         header = next(reader, [])
         _require_columns(table, header, names)
-        line = reader.line_num + 1
+        size, line = 0, reader.line_num + 1
         for row in reader:
             if any(row) and len(row) == len(header):
                 yield line, dict(zip(header, row, strict=True))
             elif any(row):
                 found = f"has {len(row)} cell{'s' * (len(row) > 1)}; expected {len(header)}"
                 yield line, f"{found}, with quotes around text that contains {SEPARATORS[separator]}"
-            line = reader.line_num + 1
+            size, line = 0, reader.line_num + 1
     except csv.Error as error:
         found = next((words for said, words in BAD_QUOTES.items() if said in str(error)), str(error))
         raise UserError(
@@ -154,8 +164,8 @@ def _json_lines(table: Path, lines: Iterator[str], names: tuple[str, str]) -> It
     keys: list[str] = []
     has_captions = False
     for line, text in enumerate(lines, 1):
-        if len(text) == LONGEST_LINE:
-            raise UserError(f"{table}, line {line}: is over {LONGEST_LINE:,} characters. Expected one object per line.")
+        if len(text) > MAX_ROW:
+            raise UserError(f"{table}, line {line}: is over {MAX_ROW:,} characters. Expected one object per line.")
         if not text.strip():
             continue
         try:
@@ -176,12 +186,12 @@ READERS = {".csv": _separated, ".tsv": _separated, ".jsonl": _json_lines}
 
 
 def _require_columns(table: Path, header: list[str], names: Sequence[str]) -> None:
+    found = ", ".join(map(reprlib.repr, header[:NAMED])) or "nothing"
     for name in names:
         if header.count(name) != 1:
             raise UserError(
-                f"{table}: its columns are {', '.join(map(repr, header)) or 'nothing'}; expected one {name!r}. Name "
-                "the columns with --image_column and --caption_column; the first line of a table holds the column "
-                "names."
+                f"{table}: its columns are {found}; expected one {name!r}. Name the columns with --image_column and "
+                "--caption_column; the first line of a table holds the column names."
             )
 
 

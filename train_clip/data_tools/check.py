@@ -8,6 +8,7 @@ from train_clip import errors, files
 from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
+from train_clip.printing import printable
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -37,9 +38,9 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         sources.append(held_out.source)
     facts = look_at(found.pairs, sources, options.context_length, options.num_workers, options.cache)
     report = build_report(found, facts, options, val_pairs)
-    print("\n".join(lines(report, options)))
     if options.json is not None:
         files.write_text(options.json, json.dumps(report, indent=2) + "\n")
+    print("\n".join(lines(report, options)))
     if report["problems"]:
         raise errors.UserError(f"{report['source']}: training would fail. {' '.join(report['problems'])}")
     return report
@@ -59,7 +60,7 @@ def lines(report: Report, options: CheckOptions) -> Iterator[str]:
         )
     yield from _named("link to a folder, not followed", report["folder_links"])
     if report["others"]:
-        others = (f"{count:,} × {suffix}" for suffix, count in report["others"].items())
+        others = (f"{count:,} × {printable(suffix)}" for suffix, count in report["others"].items())
         yield f"  neither image nor caption: {', '.join(others)}.{scan.advice_on(report['others'])}"
     if report["faults"]:
         yield f"Faults: {len(report['faults']):,}. Training does not start with them."
@@ -114,8 +115,7 @@ def _captions(captions: Report | None, context_length: int) -> Iterator[str]:
     if cut:
         yield (
             f"  {cut:,} ({cut / number:.1%}) are longer than {context_length} tokens including start and end: they "
-            "lose "
-            f"{captions['tokens_cut']:,} tokens, {captions['tokens_cut'] / cut:.1f} each"
+            f"lose {captions['tokens_cut']:,} tokens, {captions['tokens_cut'] / cut:.1f} each"
         )
     if repeated:
         yield f"  {repeated:,} ({repeated / number:.1%}) repeat another caption"
@@ -144,8 +144,7 @@ def _leaks(leaks: Report, options: CheckOptions) -> Iterator[str]:
         similar = "" if leaks["images_nearly"] is None else f", {leaks['images_nearly']:,} by a similar image"
         yield (
             f"Held out by {by}: {leaks['held_out']:,} pairs. Of these, also in training: {leaks['images']:,} by the "
-            "same "
-            f"image{similar}, {leaks['captions']:,} by a caption"
+            f"same image{similar}, {leaks['captions']:,} by a caption"
         )
     if leaks["images"]:
         yield f"  for instance {', '.join(leaks['examples'])}. `train-clip data split` keeps equal images on one side"

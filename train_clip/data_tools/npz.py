@@ -12,12 +12,13 @@ from train_clip.commands.progress import in_workers
 from train_clip.data import arrays, crops
 from train_clip.data.folder import CACHE, cache_name, scan_folder
 from train_clip.data.images import is_npz, open_rgb, reading
-from train_clip.data.pairs import plain_name, shown
+from train_clip.data.pairs import plain_name
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.estimates import require_room, size
 from train_clip.files import sweep
 from train_clip.options import Options, PairBy, SourceOptions, at_least, option
+from train_clip.printing import printable
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def data_npz(folder: Path, /, *, options: NpzOptions) -> dict[str, int]:
     for found in in_workers(cache, list(images.values()), options.num_workers, "images"):
         if isinstance(found, BadSample):
             counts["bad"] += 1
-            bad[found.reason].append(shown(found.path))
+            bad[found.reason].append(printable(found.path))
         else:
             counts.update(found)
     print(

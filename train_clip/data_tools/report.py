@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from train_clip.data import crops, images
-from train_clip.data.pairs import PairList, held_out_indices, shown
+from train_clip.data.pairs import PairList, held_out_indices
 from train_clip.data.scan import Scan
 from train_clip.data_tools.facts import Facts, perceptual_hash, words_digest
 from train_clip.errors import BadSample
 from train_clip.options import PairOptions, at_least, option
+from train_clip.printing import no_formula, printable
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -73,17 +74,21 @@ def _notes(pairs: PairList, facts: Facts) -> Report:
     bad.pop("", None)  # of what is not bad
     return {
         "bad_pairs": bad_pairs,
-        "bad": {why: list(map(shown, sorted(paths))) for why, paths in sorted(bad.items())},
+        "bad": {why: list(map(printable, sorted(paths))) for why, paths in sorted(bad.items())},
         "mended": {what: _listed(sorted(names)) for what, names in sorted(mended.items())},
     }
 
 
 def _listed(names: list[str]) -> Report:
-    return {"number": len(names), "examples": [shown(name) for name in names[:EXAMPLES]]}
+    return {"number": len(names), "examples": list(map(_shown, names[:EXAMPLES]))}
 
 
 def _first(pairs: PairList, places: Any) -> list[str]:
-    return [shown(name) for name in sorted(pairs.names[at] for at in places)[:EXAMPLES]]
+    return list(map(_shown, sorted(pairs.names[at] for at in places)[:EXAMPLES]))
+
+
+def _shown(name: str) -> str:
+    return no_formula(printable(name), "./")
 
 
 def _sizes(sides: np.ndarray, image_size: int) -> Report | None:
@@ -128,7 +133,7 @@ def _largest(counts: np.ndarray) -> list[int]:
 
 def _text(pair: Any, digest: int) -> str:
     try:
-        return next((text for text in pair.captions() if words_digest(text) == digest), "")
+        return next((no_formula(text) for text in pair.captions() if words_digest(text) == digest), "")
     except BadSample:
         return ""
 
@@ -146,7 +151,7 @@ def find_repeats(pairs: PairList, facts: Facts, held_out: np.ndarray) -> dict[st
         "equal": int(counts[counts > 1].sum()),  # images whose file is byte for byte that of another pair
         "equal_groups": [_first(pairs, legible[content_of == content]) for content in _largest(counts)],
         "near": near,  # images that look like a different one; None without the library
-        "near_examples": [[shown(pairs.names[at]) for at in legible[two].tolist()] for two in twos],
+        "near_examples": [[_shown(pairs.names[at]) for at in legible[two].tolist()] for two in twos],
     }
     leaks = {
         "held_out": int(held_out.sum()),
@@ -221,7 +226,7 @@ def _problems(
     if wrong := [place for place in other if images.is_npz(pairs[place].pixels)]:
         yield (
             f"{len(wrong):,} arrays do not have the model's {size} pixels, for instance "
-            f"{shown(pairs[wrong[0]].pixels)} ({shorter[wrong[0]]}); `train-clip data npz --image_size {size}` writes "
+            f"{pairs[wrong[0]].pixels} ({shorter[wrong[0]]}); `train-clip data npz --image_size {size}` writes "
             "them again."
         )
     normalized = np.array([crops.NORMALISED in note for note in facts.notes])[facts.pairs["note"]]

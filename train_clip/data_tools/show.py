@@ -13,10 +13,11 @@ import torch
 from train_clip import errors, files
 from train_clip.commands.progress import in_workers
 from train_clip.data import augment, crops, samples
-from train_clip.data.pairs import PairList, shown
+from train_clip.data.pairs import PairList
 from train_clip.data.scan import scan_source
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.options import UP_TO_ONE, AugmentationOptions, SourceOptions, at_least, option
+from train_clip.printing import printable
 
 STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em; color: #222; }
@@ -58,7 +59,7 @@ def data_show(folder: Path | None = None, /, *, options: ShowOptions) -> Path:
     number = min(options.number, len(found.pairs))
     chosen = sorted(np.random.default_rng(options.seed).permutation(len(found.pairs))[:number].tolist())
     tokenizer = Tokenizer(options.context_length)
-    title = f"{number} of {len(found.pairs):,} pairs of {shown(str(found.source))}"
+    title = f"{number} of {len(found.pairs):,} pairs of {printable(str(found.source))}"
     sections = "\n".join(in_workers(partial(_section, found.pairs, options, tokenizer), chosen, 0, "pairs"))
     files.write_text(
         options.output,
@@ -82,9 +83,9 @@ def _section(pairs: PairList, options: ShowOptions, tokenizer: Tokenizer, place:
         augmented = augment.augment(drawn, options, draws)
         pictures = "".join(f'<img src="{_data_uri(crop)}" alt="crop">' for crop in augmented)
     except errors.BadSample as bad:
-        pictures = f'<p class="bad">{html.escape(f"{shown(bad.path)}: {bad.reason}")}</p>'
+        pictures = f'<p class="bad">{html.escape(f"{printable(bad.path)}: {bad.reason}")}</p>'
     captions = "\n".join(_caption(line, tokenizer) for line in lines)
-    return f"<section><h2>{html.escape(shown(pairs.names[place]))}</h2>\n{pictures}\n{captions}</section>"
+    return f"<section><h2>{html.escape(printable(pairs.names[place]))}</h2>\n{pictures}\n{captions}</section>"
 
 
 def _data_uri(pixels: torch.Tensor) -> str:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from train_clip.commands.progress import in_workers
 from train_clip.data.images import reading
-from train_clip.data.pairs import PairList, shown
+from train_clip.data.pairs import PairList
 from train_clip.data.scan import scan_source
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
 from train_clip.files import regular, replacing, require_new, require_no_others
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, option
+from train_clip.printing import no_formula, printable
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,15 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     tables = {part: options.output / f"{part}.csv" for part in ("train", "val", "test")}
     require_new(*tables.values())
     require_no_others(options.output)
-    pairs, digests = _readable(scan_source(folder, options).require_pairs().pairs)
+    pairs, digests, bad = _readable(scan_source(folder, options).require_pairs().pairs)
     classes = [class_name(Path(pair.image)) for pair in pairs] if options.max_per_class else []
     parts = divide(digests, classes, options)
     for part, table in tables.items():
         write_table(table, ((pairs[place].image, pairs[place].captions()) for place in parts[part]))
-        print(f"{table}: {len(parts[part]):,} pairs")
+    if bad:
+        print("Left out:", *by_reason(bad), sep="\n")
     sizes = {part: len(places) for part, places in parts.items()}
+    print(*(f"{tables[part]}: {size:,} pairs" for part, size in sizes.items()), sep="\n")
     if left_out := len(pairs) - sum(sizes.values()):
         print(f"{left_out:,} pairs left out by --max_per_class {options.max_per_class}.")
     validated = f" --val_pairs {tables['val']}"
@@ -71,24 +74,21 @@ def data_split(folder: Path | None = None, /, *, options: SplitOptions) -> dict[
     return sizes
 
 
-def _readable(pairs: PairList) -> tuple[PairList, list[bytes]]:
-    """The pairs whose image file and captions can be read, and a digest of each image; the others are named."""
+def _readable(pairs: PairList) -> tuple[PairList, list[bytes], dict[str, list[str]]]:
+    """The pairs whose image file and captions can be read, a digest of each image, and what cannot, by reason."""
     for pair in pairs:
         try:
             pair.image.encode()
         except UnicodeEncodeError:
-            named = shown(pair.image)
-            raise UserError(f"{named}: its name is not UTF-8, so no table can hold it. Rename it.") from None
+            raise UserError(f"{pair.image}: its name is not UTF-8, so no table can hold it. Rename it.") from None
     digests: dict[int, bytes] = {}
     bad: dict[str, list[str]] = defaultdict(list)
     for place, found in enumerate(in_workers(partial(_look, pairs), range(len(pairs)), None, "pairs")):
         if isinstance(found, BadSample):
-            bad[found.reason].append(shown(found.path))
+            bad[found.reason].append(printable(found.path))
         else:
             digests[place] = found
-    if bad:
-        print("Left out:", *by_reason(bad), sep="\n")
-    return pairs.take(list(digests)), list(digests.values())
+    return pairs.take(list(digests)), list(digests.values()), bad
 
 
 def _look(pairs: PairList, place: int) -> bytes | BadSample:
@@ -128,7 +128,10 @@ def divide(contents: list[bytes], classes: list[str], options: SplitOptions) -> 
 
 
 def write_table(table: Path, rows: Iterable[tuple[str, list[str]]]) -> None:
-    """Write a CSV table, whole or not at all, of images and their captions; its folder is made."""
+    """Write a CSV table, whole or not at all, of images and their captions; its folder is made.
+
+    No cell begins as a formula does: a spreadsheet would run it. ``scan_table`` reads what stands before it as nothing.
+    """
     here = os.path.realpath(table.parent)
     with replacing(table) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         # Lines end in CR LF, as RFC 4180 has it: only then is a name or caption that holds either put in quotes.
@@ -138,4 +141,4 @@ def write_table(table: Path, rows: Iterable[tuple[str, list[str]]]) -> None:
             # Through links: ".." leads to the folder above the one that is linked to.
             place, name = os.path.split(image)
             name = Path(os.path.relpath(os.path.join(os.path.realpath(place), name), here)).as_posix()  # noqa: PTH118
-            writer.writerows([name, text] for text in texts)
+            writer.writerows([no_formula(name, "./"), no_formula(text)] for text in texts)

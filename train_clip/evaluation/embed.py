@@ -15,6 +15,7 @@ from PIL import Image
 from train_clip.data.crops import centre_square
 from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, Texts, texts_on, unit_norm
+from train_clip.printing import printable
 
 EMBED_AT_ONCE = 64  # images or captions
 COMPARED_AT_ONCE = 4096  # embeddings with the first one
@@ -63,9 +64,9 @@ def require_finite(embeddings: torch.Tensor, names: Sequence[str], what: str) ->
     bad = (~embeddings.sum(dim=1).isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"{names[bad[0]]}: its embedding is not finite (NaN or infinity), one of {len(bad):,} such among "
-            f"{len(names):,} {what}. Expected finite numbers; nothing is scored. Use an earlier checkpoint of the run, "
-            "or other weights."
+            f"{printable(names[bad[0]])}: its embedding is not finite (NaN or infinity), one of {len(bad):,} such "
+            f"among {len(names):,} {what}. Expected finite numbers; nothing is scored. Use an earlier checkpoint of "
+            "the run, or other weights."
         )
 
 

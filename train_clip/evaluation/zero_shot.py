@@ -93,8 +93,8 @@ def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor)
 
 def read_list(path: Path) -> list[str]:
     """Read class names, or templates, one a line. As classes are numbered by their lines, none is passed over."""
-    _text_lines(path, "class names, or templates with {}, one per line")
-    lines, first = path.read_text(encoding="utf-8-sig").rstrip().split("\n"), dict[str, int]()
+    text = _read(pairs.read_captions, path, "class names, or templates with {}, one per line")
+    lines, first = re.split("\r\n?|\n", text.removeprefix(pairs.MARK).rstrip()), dict[str, int]()
     for number, line in enumerate(map(str.strip, lines), 1):
         if (earlier := first.setdefault(_plain(line), number)) != number or is_empty(line) or DATA.fullmatch(line):
             again = f", as in line {earlier}" if earlier != number else ""
@@ -120,15 +120,15 @@ def class_name(path: Path) -> str:
     label_file = path.with_suffix(".cls")
     if not label_file.is_file():
         return path.parent.name
-    names = _text_lines(label_file, "the name or number of a class")
+    names, _ = _read(pairs.read_caption_lines, label_file, "the name or number of a class")
     if len(names) > 1:
         raise UserError(f"{label_file}: {len(names):,} lines. Expected one, the name or number of a class.")
     return names[0]
 
 
-def _text_lines(path: Path, expected: str) -> list[str]:
+def _read(how: Any, path: Path, expected: str) -> Any:
     try:
-        return pairs.read_caption_lines(str(path))[0]
+        return how(str(path))
     except BadSample as bad:
         raise UserError(f"{path}: {bad.reason.removeprefix('caption ')}. Expected {expected}, in UTF-8.") from None
 

@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
-import yaml
-
-from train_clip.errors import MissingFile, UsageError, UserError, did_you_mean
+from train_clip.errors import UsageError, UserError, did_you_mean
+from train_clip.files import read_yaml
 
 # Per-channel mean and deviation of CLIP's training images, in [0, 1] (openai/CLIP, clip.py, _transform).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -199,14 +198,7 @@ def presets() -> tuple[ModelConfig, ...]:
 
 
 def _read_yaml(path: Path) -> ModelConfig:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError) as error:
-        reason = f"not YAML ({error})" if isinstance(error, yaml.YAMLError) else error.strerror
-        kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
-        raise kind(f"{path}: {reason}. Expected a preset's name or a YAML file that can be read.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, expected keys such as embed_dim, image, text.")
+    values = read_yaml(path, "a preset's name, or YAML with keys such as embed_dim, image, text")
     return config_from_dict({"name": path.stem} | values, str(path))
 
 

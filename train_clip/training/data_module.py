@@ -17,6 +17,7 @@ from train_clip.data.workers import loader
 from train_clip.errors import UserError
 from train_clip.keywords import DataKeywords, OptionsByName
 from train_clip.options import DataOptions, StepOptions, WeightOptions
+from train_clip.printing import printable
 from train_clip.training import lightning_internals, same_run, signals
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
@@ -191,7 +192,7 @@ class TextImageDataModule(LightningDataModule):
             (found.lone_captions, "captions have no image"),
             (found.folder_links, "links to folders are not followed"),
         ):
-            lines |= {f"  {len(names):,} {what}, for instance {name}.": True for name in names[:1]}
+            lines |= {f"  {len(names):,} {what}, for instance {printable(name)}.": True for name in names[:1]}
         return "\n".join(line for line, holds in lines.items() if holds)
 
 

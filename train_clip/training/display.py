@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer, callbacks, loggers, utilities
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from typing_extensions import override
 
 from train_clip import errors, files
 from train_clip.estimates import remaining
+from train_clip.printing import progress_bar
 from train_clip.training import lightning_internals
 
 METRICS = Path("logs", "metrics.csv")  # within a run's folder
@@ -72,8 +73,7 @@ class RunProgress(Callback):
         self.clock, self.done = clock, MofNCompleteColumn()
         # The time left stands before the figures, which a narrow terminal cuts at their end.
         columns = (self.done, BarColumn(10), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, refresh_per_second=4)
-        self.progress.disable = not self.progress.console.is_terminal
+        self.progress = progress_bar(*columns, refresh_per_second=4)
         self.last_shown, self.batches = 0.0, 0
         self.warm: tuple[float, float, int] | None = None  # steps, time and epoch when the warm-up ended
         self.said: bool | None = None  # whether the newest estimate that was said counts an epoch's end; or none was
@@ -98,7 +98,7 @@ class RunProgress(Callback):
             self.last_shown, task.description = now, _figures(trainer, "train")
             if in_file:
                 left = f"  left: {task.fields['left']}" if task.fields["left"] else ""
-                self._say(f"step {self.done.render(task)}  {task.description}{left}")
+                print(f"step {self.done.render(task)}  {task.description}{left}", flush=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -106,7 +106,7 @@ class RunProgress(Callback):
             where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step:,}"
             for what, prefix in (("held out", "val"), ("EMA", "val_ema")):
                 if figures := _figures(trainer, prefix):
-                    self._say(f"{where}, {what}:  {figures}")
+                    print(f"{where}, {what}:  {figures}", flush=True)
 
     @override
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -131,10 +131,7 @@ class RunProgress(Callback):
             what = f"the {num_left:,} steps to come take"
             if left == limit:
                 what = f"--max_time ends the run after {left / per_step:,.0f} of {num_left:,} steps to come, in"
-            self._say(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}")
-
-    def _say(self, line: str) -> None:
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
+            print(f"{per_step:.3g} s/step {which}: {what} {remaining(left)}", flush=True)
 
 
 def _figures(trainer: Trainer, prefix: str) -> str:

@@ -8,7 +8,8 @@ from lightning import Callback, Trainer
 from typing_extensions import override
 
 from train_clip import errors, gather
-from train_clip.data import pairs, samples
+from train_clip.data import samples
+from train_clip.printing import printable
 from train_clip.training import data_module, end_of_step, lightning_internals
 
 COUNT_EVERY = 10  # batches between counts over all processes
@@ -110,7 +111,7 @@ class SkipReport(Callback):
 
     def _log(self, reasons: dict[str, str]) -> None:
         # Of those that are not known yet the first few on the screen, and each in the log.
-        new = {name: reason for path, reason in reasons.items() if (name := pairs.shown(path)) not in self.known}
+        new = {name: reason for path, reason in reasons.items() if (name := printable(path)) not in self.known}
         for name, reason in new.items():
             self.known[name] = reason
             if len(self.known) <= NAMED_AT_ONCE:

@@ -1,0 +1,85 @@
+"""What reaches a terminal, a log or a spreadsheet: names, captions and messages as text, never as codes."""
+
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, surrogates, separators of lines
+JOINERS = "\u200c\u200d"  # without which words of Persian and Hindi, and pictures such as 👩‍🔬, fall apart
+LAYOUT = "\n\t"  # of our own messages
+FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r]")  # how cells begin that spreadsheets run
+
+
+def printable(text: object, kept: str = "") -> str:
+    r"""Escape what could steer a terminal, reorder a line or begin another: \x1b, \u202e, \n, a byte that is no UTF-8.
+
+    The result can be written as UTF-8. Characters in ``kept`` stay as they are.
+    """
+    if (text := str(text)).isprintable():
+        return text
+    codes = {one for one in {*text} - {*JOINERS, *kept} if unicodedata.category(one) in CONTROL}
+    # A byte of a file's name is of U+DC00 on, as Python has it.
+    escapes: Any = {one: f"\\x{ord(one) - 0xDC00:02x}" for one in codes if "\udc80" <= one <= "\udcff"}
+    escapes |= {one: one.encode("unicode_escape").decode() for one in codes - escapes.keys()}
+    return text.translate(str.maketrans(escapes))
+
+
+def no_formula(cell: str, before: str = " ") -> str:
+    """A cell that no spreadsheet runs: where it begins as a formula does, it begins with something else before."""
+    return before + cell if FORMULA.match(cell) else cell
+
+
+class PlainStream:
+    """A text stream that takes no codes: ``stream`` gets them escaped, whoever writes them.
+
+    To others it is no terminal, or they would color what they write. A bar's first sign, which returns to the
+    beginning of its line, passes.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:  # noqa: D102
+        bar = "\r" * (text.startswith("\r") and self.stream.isatty())
+        self.stream.write(bar + printable(text[len(bar) :], LAYOUT))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:  # noqa: D102
+        for line in lines:
+            self.write(line)
+
+    def isatty(self) -> bool:  # noqa: D102
+        return False
+
+
+def escape_streams() -> None:
+    """Let nothing of this process steer the terminal by what it prints; but ``progress_bar`` does."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), PlainStream | None):
+            if hasattr(stream, "reconfigure"):
+                # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
+                stream.reconfigure(errors="replace")
+            setattr(sys, name, PlainStream(stream))
+
+
+def progress_bar(*columns: Any, **how: Any) -> Any:
+    """Rich's bar on the terminal, disabled where there is none. What is printed meanwhile stands above it, escaped."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    class Bar(Progress):
+        def start(self) -> None:
+            super().start()
+            if not self.disable:
+                # Again: Rich has put streams of its own in front of those, which end at the terminal.
+                escape_streams()
+
+    # Past the stream that would escape Rich's codes too. Brackets in what is printed are no markup.
+    terminal = sys.stdout.stream if isinstance(sys.stdout, PlainStream) else sys.stdout
+    screen = Console(file=terminal, markup=False)
+    return Bar(*columns, console=screen, disable=not screen.is_terminal, **how)
