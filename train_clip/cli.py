@@ -20,7 +20,7 @@ import yaml
 
 from train_clip import cores
 from train_clip.errors import UsageError, UserError, did_you_mean
-from train_clip.options import TrainerOptions
+from train_clip.options import PLACES, TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
@@ -58,10 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exits with 0, with 1 where files or a run stop it, with 2 where the command is wrong, with 128 + N at signal N.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
-            stream.reconfigure(errors="replace")
+    _open_streams()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
         # What is left to print goes out here: at the interpreter's end a closed pipe would be a traceback.
@@ -88,6 +85,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 
+def _open_streams() -> None:
+    # Where one of the three is closed, the next file that is opened would have its number, and get what is printed.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    sys.stdout, sys.stderr = (one or os.fdopen(os.dup(number), "w") for one in (sys.stdout, sys.stderr))
+    os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
+            stream.reconfigure(errors="replace")
+
+
 def _exit_code(error: UserError) -> int | str:
     # A loader's worker sends its traceback, with the message at the end.
     message = "train-clip: " + re.split(r"train_clip\.errors\.\w+: ", str(error))[-1].rstrip()
@@ -98,6 +107,10 @@ def _exit_code(error: UserError) -> int | str:
 
 
 def _run(words: list[str]) -> None:
+    for name in (*PLACES, "SLURM_NTASKS"):
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            # Lightning reads some of them when it is imported.
+            raise UsageError(f"{name}={value!r}: in the environment, where launchers set a number: unset {name}.")
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     verb, rest = split_verb(words)

@@ -26,6 +26,18 @@ DISTILLATION = {
 MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon; of others 0.9
 PairBy = Literal["stem", "number"]
 
+# Variables in which launchers (torchrun, srun, jsrun, Lightning's own) tell a process its place, from 0, and the
+# Trainer's count of such places; the last one holds the number itself.
+PLACES = {
+    "RANK": "world_size",
+    "SLURM_PROCID": "world_size",
+    "JSM_NAMESPACE_RANK": "world_size",
+    "LOCAL_RANK": "num_devices",
+    "NODE_RANK": "num_nodes",
+    "GROUP_RANK": "num_nodes",
+    "WORLD_SIZE": "world_size",
+}
+
 
 class Check(NamedTuple):
     """What a value has to be."""

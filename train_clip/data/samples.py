@@ -6,8 +6,11 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +41,7 @@ class Batch(NamedTuple):
 
 KINDS = {torch.uint8: "a picture", torch.float32: crops.NORMALISED}
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
+NUM_LOOKED_FOR = 100  # files, or up to twice as many: where none of them can be opened, the fault is in none of them
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
@@ -106,6 +110,21 @@ class _Pairs(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def require_there(self, bad: BadSample, index: int) -> None:
+        """A ``UserError`` where neither the bad file nor any other can be opened: a lost mount, a folder that moved."""
+        kind = "caption" if bad.path == self.pairs[index].caption else "pixels"
+        others = [getattr(self.pairs[one], kind) for one in range(0, len(self), max(1, len(self) // NUM_LOOKED_FOR))]
+        if not (why := _not_opened(bad.path)) or not all(map(_not_opened, others)):
+            return
+        gone = (str(one) for one in reversed(Path(bad.path).parents) if not os.path.exists(one))  # noqa: PTH110, raises nothing
+        advice = "bring the folder or its mount back"
+        if why == os.strerror(errno.EMFILE):
+            advice = "allow more open files (ulimit -n), or use fewer --num_workers"
+        raise UserError(
+            f"{next(gone, bad.path)}: {why}, as of all {len(others)} files of the data that were tried. Expected data "
+            f"that stay readable where they were at the start: {advice}."
+        )
+
     def require_one_kind(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
         """The pixels, or a ``UserError`` where they are normalized and the first file's are not, or the reverse."""
         if pixels.dtype == self.dtype:
@@ -115,6 +134,15 @@ class _Pairs(Dataset[Sample]):
             "Expected one kind, because a batch holds one kind. Move the other files away; `train-clip data npz` "
             "writes arrays of pictures."
         )
+
+
+def _not_opened(path: str) -> str:
+    """Why a file cannot be opened, in the system's words; empty where it can."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))  # or a pipe without a writer would wait
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
@@ -153,6 +181,7 @@ class TrainingPairs(_Pairs):
                 pixels, caption = draw(self.pairs, index, self.size, self.resize_ratio, rng)
                 return Sample(self.require_one_kind(pixels, index), caption, tuple(skips))
             except BadSample as bad:
+                self.require_there(bad, index)
                 skips.append(Skip(bad.path, bad.reason))
                 index = int(rng.integers(len(self.pairs)))
         raise UserError(
@@ -187,6 +216,7 @@ class ValidationPairs(_Pairs):
             pixels = crops.read_square(pair.pixels, self.size)
             return Sample(self.require_one_kind(pixels, index), pair.captions()[0])
         except BadSample as bad:
+            self.require_there(bad, index)
             black = torch.zeros(3, self.size, self.size, dtype=self.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
 

@@ -151,7 +151,7 @@ class EndOfStep(Callback):
         if number := largest([self.signals.received])[0]:
             saved = save_now(trainer)
             utilities.rank_zero_info(
-                f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; saved "
+                f"Stopped by {signals.name_of(number)} after batch {self.consumed_batches:,}; saved "
                 f"{saved or 'nothing, since the run has no checkpoints'}."
             )
             lightning_internals.release_children(trainer)
