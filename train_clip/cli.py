@@ -51,6 +51,7 @@ HELP = {"-h", "--help"}
 ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
 # System errors whose cause is a path that a user gave, or its disk.
 OF_FILES = ("ENOENT", "EACCES", "EEXIST", "EPERM", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EROFS")
+OF_LIMITS = ("EMFILE", "ENFILE", "EAGAIN")  # of open files and processes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,9 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
             expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
         elif name in OF_FILES:
             expected = "a path that can be read or written"
+        elif name in OF_LIMITS:
+            expected = "fewer loader processes (--num_workers), or higher limits (ulimit -n, -u)"
         else:
             raise
-        sys.exit(f"train-clip: {error.filename or 'a file'}: {error.strerror}. Expected {expected}.")
+        what = error.filename or ("a process" if name == "EAGAIN" else "a file")
+        sys.exit(f"train-clip: {what}: {error.strerror}. Expected {expected}.")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns a Ctrl-C that comes before the first batch into an exit of 1.
         if KeyboardInterrupt not in (type(stop), type(stop.__context__)):

@@ -27,16 +27,9 @@ MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/mu
 PairBy = Literal["stem", "number"]
 
 # Variables in which launchers (torchrun, srun, jsrun, Lightning's own) tell a process its place, from 0, and the
-# Trainer's count of such places; the last one holds the number itself.
-PLACES = {
-    "RANK": "world_size",
-    "SLURM_PROCID": "world_size",
-    "JSM_NAMESPACE_RANK": "world_size",
-    "LOCAL_RANK": "num_devices",
-    "NODE_RANK": "num_nodes",
-    "GROUP_RANK": "num_nodes",
-    "WORLD_SIZE": "world_size",
-}
+# Trainer's count of such places, which WORLD_SIZE itself holds.
+PLACES = dict.fromkeys(("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE"), "world_size")
+PLACES |= {"LOCAL_RANK": "num_devices", "NODE_RANK": "num_nodes", "GROUP_RANK": "num_nodes"}
 
 
 class Check(NamedTuple):

@@ -220,7 +220,7 @@ def test_who_waits_for_other_processes_says_so(words, inputs, tmp_path):
     waiting.end()
 
 
-@pytest.mark.parametrize(("soft", "hard", "code"), [(64, 128, 0), (64, 90, 1)])
+@pytest.mark.parametrize(("soft", "hard", "code"), [(32, 128, 0), (32, 40, 1)])
 def test_loader_processes_get_the_open_files_they_need(soft, hard, code, words, inputs, tmp_path):
     """Three of them: the limit is raised where that is allowed, else the most that fit are named before training."""
     limit = (
@@ -230,5 +230,15 @@ def test_loader_processes_get_the_open_files_they_need(soft, hard, code, words, 
     result = run([*words, *how], ("-c", limit)).require(code)
     if code:
         (line,) = result.complaints
-        assert "--num_workers 3: needs 112 open files; at most 90 are allowed. Use up to 1, or" in line
+        assert "--num_workers 3: needs 112 open files; at most 40 are allowed. Use up to 0, or" in line
     assert ("step " in result.text) == (code == 0)
+
+
+def test_a_process_that_cannot_be_started_is_no_traceback(words, inputs, tmp_path):
+    """The system refuses another process, as where a container's limit is reached: one line with what to do."""
+    fail = "OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))"
+    patch = f"import errno, os; from unittest import mock; mock.patch('os.fork', side_effect={fail}).start()"
+    how = ["--num_workers", "1", "--folder", str(inputs / "pairs"), "--output", str(tmp_path / "run")]
+    result = run([*words, *how], ("-c", f"{patch}; from train_clip import cli; cli.main()")).require(1)
+    (line,) = result.complaints
+    assert "Resource temporarily unavailable. Expected fewer loader processes (--num_workers), or higher limits" in line

@@ -194,22 +194,18 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
             f"--strategy {options['strategy']}: its processes are copies of this one, and their state does not return "
             "to it. Expected one that starts the command once for each device: --strategy ddp."
         )
-    require_own_place(trainer)
     if trainer.accumulate_grad_batches < 1:
         raise UsageError(f"--accumulate_grad_batches {trainer.accumulate_grad_batches}: expected 1 or above.")
     tasks, elastic = int(os.environ.get("SLURM_NTASKS", "1")), TorchElasticEnvironment.detect()
     if tasks > trainer.world_size == 1 and SLURMEnvironment.detect() and not elastic:
         raise UsageError(f"SLURM_NTASKS is {tasks}, and each task would train alone.{lightning_internals.FROM_SLURM}")
+    require_own_place(trainer)
     cores.share_threads(trainer.num_devices)
     return trainer
 
 
 def require_own_place(trainer: L.Trainer) -> None:
-    """Refuse the place in another run that a launcher has left in the environment: the process would wait for others.
-
-    What fits may be left over too, which is said, or set right where this process starts the others.
-    """
-    # From 0, but for the number of all.
+    """Refuse the place in another run that a launcher has left in the environment, or say what is waited for."""
     places = {name: int(os.environ.get(name, 0)) - (name == "WORLD_SIZE") for name in PLACES}
     if wrong := [name for name, count in PLACES.items() if places[name] >= getattr(trainer, count)]:
         raise UsageError(
@@ -227,7 +223,7 @@ def require_own_place(trainer: L.Trainer) -> None:
         )
     elif trainer.num_nodes == 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
+            os.environ.pop(name, None)  # Lightning finds its own
 
 
 def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:

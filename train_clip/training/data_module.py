@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import math
 import sys
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,7 +22,7 @@ from train_clip.training import lightning_internals, same_run, signals
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
 
 OPEN_FILES = 64  # of a run without loader processes
-OPEN_FILES_OF_WORKER = 16  # pipes, and batches that travel in shared memory; one of training and one of validation
+OPEN_FILES_OF_WORKER = 8  # pipes, and batches that travel in shared memory
 
 
 class TextImageDataModule(LightningDataModule):
@@ -153,7 +152,7 @@ class TextImageDataModule(LightningDataModule):
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
             workers = 0 if device == "cpu" else min(MAX_WORKERS, cores.free_cores(processes))
-        _require_open_files(workers)
+        _require_open_files(workers, OPEN_FILES_OF_WORKER * (1 + bool(self.validation_pairs)))
         signals.end_loaders_at_exit()
         return DataLoader(
             dataset,
@@ -197,22 +196,21 @@ class TextImageDataModule(LightningDataModule):
         return "\n".join(line for line, holds in lines.items() if holds)
 
 
-def _require_open_files(workers: int) -> None:
+def _require_open_files(workers: int, of_worker: int) -> None:
     """Raise this process's limit of open files to what so many loader processes need, as far as that is allowed."""
-    needed = OPEN_FILES + OPEN_FILES_OF_WORKER * workers
     if sys.platform == "win32":
         return
     import resource
 
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    if hard < needed:
+    needed = OPEN_FILES + of_worker * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < needed:  # -1 is no limit
         raise UserError(
             f"--num_workers {workers}: needs {needed:,} open files; at most {hard:,} are allowed. Use up to "
-            f"{max(0, hard - OPEN_FILES) // OPEN_FILES_OF_WORKER:,.0f}, or allow more files (ulimit -Hn)."
+            f"{max(0, hard - OPEN_FILES) // of_worker:,}, or allow more files (ulimit -Hn)."
         )
-    if soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, limits[1]))
+    if 0 <= soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _tokenizer(custom: Any, context_length: int | None) -> Any:
