@@ -16,6 +16,7 @@ from test_disk import mount
 
 from tests import forked
 from train_clip.checkpoints.own import read_checkpoint
+from train_clip.data.scan import GONE
 
 PAIRS, BATCHES = 40, 8  # batches of 4 to one epoch; a fifth is held out
 EVERY = 3  # optimizer steps between saves
@@ -65,7 +66,7 @@ def test_a_folder_that_vanishes_is_named_and_the_run_goes_on_after_its_return(
     (line,) = result.complaints
     # The loader processes have read all that is to be trained on by then.
     number = 8 if workers else 32
-    assert line.startswith(f"train-clip: {pairs}: No such file or directory, as of all {number} files of the data")
+    assert line.startswith(f"train-clip: {pairs}: {GONE}, as of all {number} files of the data")
     assert "Skipped" not in result.text
     away.rename(pairs)
     run(["train", "--resume", str(tmp_path / "run"), "--callbacks", "null"]).require(0)
@@ -85,7 +86,7 @@ def test_a_mount_that_is_lost_is_no_matter_of_single_files(workers, words, pairs
     finally:
         subprocess.run(["umount", "--lazy", "--quiet", mounted], check=False)
     (line,) = result.complaints
-    assert "No such file or directory, as of all" in line
+    assert f"{GONE}, as of all" in line
     assert f"{mounted}/" in line
     assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
 

@@ -6,7 +6,6 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from train_clip.data import crops, images
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
+from train_clip.data.scan import fault_of
 from train_clip.errors import BadSample, UserError
 
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 KINDS = {torch.uint8: "a picture", torch.float32: crops.NORMALISED}
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
-NUM_LOOKED_FOR = 100  # files, or up to twice as many: where none of them can be opened, the fault is in none of them
+NUM_LOOKED_FOR = 100  # files, or up to twice as many: where none is there, the fault is in none of them
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
@@ -111,18 +111,15 @@ class _Pairs(Dataset[Sample]):
         return len(self.pairs)
 
     def require_there(self, bad: BadSample, index: int) -> None:
-        """A ``UserError`` where neither the bad file nor any other can be opened: a lost mount, a folder that moved."""
+        """A ``UserError`` where neither the bad file nor any other is there: a lost mount, a folder that moved."""
         kind = "caption" if bad.path == self.pairs[index].caption else "pixels"
         others = [getattr(self.pairs[one], kind) for one in range(0, len(self), max(1, len(self) // NUM_LOOKED_FOR))]
-        if not (why := _not_opened(bad.path)) or not all(map(_not_opened, others)):
+        if not (why := fault_of(bad.path)) or not all(map(fault_of, others)):
             return
         gone = (str(one) for one in reversed(Path(bad.path).parents) if not os.path.exists(one))  # noqa: PTH110, raises nothing
-        advice = "bring the folder or its mount back"
-        if why == os.strerror(errno.EMFILE):
-            advice = "allow more open files (ulimit -n), or use fewer --num_workers"
         raise UserError(
-            f"{next(gone, bad.path)}: {why}, as of all {len(others)} files of the data that were tried. Expected data "
-            f"that stay readable where they were at the start: {advice}."
+            f"{next(gone, bad.path)}: {why}, as of all {len(others)} files of the data that were looked for. Expected "
+            "data that stay where they were at the start: bring the folder or its mount back."
         )
 
     def require_one_kind(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
@@ -134,15 +131,6 @@ class _Pairs(Dataset[Sample]):
             "Expected one kind, because a batch holds one kind. Move the other files away; `train-clip data npz` "
             "writes arrays of pictures."
         )
-
-
-def _not_opened(path: str) -> str:
-    """Why a file cannot be opened, in the system's words; empty where it can."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))  # or a pipe without a writer would wait
-    except (OSError, ValueError) as error:
-        return getattr(error, "strerror", None) or str(error)
-    return ""
 
 
 def _first_kind(pairs: Sequence[Pair], size: int) -> tuple[torch.dtype, str]:
