@@ -314,7 +314,12 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"), [(errno.ENOSPC, "Expected room for what is written; free some"), (errno.EISDIR, "a path")]
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, "Expected room for what is written; free some"),
+        (errno.EISDIR, "a path"),
+        (errno.EMFILE, "fewer loader processes"),
+    ],
 )
 def test_a_file_that_fails_is_told_in_a_line(monkeypatch, number, expected):
     """Where the system does not name the file too, as with a full disk; other errors of the system are raised."""

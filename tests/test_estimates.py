@@ -283,7 +283,9 @@ def test_no_run_begins_that_cannot_be_saved(
     """A disk that is full: refused, and nothing is left; of a disk for two of four states it is said."""
     words = arguments(pair_folder, model_file, tmp_path / "run", "--epochs", "3")
     fill_disk(monkeypatch, 1000)
-    with pytest.raises(SystemExit, match=rf"{tmp_path}/run: 1 kB of disk space are free. Expected room for \d+ MB"):
+    with pytest.raises(
+        SystemExit, match=rf"{tmp_path}/run/checkpoints: 1 kB of disk space are free. Expected room for \d+ MB"
+    ):
         cli.main(words)
     assert not (tmp_path / "run").exists()
     cli.main([*words, "--enable_checkpointing", "false", "--output", str(tmp_path / "other")])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import pytest
 import torch
 
 from tests import forked
+from train_clip import files
 from train_clip.errors import UserError
-from train_clip.files import replacing, write_text
+from train_clip.files import LOCK, held, replacing, write_text
 from train_clip.training.checkpoints import AtomicCheckpointIO
 
 
@@ -228,3 +232,46 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, kind: str) -> N
         write_text(target, "text")
     assert not target.is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+# Whose a folder is
+
+
+@pytest.mark.parametrize(
+    ("left", "locks", "told"),
+    [
+        ("", True, ""),
+        ("process {dead} on {here} since 2026-11-30 12:00:00", True, ""),
+        ("process 1 on elsewhere since 2026-11-30 12:00:00", True, "has not given it back"),
+        ("", False, "no locks"),
+        ("process {dead} on {here} since 2026-11-30 12:00:00", False, "no locks"),
+        ("process {alive} on {here} since 2026-11-30 12:00:00", False, None),
+        ("process {dead} on elsewhere since 2026-11-30 12:00:00", False, None),
+        ("process {alive} on {here}", False, None),
+    ],
+)
+def test_a_folder_is_held_on_disks_whose_locks_do_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str, locks: bool, told: str | None
+) -> None:
+    """By what an earlier run has left: it is told which one may still live (a text), or the folder is refused (None).
+
+    A process of this host that is gone holds nothing. The name that is written is this process's, gone at the end.
+    """
+    dead = int(forked.run(["-c", "import os; print(os.getpid())"]).stdout)
+    (tmp_path / LOCK).write_text(left.format(dead=dead, alive=os.getppid(), here=platform.node()))
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if not locks:
+        monkeypatch.setattr(files, "_lock", fail)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        if told is None:
+            with pytest.raises(UserError, match=rf"in use by another run \(process .* is dead.*, remove .*{LOCK}"):
+                held(tmp_path).__enter__()
+            return
+        with held(tmp_path):
+            assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on {platform.node()} since 2")
+    assert [told in str(one.message) for one in warned] == [True] * bool(told)
+    assert not (tmp_path / LOCK).exists()

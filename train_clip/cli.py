@@ -21,7 +21,7 @@ import yaml
 from train_clip import cores, printing
 from train_clip.errors import UsageError, UserError, did_you_mean, of_process, with_notes
 from train_clip.files import read_yaml
-from train_clip.options import TrainerOptions
+from train_clip.options import PLACES, TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
 VERBS = {
@@ -50,8 +50,12 @@ GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
 HELP = {"-h", "--help"}
 # Spellings that people know → the option's one name.
 ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
-# System errors whose cause is a path that a user gave, or its disk.
-OF_FILES = ("ENOENT", "EACCES", "EEXIST", "EPERM", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EROFS")
+# Errors of the system that a user can put right, by their names, and what is expected.
+OF_SYSTEM = {
+    "ENOSPC EDQUOT": "room for what is written; free some. A run goes on from its newest checkpoint by --resume",
+    "ENOENT EACCES EEXIST EPERM EISDIR ENOTDIR ENAMETOOLONG EROFS": "a path that can be read or written",
+    "EMFILE ENFILE EAGAIN": "fewer loader processes (--num_workers), or higher limits (ulimit -n, -u)",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exits with 0, with 1 where files or a run stop it, with 2 where the command is wrong, with 128 + N at signal N.
     """
+    _open_streams()
     printing.escape_streams()
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
@@ -82,14 +87,21 @@ def main(arguments: list[str] | None = None) -> None:
 def _line(error: OSError | EOFError | RuntimeError) -> str:
     """What to say of an error of the system or a library; one of which nothing is known is raised."""
     line, name = of_process(error), errno.errorcode.get(getattr(error, "errno", None) or 0)
-    if isinstance(error, OSError) and name in ("ENOSPC", "EDQUOT", *OF_FILES):
-        expected = "a path that can be read or written"
-        if name not in OF_FILES:
-            expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
-        line = f"{error.filename or 'a file'}: {error.strerror}. Expected {expected}."
+    expected = next((text for names, text in OF_SYSTEM.items() if name in names.split()), None)
+    if isinstance(error, OSError) and expected is not None:
+        what = error.filename or ("a process" if name == "EAGAIN" else "a file")
+        line = f"{what}: {error.strerror}. Expected {expected}."
     if not line:
         raise error
     return with_notes(f"train-clip: {line}", error)
+
+
+def _open_streams() -> None:
+    # Where one of the three is closed, the next file that is opened would have its number, and get what is printed.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    sys.stdout, sys.stderr = (one or os.fdopen(os.dup(number), "w") for one in (sys.stdout, sys.stderr))
+    os.close(number)
 
 
 def _exit_code(error: UserError) -> int | str:
@@ -103,6 +115,10 @@ def _exit_code(error: UserError) -> int | str:
 
 
 def _run(words: list[str]) -> None:
+    for name in (*PLACES, "SLURM_NTASKS"):
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            # Lightning reads some of them when it is imported.
+            raise UsageError(f"{name}={value!r}: in the environment, where launchers set a number: unset {name}.")
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     verb, rest = split_verb(words)

@@ -6,10 +6,12 @@ import platform
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,17 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, beside)
 
 
+def require_writable(folder: Path) -> None:
+    """Try whether files can be made in a folder, or in the nearest above it that there is."""
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(
+            f"{there}: no file can be written there ({error.strerror}). Allow writing, or give another --output."
+        ) from error
+
+
 def require_new(*targets: Path) -> None:
     """Refuse to overwrite what is there already."""
     if there := ", ".join(str(target) for target in targets if target.exists()):
@@ -123,25 +136,35 @@ def regular(path: str, flags: int) -> int:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes, until the block ends or this process, in whatever way."""
+    """Hold a folder against other processes, until the block ends or this process, in whatever way.
+
+    Where the disk has no locks, or where they do not reach other hosts, by who has left a name in the file.
+    """
     lock = folder / LOCK
     with lock.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        holder = file.read()
         try:
             _lock(file.fileno())
             # Or it was removed after it had been opened here: by a run that has ended just now.
             is_locked = os.fstat(file.fileno()).st_nlink == 0
         except OSError as error:
-            if not (is_locked := error.errno in LOCKED):
+            if not (is_locked := error.errno in LOCKED or (holder != "" and not _is_dead(holder))):
                 warnings.warn(f"{folder}: its disk has no locks. Start no second run there.", stacklevel=3)
         if is_locked:
-            file.seek(0)
             raise UserError(
-                f"{folder}: in use by another run ({file.read() or 'which is starting or ending'}). Wait for its end, "
-                "or give another --output."
+                f"{folder}: in use by another run ({holder or 'which is starting or ending'}). Wait for its end, or "
+                f"give another --output. If that process is dead, perhaps with its host, remove {lock}."
+            )
+        if holder and f" on {platform.node()} " not in holder:
+            warnings.warn(
+                f"{folder}: {holder} has not given it back. It was killed, or it still runs and locks on this disk do "
+                "not reach from host to host: then stop one of the two runs.",
+                stacklevel=3,
             )
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
             file.flush()
             yield
         finally:
@@ -173,6 +196,12 @@ def _share(path: Path) -> None:
     if path.is_file() and not path.stat().st_mode & 0o077:
         os.umask(mask := os.umask(0o077))
         path.chmod(0o666 & ~mask)
+
+
+def _is_dead(holder: str) -> bool:
+    # As far as this host knows; without /proc it would be the user who does.
+    number, host = holder.split()[1:4:2]
+    return host == platform.node() and not Path("/proc", number).exists()
 
 
 def _lock(handle: int) -> None:

@@ -18,7 +18,7 @@ from train_clip.checkpoints.own import read_checkpoint
 
 PAIRS, EPOCHS, BATCHES = 40, 2, 10  # batches of 4 to one epoch
 STOP = 3  # the batch in which the signal comes, from 1
-TERM, INT = int(signal.SIGTERM), int(signal.SIGINT)
+TERM, INT, HUP = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGHUP)
 
 slow = pytest.mark.slow
 MOMENTS = ("forward", "backward", "update")
@@ -26,11 +26,18 @@ MOMENTS = ("forward", "backward", "update")
 FAST = [
     *((1, moment, 0, TERM) for moment in MOMENTS),
     (1, "backward", 0, INT),
+    (1, "update", 0, HUP),
     (2, "forward", 1, TERM),
     (2, "backward", 0, TERM),
     (2, "update", 1, TERM),
 ]
-SLOW = [(2, "forward", 0, TERM), (2, "backward", 1, TERM), (2, "update", 0, TERM), (2, "backward", 1, INT)]
+SLOW = [
+    (2, "forward", 1, HUP),
+    (2, "forward", 0, TERM),
+    (2, "backward", 1, TERM),
+    (2, "update", 0, TERM),
+    (2, "backward", 1, INT),
+]
 RESUMED = [(1, "update", 0, TERM), (2, "forward", 1, TERM)]
 
 

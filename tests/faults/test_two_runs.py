@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,7 +34,11 @@ def require_refused(words: list[str], folder: Path, first: Command) -> None:
     """A command stops because the first one is using the folder, which it names."""
     (line,) = run([*words, "--callbacks", "null"]).require(1).complaints
     who = f"process {first.process.pid} on {os.uname().nodename}"
-    assert line.startswith(f"train-clip: {folder}: in use by another run ({who}). Wait for its end, or give another")
+    assert re.match(
+        rf"train-clip: {folder}: in use by another run \({who} since 2\d\d\d-\d\d-\d\d [\d:]{{8}}\)\. Wait for its "
+        rf"end, .* If that process is dead, perhaps with its host, remove {folder}/\.lock\.",
+        line,
+    )
 
 
 def test_a_run_that_has_saved_nothing_yet_is_left_alone(words, tmp_path):

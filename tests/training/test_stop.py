@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from train_clip import CLIPWrapper
-from train_clip.training.signals import Stopped
+from train_clip.training.signals import STOPPING, Stopped
 
 PIXELS = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PAIRS = [(image, f"picture {index}") for index, image in enumerate(PIXELS)]  # 6 batches of 4
@@ -68,7 +68,7 @@ def fit(config: Any, *callbacks: L.Callback, **how: Any) -> CLIPWrapper:
         ("on_train_epoch_start", 2, 7),
     ],
 )
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_the_batch_is_finished_and_saved(tiny_config, tmp_path, hook, count, batches, number, code):
     """In whatever part of a batch: that batch is whole in last.ckpt, the process ends with the shells' code."""
     with pytest.raises(Stopped) as stop:
@@ -117,10 +117,10 @@ def test_without_checkpoints_nothing_is_saved(tiny_config, tmp_path, monkeypatch
 def test_handlers_are_given_back(tiny_config, tmp_path):
     """After a run that ends by itself, by an error or by a signal: what was there before."""
     for send in (L.Callback(), signal_in("on_train_batch_start", 2), crash()):
-        before, threads = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], set(answering())
+        before, threads = [signal.getsignal(number) for number in STOPPING], set(answering())
         with contextlib.suppress(Stopped, KeyError):
             fit(tiny_config, send, ModelCheckpoint(tmp_path), max_epochs=1)
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        assert [signal.getsignal(number) for number in STOPPING] == before
         assert signal.set_wakeup_fd(-1) == -1
         for thread in set(answering()) - threads:
             thread.join(5)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,17 @@ from typing import Any, Union, get_args
 import jsonargparse
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import loggers, utilities
 
-from train_clip import cores
+from train_clip import cores, files
 from train_clip.commands.run_folder import Resumption, claimed, find_checkpoint, write_run_files
 from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.estimates import require_room, size
 from train_clip.models.config import OWN_MODEL
-from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
+from train_clip.options import PLACES, DataOptions, RunOptions, TrainerOptions, flat
 from train_clip.training import checkpoints, display, half_precision, lightning_internals, signals
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
@@ -81,7 +83,8 @@ class Job:
 
 
 def begin(run: RunOptions, seed: int) -> Resumption | None:
-    """Before the model is built: signals, the seed, and the checkpoint to resume from, if any."""
+    """Before the model is built: streams, signals, the seed, and the checkpoint to resume from, if any."""
+    sys.stdout, sys.stderr = display.Unessential(sys.stdout), display.Unessential(sys.stderr)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
     )
@@ -206,8 +209,31 @@ def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_b
     tasks, elastic = int(os.environ.get("SLURM_NTASKS", "1")), TorchElasticEnvironment.detect()
     if tasks > trainer.world_size == 1 and SLURMEnvironment.detect() and not elastic:
         raise UsageError(f"SLURM_NTASKS is {tasks}, and each task would train alone.{lightning_internals.FROM_SLURM}")
+    require_own_place(trainer)
     cores.share_threads(trainer.num_devices)
     return trainer
+
+
+def require_own_place(trainer: L.Trainer) -> None:
+    """Refuse the place in another run that a launcher has left in the environment, or say what is waited for."""
+    places = {name: int(os.environ.get(name, 0)) - (name == "WORLD_SIZE") for name in PLACES}
+    if wrong := [name for name, count in PLACES.items() if places[name] >= getattr(trainer, count)]:
+        raise UsageError(
+            f"{', '.join(f'{name}={os.environ[name]}' for name in wrong)}: does not fit --devices and --num_nodes, by "
+            f"which the run has {trainer.world_size} processes. If an earlier launcher (torchrun, srun) has left it in "
+            f"the environment: unset {' '.join(wrong)}. Otherwise give --devices and --num_nodes as the launcher does."
+        )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if not isinstance(environment, LightningEnvironment) or trainer.world_size == 1:
+        return
+    if environment.creates_processes_externally:
+        utilities.rank_zero_only(print)(
+            f"LOCAL_RANK is set: waiting for the other {trainer.world_size - 1} processes, to be started in the same "
+            "way. If train-clip is to start them: unset LOCAL_RANK."
+        )
+    elif trainer.num_nodes == 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # Lightning finds its own
 
 
 def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
@@ -258,9 +284,13 @@ def room_for(module: ContrastiveModule, trainer: L.Trainer, folder: Path) -> str
     saving = next((one for one in trainer.checkpoint_callbacks if isinstance(one, checkpoints.Checkpoints)), None)
     if saving is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return ""
+    for place in (saving.folder, saving.mean_folder, folder / display.METRICS.parent):
+        files.require_writable(place)
     state, mean = (WIDTHS.get(trainer.precision, 1.0) * number for number in checkpoint_sizes(module))
-    free = require_room(folder, state + mean, "the run's checkpoints take at least")
     there = sum({file.stat().st_ino: file.stat().st_size for file in folder.glob("*/*.ckpt")}.values())
+    # The older one goes once the newer is safe.
+    what = f"the run's checkpoints take ({size(state + mean)} each, two at a time)"
+    free = require_room(saving.folder, max(state + mean, 2 * (state + mean) - there), what)
     # The newest, the best, and one that is being written; of an EMA the newest is one.
     most = (saving.keep + 2) * state + 3 * mean
     advice = " Free space, or give --keep 1 or another --output." if most > free + there else ""

@@ -138,7 +138,9 @@ def claimed(output: Path | None, model_name: str, resumed: Resumption | None = N
     name = f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = run if run and goes_on else output or RUNS / name
     # Of several processes the first holds it. Lightning's own rank is not yet right on a second host.
-    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    names = ["LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names = ["RANK"]
     if any(int(os.environ.get(name) or 0) for name in names):
         yield folder
         return

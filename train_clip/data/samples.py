@@ -6,8 +6,10 @@ An epoch is a permutation of the pairs cut into N // G global batches of G; proc
 of each. The N mod G pairs that are left over differ from epoch to epoch.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from train_clip.data import crops, images, workers
 from train_clip.data.pairs import IN_TABLE, Pair, PairList
+from train_clip.data.scan import fault_of
 from train_clip.errors import BadSample, UserError
 
 
@@ -38,6 +41,7 @@ class Batch(NamedTuple):
 
 KINDS = {torch.uint8: "a picture", torch.float32: crops.NORMALISED}
 MAX_SUBSTITUTES = 100  # where this many draws in a row are bad, nearly all the data is
+NUM_LOOKED_FOR = 100  # files, or up to twice as many: where none is there, the fault is in none of them
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
@@ -106,6 +110,18 @@ class _Pairs(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def require_there(self, bad: BadSample, index: int) -> None:
+        """A ``UserError`` where neither the bad file nor any other is there: a lost mount, a folder that moved."""
+        kind = "caption" if bad.path == self.pairs[index].caption else "pixels"
+        others = [getattr(self.pairs[one], kind) for one in range(0, len(self), max(1, len(self) // NUM_LOOKED_FOR))]
+        if not (why := fault_of(bad.path)) or not all(map(fault_of, others)):
+            return
+        gone = (str(one) for one in reversed(Path(bad.path).parents) if not os.path.exists(one))  # noqa: PTH110, raises nothing
+        raise UserError(
+            f"{next(gone, bad.path)}: {why}, as of all {len(others)} files of the data that were looked for. Expected "
+            "data that stay where they were at the start: bring the folder or its mount back."
+        )
+
     def require_one_kind(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
         """The pixels, or a ``UserError`` where they are normalized and the first file's are not, or the reverse."""
         if pixels.dtype == self.dtype:
@@ -153,6 +169,7 @@ class TrainingPairs(_Pairs):
                 pixels, caption = draw(self.pairs, index, self.size, self.resize_ratio, rng)
                 return Sample(self.require_one_kind(pixels, index), caption, tuple(skips))
             except BadSample as bad:
+                self.require_there(bad, index)
                 skips.append(Skip(bad.path, bad.reason))
                 index = int(rng.integers(len(self.pairs)))
         raise UserError(
@@ -187,6 +204,7 @@ class ValidationPairs(_Pairs):
             pixels = crops.read_square(pair.pixels, self.size)
             return Sample(self.require_one_kind(pixels, index), pair.captions()[0])
         except BadSample as bad:
+            self.require_there(bad, index)
             black = torch.zeros(3, self.size, self.size, dtype=self.dtype)
             return Sample(black, "", (Skip(bad.path, bad.reason),), missing=True)
 

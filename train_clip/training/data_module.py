@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import sys
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Unpack
@@ -21,6 +22,9 @@ from train_clip.printing import printable
 from train_clip.training import lightning_internals, same_run, signals
 
 MAX_WORKERS = 8  # more than this many loader processes a GPU seldom helps, and each holds the list of files
+
+OPEN_FILES = 64  # of a run without loader processes
+OPEN_FILES_OF_WORKER = 8  # pipes, and batches that travel in shared memory
 
 
 class TextImageDataModule(LightningDataModule):
@@ -151,6 +155,7 @@ class TextImageDataModule(LightningDataModule):
         if workers is None:
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
             workers = 0 if device == "cpu" else min(MAX_WORKERS, cores.free_cores(processes))
+        _require_open_files(workers, OPEN_FILES_OF_WORKER * (1 + bool(self.validation_pairs)))
         signals.end_loaders_at_exit()
         on_this_host = 1 if self.trainer is None else self.trainer.num_devices
         return loader(
@@ -194,6 +199,23 @@ class TextImageDataModule(LightningDataModule):
         ):
             lines |= {f"  {len(names):,} {what}, for instance {printable(name)}.": True for name in names[:1]}
         return "\n".join(line for line, holds in lines.items() if holds)
+
+
+def _require_open_files(workers: int, of_worker: int) -> None:
+    """Raise this process's limit of open files to what so many loader processes need, as far as that is allowed."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    needed = OPEN_FILES + of_worker * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < needed:  # -1 is no limit
+        raise UserError(
+            f"--num_workers {workers}: needs {needed:,} open files; at most {hard:,} are allowed. Use up to "
+            f"{max(0, hard - OPEN_FILES) // of_worker:,}, or allow more files (ulimit -Hn)."
+        )
+    if 0 <= soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _tokenizer(custom: Any, context_length: int | None) -> Any:

@@ -9,7 +9,6 @@ once on a CPU; on a GPU when figures are logged, and before anything is saved. U
 such steps by itself, as it must while it looks for a scale: there they are counted.
 """
 
-import signal
 import subprocess
 import time
 from contextlib import ExitStack, suppress
@@ -203,7 +202,7 @@ class EndOfStep(Callback):
             self.consumed_batches, self.leaves = batches, True
             if saved := _save(trainer):
                 if isinstance(error, signals.Stopped):
-                    print(f"Stopped by {_name(error.code)} after batch {batches:,}; saved {saved}.")
+                    print(f"Stopped by {signals.name_of(error.code - 128)} after batch {batches:,}; saved {saved}.")
                 else:
                     error.add_note(f"Saved after batch {batches:,}: {saved}.")
 
@@ -211,7 +210,7 @@ class EndOfStep(Callback):
         if number := largest([self.signals.received])[0]:
             saved = save_now(trainer)
             utilities.rank_zero_info(
-                f"Stopped by {_name(128 + number)} after batch {self.consumed_batches:,}; saved "
+                f"Stopped by {signals.name_of(number)} after batch {self.consumed_batches:,}; saved "
                 f"{saved or 'nothing, since the run has no checkpoints'}."
             )
             raise signals.Stopped(128 + number)
@@ -308,10 +307,6 @@ def save_now(trainer: Trainer) -> Path | None:
     if not lightning_internals.steps_and_ends(trainer)[1]:
         lightning_internals.log_step(trainer)  # its last step's figures are still to be logged
     return _save(trainer)
-
-
-def _name(code: Any) -> str:
-    return "Ctrl-C" if code == 128 + signal.SIGINT else "SIGTERM"
 
 
 def _save(trainer: Trainer) -> Path | None:

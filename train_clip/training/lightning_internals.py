@@ -43,6 +43,8 @@ def told_in_a_line(kind: type[UserError], what: str) -> Iterator[None]:
     except REFUSALS as error:
         if of_process(error):
             raise
+        if "iter(combined_loader)" in str(error) and isinstance(error.__context__, OSError | UserError):
+            raise error.__context__ from None  # a loader could not be started, and then not be ended
         names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         # Where it was raised, the standard library aside: of its variables Lightning asks `os` for some.
         name = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names][-1]

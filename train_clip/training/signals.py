@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the first SIGTERM or Ctrl-C ends the batch, the second ends the process."""
+"""Stopping a run from outside: the first signal ends the batch and saves, a second SIGTERM or Ctrl-C the process."""
 
 import atexit
 import multiprocessing
@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -16,7 +17,8 @@ from train_clip.errors import UserError
 from train_clip.gather import WAIT
 from train_clip.training import lightning_internals
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+HANGUP = getattr(signal, "SIGHUP", 0)  # a terminal closes, and sends it once or twice; Windows has none
+STOPPING = (signal.SIGTERM, signal.SIGINT, *filter(None, [HANGUP]))
 STARTER = "TRAIN_CLIP_STARTER"  # in the environment: the number of a run's first process
 GRACE = 10.0  # seconds in which the others may end by themselves
 LONGEST = 600.0  # seconds in which no batch comes: something hangs
@@ -43,11 +45,10 @@ class StopSignals:
     wakeup: socket.socket | None = None
 
     def install(self, saves: bool = False) -> None:
-        """Take both signals over, in the main thread; elsewhere Python allows no handlers."""
+        """Take the signals over, in the main thread; elsewhere Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in STOPPING:
-            signal.signal(number, self._note)
+        take_over(self._note)
         if END_WAIT is not None:
             signal.signal(END_WAIT, self._end_wait)
             signal.signal(signal.SIGCHLD, lightning_internals.raise_in_waits)
@@ -81,7 +82,7 @@ class StopSignals:
 
 def _act_at_once(reader: socket.socket, saves: bool) -> None:
     """Say what the first signal does, and end the process at a second one."""
-    first, code, name, main = 0.0, 0, "", threading.main_thread().ident or 0
+    first, before, code, name, main = 0.0, 0, 0, "", threading.main_thread().ident or 0
     with reader:
         while True:
             try:
@@ -95,15 +96,17 @@ def _act_at_once(reader: socket.socket, saves: bool) -> None:
                 if is_over and END_WAIT is not None:
                     signal.pthread_kill(main, END_WAIT)
                 continue
-            number, is_second = read[0], first > 0
-            if number not in STOPPING or (is_second and time.monotonic() - first < TOGETHER):
+            # A hang-up shows nobody's impatience: neither comes second.
+            number, is_second = read[0], before not in (0, HANGUP)
+            repeats = before > 0 if number == HANGUP else is_second and time.monotonic() - first < TOGETHER
+            if number not in STOPPING or repeats:
                 continue
-            first, code, name = time.monotonic(), 128 + number, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            first, before, code, name = time.monotonic(), number, 128 + number, name_of(number)
             line = f"{name} again: ended without saving."
             if not is_second:
                 line = (
                     f"{name}: the run {'saves and ' * saves}stops at the end of this step, or of the epoch if this is "
-                    f"its last. A second {name} ends it at once, without saving."
+                    f"its last. A second {'SIGTERM' if number == HANGUP else name} ends it at once, without saving."
                 )
             _say(line)
             if is_second:
@@ -143,6 +146,18 @@ def end_after(children: list[subprocess.Popen[bytes]], device: str) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+def name_of(number: int) -> str:
+    """What users know a signal by."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def take_over(handler: Any) -> None:
+    """Let a handler answer every stopping signal, but a hang-up that is ignored, as under nohup."""
+    for number in STOPPING:
+        if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def end_with_starter() -> None:
     """Of the processes that Lightning starts, end each some seconds after the first one, should that be killed.
 
@@ -167,12 +182,12 @@ def outlive_the_first_signal(_: int) -> None:
     """For loader processes, which a signal to the group reaches too: the batch needs them. The second one ends them."""
 
     def end_by_the_next(*_: object) -> None:
-        for number in STOPPING:
-            signal.signal(number, lambda *_: os._exit(0))
+        take_over(lambda *_: os._exit(0))
 
     signal.set_wakeup_fd(-1)  # the run's
-    for number in STOPPING:
-        signal.signal(number, end_by_the_next)
+    if HANGUP:
+        signal.signal(HANGUP, signal.SIG_IGN)  # they end with the run
+    take_over(end_by_the_next)
 
 
 def end_loaders_at_exit() -> None:
