@@ -40,7 +40,7 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "train_clip": "load Tokenizer CLIP",
             "train_clip.models.clip": "DualEncoder",
-            "train_clip.checkpoints.found": "Pretrained",
+            "train_clip.checkpoints.load": "Pretrained",
             "train_clip.data.crops": "Preprocess",
         },
     ),

@@ -7,7 +7,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train_clip.checkpoints.found import load
+    from train_clip.checkpoints.load import load
     from train_clip.data.tokenizer import Tokenizer
     from train_clip.encoders.wrapper import CustomCLIPWrapper
     from train_clip.models.clip import CLIP
@@ -38,7 +38,7 @@ _HOMES = {
     "PromptCLIPWrapper": "train_clip.prompts.wrapper",
     "TextImageDataModule": "train_clip.training.data_module",
     "Tokenizer": "train_clip.data.tokenizer",
-    "load": "train_clip.checkpoints.found",
+    "load": "train_clip.checkpoints.load",
     "read_config": "train_clip.models.config",
 }
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from typing_extensions import override
 
@@ -21,9 +21,7 @@ from train_clip.options import WeightOptions
 from train_clip.printing import printable
 
 if TYPE_CHECKING:  # `train-clip inspect` answers before PyTorch would be there
-    import torch
-
-    from train_clip.data.crops import Preprocess
+    from train_clip.checkpoints.load import Pretrained
     from train_clip.models.clip import CLIP, DualEncoder
 
 Tensors = dict[str, Any]
@@ -48,48 +46,6 @@ NAMED, NONE = 3, "not there"  # tensors in a message
 NO_CHOICE = WeightOptions()
 OF_IMAGES = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 OF_TEXT = "positional_embedding"
-
-
-class Pretrained(NamedTuple):
-    """What ``load`` gives."""
-
-    model: "DualEncoder"  # in eval mode, by default in float32: ``encode_image``, ``encode_text``, ``logit_scale``
-    preprocess: "Preprocess"  # a picture or its path → (3, S, S) float32, as the model takes it
-    tokenizer: Any  # a caption or several → what ``encode_text`` takes
-
-
-def load(  # noqa: PLR0913, by name
-    source: str | Path,
-    *,
-    model_name: str | None = None,
-    image_size: int | None = None,
-    context_length: int | None = None,
-    activation: Literal["gelu", "quick_gelu"] | None = None,
-    backbone: str | Path | None = None,
-    device: "str | torch.device | None" = None,
-    dtype: "torch.dtype | None" = None,
-) -> Pretrained:
-    """Load a CLIP, or two encoders joined by this package, from any supported format; no code of a file is run.
-
-    Args:
-        source: a file by OpenAI, open_clip, Hugging Face, train-CLIP or this package; a folder with ``config.json`` or
-            ``open_clip_config.json``; a name of OpenAI's (``ViT-B/32``); or ``hf-hub:NAME``.
-        model_name: a preset or a YAML file, for weights that do not say which model they are of.
-        image_size: another input size in pixels.
-        context_length: another number of tokens per caption at most.
-        activation: for weights that do not say it.
-        backbone: for a file of visual prompts, its backbone, if it has moved.
-        device: where the model is put; the CPU by default.
-        dtype: of the model's weights and embeddings; float32 by default.
-
-    Raises:
-        UserError: a missing (also a ``FileNotFoundError``), unknown, damaged or hostile file, a source that is no path
-            (also a ``TypeError``), or an option that has to be set.
-    """
-    choices = WeightOptions(model_name, image_size, context_length, activation)
-    pretrained = find_weights(source, choices, backbone).build()
-    pretrained.model.to(device=device, dtype=dtype)
-    return pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +82,9 @@ class Found:
         """Build the model, its weights still to be filled in, and its tokenizer."""
         raise NotImplementedError
 
-    def build(self) -> Pretrained:
+    def build(self) -> "Pretrained":
         """Build the model, filled strictly, in eval mode, with its preprocessing and its tokenizer."""
+        from train_clip.checkpoints.load import Pretrained
         from train_clip.data.crops import Preprocess
 
         model, tokenizer = self.empty()

@@ -13,7 +13,8 @@ import torch
 from rich import console, table
 from torch.utils.data import DataLoader
 
-from train_clip.checkpoints.found import NO_CHOICE, Found, Pretrained, find_weights
+from train_clip.checkpoints.found import NO_CHOICE, Found, find_weights
+from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.progress import with_progress
 from train_clip.data import crops, pairs, samples, scan
 from train_clip.errors import BadSample, UsageError, UserError
