@@ -90,7 +90,12 @@ def filled(which: str) -> Fault:
     @contextmanager
     def fill(scene: Scene) -> Iterator[None]:
         others = (scene.disk if which == "disk" else Path(which)) / "others"
-        subprocess.run(["dd", "if=/dev/zero", f"of={others}", "bs=64k"], stderr=subprocess.DEVNULL, check=False)
+        with others.open("wb", buffering=0) as file:
+            for _ in range(20):  # for a second: what is given back in that time is taken too
+                with suppress(OSError):
+                    while file.write(bytes(4096)):
+                        pass
+                time.sleep(0.05)
         yield
         others.unlink()
 
@@ -135,19 +140,20 @@ def test_interrupted_runs_end_as_the_one_left_alone(tmp_path):
 
 def soak(folder: Path, seconds: float, faults: list[str]) -> None:
     """Interrupt runs for so long, one after the other; the last one is then left to its end."""
-    disk, rng, rounds, deadline = folder / "disk", random.Random(0), Counter[str](), time.monotonic() + seconds
+    disk, rng, rounds = folder / "disk", random.Random(0), Counter[str]()
     disk.mkdir()
     for place, size in (("/dev/shm", SHM), (disk, DISK)):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
     inputs = [*write_inputs(folder, PAIRS), *f"--val_share 0 --epochs {EPOCHS} --save_every {INTERVAL}".split()]
-    alone: dict[int, Path] = {}
+    words = {number: [*inputs, *f"--devices {number} --num_workers {3 - number}".split()] for number in PROCESSES}
+    # On each number of processes a sum has its own rounding.
+    alone = {number: folder / f"alone-{number}" for number in PROCESSES}
+    for number, output in alone.items():
+        run([*words[number], "--output", str(output)], processes=number).require(0)
+    deadline = time.monotonic() + seconds
     for number, processes in enumerate(cycle(PROCESSES)):
-        words = [*inputs, *f"--devices {processes} --num_workers {3 - processes}".split()]
-        if processes not in alone:  # a sum has its own rounding on each number of them
-            alone[processes] = folder / f"alone-{processes}"
-            run([*words, "--output", str(alone[processes])], processes=processes).require(0)
         done, record = disk / f"run-{number}", folder / f"record-{number}"
-        start = [*words, "--output", str(done), *callback("Record", file=str(record), pause=PAUSE)]
+        start = [*words[processes], "--output", str(done), *callback("Record", file=str(record), pause=PAUSE)]
         while newest(done) < EPOCHS * BATCHES:
             before, begun = newest(done), time.monotonic()
             name = rng.choice(faults) if begun < deadline else "none"
