@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from train_clip import cores
-from train_clip.errors import UsageError, UserError, did_you_mean
+from train_clip.errors import UsageError, UserError, did_you_mean, of_process, with_notes
 from train_clip.options import TrainerOptions
 
 # verb, of one word or two → the function that it calls, and what it does.
@@ -72,15 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         # `| head` has read enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as shells report it
-    except OSError as error:
-        name = errno.errorcode.get(error.errno or 0)
-        if name in ("ENOSPC", "EDQUOT"):
-            expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
-        elif name in OF_FILES:
-            expected = "a path that can be read or written"
-        else:
-            raise
-        sys.exit(f"train-clip: {error.filename or 'a file'}: {error.strerror}. Expected {expected}.")
+    except (OSError, EOFError, RuntimeError) as error:
+        sys.exit(_line(error))
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns a Ctrl-C that comes before the first batch into an exit of 1.
         if KeyboardInterrupt not in (type(stop), type(stop.__context__)):
@@ -88,9 +81,23 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 
+def _line(error: OSError | EOFError | RuntimeError) -> str:
+    """What to say of an error of the system or a library; one of which nothing is known is raised."""
+    line, name = of_process(error), errno.errorcode.get(getattr(error, "errno", None) or 0)
+    if isinstance(error, OSError) and name in ("ENOSPC", "EDQUOT", *OF_FILES):
+        expected = "a path that can be read or written"
+        if name not in OF_FILES:
+            expected = "room for what is written; free some. A run goes on from its newest checkpoint by --resume"
+        line = f"{error.filename or 'a file'}: {error.strerror}. Expected {expected}."
+    if not line:
+        raise error
+    return with_notes(f"train-clip: {line}", error)
+
+
 def _exit_code(error: UserError) -> int | str:
     # A loader's worker sends its traceback, with the message at the end.
     message = "train-clip: " + re.split(r"train_clip\.errors\.\w+: ", str(error))[-1].rstrip()
+    message = with_notes(message, error)
     if not isinstance(error, UsageError):
         return message  # which Python prints, and exits with 1
     print(message, file=sys.stderr)

@@ -1,6 +1,7 @@
 """The errors that users see: those that stop with advice, and one for a sample that cannot be read."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -51,6 +52,30 @@ def first_line(error: BaseException) -> str:
     """Give the first line of what a library said, without its full stop, to be quoted in a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")
+
+
+# What libraries say where a process is gone, and what it means.
+OF_PROCESSES = {
+    r"DataLoader worker \(pid ([\d, ]+)\) is killed by signal: Bus error": "Loader process {} was killed for lack of "
+    "shared memory. Enlarge /dev/shm (docker run --shm-size=8g), or use fewer --num_workers or a smaller --batch_size.",
+    r"DataLoader worker \(pid ([\d, ]+)\) is killed by signal: ([\w ]+)": "Loader process {} was killed by a signal "
+    "({}), most likely for lack of memory (dmesg tells). Use fewer --num_workers or a smaller --batch_size.",
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) exited unexpectedly": "Loader process {} ended unexpectedly. Use "
+    "--num_workers 0 to see why, or fewer if memory ran out.",
+    "Connection (?:closed|reset) by peer|Broken pipe|ncclRemoteError|NCCL": "Another process of the run has ended.",
+}
+
+
+def of_process(error: BaseException) -> str:
+    """What an error of a library says of a process that is gone, in a line; empty where it says nothing of one."""
+    text = f"{'' if isinstance(error, OSError) else error} {error.__cause__}"  # of a download, for instance
+    found = ((re.search(pattern, text), line) for pattern, line in OF_PROCESSES.items())
+    return next((line.format(*match.groups()) for match, line in found if match), "")
+
+
+def with_notes(line: str, error: BaseException) -> str:
+    """A line about an error, and what was noted with it."""
+    return "\n".join([line, *getattr(error, "__notes__", [])])
 
 
 def root_cause(error: BaseException) -> str:

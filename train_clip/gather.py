@@ -4,10 +4,34 @@ B  rows on this process      W  processes      D  width
 """
 
 import functools
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+SLICE = timedelta(seconds=1)  # of a wait for others; between two of them Python calls the handlers of signals
+
+
+class Wait:
+    """Since when this process's main thread waits, for other processes or for a batch; 0 where it does not."""
+
+    since = 0.0
+    for_batch = False
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.since, self.for_batch = 0.0, False
+
+    def lasts(self, seconds: float, from_then_on: float = 0.0) -> bool:
+        """Whether it has been waiting for so long, and for so long after another moment."""
+        return self.since > 0 and time.monotonic() - max(self.since, from_then_on) > seconds
+
+
+WAIT = Wait()
 
 
 def world() -> tuple[int, int]:
@@ -52,7 +76,15 @@ def largest(values: list[int]) -> list[int]:
     if world()[1] == 1:
         return values
     everyones = torch.tensor(values, dtype=torch.int64)
-    distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=_host_group(distributed.group.WORLD))
+    group: Any = _host_group(distributed.group.WORLD)
+    work: Any = distributed.all_reduce(everyones, distributed.ReduceOp.MAX, group=group, async_op=True)
+    with WAIT:
+        while not work.is_completed():
+            try:
+                work.wait(SLICE)
+            except RuntimeError:
+                if work.is_completed():
+                    raise  # another process has ended
     return everyones.tolist()
 
 

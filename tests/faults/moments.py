@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -172,6 +173,16 @@ class DeafAt(AtBatch):
         # One instruction of Python's; other threads run.
         deque(map(ctypes.CDLL(None).usleep, [1000] * 1500 * self.times), 0)
         print("The step goes on.", flush=True)
+
+
+class SignalWorkersAt(SignalAt):
+    """Sends the loader processes a signal; SIGSTOP makes them hang."""
+
+    def act(self) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, self.number)
+        if "EXIT_CODES" in os.environ:
+            Path(os.environ["EXIT_CODES"], "acted").touch()
 
 
 class ShellAt(AtBatch):

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 import train_clip
+from train_clip.gather import WAIT
 from train_clip.training import lightning_internals as internals
 from train_clip.training.display import MetricsLog
 
@@ -139,13 +140,41 @@ def test_a_steps_figures_are_written_before_lightning_writes_them(tmp_path: Path
     assert len(log.file.read_text().splitlines()) == 3
 
 
-def test_children_are_let_go() -> None:
-    """Of the launcher that starts scripts; another has none."""
-    launcher = _SubprocessScriptLauncher(LightningEnvironment(), 2, 1)
-    launcher.procs.append(object())  # type: ignore[arg-type]
-    for one in (launcher, None):
-        internals.release_children(SimpleNamespace(strategy=SimpleNamespace(launcher=one)))  # type: ignore[arg-type]
+def test_children_are_taken_over() -> None:
+    """Of the launcher that starts scripts, which then knows of none; another has none."""
+    launcher, child = _SubprocessScriptLauncher(LightningEnvironment(), 2, 1), object()
+    launcher.procs.append(child)  # type: ignore[arg-type]
+    for one, children in ((launcher, [child]), (None, [])):
+        trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=one))
+        assert internals.take_children(trainer) == children
     assert launcher.procs == []
+
+
+def test_waits_are_announced() -> None:
+    """Each fetch and each iterator that is made, and nothing else."""
+    seen: list[bool] = []
+
+    class Slow(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            for _ in range(2):
+                seen.append(WAIT.for_batch)
+                yield torch.ones(32)
+
+    class Looking(BoringModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert WAIT.since == 0
+            return super().training_step(batch, batch_idx)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(Slow())
+
+        val_dataloader = train_dataloader
+
+    trainer = own_trainer(max_epochs=2, num_sanity_val_steps=0)
+    internals.announce_waits(trainer)
+    trainer.fit(Looking())
+    assert seen == [True] * 4
+    assert WAIT.since == 0
 
 
 def test_no_other_file_reaches_into_lightning() -> None:

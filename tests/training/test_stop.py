@@ -86,6 +86,25 @@ def test_a_pending_gradient_is_not_lost(tiny_config, tmp_path):
     assert (saved["callbacks"]["EndOfStep"]["consumed_batches"], saved["global_step"]) == (4, 1)
 
 
+@pytest.mark.parametrize(("interval", "batches"), [(2, 3), (6, 6)])
+def test_a_signal_in_validation_acts_a_batch_later_or_at_the_epochs_end(tiny_config, tmp_path, interval, batches):
+    """The next batch is finished where the validation was within the epoch; at its end there is none."""
+    module = CLIPWrapper("tiny", tiny_config)
+    how: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 2}
+    send = signal_in("on_validation_batch_start", 1)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[send, ModelCheckpoint(tmp_path)],
+        val_check_interval=interval,
+        num_sanity_val_steps=0,
+        **how,
+    )
+    with pytest.raises(Stopped):
+        trainer.fit(module, DataLoader(PAIRS, batch_size=4), DataLoader(PAIRS[:8], batch_size=4))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["EndOfStep"]["consumed_batches"] == batches
+
+
 def test_without_checkpoints_nothing_is_saved(tiny_config, tmp_path, monkeypatch, capsys):
     """A Trainer that keeps none: the run ends with the code all the same, and leaves no file."""
     monkeypatch.chdir(tmp_path)

@@ -159,9 +159,11 @@ def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, 
     try:
         with lightning_internals.told_in_a_line(UserError, "Lightning's Trainer cannot train this"):
             trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)
-    except signals.Stopped:
-        if trainer.is_global_zero and trainer.checkpoint_callbacks:
-            print(f"To resume: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}")
+    except BaseException as stop:
+        saved = trainer.global_step > steps_before and (folder / "checkpoints" / checkpoints.LAST).is_file()
+        if trainer.is_global_zero and saved:
+            line = f"To resume: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}"
+            print(line) if isinstance(stop, signals.Stopped) else stop.add_note(line)
         raise
     say_end(trainer, folder, data)
 

@@ -9,6 +9,10 @@ once on a CPU; on a GPU when figures are logged, and before anything is saved. U
 such steps by itself, as it must while it looks for a scale: there they are counted.
 """
 
+import signal
+import subprocess
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ from lightning.pytorch import Callback, Trainer, callbacks, utilities
 from torch import Tensor, nn, optim
 from typing_extensions import override
 
+from train_clip import files
 from train_clip.errors import UserError
-from train_clip.gather import largest, on_any
+from train_clip.gather import WAIT, largest, on_any
 from train_clip.models.blocks import training_norms
 from train_clip.training import checkpoints, lightning_internals, signals
 
@@ -37,7 +42,10 @@ OTHER_CHECKPOINTS = (
 
 
 class EndOfStep(Callback):
-    """Counts global batches, the position in the data; watches over the steps; and ends a run on a signal.
+    """Counts global batches, the position in the data; watches over the steps; and ends a run on a signal or an error.
+
+    Whatever ends training while the weights are those of a step, and not within an update, saves that step's state: an
+    error or signal while a batch is waited for, a loader process that is gone, another process of the run that is gone.
 
     A checkpoint restores the count only where the run is resumed from it (``fit(ckpt_path=…)``).
     """
@@ -47,11 +55,16 @@ class EndOfStep(Callback):
         self.num_steps = 0  # optimizer steps of the whole run
         self.finite = FiniteSteps()
         self.signals = signals.StopSignals()
+        self.children: list[subprocess.Popen[bytes]] = []
+        # Batches up to the newest step, and what is to be saved of the loops; None while its state is being changed.
+        self.newest: tuple[int, dict[str, Any]] | None = None
+        self.saved_batches, self.leaves = 0, False
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             EndOfStep.__init__(self)  # Lightning restores a resumed run's count after this
+            lightning_internals.announce_waits(trainer)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, *_: Any) -> None:
@@ -61,6 +74,8 @@ class EndOfStep(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install(bool(trainer.checkpoint_callbacks))
+        self.children = lightning_internals.take_children(trainer)
+        signals.end_after(self.children, trainer.strategy.root_device.type)
         lightning_internals.begin_next_epoch(trainer)
         self.finite.begin(pl_module, lightning_internals.gradient_scaler(trainer))
         if trainer.num_training_batches < float("inf"):
@@ -78,7 +93,13 @@ class EndOfStep(Callback):
             raise UserError(message.format(least=-negative_least, most=most))
 
     @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.finite.has_statistics:
+            self.newest = None  # a forward pass changes them
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.newest = None
         self.finite.before_update(optimizer, self.consumed_batches + 1)
 
     @override
@@ -89,6 +110,7 @@ class EndOfStep(Callback):
             return
         if trainer.global_step % (trainer.log_every_n_steps or READ_EVERY) == 0:  # type: ignore[attr-defined]
             self.finite.read()
+        self.newest = self.consumed_batches, trainer.fit_loop.state_dict()
         # An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits.
         if not ends_epoch:
             self._stop_if_asked(trainer)
@@ -118,10 +140,27 @@ class EndOfStep(Callback):
         self.signals.release()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        WAIT.__exit__()
+        if isinstance(exception, OSError | EOFError | RuntimeError):
+            time.sleep(signals.TOGETHER)  # until it is known which processes have ended
+            exception.__cause__ = lightning_internals.worker_failure() or exception.__cause__
+        for line in filter(None, map(signals.end_of, self.children)):
+            exception.add_note(line)
+        if self.newest is not None and self.newest[0] > self.saved_batches:
+            with signals.SAVING, suppress(Exception):  # what is raised here would hide the error
+                self._save_alone(trainer, exception, *self.newest)
         self.signals.release()
+        if isinstance(exception, signals.Stopped):
+            signals.end_loaders()  # Lightning would wait some seconds for each one that hangs
         # Lightning gives the model back at the end of training, but not after an error.
         pl_module.teardown("fit")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.saved_batches = self.consumed_batches
+        if self.leaves and self.newest is not None:
+            checkpoint["loops"]["fit_loop"] = self.newest[1]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -147,14 +186,34 @@ class EndOfStep(Callback):
             f"{trainer.global_step:,} on, the learning rate follows the new length."
         )
 
+    def _save_alone(self, trainer: Trainer, error: BaseException, batches: int, _: Any) -> None:
+        # By the first process; or, where that was killed, by another one. None waits for any other.
+        with ExitStack() as stack:
+            if not trainer.is_global_zero:
+                time.sleep(1)  # until the system has taken from it what it held
+                folder = Path(trainer.default_root_dir)
+                if not (folder / files.LOCK).exists():
+                    return
+                stack.enter_context(files.held(folder))  # which fails while the first one lives
+            if not lightning_internals.leave_others(trainer, signals.PATIENCE):
+                return
+            self.finite.read()
+            if not trainer.is_global_zero:
+                trainer.strategy.cluster_environment.set_global_rank(0)  # type: ignore[attr-defined]
+            self.consumed_batches, self.leaves = batches, True
+            if saved := _save(trainer):
+                if isinstance(error, signals.Stopped):
+                    print(f"Stopped by {_name(error.code)} after batch {batches:,}; saved {saved}.")
+                else:
+                    error.add_note(f"Saved after batch {batches:,}: {saved}.")
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
         if number := largest([self.signals.received])[0]:
             saved = save_now(trainer)
             utilities.rank_zero_info(
-                f"Stopped by {'SIGTERM' if number == 15 else 'Ctrl-C'} after batch {self.consumed_batches:,}; saved "
+                f"Stopped by {_name(128 + number)} after batch {self.consumed_batches:,}; saved "
                 f"{saved or 'nothing, since the run has no checkpoints'}."
             )
-            lightning_internals.release_children(trainer)
             raise signals.Stopped(128 + number)
 
 
@@ -169,6 +228,11 @@ class FiniteSteps:
         self._losses: list[Tensor] = []  # of the batches of this step
         self._report = torch.zeros(2)  # the first batch that was not finite, or 0; its loss
         self._statistics: list[tuple[Tensor, Tensor]] = []  # of BatchNorms, and a copy, for a step that is skipped
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether forward passes change running statistics."""
+        return bool(self._statistics)
 
     def note_loss(self, loss: Tensor) -> Tensor:
         """Take note of a batch's loss, () float, and see to it that one that is not finite has no finite gradient."""
@@ -243,6 +307,14 @@ def save_now(trainer: Trainer) -> Path | None:
     """Save the run beside its other checkpoints, on all processes, no gradient pending; None where it has none."""
     if not lightning_internals.steps_and_ends(trainer)[1]:
         lightning_internals.log_step(trainer)  # its last step's figures are still to be logged
+    return _save(trainer)
+
+
+def _name(code: Any) -> str:
+    return "Ctrl-C" if code == 128 + signal.SIGINT else "SIGTERM"
+
+
+def _save(trainer: Trainer) -> Path | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, checkpoints.Checkpoints):
             return callback.save(trainer)

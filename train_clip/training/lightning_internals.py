@@ -1,17 +1,24 @@
 """Everything that uses private parts of Lightning, and questions that several callbacks ask a Trainer."""
 
 import re
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import strategies
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import distributed
+from torch._C import _error_if_any_worker_fails
 
-from train_clip.errors import UserError
+from train_clip.errors import UserError, of_process
+from train_clip.gather import WAIT
 
 REFUSALS = (
     MisconfigurationException,
@@ -34,6 +41,8 @@ def told_in_a_line(kind: type[UserError], what: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
+        if of_process(error):
+            raise
         names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         # Where it was raised, the standard library aside: of its variables Lightning asks `os` for some.
         name = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names][-1]
@@ -100,6 +109,64 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
-def release_children(trainer: Trainer) -> None:
-    """Keep Lightning from killing this process because those that it started end first, with a code that is not 0."""
-    getattr(trainer.strategy.launcher, "procs", []).clear()
+def take_children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes that Lightning has started; it no longer kills this one where one of them ends by an error."""
+    its = getattr(trainer.strategy.launcher, "procs", [])
+    own = [*its]
+    its.clear()
+    return own
+
+
+def announce_waits(trainer: Trainer) -> None:
+    """Have it known while the Trainer waits for a batch or, which makes an iterator, for the first one."""
+
+    def begin() -> None:
+        WAIT.__enter__()
+        WAIT.for_batch = True
+        _error_if_any_worker_fails()  # of an end whose signal came while nothing was waited for
+
+    def announce(loop: Any, name: str) -> None:
+        def wait(*args: Any) -> None:
+            begin()
+            getattr(type(loop), name)(loop, *args)
+            WAIT.__exit__()
+
+        loop._on_before_fetch, loop._on_after_fetch = begin, WAIT.__exit__
+        setattr(loop, name, wait)
+
+    announce(trainer.fit_loop.epoch_loop, "on_run_start")
+    announce(trainer.fit_loop.epoch_loop.val_loop, "reset")
+
+
+def raise_in_waits(*_: object) -> None:
+    """Handle SIGCHLD: as PyTorch, which raises where a loader process is gone, but never in the middle of a step."""
+    if WAIT.since:
+        _error_if_any_worker_fails()
+
+
+def worker_failure() -> RuntimeError | None:
+    """What PyTorch says of a loader process that is gone, where that was not said yet."""
+    try:
+        _error_if_any_worker_fails()
+    except RuntimeError as error:
+        return error
+    return None
+
+
+def leave_others(trainer: Trainer, seconds: float) -> bool:
+    """Go on as the only process, after an error; whether this one holds all of the run's state, and it is complete.
+
+    On a GPU it is not as long as an exchange with a process that is gone is waited for, which never ends.
+    """
+    if not isinstance(trainer.strategy, strategies.SingleDeviceStrategy | strategies.DDPStrategy):
+        return False
+    if trainer.strategy.root_device.type == "cuda":
+        (done := torch.cuda.Event()).record()
+        until = time.monotonic() + seconds
+        while not done.query():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    return True

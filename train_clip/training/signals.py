@@ -5,16 +5,26 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from contextlib import suppress
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from train_clip.errors import UserError
+from train_clip.gather import WAIT
+from train_clip.training import lightning_internals
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 STARTER = "TRAIN_CLIP_STARTER"  # in the environment: the number of a run's first process
 GRACE = 10.0  # seconds in which the others may end by themselves
+LONGEST = 600.0  # seconds in which no batch comes: something hangs
+PATIENCE = 3.0  # seconds after a signal in which what the run waits for may still come
 TOGETHER = 0.5  # seconds in which two are one: timeout(1) sends one to the process and one to its group
+
+END_WAIT = getattr(signal, "SIGURG", None)  # from the thread to the main thread; nobody else means anything by it
+SAVING = threading.Lock()  # held while the run is saved after an error
 
 
 class Stopped(SystemExit):
@@ -25,7 +35,8 @@ class StopSignals:
     """Notes a signal, for whoever reads ``received`` at the end of the batch, and says so; a second one acts at once.
 
     Python calls handlers between two of its instructions, and a backward pass, which is one, may take minutes. A thread
-    learns of a signal at once, by what Python writes to a socket.
+    learns of a signal at once, by what Python writes to a socket. Where the run waits, for a batch or for other
+    processes, and that goes on, the thread ends the wait: by ``Stopped`` in the main thread, or with the process.
     """
 
     received = 0
@@ -37,8 +48,12 @@ class StopSignals:
             return
         for number in STOPPING:
             signal.signal(number, self._note)
+        if END_WAIT is not None:
+            signal.signal(END_WAIT, self._end_wait)
+            signal.signal(signal.SIGCHLD, lightning_internals.raise_in_waits)
         if self.wakeup is None:
             reader, self.wakeup = socket.socketpair()
+            reader.settimeout(TOGETHER)
             self.wakeup.setblocking(False)
             self.before = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=_act_at_once, args=(reader, saves), daemon=True).start()
@@ -54,28 +69,78 @@ class StopSignals:
     def _note(self, number: int, _: object) -> None:
         self.received = number
 
+    def _end_wait(self, *_: object) -> None:
+        if self.received and WAIT.since:
+            raise Stopped(128 + self.received)
+        if WAIT.for_batch:
+            raise UserError(
+                f"No batch came for {LONGEST / 60:.0f} minutes. Look whether the disk of the data answers, and whether "
+                "loader processes have memory (free, df /dev/shm); --num_workers 0 reads without them."
+            )
+
 
 def _act_at_once(reader: socket.socket, saves: bool) -> None:
     """Say what the first signal does, and end the process at a second one."""
-    first = 0.0
+    first, code, name, main = 0.0, 0, "", threading.main_thread().ident or 0
     with reader:
-        while read := reader.recv(1):
+        while True:
+            try:
+                if not (read := reader.recv(1)):
+                    return
+            except TimeoutError:
+                if first and WAIT.lasts(GRACE, first):
+                    _say(f"{name}: ended without saving, because another process did not answer.")
+                    os._exit(code)
+                is_over = WAIT.lasts(PATIENCE, first) if first else WAIT.for_batch and WAIT.lasts(LONGEST)
+                if is_over and END_WAIT is not None:
+                    signal.pthread_kill(main, END_WAIT)
+                continue
             number, is_second = read[0], first > 0
             if number not in STOPPING or (is_second and time.monotonic() - first < TOGETHER):
                 continue
-            first, name = time.monotonic(), "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            first, code, name = time.monotonic(), 128 + number, "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             line = f"{name} again: ended without saving."
             if not is_second:
                 line = (
                     f"{name}: the run {'saves and ' * saves}stops at the end of this step, or of the epoch if this is "
                     f"its last. A second {name} ends it at once, without saving."
                 )
-            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-                with suppress(OSError):
-                    # Past Python's buffers, which the main thread may be about to write.
-                    os.write(2, f"\n{line}\n".encode())
+            _say(line)
             if is_second:
-                os._exit(128 + number)
+                os._exit(code)
+
+
+def _say(line: str) -> None:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        with suppress(OSError):
+            # Past Python's buffers, which the main thread may be about to write.
+            os.write(2, f"\n{line}\n".encode())
+
+
+def end_of(child: subprocess.Popen[bytes]) -> str:
+    """How a process of the run has failed, in a line; empty where it has not."""
+    if (code := child.poll() or 0) >= 0:
+        return f"Process {child.pid} of the run ended with code {code}." if code else ""
+    why = ", most likely for lack of memory (dmesg tells)" if code == -signal.SIGKILL else ""
+    return f"Process {child.pid} of the run was killed by {signal.Signals(-code).name}{why}."
+
+
+def end_after(children: list[subprocess.Popen[bytes]], device: str) -> None:
+    """End this process some seconds after one of those that it has started was killed: on a GPU it may wait for it.
+
+    On a CPU the exchange with that process fails at once.
+    """
+
+    def watch() -> None:
+        while not any(map(end_of, children)):
+            time.sleep(1)
+        time.sleep(GRACE)
+        with SAVING:
+            _say(f"{next(filter(None, map(end_of, children)))} Ended without saving.")
+            os._exit(1)
+
+    if children and device != "cpu":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def end_with_starter() -> None:
@@ -92,7 +157,8 @@ def end_with_starter() -> None:
             while os.getppid() == starter:
                 time.sleep(1)
             time.sleep(GRACE)
-            os._exit(128 + signal.SIGTERM)
+            with SAVING:
+                os._exit(128 + signal.SIGTERM)
 
         threading.Thread(target=end_after, daemon=True).start()
 
@@ -111,11 +177,16 @@ def outlive_the_first_signal(_: int) -> None:
 
 def end_loaders_at_exit() -> None:
     """Let a process end while its loader processes are at work: Python sends each one SIGTERM, and waits for it."""
+    atexit.register(end_loaders)
 
-    @atexit.register
-    def insist() -> None:
-        # More of them, before: two that come at once count as one.
-        for child in multiprocessing.active_children():
-            while child.daemon and child.is_alive():
-                child.terminate()
-                child.join(0.05)
+
+def end_loaders() -> None:
+    """End this process's loader processes, those too that hang."""
+    begun = time.monotonic()
+    # More signals, before: two that come at once count as one.
+    for child in multiprocessing.active_children():
+        while child.daemon and child.is_alive():
+            child.terminate()
+            child.join(0.05)
+            if time.monotonic() - begun > 2 * TOGETHER:
+                child.kill()
