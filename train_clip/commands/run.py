@@ -1,5 +1,6 @@
 """A training run, for any command: its Trainer, folder, length and messages."""
 
+import copy
 import inspect
 import logging
 import math
@@ -239,7 +240,8 @@ def require_own_place(trainer: L.Trainer) -> None:
 def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     add_trainer_options(parser)
-    given = parser.instantiate(parser.parse_object(dict(options)))
+    # A copy, as jsonargparse changes what it is given.
+    given = parser.instantiate(parser.parse_object(copy.deepcopy(dict(options))))
     asked = {name: value for name, value in given.as_dict().items() if value is not None}
     callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
     if asked.get("enable_progress_bar", True):

@@ -202,9 +202,8 @@ class EndOfStep(Callback):
             self.consumed_batches, self.leaves = batches, True
             if saved := _save(trainer):
                 if isinstance(error, signals.Stopped):
-                    print(
-                        f"Stopped by {signals.name_of(int(error.code or 0) - 128)} after batch {batches:,}; saved {saved}."
-                    )
+                    name = signals.name_of(int(error.code or 0) - 128)
+                    print(f"Stopped by {name} after batch {batches:,}; saved {saved}.")
                 else:
                     error.add_note(f"Saved after batch {batches:,}: {saved}.")
 
