@@ -4,6 +4,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, surrogates, separators of lines
@@ -40,14 +41,20 @@ class PlainStream:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        self.failures: tuple[type[Exception], ...] = ()  # that are passed over: those of a stream that nobody reads
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:  # noqa: D102
-        bar = "\r" * (text.startswith("\r") and self.stream.isatty())
-        self.stream.write(bar + printable(text[len(bar) :], LAYOUT))
+        with suppress(*self.failures):
+            bar = "\r" * (text.startswith("\r") and self.stream.isatty())
+            self.stream.write(bar + printable(text[len(bar) :], LAYOUT))
         return len(text)
+
+    def flush(self) -> None:  # noqa: D102
+        with suppress(*self.failures):
+            self.stream.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:  # noqa: D102
         for line in lines:
@@ -65,6 +72,13 @@ def escape_streams() -> None:
                 # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
                 stream.reconfigure(errors="replace")
             setattr(sys, name, PlainStream(stream))
+
+
+def go_on_unread() -> None:
+    """Let printing fail silently from here on: its reader has left, its terminal is gone, its disk is full."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, PlainStream):
+            stream.failures = (OSError, ValueError)
 
 
 def progress_bar(*columns: Any, **how: Any) -> Any:

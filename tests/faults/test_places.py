@@ -68,6 +68,7 @@ def test_a_folder_that_vanishes_is_named_and_the_run_goes_on_after_its_return(
     number = 8 if workers else 32
     assert line.startswith(f"train-clip: {pairs}: {GONE}, as of all {number} files of the data")
     assert "Skipped" not in result.text
+    assert consumed(last(tmp_path / "run")) == (BATCHES if workers else EVERY + 1)  # what was trained is saved
     away.rename(pairs)
     run(["train", "--resume", str(tmp_path / "run"), "--callbacks", "null"]).require(0)
     require_same_state(last(tmp_path / "run"), last(finished))

@@ -7,9 +7,9 @@ import math
 import os
 import re
 import shlex
-import sys
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Union, get_args
 
@@ -21,7 +21,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import loggers, utilities
 
-from train_clip import cores, files
+from train_clip import cores, files, printing
 from train_clip.commands.run_folder import Resumption, claimed, find_checkpoint, write_run_files
 from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.estimates import require_room, size
@@ -85,7 +85,7 @@ class Job:
 
 def begin(run: RunOptions, seed: int) -> Resumption | None:
     """Before the model is built: streams, signals, the seed, and the checkpoint to resume from, if any."""
-    sys.stdout, sys.stderr = display.Unessential(sys.stdout), display.Unessential(sys.stderr)
+    printing.go_on_unread()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not NOT_ABOUT_THE_RUN.match(record.getMessage())
     )
@@ -160,6 +160,8 @@ def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, 
     say_start(module, trainer, folder, resumed)
     epochs = f", up to epoch {run.epochs:,}" if run.epochs and run.epochs > 0 else ""
     utilities.rank_zero_only(print)(f"Optimizer steps to come: {num_steps - steps_before:,}{epochs}.{room}")
+    # While they start, they wait for each other.
+    signals.end_after(partial(lightning_internals.children_of, trainer), signals.PATIENCE)
     try:
         with lightning_internals.told_in_a_line(UserError, "Lightning's Trainer cannot train this"):
             trainer.fit(module, data, ckpt_path=resumed.checkpoint if resumed else None, weights_only=True)

@@ -4,7 +4,6 @@ import csv
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +22,6 @@ REFRESH_SECONDS = 0.5  # figures are read this often: each reading waits for the
 LINE_SECONDS = 15.0  # between lines where there is no terminal
 WARM_UP = 3  # batches that no estimate counts: compilation, loader processes that start
 ESTIMATE_SECONDS = 10.0  # of training that the first estimate is of, and the least that it speaks of
-
-
-class Unessential:
-    """A stream that fails silently: its reader has left, its terminal is gone or its disk full, and the run goes on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        member = getattr(self.stream, name)
-
-        def attempt(*given: Any) -> Any:
-            with suppress(OSError, ValueError):
-                return member(*given)
-
-        return attempt if name in ("write", "flush") else member
 
 
 def _speed(pairs: float) -> str:

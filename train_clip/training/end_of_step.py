@@ -74,7 +74,8 @@ class EndOfStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.signals.install(bool(trainer.checkpoint_callbacks))
         self.children = lightning_internals.take_children(trainer)
-        signals.end_after(self.children, trainer.strategy.root_device.type)
+        if self.children and trainer.strategy.root_device.type != "cpu":  # there, the exchange with one fails at once
+            signals.end_after(lambda: self.children, signals.GRACE)
         lightning_internals.begin_next_epoch(trainer)
         self.finite.begin(pl_module, lightning_internals.gradient_scaler(trainer))
         if trainer.num_training_batches < float("inf"):

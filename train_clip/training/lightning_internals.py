@@ -117,10 +117,14 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
+def children_of(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes that Lightning has started, until they are taken from it."""
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
 def take_children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
     """The processes that Lightning has started; it no longer kills this one where one of them ends by an error."""
-    its = getattr(trainer.strategy.launcher, "procs", [])
-    own = [*its]
+    own = [*(its := children_of(trainer))]
     its.clear()
     return own
 

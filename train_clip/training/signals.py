@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -128,22 +129,18 @@ def end_of(child: subprocess.Popen[bytes]) -> str:
     return f"Process {child.pid} of the run was killed by {signal.Signals(-code).name}{why}."
 
 
-def end_after(children: list[subprocess.Popen[bytes]], device: str) -> None:
-    """End this process some seconds after one of those that it has started was killed: on a GPU it may wait for it.
-
-    On a CPU the exchange with that process fails at once.
-    """
+def end_after(children: Callable[[], list[subprocess.Popen[bytes]]], seconds: float) -> None:
+    """End this process so many seconds after one of those that it has started by then failed: it may wait for it."""
 
     def watch() -> None:
-        while not any(map(end_of, children)):
+        while not (failed := next(filter(None, map(end_of, children())), "")):
             time.sleep(1)
-        time.sleep(GRACE)
+        time.sleep(seconds)
         with SAVING:
-            _say(f"{next(filter(None, map(end_of, children)))} Ended without saving.")
+            _say(f"{failed} Ended without saving.")
             os._exit(1)
 
-    if children and device != "cpu":
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def name_of(number: int) -> str:
