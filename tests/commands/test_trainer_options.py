@@ -37,8 +37,9 @@ def refusal(*words: Any) -> str:
     """What a command that is refused says: a line."""
     with pytest.raises(SystemExit) as stop:
         run_train(*words)
-    message = said(stop)
-    assert message[-1] == "." and "\n" not in message
+    # Where training has begun, further lines say what is saved.
+    message, *notes = said(stop).split("\n")
+    assert message[-1] == "." and all(note.startswith(("Saved after batch", "To resume: ")) for note in notes)
     return message
 
 
