@@ -174,5 +174,5 @@ def test_streams_are_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", inner)
     monkeypatch.setattr(sys, "stderr", None)
     escape_streams(), escape_streams()
-    assert sys.stdout.stream is inner  # type: ignore[attr-defined]
+    assert sys.stdout.stream.stream is inner  # type: ignore[attr-defined]
     assert sys.stderr is None

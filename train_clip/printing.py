@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from typing_extensions import override
+
 CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format characters, surrogates, separators of lines
 JOINERS = "\u200c\u200d"  # without which words of Persian and Hindi, and pictures such as 👩‍🔬, fall apart
 LAYOUT = "\n\t"  # of our own messages
@@ -32,29 +34,38 @@ def no_formula(cell: str, before: str = " ") -> str:
     return before + cell if FORMULA.match(cell) else cell
 
 
-class PlainStream:
-    """A text stream that takes no codes: ``stream`` gets them escaped, whoever writes them.
-
-    To others it is no terminal, or they would color what they write. A bar's first sign, which returns to the
-    beginning of its line, passes.
-    """
+class Stream:
+    """A text stream that may fail without a word: its reader has left, its terminal is gone, its disk is full."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.failures: tuple[type[Exception], ...] = ()  # that are passed over: those of a stream that nobody reads
+        self.passed_over: tuple[type[Exception], ...] = ()  # failures
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:  # noqa: D102
-        with suppress(*self.failures):
-            bar = "\r" * (text.startswith("\r") and self.stream.isatty())
-            self.stream.write(bar + printable(text[len(bar) :], LAYOUT))
+        with suppress(*self.passed_over):
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:  # noqa: D102
-        with suppress(*self.failures):
+        with suppress(*self.passed_over):
             self.stream.flush()
+
+
+class PlainStream(Stream):
+    """One that takes no codes: ``stream`` gets them escaped, whoever writes them.
+
+    To others it is no terminal, or they would color what they write. A bar's first sign, which returns to the
+    beginning of its line, passes.
+    """
+
+    @override
+    def write(self, text: str) -> int:
+        bar = "\r" * (text.startswith("\r") and self.stream.isatty())
+        self.stream.write(bar + printable(text[len(bar) :], LAYOUT))
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:  # noqa: D102
         for line in lines:
@@ -71,14 +82,14 @@ def escape_streams() -> None:
             if hasattr(stream, "reconfigure"):
                 # Arrows and × stand in messages; a terminal or log that cannot write them must not end a run.
                 stream.reconfigure(errors="replace")
-            setattr(sys, name, PlainStream(stream))
+            setattr(sys, name, PlainStream(Stream(stream)))
 
 
 def go_on_unread() -> None:
-    """Let printing fail silently from here on: its reader has left, its terminal is gone, its disk is full."""
+    """Let streams fail silently from here on."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, PlainStream):
-            stream.failures = (OSError, ValueError)
+            stream.stream.passed_over = (OSError, ValueError)
 
 
 def progress_bar(*columns: Any, **how: Any) -> Any:

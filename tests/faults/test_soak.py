@@ -47,15 +47,21 @@ class Scene:
     rng: random.Random
 
     def one(self) -> int:
-        """One of the run's first processes."""
-        return self.rng.choice(self.command.processes).pid
+        """The run's process, or one that it has started to train beside it."""
+        first = self.command.process.pid
+        found = [first]
+        with suppress(OSError):  # one that has ended by now
+            for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
+                if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes():
+                    found.append(int(child))
+        return self.rng.choice(found)
 
 
 Fault = Callable[[Scene], AbstractContextManager[None]]
 
 
 def sent(*numbers: signal.Signals) -> Fault:
-    """Signals to one of the run's first processes, a second apart."""
+    """Signals to one of the run's processes, a second apart."""
 
     @contextmanager
     def send(scene: Scene) -> Iterator[None]:
@@ -161,7 +167,7 @@ def soak(folder: Path, seconds: float, faults: list[str]) -> None:
                 # What has no checkpoint yet cannot go on.
                 shutil.rmtree(done, ignore_errors=True)
             print(f"run {number}, {processes} processes, {name}:", end=" ", flush=True)
-            command = Command(["train", "--resume", str(done)] if before else start, processes=processes)
+            command = Command(["train", "--resume", str(done)] if before else start)
             result = interrupted(name, Scene(command, disk, folder / "pairs", rng), record)
             rounds[name] += 1
             took = time.monotonic() - begun
