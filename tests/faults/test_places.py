@@ -64,11 +64,12 @@ def test_a_folder_that_vanishes_is_named_and_the_run_goes_on_after_its_return(
     how = ["--num_workers", str(workers), "--folder", str(pairs), "--output", str(tmp_path / "run")]
     result = run([*words, *how, *move]).require(1)
     (line,) = result.complaints
-    # The loader processes have read all that is to be trained on by then.
-    number = 8 if workers else 32
-    assert line.startswith(f"train-clip: {pairs}: {GONE}, as of all {number} files of the data")
+    # The loader processes have most often read all that is to be trained on by then.
+    numbers = [8, 32] if workers else [32]
+    assert any(line.startswith(f"train-clip: {pairs}: {GONE}, as of all {number} files of the") for number in numbers)
     assert "Skipped" not in result.text
-    assert consumed(last(tmp_path / "run")) == (BATCHES if workers else EVERY + 1)  # what was trained is saved
+    # What was trained is saved.
+    assert EVERY + 1 <= consumed(last(tmp_path / "run")) <= (BATCHES if workers else EVERY + 1)
     away.rename(pairs)
     run(["train", "--resume", str(tmp_path / "run"), "--callbacks", "null"]).require(0)
     require_same_state(last(tmp_path / "run"), last(finished))
