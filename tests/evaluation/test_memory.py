@@ -10,7 +10,7 @@ from tests import forked
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kibibytes on Linux alone")
 
-LIMIT = 300  # MB; matrices as a whole would take 0.8 to 6 GB
+LIMIT = 1000  # MB: most runs take under 300, and some allocators keep more; as a whole, most matrices take 1.4 to 6 GB
 # What is given, and what is called; all embeddings are at one point, of which no figure comes.
 CASES = {
     "10,000 classes in 80 templates": (
