@@ -25,7 +25,9 @@ CAPTIONS = ["a", "", "a red ring at the top left of a very long picture indeed",
 def loaded(tiny_config: Any) -> Pretrained:
     torch.manual_seed(0)
     model = CLIP(tiny_config).eval()
-    return Pretrained(model, Preprocess(16, model.pixel_norm.mean, model.pixel_norm.std), Tokenizer(tiny_config.text.context))
+    return Pretrained(
+        model, Preprocess(16, model.pixel_norm.mean, model.pixel_norm.std), Tokenizer(tiny_config.text.context)
+    )
 
 
 @pytest.fixture
