@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from train_clip.cores import free_cores
-from train_clip.data.crops import centre_square
+from train_clip.data.crops import centre_square, read_square
 from train_clip.errors import BadSample, WrongType
 from train_clip.evaluation.embed import evaluating
 from train_clip.models.clip import DualEncoder, Texts, texts_on
@@ -71,6 +71,8 @@ def _square(item: Any, size: int) -> torch.Tensor | BadSample:
     if isinstance(item, str):
         raise WrongType(f"Found the caption {item!r} among images. Expected one kind; for a file give pathlib.Path.")
     try:
+        if isinstance(item, Path):
+            return read_square(str(item), size)
         return centre_square(Image.fromarray(item) if isinstance(item, np.ndarray) else item, size)
     except BadSample as bad:
         return bad

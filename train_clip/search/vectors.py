@@ -42,9 +42,10 @@ Append = Callable[[np.ndarray, Sequence[str], Sequence[str], Sequence[str]], Non
 class Vectors:
     """A file of embeddings; blocks and columns are read from it at each call.
 
-    ``about`` holds: ``version``; the ``model``'s name, its ``fingerprint``, and the ``checkpoint`` and ``weights``
-    (options) that it was loaded by; ``dim``, ``dtype``, ``normalized``; ``kind``, "image" or "caption", of which a row
-    is; the ``source`` and the ``root`` that paths are relative to, both absolute; the ``number`` of rows.
+    ``about`` holds: ``version``; the ``model``'s name, its ``fingerprint``, and the ``checkpoint`` and ``weights`` that
+    load it again, ``load(checkpoint, **weights)``; ``dim``, ``dtype``, ``normalized``; ``kind``, "image" or "caption",
+    of which a row is; the ``source`` and the ``root`` that paths are relative to, both absolute; the ``number`` of
+    rows; the ``device`` it was made on, and a digest of the ``content``.
     """
 
     path: Path
@@ -124,6 +125,12 @@ def writer(path: Path, about: About) -> Iterator[Append]:
         yield append
         if number != about["number"]:
             raise ValueError(f"{path}: {number:,} rows were written, expected {about['number']:,}.")
+
+
+def require_format(path: Path) -> None:
+    """Refuse an ending that is not known, or that needs a library that is not installed."""
+    if _format(path)[1] is _write_parquet:
+        _pyarrow()
 
 
 def files_of(path: Path) -> list[Path]:
