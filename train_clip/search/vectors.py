@@ -183,9 +183,10 @@ def _read_parquet(path: Path) -> tuple[Any, ...]:
         raise ValueError(f"{number:,} × {width:,} embeddings")
 
     def columns(name: str, rows: int) -> Iterator[Any]:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(rows, columns=[name]):
-                yield batch.column(0)
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            for group in range(file.num_row_groups):  # all at once, pyarrow keeps what it has read
+                for batch in file.read_row_group(group, [name]).to_batches(rows):
+                    yield batch.column(0)
 
     def blocks(rows: int) -> Iterator[np.ndarray]:
         for column in columns("embedding", rows):
