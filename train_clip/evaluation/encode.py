@@ -57,9 +57,10 @@ def _embed_images(
 ) -> Iterator[tuple[torch.Tensor, list[BadSample]]]:
     squares = _ahead(lambda item: _square(item, model.image_size), items, num_workers, AHEAD * batch_size)
     while found := list(islice(squares, batch_size)):
-        rows = [row for row, one in enumerate(found) if isinstance(one, torch.Tensor)]
         embeddings = torch.full((len(found), model.embed_dim), torch.nan, device=model.logit_scale.device)
-        if rows:
+        # One after another: bytes stacked with what is normalized would pass for it.
+        for kind in {one.dtype for one in found if isinstance(one, torch.Tensor)}:
+            rows = [row for row, one in enumerate(found) if isinstance(one, torch.Tensor) and one.dtype == kind]
             pixels = torch.stack([found[row] for row in rows]).to(embeddings.device)
             embeddings[rows] = model.encode_image(pixels).float()
         yield embeddings, [one for one in found if isinstance(one, BadSample)]

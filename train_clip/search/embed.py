@@ -86,6 +86,8 @@ def embed(checkpoint: str, /, options: EmbedOptions, weights: WeightOptions = NO
         if rank == 0:
             prepare(parts, about, folder, options)
         with held(folder) if rank == 0 else nullcontext():
+            if rank == 0:
+                sweep(folder)
             wait(processes)  # for the folder
             own = list(parts.items())[rank::processes]
             write_parts(model, rows, {some: part for some, part in own if not part.exists()}, options, processes)
@@ -175,8 +177,6 @@ def prepare(parts: dict[range, Path], about: vectors.About, folder: Path, option
     if output.exists() and vectors.open_vectors(output).about.get("content") != about["content"]:
         require_new(output)
     require_no_others(folder, "*.npz", *(file.name for file in vectors.files_of(output)))
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
     there = {*folder.glob("*.npz")}
     done, number = sum(len(some) for some, part in parts.items() if part in there), sum(map(len, parts))
     row = about["dim"] * np.dtype(about["dtype"]).itemsize + TEXT_BYTES
@@ -185,6 +185,7 @@ def prepare(parts: dict[range, Path], about: vectors.About, folder: Path, option
         f"{number:,} {options.what}: embeddings of {size(number * row)}, twice that until they are joined; "
         f"{size(free)} are free. Memory hardly grows with their number. If stopped, the same command continues."
     )
+    folder.mkdir(parents=True, exist_ok=True)
     if there:
         unused = len(there - {*parts.values()} - {folder / output.name})
         print(f"Embedded already: {done:,}. Parts of other images, another model or other options: {unused:,}.")
@@ -236,10 +237,10 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
         (folder / file.name).replace(file)
     print(f"{options.output}: {about['number']:,} embeddings, {about['dim']:,} {about['dtype']} numbers each.")
     done = "left out" if options.unreadable == "leave_out" else "rows of NaN"
-    for what, several in (f"images, {done}", bad), ("captions", rows.lost):
+    for what, several in (f"Images that cannot be read, {done}", bad), ("Captions that cannot be read", rows.lost):
         if several:
-            print(f"Not readable: {len(several):,} {what}.")
-            print(*(f"  {shown(str(one))}" for one in several[:NAMED]), sep="\n")
+            named = [f"  {shown(str(one))}" for one in several[:NAMED]] + ["  …"] * (len(several) > NAMED)
+            print(f"{what}: {len(several):,}.", *named, sep="\n")
 
 
 @contextmanager
