@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests import forked
 from tests.conftest import TINY, said, write_pairs
+from tests.docs.test_documents import ROOT, blocks
 from tests.faults.command import Command, run
 from train_clip import cli, estimates, load
 from train_clip.checkpoints.own import write_safetensors
@@ -195,6 +197,11 @@ def test_nothing_to_embed(model: Path, tmp_path: Path) -> None:
         cli.main(words)
     assert "000.png: " in said(stop) and "none of the 2 images can be read" in said(stop)
     for text in folder.glob("*.txt"):
+        text.write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--what", "captions"])
+    assert "000.txt: caption is empty; none of the 2 files of captions" in said(stop)
+    for text in folder.glob("*.txt"):
         text.unlink()
     with pytest.raises(SystemExit) as stop:
         cli.main([*words, "--what", "captions"])
@@ -221,6 +228,7 @@ def test_it_refuses_before_it_embeds(model: Path, tmp_path: Path, monkeypatch: p
     assert "x.npz: already exists, and is not overwritten" in refused("x.npz")
     (tmp_path / "y.csv").write_bytes(b"mine")
     assert "y.csv: already exists" in refused("y.npy")
+    assert "q.npz: lies in" in refused("data/q.npz")
     assert "z.pt: a file of embeddings ends in .parquet, .npz, .npy" in refused("z.pt")
     (tmp_path / "u.npz.parts").mkdir()
     (tmp_path / "u.npz.parts" / "holiday.jpg").touch()
@@ -277,7 +285,7 @@ def test_a_killed_command_resumes_to_the_bit(
 
 
 def parts(output: Path) -> list[Path]:
-    return [*output.with_name(f"{output.name}.parts").glob("*.npz")]
+    return [*output.with_name(f"{output.name}.parts").glob("*.part")]
 
 
 def test_two_processes_write_the_same_bytes(inputs: tuple[list[str], Path], tmp_path: Path) -> None:
@@ -285,7 +293,7 @@ def test_two_processes_write_the_same_bytes(inputs: tuple[list[str], Path], tmp_
     words, top = inputs
     both = [*words, "--output", str(tmp_path / "x.npz")]
     text = run(both, PROGRAM, processes=2).require(0).text
-    assert text.count("450 images: embeddings of") == text.count("450 embeddings, 16 float32") == 1
+    assert text.count("450 images by tiny") == text.count("450 embeddings, 16 float32") == 1
     assert digests(tmp_path / "x.npz") == digests(top / "alone.npz")
 
     output = tmp_path / "y.npz"
@@ -335,3 +343,12 @@ def test_a_change_between_a_kill_and_the_next_command(what: str, tmp_path: Path)
     assert line in text
     run([*words, "--output", str(tmp_path / "fresh.npz")], PROGRAM).require(0)
     assert digests(output) == digests(tmp_path / "fresh.npz")
+
+
+def test_documented_python_runs(model: Path, tmp_path: Path) -> None:
+    """That of docs/search.md, below the file that its first command writes."""
+    cli.main(command(model, "--folder", write_pairs(tmp_path / "data", 2), "--output", tmp_path / "embeddings.parquet"))
+    for block in blocks(ROOT / "docs" / "search.md", "python"):
+        ended = forked.run(["-c", block], cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout == "(2, 16)\n000.png tiny\n"

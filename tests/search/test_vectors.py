@@ -129,7 +129,7 @@ def test_a_damaged_file_is_refused(ending: str, tmp_path: Path) -> None:
         for wrong in ({"number": 7}, {"dim": 7}, {"dtype": "float16"}, {"version": 2}, {"kind": None}, {"number": -1}):
             path.with_suffix(".json").write_text(json.dumps(described("float32") | wrong))
             with pytest.raises(UserError, match="damaged"):
-                vectors.open_vectors(path)
+                read_all(path)
 
 
 def read_all(path: Path) -> None:
@@ -159,7 +159,7 @@ def test_hostile_arrays_run_and_claim_nothing(tmp_path: Path) -> None:
         file.write(np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header.encode())
         (tmp_path / "x.npy").write_bytes(file.getvalue() + b"cos\nsystem\n(S'false'\ntR.")
         with pytest.raises(UserError, match="damaged"):
-            vectors.open_vectors(tmp_path / "x.npy")
+            read_all(tmp_path / "x.npy")
 
 
 def test_what_is_no_file_of_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

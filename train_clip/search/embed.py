@@ -72,13 +72,17 @@ def embed(checkpoint: str, /, options: EmbedOptions, weights: WeightOptions = NO
     output = options.output
     vectors.require_format(output)
     folder = output.with_name(f"{output.name}.parts")
+    if options.folder and output.suffix == ".npz" and output.resolve().is_relative_to(options.folder.resolve()):
+        raise UserError(
+            f"{output}: lies in {options.folder}/, whose arrays are taken for images. Give another --output."
+        )
     if not folder.exists():
         require_new(*vectors.files_of(output))
     with together() as (rank, processes):
         found = find_weights(checkpoint, weights, options.backbone)
         model, rows = load_for_scoring(found, options.device), find_rows(options)
-        given = {**vars(weights), "backbone": options.backbone}
         about = describe(model, rows, options) | {"checkpoint": absolute(found.source)}
+        given = {**vars(weights), "backbone": options.backbone}
         about["weights"] = {name: absolute(value) for name, value in given.items() if value is not None}
         parts = find_parts(rows, about, folder, options)
         content = json.dumps([*(part.name for part in parts.values()), options.unreadable])
@@ -116,6 +120,8 @@ def find_rows(options: EmbedOptions) -> Rows:
     if options.what == "captions":
         texts = ((pair.image, f"{IN_TABLE}{text}") for pair in pairs for text in captions_of(pair, lost))
         pairs = PairList("", *zip(*texts, strict=True))
+        if not pairs:
+            raise UserError(f"{lost[0]}; none of the {len(lost):,} files of captions can be read.")
     elif found.lone_images:
         both = pairs.followed_by(PairList(root, found.lone_images, [IN_TABLE] * len(found.lone_images)))
         pairs = both.take(sorted(range(len(both)), key=lambda place: plain_name(both.names[place])))
@@ -168,7 +174,7 @@ def find_parts(rows: Rows, about: vectors.About, folder: Path, options: EmbedOpt
         return digest.hexdigest()
 
     parts = (range(first, min(first + most, number)) for first in range(0, number, most))
-    return {some: folder / f"{digest(some)}.npz" for some in parts}
+    return {some: folder / f"{digest(some)}.part" for some in parts}
 
 
 def prepare(parts: dict[range, Path], about: vectors.About, folder: Path, options: EmbedOptions) -> None:
@@ -176,18 +182,19 @@ def prepare(parts: dict[range, Path], about: vectors.About, folder: Path, option
     output = options.output
     if output.exists() and vectors.open_vectors(output).about.get("content") != about["content"]:
         require_new(output)
-    require_no_others(folder, "*.npz", *(file.name for file in vectors.files_of(output)))
-    there = {*folder.glob("*.npz")}
+    require_no_others(folder, "*.part", *(file.name for file in vectors.files_of(output)))
+    there = {*folder.glob("*.part")}
     done, number = sum(len(some) for some, part in parts.items() if part in there), sum(map(len, parts))
     row = about["dim"] * np.dtype(about["dtype"]).itemsize + TEXT_BYTES
     free = require_room(folder, (2 * number - done) * row, "embeddings and their parts take until they are joined")
     print(
-        f"{number:,} {options.what}: embeddings of {size(number * row)}, twice that until they are joined; "
-        f"{size(free)} are free. Memory hardly grows with their number. If stopped, the same command continues."
+        f"{number:,} {options.what} by {about['model']} ({about['checkpoint']}) take {size(number * row)}, and twice that "
+        f"until they are joined; {size(free)} are free. Memory hardly grows with their number. If this is stopped, the "
+        "same command continues."
     )
     folder.mkdir(parents=True, exist_ok=True)
     if there:
-        unused = len(there - {*parts.values()} - {folder / output.name})
+        unused = len(there - {*parts.values()})
         print(f"Embedded already: {done:,}. Parts of other images, another model or other options: {unused:,}.")
 
 
@@ -216,7 +223,7 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
     """Write the rows of all parts to one file, move it to its place, and say what is in it and what is not."""
     pairs, reasons = rows.pairs, dict[int, str]()
     for some, part in parts.items():
-        with np.load(part) as file:
+        with vectors.reading(part), np.load(part) as file:
             reasons |= {row: why for row, why in zip(some, file["reasons"].tolist(), strict=True) if why}
     bad = [BadSample(pairs[row].pixels, why) for row, why in reasons.items()]
     if len(bad) == len(pairs):
@@ -225,14 +232,12 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
     with vectors.writer(folder / options.output.name, about) as append:
         for some, part in parts.items():
             kept = [place for place, row in enumerate(some) if row not in reasons or options.unreadable == "nan"]
-            texts: list[list[str]] = [[], [], []]
-            for pair in (pairs[some[place]] for place in kept):
-                name = pair.image.removeprefix(rows.root)
-                caption = (captions_of(pair, rows.lost) or [""])[0]
-                for column, text in zip(texts, (shown(plain_name(name)), shown(name), caption), strict=True):
-                    column.append(text)
-            with np.load(part) as file:
-                append(file["embeddings"][kept], *texts)
+            several = [pairs[some[place]] for place in kept]
+            names = [pair.image.removeprefix(rows.root) for pair in several]
+            captions = [(captions_of(pair, rows.lost) or [""])[0] for pair in several]
+            with vectors.reading(part), np.load(part) as file:
+                embeddings = file["embeddings"]
+            append(embeddings[kept], [shown(plain_name(name)) for name in names], [*map(shown, names)], captions)
     for file in reversed(vectors.files_of(options.output)):
         (folder / file.name).replace(file)
     print(f"{options.output}: {about['number']:,} embeddings, {about['dim']:,} {about['dtype']} numbers each.")

@@ -58,9 +58,15 @@ class Vectors:
 
     def blocks(self, rows: int = BLOCK) -> Iterator[np.ndarray]:
         """Read all embeddings in their order: (n, D) float32, n at most ``rows``."""
-        with _reading(self.path):
+        number = 0
+        with reading(self.path):
             for block in self.read_blocks(rows):
+                number += len(block)
+                if block.dtype != self.about["dtype"] or block.shape[1:] != (self.about["dim"],):
+                    raise ValueError(f"embeddings {block.shape[1:]} {block.dtype}")
                 yield np.asarray(block, np.float32)
+            if number != len(self):
+                raise ValueError(f"{number:,} of {len(self):,} embeddings")
 
     @property
     def keys(self) -> Sequence[str]:
@@ -78,7 +84,7 @@ class Vectors:
         return self._texts("caption")
 
     def _texts(self, name: str) -> Sequence[str]:
-        with _reading(self.path):
+        with reading(self.path):
             found = FlatStrings(self.read_texts(name))
             if len(found) != len(self):
                 raise ValueError(f"{len(found):,} of {len(self):,} in the column {name!r}")
@@ -95,7 +101,7 @@ def open_vectors(path: str | Path) -> Vectors:
     read = _format(path)[0]
     if not path.is_file():
         raise MissingFile(f"{path}: there is no such file. Expected embeddings that `train-clip embed` wrote.")
-    with _reading(path):
+    with reading(path):
         about, *readers = read(path)
         for name, kind in KINDS.items():
             if not isinstance(about.get(name), kind):
@@ -127,6 +133,18 @@ def writer(path: Path, about: About) -> Iterator[Append]:
             raise ValueError(f"{path}: {number:,} rows were written, expected {about['number']:,}.")
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise a ``UserError`` that names a file where what is read within shows that it is damaged."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise UserError(
+            f"{path}: no embeddings of this version of train-clip, or damaged ({first_line(error)}). Expected a file "
+            "that `train-clip embed` wrote, and those beside it; remove it, and write it again."
+        ) from error
+
+
 def require_format(path: Path) -> None:
     """Refuse an ending that is not known, or that needs a library that is not installed."""
     if _format(path)[1] is _write_parquet:
@@ -145,24 +163,10 @@ def fingerprint(model: Any) -> str:
     idle = ("logit_scale", "logit_bias", "num_batches_tracked")
     tensors = {name: one for name, one in model.state_dict().items() if name.rpartition(".")[2] not in idle}
     norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
-    # What tensors do not show stands in a name.
-    told = (
-        model.image_size,
-        getattr(getattr(model, "config", None), "activation", None),
-        getattr(model, "average", None),
-    )
-    return digest_of(tensors | norm | {f"config {told}": model.pixel_norm.mean[:0]})
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DAMAGED as error:
-        raise UserError(
-            f"{path}: no embeddings of this version of train-clip, or damaged ({first_line(error)}). Expected a file "
-            "that `train-clip embed` wrote, and those beside it; write it again."
-        ) from error
+    # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
+    of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
+    told = f"{model.image_size} pixels, {of_clip}{of_encoders}"
+    return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})
 
 
 def _format(path: Path) -> Any:
@@ -174,13 +178,7 @@ def _format(path: Path) -> Any:
 def _read_parquet(path: Path) -> tuple[Any, ...]:
     parquet = _pyarrow("parquet")
     with parquet.ParquetFile(path) as file:
-        about, number, schema = (
-            json.loads(file.schema_arrow.metadata[METADATA]),
-            file.metadata.num_rows,
-            file.schema_arrow,
-        )
-    if (width := schema.field("embedding").type.list_size) != about["dim"] or number != about["number"]:
-        raise ValueError(f"{number:,} × {width:,} embeddings")
+        about = json.loads(file.schema_arrow.metadata[METADATA])
 
     def columns(name: str, rows: int) -> Iterator[Any]:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
@@ -190,7 +188,7 @@ def _read_parquet(path: Path) -> tuple[Any, ...]:
 
     def blocks(rows: int) -> Iterator[np.ndarray]:
         for column in columns("embedding", rows):
-            yield column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
+            yield column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
     return about, blocks, lambda name: chain.from_iterable(some.to_pylist() for some in columns(name, BLOCK))
 
@@ -222,13 +220,15 @@ def _pyarrow(module: str = "") -> Any:
 
 
 def _read_npz(path: Path) -> tuple[Any, ...]:
-    def blocks(rows: int, name: str = "embeddings") -> Iterator[np.ndarray]:
+    def blocks(name: str, rows: int, *width: int) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-            yield from _array_blocks(member, rows)
+            yield from _array_blocks(member, rows, *width)
 
-    about = json.loads(str(next(blocks(1, "about"))[0]))
-    _require_array(next(blocks(0)), about)
-    return about, blocks, lambda name: (str(text) for block in blocks(BLOCK, name) for text in block)
+    def texts(name: str) -> Iterator[str]:
+        return (str(text) for block in blocks(name, BLOCK) for text in block)
+
+    about = json.loads(next(texts("about")))
+    return about, lambda rows: blocks("embeddings", rows, about["dim"]), texts
 
 
 def _write_npz(path: Path, about: About, stack: ExitStack) -> Callable[..., None]:
@@ -271,13 +271,12 @@ def _read_npy(path: Path) -> tuple[Any, ...]:
 
     def blocks(rows: int) -> Iterator[np.ndarray]:
         with path.open("rb") as file:
-            yield from _array_blocks(file, rows)
+            yield from _array_blocks(file, rows, about["dim"])
 
     def texts(name: str) -> Iterator[str]:
         with table.open(encoding="utf-8", newline="") as file:
             yield from (row[name] for row in csv.DictReader(file))
 
-    _require_array(next(blocks(0)), about)
     return about, blocks, texts
 
 
@@ -302,25 +301,17 @@ def _write_header(file: Any, dtype: np.dtype, *shape: int) -> None:
     np.lib.format.write_array_header_1_0(file, told)
 
 
-def _array_blocks(file: Any, rows: int) -> Iterator[np.ndarray]:
-    """Read an array in NumPy's format by rows; with 0 rows at a time one empty block, of its shape and type."""
+def _array_blocks(file: Any, rows: int, *width: int) -> Iterator[np.ndarray]:
+    """Read an array in NumPy's format, of floats or of text, by rows of the expected width."""
     np.lib.format.read_magic(file)
-    (length, *width), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    (length, *found), is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     size = dtype.itemsize * math.prod(width)
-    if fortran or dtype.kind not in "fU" or (dtype.kind == "U" and size > LONGEST):
-        raise ValueError(f"an array of {dtype}")
-    if not rows:
-        yield np.empty((0, length, *width), dtype)
-        return
+    if is_fortran or dtype.kind != ("f" if width else "U") or [*width] != found or size > LONGEST:
+        raise ValueError(f"an array of {found} {dtype}")
     rows = rows if width else max(1, min(rows, MOST_BYTES // size))
     for first in range(0, length, rows):
         number = min(rows, length - first)
         yield np.frombuffer(file.read(number * size), dtype).reshape(number, *width)
-
-
-def _require_array(found: np.ndarray, about: About) -> None:
-    if found.shape[1:] != (about["number"], about["dim"]) or found.dtype != about["dtype"]:
-        raise ValueError(f"embeddings {found.shape[1:]} {found.dtype}")
 
 
 # By ending: ``read(path)`` gives ``about`` and what reads blocks and texts; ``write(path, about, stack)`` gives what
