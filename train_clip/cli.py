@@ -36,6 +36,7 @@ VERBS = {
     "inspect": ("train_clip.commands.inspect:inspect", "show what a file of weights contains, in a moment"),
     "convert": ("train_clip.commands.convert:convert", "write a model for open_clip, Hugging Face or safetensors"),
     "evaluate": ("train_clip.commands.evaluate:evaluate", "evaluate a checkpoint: retrieval, zero-shot classification"),
+    "embed": ("train_clip.search.embed:embed", "embed the images or captions of a folder into a file"),
     "data check": (
         "train_clip.data_tools.check:data_check",
         "check every pair before training: bad, truncated, repeated",
