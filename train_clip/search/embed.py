@@ -190,8 +190,8 @@ def prepare(parts: dict[range, Path], about: vectors.About, folder: Path, option
     free = require_room(folder, (2 * number - done) * row, "embeddings and their parts take until they are joined")
     print(
         f"{number:,} {options.what} by {about['model']} ({about['checkpoint']}) take {size(number * row)}, and twice "
-        f"that until they are joined; {size(free)} are free. Memory hardly grows with their number. If this is stopped, "
-        "the same command continues."
+        f"that until they are joined; {size(free)} are free. Memory hardly grows with their number. If this is "
+        "stopped, the same command continues."
     )
     folder.mkdir(parents=True, exist_ok=True)
     if there:
@@ -238,7 +238,8 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
             captions = [(captions_of(pair, rows.lost) or [""])[0] for pair in several]
             with vectors.reading(part), np.load(part) as file:
                 embeddings = file["embeddings"]
-            append(embeddings[kept], [printable(plain_name(name)) for name in names], [*map(printable, names)], captions)
+            keys, paths = [printable(plain_name(name)) for name in names], [*map(printable, names)]
+            append(embeddings[kept], keys, paths, captions)
     for file in reversed(vectors.files_of(options.output)):
         (folder / file.name).replace(file)
     print(f"{options.output}: {about['number']:,} embeddings, {about['dim']:,} {about['dtype']} numbers each.")
