@@ -38,8 +38,8 @@ class Index:
             self._usearch = import_module("usearch.index")
         except ModuleNotFoundError:
             raise UserError(
-                f'{vectors.path}: {len(vectors):,} embeddings need an index by usearch. Install "train-clip[search]", '
-                "or pass --exact to compare with each one."
+                f"{vectors.path}: {len(vectors):,} embeddings need an index by usearch, which is not installed. Try: "
+                "pip install usearch; or pass --exact to compare with each one."
             ) from None
         self._path, told = Path(f"{vectors.path}.usearch"), Path(f"{vectors.path}.usearch.json")
         state = vectors.path.stat()

@@ -4,6 +4,7 @@ It works without a network. Addresses hold numbers of rows, never paths. Other h
 CORS) nor reach it under a name of theirs (the Host header is checked).
 """
 
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -57,27 +58,30 @@ def application(title: str, search: Search, draw: Callable[[int], bytes | None],
 
     drawn, places, turn = lru_cache(THUMBNAILS)(draw), threading.Semaphore(DECODED), threading.Lock()
 
+    def row(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,15}", text) or int(text) >= number:
+            raise HTTPException(404)
+        return int(text)
+
     def home(request: Request) -> Response:
         text, like = request.query_params.get("q", "").strip()[:LONGEST], request.query_params.get("like", "")
-        row = int(like) if like.isdecimal() and like.isascii() else number
-        if like and row >= number:
-            raise HTTPException(404)
+        query = row(like) if like else text
         with turn:
-            heading, hits = search(row if like else text)
+            heading, hits = search(query)
         cards = [gallery.card(hit, f"/thumbnail/{hit.row}", f"/?like={hit.row}") for hit in hits]
         status = f"{len(hits):,} of {number:,}" + ", the most similar first" * bool(like or text)
         form = FORM.format(escape(text), LONGEST)
         return HTMLResponse(gallery.page(title, status, [gallery.section(heading, cards)], form), headers=HEADERS)
 
     def thumbnail(request: Request) -> Response:
-        row = request.path_params["row"]
+        wanted = row(request.path_params["row"])
         with places:
-            content = drawn(row) if row < number else None
+            content = drawn(wanted)
         if content is None:
             raise HTTPException(404)
         return Response(content, media_type="image/jpeg", headers=HEADERS)
 
-    routes = [Route("/", home), Route("/thumbnail/{row:int}", thumbnail)]
+    routes = [Route("/", home), Route("/thumbnail/{row}", thumbnail)]
     only_here = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
     return Starlette(routes=routes, middleware=[only_here])
 
@@ -88,7 +92,7 @@ def serve(build: Callable[[], Any], port: int) -> None:
         import starlette  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
-        raise UserError(f'--page needs {error.name}, which is not installed. Install "train-clip[search]".') from None
+        raise UserError(f"--page needs {error.name}, which is not installed. Try: pip install {error.name}") from None
     try:
         listening = socket.create_server((ADDRESS, port))
     except (OSError, OverflowError) as error:
