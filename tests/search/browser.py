@@ -26,7 +26,13 @@ class Browser:
 
     def __init__(self, folder: Path, *more: str) -> None:
         (its, self._out), (self._in, its_out) = os.pipe(), os.pipe()
-        words = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={folder}", "--host-resolver-rules=MAP * ~NOTFOUND", *more]
+        words = [
+            CHROMIUM,
+            *FLAGS.split(),
+            f"--user-data-dir={folder}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            *more,
+        ]
         # It reads from the descriptor 3 and writes to 4.
         command = ["bash", "-c", f'exec "$@" 3<&{its} 4>&{its_out}', "-", *words, "about:blank"]
         self._process = subprocess.Popen(
@@ -81,7 +87,7 @@ class Browser:
 
     def open(self, address: str) -> None:
         """Open a page, its pictures included."""
-        self.call("Page.navigate", url=address)
+        assert "errorText" not in (got := self.call("Page.navigate", url=address)), got
         self.until("document.readyState == 'complete' && location.href != 'about:blank'")
 
     def type(self, text: str) -> None:

@@ -6,9 +6,9 @@ import io
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Served:
         self.log = folder / "log.txt"
         with self.log.open("w") as log:
             command = ["-m", "train_clip.cli", "search", *map(str, words), "--page", "--port", "0", "--device", "cpu"]
-            self.process = forked.start(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+            self.process = forked.start(command, stdout=log, stderr=log, cwd=folder)
         end = time.monotonic() + 240
         while not (found := re.search(r"Search page: (http://127\.0\.0\.1:(\d+)/)", self.log.read_text())):
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
@@ -147,7 +147,6 @@ def test_other_origins_may_not_read(served: Served) -> None:
             "/thumbnail/../x.npz",
             "/thumbnail/%2e%2e%2fx.npz",
             "//etc/passwd",
-            "/pictures/000.png",
         ),
         *("/?like=40", "/?like=-1", "/?like=x", "/?like=" + "9" * 5000, "/?like=%C2%B2", "/pictures/000.png"),
     ],
@@ -158,7 +157,8 @@ def test_there_is_nothing_else(path: str, served: Served) -> None:
 
 def test_long_queries_are_cut(served: Served) -> None:
     assert served.ask("/?q=" + "a" * 5000).status == 200
-    assert served.ask("/?q=" + "a" * 200_000).status >= 400
+    with suppress(ConnectionError):
+        assert served.ask("/?q=" + "a" * 200_000).status >= 400
     assert served.ask("/?q=a").status == 200
 
 
