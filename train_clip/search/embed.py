@@ -190,8 +190,8 @@ def prepare(parts: dict[range, Path], about: vectors.About, folder: Path, option
     free = require_room(folder, (2 * number - done) * row, "embeddings and their parts take until they are joined")
     print(
         f"{number:,} {options.what} by {about['model']} ({about['checkpoint']}) take {size(number * row)}, and twice "
-        f"that until they are joined; {size(free)} are free. Memory hardly grows with their number. If this is "
-        "stopped, the same command continues."
+        f"that until they are joined; {size(free)} are free. Memory hardly grows with their number. If stopped, "
+        "the same command continues."
     )
     folder.mkdir(parents=True, exist_ok=True)
     if there:

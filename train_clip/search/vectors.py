@@ -215,7 +215,7 @@ def _pyarrow(module: str = "") -> Any:
         return import_module(f"pyarrow.{module}".rstrip("."))
     except ModuleNotFoundError:
         raise UserError(
-            'Parquet needs pyarrow, which is not installed. Install "train-clip[search]", or use .npz or .npy.'
+            "Parquet needs pyarrow, which is not installed. Try: pip install pyarrow; or use .npz or .npy."
         ) from None
 
 
