@@ -99,7 +99,7 @@ def test_results_are_those_of_encode(served: Served) -> None:
         assert f"<b>{products[expected[0]]:.3f}</b> a color, number {expected[0]}".encode() in answer.body
     assert rows_in(served.ask("/?like=5"))[0] == 5 and b"More like key 005.png" in served.ask("/?like=5").body
     assert rows_in(served.ask("/")) == list(range(7)) == rows_in(served.ask("/?q=%20"))
-    assert "40 embeddings of 16 numbers, held in memory: 3 kB" in served.log.read_text()
+    assert "40 embeddings of 16 numbers, compared one by one, which takes 3 kB of memory" in served.log.read_text()
 
 
 def test_thumbnails_are_small_pictures(served: Served) -> None:

@@ -98,8 +98,16 @@ def serve(build: Callable[[], Any], port: int) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: cannot be used ({first_line(error)}). Give another, or 0 for any.") from error
     with listening:
-        how: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "proxy_headers": False}
-        limits = {"limit_concurrency": REQUESTS, "timeout_graceful_shutdown": 1}
-        config = uvicorn.Config(build(), log_level="warning", access_log=False, **how, **limits)
+        config = uvicorn.Config(
+            build(),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            access_log=False,
+            log_level="warning",
+            limit_concurrency=REQUESTS,
+            timeout_graceful_shutdown=1,
+        )
         print(f"Search page: http://{ADDRESS}:{listening.getsockname()[1]}/ (until Ctrl-C)", flush=True)
         uvicorn.Server(config).run(sockets=[listening])

@@ -1,7 +1,7 @@
 """Find the images, or captions, that are most similar to a text or an image: as a table, JSON, pictures, or a page."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from train_clip.printing import printable
 from train_clip.search import gallery, page
 from train_clip.search.gallery import Hit
 from train_clip.search.index import Index, counted
-from train_clip.search.nearest import Nearest, nearest
+from train_clip.search.nearest import nearest
 from train_clip.search.vectors import BLOCK, Vectors, fingerprint, open_vectors, reading
 
 EXACT = 1_000_000  # embeddings that are compared one by one
 PROBES = 100  # captions by which an index is tried
-SHOWN = 100  # characters of a caption in the table
 
 
 @dataclass(frozen=True)
@@ -52,40 +51,82 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
         embeddings: file that `train-clip embed` wrote
         texts: what to look for, each in quotes
         options: what else to look for, and how to show what is found
+
+    Returns:
+        For each query what was found, the most similar first.
     """
     opened = open_vectors(embeddings)
-    if options.html is not None:
-        require_new(options.html)
-    titles = [*texts, *_read_queries(options.queries)]
-    if not (titles or options.image or options.page):
-        raise UsageError('nothing to look for. Expected a text ("a red hat"), --image, --queries or --page.')
     if options.page:
-        page.serve(lambda: _application(opened, options), options.port)
+        page.serve(lambda: _page(Searched(opened, options)), options.port)
         return []
-    _announce(opened, options)
-    model = load_model(opened, options)
-    queries = [model.encode(titles)]
-    if options.image is not None:
-        titles.append(str(options.image))
-        queries.append(_encode_image(model, options.image))
-    index = _index(opened, model, options)
-    together = np.concatenate(queries)
-    found = index(together, options.k) if index else nearest(counted(opened), together, options.k)
-    hits = [*map(_Columns(opened).hits, found)]
-    results = [
-        {"query": title, "results": [dataclasses.asdict(hit) for hit in several]}
-        for title, several in zip(titles, hits, strict=True)
-    ]
+    if not (texts or options.queries or options.image):
+        raise UsageError('nothing to look for. Expected a text ("a red hat"), --image, --queries or --page.')
+    require_new(*[options.html] if options.html else [])
+    searched = Searched(opened, options)
+    titles, queries = _encode(searched.model, texts, options)
+    found = [*zip(titles, searched(queries), strict=True)]
+    results = [{"query": title, "results": [dataclasses.asdict(hit) for hit in hits]} for title, hits in found]
     if options.json is not None:
-        write_json(
-            options.json, {"embeddings": str(embeddings), "model": opened.about.get("model"), "queries": results}
-        )
+        told = {"embeddings": str(embeddings), "model": opened.about.get("model"), "queries": results}
+        write_json(options.json, told)
     if options.html is not None:
-        write_text(options.html, _pictures(opened, titles, hits, root_of(opened, options)))
+        write_text(options.html, _pictures(searched, found))
         print(f"Pictures: {options.html}. Open it in a browser.")
-    for title, several in zip(titles, hits, strict=True):
-        _print(title, several)
+    for title, hits in found:
+        print(f"\n{printable(title)}")
+        width = max((len(printable(hit.path)) for hit in hits), default=0)
+        for hit in hits:
+            caption = printable(hit.caption[: gallery.LONGEST])
+            print(f"  {hit.similarity:6.3f}  {printable(hit.path):{width}}  {caption}".rstrip())
     return results
+
+
+class Searched:
+    """A file of embeddings that is searched: the model that made it, the texts of its rows, and their pictures."""
+
+    def __init__(self, opened: Vectors, options: SearchOptions) -> None:
+        self.opened, self.k, dim = opened, options.k, opened.about["dim"]
+        is_exact, memory = options.exact or len(opened) <= EXACT, f"{size(8 * BLOCK * dim)} of memory at a time"
+        if options.page:
+            memory = f"{size(len(opened) * dim * np.dtype(opened.about['dtype']).itemsize)} of memory"
+        how = f"compared one by one, which takes {memory}" if is_exact else "searched by an index, which finds most"
+        print(f"{opened.path}: {len(opened):,} embeddings of {dim:,} numbers, {how}.", flush=True)
+        self.model = load_model(opened, options)
+        self.keys, self.paths, self.captions = opened.keys, opened.paths, opened.captions
+        self.root = options.folder or Path(str(opened.about.get("root", opened.path.parent)))
+        self._index = None if is_exact else Index(opened, self._probes)
+        self._blocks: Callable[[], Iterator[np.ndarray]] = lambda: counted(opened)
+        if is_exact and options.page:
+            self._hold(np.empty((len(opened), dim), opened.about["dtype"]))
+
+    def __call__(self, queries: np.ndarray) -> list[list[Hit]]:
+        """Find what is most similar to each of (Q, D) queries."""
+        found = self._index(queries, self.k) if self._index else nearest(self._blocks(), queries, self.k)
+        return [[self.hit(*one) for one in zip(*map(np.ndarray.tolist, several), strict=True)] for several in found]
+
+    def hit(self, row: int, similarity: float | None = None) -> Hit:
+        """A row with its texts."""
+        return Hit(row, similarity, self.keys[row], self.paths[row], self.captions[row])
+
+    def embedding(self, row: int) -> np.ndarray:
+        """The (D) float32 embedding of a row, where a page is served."""
+        return self._index.embedding(row) if self._index else self._rows[row].astype(np.float32)
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """A small picture of a row."""
+        return gallery.thumbnail(self.root, self.paths[row])
+
+    def _probes(self) -> np.ndarray:
+        captions = [caption for caption in self.captions if caption]
+        some = captions[:: len(captions) // PROBES + 1]
+        return np.asarray(self.model.encode(some)) if some else next(self.opened.blocks(PROBES))
+
+    def _hold(self, rows: np.ndarray) -> None:
+        first, self._rows = 0, rows
+        for block in self._blocks():
+            rows[first : (first := first + len(block))] = block
+        places = range(0, len(rows), BLOCK)
+        self._blocks = lambda: (rows[at : at + BLOCK].astype(np.float32, copy=False) for at in places)
 
 
 def load_model(opened: Vectors, options: SearchOptions) -> Pretrained:
@@ -110,101 +151,33 @@ def load_model(opened: Vectors, options: SearchOptions) -> Pretrained:
     return model
 
 
-def root_of(opened: Vectors, options: SearchOptions) -> Path:
-    """The folder that the paths of a file of embeddings are relative to."""
-    return options.folder or Path(str(opened.about.get("root", opened.path.parent)))
-
-
-class _Columns:
-    """The texts of a file's rows, read once."""
-
-    def __init__(self, opened: Vectors) -> None:
-        self.keys, self.paths, self.captions = opened.keys, opened.paths, opened.captions
-
-    def hits(self, found: Nearest) -> list[Hit]:
-        return [self.hit(row, similarity) for row, similarity in zip(*map(np.ndarray.tolist, found), strict=True)]
-
-    def hit(self, row: int, similarity: float | None) -> Hit:
-        return Hit(row, similarity, self.keys[row], self.paths[row], self.captions[row])
-
-
-def _read_queries(path: Path | None) -> list[str]:
+def _encode(model: Pretrained, texts: tuple[str, ...], options: SearchOptions) -> tuple[list[str], np.ndarray]:
+    """Everything to look for: what to call it, and (Q, D) float32."""
+    images = [options.image] if options.image else []
     try:
-        return read_caption_lines(str(path))[0] if path else []
+        titles = [*texts, *(read_caption_lines(str(options.queries))[0] if options.queries else [])]
+        rows = np.concatenate([model.encode(titles), model.encode(images)])
     except BadSample as bad:
-        raise UserError(
-            f"{path}: {bad.reason.removeprefix('caption ')}. Expected a query per line, in UTF-8."
-        ) from None
+        raise UserError(f"{bad}. Expected --image to be an image, --queries a query per line.") from None
+    return [*titles, *map(str, images)], rows
 
 
-def _encode_image(model: Pretrained, image: Path) -> np.ndarray:
-    try:
-        return np.asarray(model.encode([image]))
-    except BadSample as bad:
-        raise UserError(f"{bad}. Expected an image for --image.") from None
+def _pictures(searched: Searched, found: list[tuple[str, list[Hit]]]) -> str:
+    def card(hit: Hit) -> str:
+        return gallery.card(hit, gallery.data_uri(searched.thumbnail(hit.row)))
+
+    title, number = f"Search in {searched.opened.path.name}", len(searched.opened)
+    return gallery.page(title, f"{number:,} embeddings", [gallery.section(one, map(card, hits)) for one, hits in found])
 
 
-def _announce(opened: Vectors, options: SearchOptions) -> None:
-    number, dim = len(opened), opened.about["dim"]
-    of = f"{opened.path}: {number:,} embeddings of {dim:,} numbers"
-    if number > EXACT and not options.exact:
-        print(f"{of}, searched by an index, which finds most of the nearest.")
-    elif options.page:
-        print(f"{of}, held in memory: {size(number * dim * np.dtype(opened.about['dtype']).itemsize)}.")
-    else:
-        print(f"{of}, compared one by one, in blocks that take {size(8 * BLOCK * dim)} of memory.")
-
-
-def _index(opened: Vectors, model: Pretrained, options: SearchOptions) -> Index | None:
-    if len(opened) <= EXACT or options.exact:
-        return None
-
-    def probes() -> np.ndarray:
-        captions = [caption for caption in opened.captions if caption]
-        some = captions[:: len(captions) // PROBES + 1]
-        return np.asarray(model.encode(some)) if some else next(opened.blocks(PROBES))
-
-    return Index(opened, probes)
-
-
-def _print(title: str, hits: Iterable[Hit]) -> None:
-    rows = [(f"{hit.similarity:6.3f}", printable(hit.path), printable(hit.caption[:SHOWN])) for hit in hits]
-    width = max((len(path) for _, path, _ in rows), default=0)
-    print(f"\n{printable(title)}")
-    for similarity, path, caption in rows:
-        print(f"  {similarity}  {path:{width}}  {caption}".rstrip())
-
-
-def _pictures(opened: Vectors, titles: list[str], hits: list[list[Hit]], root: Path) -> str:
-    def cards(several: list[Hit]) -> Iterator[str]:
-        return (gallery.card(hit, gallery.data_uri(gallery.thumbnail(root, hit.path))) for hit in several)
-
-    sections = [gallery.section(title, cards(several)) for title, several in zip(titles, hits, strict=True)]
-    return gallery.page(f"Search in {opened.path.name}", f"{len(opened):,} embeddings", sections)
-
-
-def _application(opened: Vectors, options: SearchOptions) -> Any:
-    """What the page shows and finds; embeddings that are compared one by one are held in memory."""
-    _announce(opened, options)
-    model, root = load_model(opened, options), root_of(opened, options)
-    columns, index = _Columns(opened), _index(opened, model, options)
-    rows = np.empty((0 if index else len(opened), opened.about["dim"]), opened.about["dtype"])
-    first = 0
-    for block in [] if index else opened.blocks():
-        rows[first : (first := first + len(block))] = block
-
-    def find(query: np.ndarray) -> list[Hit]:
-        blocks = (rows[at : at + BLOCK].astype(np.float32, copy=False) for at in range(0, len(rows), BLOCK))
-        return columns.hits((index(query, options.k) if index else nearest(blocks, query, options.k))[0])
-
+def _page(searched: Searched) -> Any:
     def look(query: str | int) -> tuple[str, list[Hit]]:
         if query == "":
-            return "The first", [columns.hit(row, None) for row in range(min(options.k, len(opened)))]
+            return "The first", [*map(searched.hit, range(min(searched.k, len(searched.keys))))]
         if isinstance(query, str):
-            return query, find(model.encode([query]))
-        alike = index.embedding(query) if index else rows[query].astype(np.float32)
-        return f"More like {columns.keys[query]}", find(alike[None])
+            return query, searched(searched.model.encode([query]))[0]
+        return f"More like {searched.keys[query]}", searched(searched.embedding(query)[None])[0]
 
-    print(f"Pictures from {root}, and from nowhere else.")
-    title = f"Search in {opened.path.name}"
-    return page.application(title, look, lambda row: gallery.thumbnail(root, columns.paths[row]), len(opened))
+    print(f"Pictures from {searched.root}, and from nowhere else.")
+    title = f"Search in {searched.opened.path.name}"
+    return page.application(title, look, searched.thumbnail, len(searched.keys))
