@@ -286,6 +286,18 @@ def test_a_hostile_caption_is_text(bad: Served, browser: Browser) -> None:
 
 
 @HAS_CHROMIUM
+def test_a_page_of_pictures_holds_them_itself(bad: Served, browser: Browser, tmp_path: Path) -> None:
+    """What --html writes, of the same hostile embeddings, opened as a file: its style and its three pictures."""
+    words = [bad.log.parent / "x.npz", "<script>document.title='lost'</script>", "--html", tmp_path / "x.html"]
+    forked.run(["-m", "train_clip.cli", "search", *map(str, words), "--device", "cpu"], check=True)
+    browser.open((tmp_path / "x.html").as_uri())
+    assert browser.value("document.title") == "Search in x.npz"
+    assert browser.value("[...document.images].filter(one => one.naturalWidth == 40).length") == 3
+    assert browser.value("getComputedStyle(document.querySelector('ol')).display") == "grid"
+    assert browser.value("document.forms.length") == 0 and not browser.value("performance.getEntriesByType('resource')")
+
+
+@HAS_CHROMIUM
 def test_a_server_that_is_gone_is_told(tmp_path: Path, served: Served, browser: Browser) -> None:
     one = Served(tmp_path, served.log.parent / "x.npz")
     browser.open(one.address)

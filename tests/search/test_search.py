@@ -126,6 +126,7 @@ def test_another_model_is_refused_and_a_moved_one_given(place, tmp_path, monkeyp
         (["--queries", "empty"], "empty: caption is empty.*--queries a query per line"),
         (["a", "--html", "empty"], "empty: already exists"),
         (["--page", "--port", "99999"], "--port 99999: cannot be used"),
+        (["a", "--page"], "--page and queries"),
     ],
 )
 def test_what_cannot_be_asked(words, message, place, tmp_path, monkeypatch) -> None:

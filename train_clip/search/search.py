@@ -56,11 +56,14 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
         For each query what was found, the most similar first.
     """
     opened = open_vectors(embeddings)
+    if bool(texts or options.queries or options.image) == options.page:
+        found = "--page and queries" if options.page else "nothing to look for"
+        raise UsageError(
+            f'{found}. Expected a text ("a red hat"), --image or --queries; or --page, to type them there.'
+        )
     if options.page:
         page.serve(lambda: _page(Searched(opened, options)), options.port)
         return []
-    if not (texts or options.queries or options.image):
-        raise UsageError('nothing to look for. Expected a text ("a red hat"), --image, --queries or --page.')
     require_new(*[options.html] if options.html else [])
     searched = Searched(opened, options)
     titles, queries = _encode(searched.model, texts, options)
@@ -142,7 +145,7 @@ def load_model(opened: Vectors, options: SearchOptions) -> Pretrained:
         if options.checkpoint is None:
             error.add_note(f"{opened.path} was made with it. If it has moved, give --checkpoint.")
         raise
-    if (other := fingerprint(model.model)) != about["fingerprint"]:
+    if (other := fingerprint(model.model)) != about["fingerprint"] or model.model.embed_dim != about["dim"]:
         raise UserError(
             f"{checkpoint}: another model (fingerprint {other[:12]}) than made {opened.path} "
             f"({about['fingerprint'][:12]}, {about.get('model')}, once at {about.get('checkpoint')}). Give that one by "
