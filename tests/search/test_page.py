@@ -6,6 +6,7 @@ import io
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +23,8 @@ from tests.search.browser import CHROMIUM, Browser
 from tests.search.made import save_embeddings, save_model, save_pictures
 from tests.search.test_search import HOSTILE, OUTSIDE, hostile
 from train_clip import load
+from train_clip.errors import UserError
+from train_clip.search import page
 
 NUMBER = 40  # pictures
 HAS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="needs chromium, which .ci/run installs (apt install chromium)")
@@ -190,6 +193,13 @@ def test_ctrl_c_ends_it_and_a_port_in_use_is_told(served: Served, tmp_path: Path
     assert other.ask("/").status == 200
     other.process.send_signal(signal.SIGINT)
     assert other.process.wait(30) == 130 and "Traceback" not in other.log.read_text()
+
+
+@pytest.mark.parametrize("name", ["starlette", "uvicorn"])
+def test_what_is_not_installed_is_told_before_anything_is_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"--page needs {name}, which is not installed. Try: pip install {name}"):
+        page.serve(lambda: pytest.fail("loaded"), 0)
 
 
 @pytest.fixture(scope="module")

@@ -98,16 +98,8 @@ def serve(build: Callable[[], Any], port: int) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: cannot be used ({first_line(error)}). Give another, or 0 for any.") from error
     with listening:
-        config = uvicorn.Config(
-            build(),
-            http="h11",
-            ws="none",
-            lifespan="off",
-            proxy_headers=False,
-            access_log=False,
-            log_level="warning",
-            limit_concurrency=REQUESTS,
-            timeout_graceful_shutdown=1,
-        )
+        how: Any = {"http": "h11", "ws": "none", "lifespan": "off", "proxy_headers": False, "log_level": "warning"}
+        how |= {"access_log": False, "limit_concurrency": REQUESTS, "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(build(), **how))
         print(f"Search page: http://{ADDRESS}:{listening.getsockname()[1]}/ (until Ctrl-C)", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])

@@ -57,9 +57,9 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
     """
     opened = open_vectors(embeddings)
     if bool(texts or options.queries or options.image) == options.page:
-        found = "--page and queries" if options.page else "nothing to look for"
+        given = "--page and queries" if options.page else "nothing to look for"
         raise UsageError(
-            f'{found}. Expected a text ("a red hat"), --image or --queries; or --page, to type them there.'
+            f'{given}. Expected a text ("a red hat"), --image or --queries; or --page, to type them there.'
         )
     if options.page:
         page.serve(lambda: _page(Searched(opened, options)), options.port)
