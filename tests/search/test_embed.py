@@ -259,9 +259,9 @@ def test_a_killed_command_resumes_to_the_bit(
     output = tmp_path / f"x{ending}"
     words = [*words, "--output", str(output)]
     while there[-1] < 7:
-        process, delay = Command(words, PROGRAM, SLOW="0.1"), rng.uniform(0, 0.25)
-        process.wait_for(lambda: len(parts(output)) > there[-1], "a further part")
-        time.sleep(delay)
+        process, least = Command(words, PROGRAM, SLOW="0.1"), there[-1] + rng.randrange(3)
+        process.wait_for(lambda least=least: len(parts(output)) > least, "further parts")
+        time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.end()
         there.append(len(parts(output)))

@@ -242,10 +242,10 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
         (folder / file.name).replace(file)
     print(f"{options.output}: {about['number']:,} embeddings, {about['dim']:,} {about['dtype']} numbers each.")
     done = "left out" if options.unreadable == "leave_out" else "rows of NaN"
-    for what, several in (f"Images that cannot be read, {done}", bad), ("Captions that cannot be read", rows.lost):
-        if several:
-            named = [f"  {shown(str(one))}" for one in several[:NAMED]] + ["  …"] * (len(several) > NAMED)
-            print(f"{what}: {len(several):,}.", *named, sep="\n")
+    for what, faults in (f"Images that cannot be read, {done}", bad), ("Captions that cannot be read", rows.lost):
+        if faults:
+            named = [f"  {shown(str(one))}" for one in faults[:NAMED]] + ["  …"] * (len(faults) > NAMED)
+            print(f"{what}: {len(faults):,}.", *named, sep="\n")
 
 
 @contextmanager
