@@ -162,6 +162,40 @@ def test_arrays_in_place_of_images(model: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(matrix(tmp_path / "c.npz"), expected, atol=1e-6)
 
 
+def test_a_run_of_visual_prompts(model: Path, tmp_path: Path) -> None:
+    """Its folder stands for its checkpoint; what loads it again stands in the file, its backbone, which has moved, too."""
+    folder, moved = write_pairs(tmp_path / "data", 8), tmp_path / "moved.safetensors"
+    shutil.copyfile(model, tmp_path / "m.safetensors")
+    words = [
+        "prompt-tune",
+        "--pretrained",
+        tmp_path / "m.safetensors",
+        "--folder",
+        folder,
+        "--output",
+        tmp_path / "run",
+    ]
+    cli.main([str(word) for word in [*words, "--max_steps", 1, "--batch_size", 4, "--accelerator", "cpu"]])
+    (tmp_path / "m.safetensors").rename(moved)
+    cli.main(command(tmp_path / "run", "--folder", folder, "--output", tmp_path / "x.npz", "--backbone", moved))
+    about = vectors.open_vectors(tmp_path / "x.npz").about
+    assert about["checkpoint"].startswith(str(tmp_path / "run")) and about["weights"] == {"backbone": str(moved)}
+    again = load(about["checkpoint"], **about["weights"])
+    assert vectors.fingerprint(again.model) == about["fingerprint"] != vectors.fingerprint(load(model).model)
+    alone = again.encode(sorted(folder.glob("*.png")))
+    np.testing.assert_allclose(matrix(tmp_path / "x.npz"), alone, atol=1e-6)
+
+
+def test_processes_that_cannot_meet(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command(model, "--folder", write_pairs(tmp_path / "data", 2), "--output", tmp_path / "x.npz"))
+    assert "WORLD_SIZE is 2; " in said(stop) and "by torchrun" in said(stop)
+
+
 @pytest.mark.parametrize("choice", ["leave_out", "nan"])
 def test_images_that_cannot_be_read(choice: str, model: Path, tmp_path: Path) -> None:
     """No rows, or rows of NaN; the others' are as without them; counted and named, after a kill too."""

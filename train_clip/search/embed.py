@@ -257,7 +257,12 @@ def together() -> Iterator[tuple[int, int]]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
-    distributed.init_process_group("gloo")
+    try:
+        distributed.init_process_group("gloo")
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {processes}; {first_line(error)}. Start several processes by torchrun."
+        ) from error
     try:
         yield rank, processes
     finally:
