@@ -41,6 +41,8 @@ slow, savez = float(os.environ.get("SLOW", 0)), embed.np.savez
 def save(*given, **arrays):
     time.sleep(slow)
     savez(*given, **arrays)
+    while os.environ.get("HOLD") and Path(os.environ["HOLD"]).exists():
+        time.sleep(0.01)
 
 def die(*given, **how):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -163,7 +165,7 @@ def test_arrays_in_place_of_images(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_visual_prompts(model: Path, tmp_path: Path) -> None:
-    """Its folder stands for its checkpoint; what loads it again stands in the file, its backbone, which has moved, too."""
+    """Its folder stands for its checkpoint; what loads it again stands in the file, its backbone, moved, too."""
     folder, moved = write_pairs(tmp_path / "data", 8), tmp_path / "moved.safetensors"
     shutil.copyfile(model, tmp_path / "m.safetensors")
     words = [
@@ -329,7 +331,7 @@ def test_two_processes_write_the_same_bytes(inputs: tuple[list[str], Path], tmp_
     process = Command(words, PROGRAM, processes=2, SLOW="0.2")
     process.wait_for(lambda: len(parts(output)) > 2, "parts")
     os.killpg(process.processes[1].pid, signal.SIGKILL)
-    codes = [one.wait(60) for one in process.processes]
+    codes = [one.wait(240) for one in process.processes]
     assert codes == [1, -signal.SIGKILL] and not output.exists()
     os.close(process.printed)
     text = run(words, PROGRAM).require(0).text
@@ -339,9 +341,12 @@ def test_two_processes_write_the_same_bytes(inputs: tuple[list[str], Path], tmp_
 def test_two_commands_of_one_output(inputs: tuple[list[str], Path], tmp_path: Path) -> None:
     """The second is refused while the first is at work, which it does not disturb."""
     words = [*inputs[0], "--output", str(tmp_path / "x.npz")]
-    first = Command(words, PROGRAM, SLOW="0.3")
-    first.wait_for(lambda: parts(tmp_path / "x.npz"), "a part")
+    hold = tmp_path / "hold"
+    hold.touch()
+    first = Command(words, PROGRAM, HOLD=str(hold))
+    first.wait_for(lambda: list(tmp_path.glob("x.npz.parts/*.tmp-*")), "a part, which is held up")
     assert "in use by another run" in run(words, PROGRAM).require(1).text
+    hold.unlink()
     first.end().require(0)
     assert digests(tmp_path / "x.npz") == digests(inputs[1] / "alone.npz")
 
