@@ -41,6 +41,8 @@ slow, savez = float(os.environ.get("SLOW", 0)), embed.np.savez
 def save(*given, **arrays):
     time.sleep(slow)
     savez(*given, **arrays)
+    while os.environ.get("HOLD") and Path(os.environ["HOLD"]).exists():
+        time.sleep(0.01)
 
 def die(*given, **how):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -162,6 +164,40 @@ def test_arrays_in_place_of_images(model: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(matrix(tmp_path / "c.npz"), expected, atol=1e-6)
 
 
+def test_a_run_of_visual_prompts(model: Path, tmp_path: Path) -> None:
+    """Its folder stands for its checkpoint; what loads it again stands in the file, its backbone, moved, too."""
+    folder, moved = write_pairs(tmp_path / "data", 8), tmp_path / "moved.safetensors"
+    shutil.copyfile(model, tmp_path / "m.safetensors")
+    words = [
+        "prompt-tune",
+        "--pretrained",
+        tmp_path / "m.safetensors",
+        "--folder",
+        folder,
+        "--output",
+        tmp_path / "run",
+    ]
+    cli.main([str(word) for word in [*words, "--max_steps", 1, "--batch_size", 4, "--accelerator", "cpu"]])
+    (tmp_path / "m.safetensors").rename(moved)
+    cli.main(command(tmp_path / "run", "--folder", folder, "--output", tmp_path / "x.npz", "--backbone", moved))
+    about = vectors.open_vectors(tmp_path / "x.npz").about
+    assert about["checkpoint"].startswith(str(tmp_path / "run")) and about["weights"] == {"backbone": str(moved)}
+    again = load(about["checkpoint"], **about["weights"])
+    assert vectors.fingerprint(again.model) == about["fingerprint"] != vectors.fingerprint(load(model).model)
+    alone = again.encode(sorted(folder.glob("*.png")))
+    np.testing.assert_allclose(matrix(tmp_path / "x.npz"), alone, atol=1e-6)
+
+
+def test_processes_that_cannot_meet(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command(model, "--folder", write_pairs(tmp_path / "data", 2), "--output", tmp_path / "x.npz"))
+    assert "WORLD_SIZE is 2; " in said(stop) and "by torchrun" in said(stop)
+
+
 @pytest.mark.parametrize("choice", ["leave_out", "nan"])
 def test_images_that_cannot_be_read(choice: str, model: Path, tmp_path: Path) -> None:
     """No rows, or rows of NaN; the others' are as without them; counted and named, after a kill too."""
@@ -259,9 +295,9 @@ def test_a_killed_command_resumes_to_the_bit(
     output = tmp_path / f"x{ending}"
     words = [*words, "--output", str(output)]
     while there[-1] < 7:
-        process, delay = Command(words, PROGRAM, SLOW="0.1"), rng.uniform(0, 0.25)
-        process.wait_for(lambda: len(parts(output)) > there[-1], "a further part")
-        time.sleep(delay)
+        process, least = Command(words, PROGRAM, SLOW="0.1"), there[-1] + rng.randrange(3)
+        process.wait_for(lambda least=least: len(parts(output)) > least, "further parts")
+        time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.end()
         there.append(len(parts(output)))
@@ -295,7 +331,7 @@ def test_two_processes_write_the_same_bytes(inputs: tuple[list[str], Path], tmp_
     process = Command(words, PROGRAM, processes=2, SLOW="0.2")
     process.wait_for(lambda: len(parts(output)) > 2, "parts")
     os.killpg(process.processes[1].pid, signal.SIGKILL)
-    codes = [one.wait(60) for one in process.processes]
+    codes = [one.wait(240) for one in process.processes]
     assert codes == [1, -signal.SIGKILL] and not output.exists()
     os.close(process.printed)
     text = run(words, PROGRAM).require(0).text
@@ -305,9 +341,12 @@ def test_two_processes_write_the_same_bytes(inputs: tuple[list[str], Path], tmp_
 def test_two_commands_of_one_output(inputs: tuple[list[str], Path], tmp_path: Path) -> None:
     """The second is refused while the first is at work, which it does not disturb."""
     words = [*inputs[0], "--output", str(tmp_path / "x.npz")]
-    first = Command(words, PROGRAM, SLOW="0.3")
-    first.wait_for(lambda: parts(tmp_path / "x.npz"), "a part")
+    hold = tmp_path / "hold"
+    hold.touch()
+    first = Command(words, PROGRAM, HOLD=str(hold))
+    first.wait_for(lambda: list(tmp_path.glob("x.npz.parts/*.tmp-*")), "a part, which is held up")
     assert "in use by another run" in run(words, PROGRAM).require(1).text
+    hold.unlink()
     first.end().require(0)
     assert digests(tmp_path / "x.npz") == digests(inputs[1] / "alone.npz")
 

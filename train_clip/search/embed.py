@@ -244,10 +244,10 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
         (folder / file.name).replace(file)
     print(f"{options.output}: {about['number']:,} embeddings, {about['dim']:,} {about['dtype']} numbers each.")
     done = "left out" if options.unreadable == "leave_out" else "rows of NaN"
-    for what, lost in (f"Images that cannot be read, {done}", bad), ("Captions that cannot be read", rows.lost):
-        if lost:
-            named = [f"  {printable(str(one))}" for one in lost[:NAMED]] + ["  …"] * (len(lost) > NAMED)
-            print(f"{what}: {len(lost):,}.", *named, sep="\n")
+    for what, faults in (f"Images that cannot be read, {done}", bad), ("Captions that cannot be read", rows.lost):
+        if faults:
+            named = [f"  {printable(str(one))}" for one in faults[:NAMED]] + ["  …"] * (len(faults) > NAMED)
+            print(f"{what}: {len(faults):,}.", *named, sep="\n")
 
 
 @contextmanager
@@ -259,7 +259,12 @@ def together() -> Iterator[tuple[int, int]]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
-    distributed.init_process_group("gloo")
+    try:
+        distributed.init_process_group("gloo")
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {processes}; {first_line(error)}. Start several processes by torchrun."
+        ) from error
     try:
         yield rank, processes
     finally:
