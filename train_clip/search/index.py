@@ -19,8 +19,8 @@ from train_clip.files import replacing, write_text
 from train_clip.search.nearest import Nearest, nearest
 from train_clip.search.vectors import Vectors
 
-EDGES = 300  # bytes of a row beside its numbers, measured (benchmarks/search.py)
-EXPANSION = 128  # candidates that a search keeps: half as many lose twice the recall (benchmarks/search.py)
+EDGES = 300  # bytes of a row beside its numbers, at most: about 150 in the file (benchmarks/search.py)
+EXPANSION = 128  # candidates that a search keeps, twice as many as usearch does by itself
 RECALL_AT = 10
 STEP = 1024  # embeddings between looks at the clock
 
