@@ -71,6 +71,10 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
             "train_clip.evaluation.zero_shot": "zero_shot ZeroShot class_embeddings image_labels",
         },
     ),
+    "Embeddings in a file": (
+        "What `train-clip embed` writes, see [search.md](search.md).",
+        {"train_clip.search.vectors": "open_vectors Vectors Vectors.blocks"},
+    ),
     "Losses": (
         "Pure functions of tensors. Gathering is the caller's.",
         {

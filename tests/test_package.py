@@ -70,5 +70,5 @@ def test_the_wheel_holds_presets_recipes_and_merges(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     assert wheel.name.startswith(f"train_clip-{train_clip.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = [path for path in (ROOT / "train_clip").rglob("*") if path.suffix in (".yaml", ".gz", ".typed")]
+    data = [path for path in (ROOT / "train_clip").rglob("*") if path.suffix in (".yaml", ".gz", ".typed", ".html")]
     assert {path.relative_to(ROOT).as_posix() for path in data} <= names

@@ -36,6 +36,8 @@ VERBS = {
     "inspect": ("train_clip.commands.inspect:inspect", "show what a file of weights contains, in a moment"),
     "convert": ("train_clip.commands.convert:convert", "write a model for open_clip, Hugging Face or safetensors"),
     "evaluate": ("train_clip.commands.evaluate:evaluate", "evaluate a checkpoint: retrieval, zero-shot classification"),
+    "embed": ("train_clip.search.embed:embed", "embed the images or captions of a folder into a file"),
+    "search": ("train_clip.search.search:search", "find images by a text or an image, on a page too"),
     "data check": (
         "train_clip.data_tools.check:data_check",
         "check every pair before training: bad, truncated, repeated",
@@ -252,7 +254,8 @@ def _add_groups(parser: Any, kind: Any) -> dict[str, Any]:
             how = {"default": one.default, "help": one.metadata["help"], "metavar": usage.in_words(one.type).metavar}
             # --lock_image stands for --lock_image true.
             flag = {"nargs": "?", "const": True} if one.default is False else {}
-            group.add_argument(f"--{one.name}", type=one.type, **how, **flag)
+            names = [f"-{one.name}"] * (len(one.name) == 1) + [f"--{one.name}"]
+            group.add_argument(*names, type=one.type, **how, **flag)
             kinds[one.name] = one.type
     return kinds
 
@@ -267,6 +270,9 @@ def _add_parameter(parser: Any, parameter: inspect.Parameter, text: str | None) 
     if parameter.kind is parameter.POSITIONAL_ONLY:
         parser.usage += f" [{name.upper()}]" if is_optional else f" {name.upper()}"
         parser.add_argument(name, metavar=name.upper(), **how, **({"nargs": "?"} if is_optional else {}))
+    elif parameter.kind is parameter.VAR_POSITIONAL:
+        parser.usage += f" [{name.upper()} ...]"
+        parser.add_argument(name, metavar=name.upper(), nargs="*", **how)
     else:
         parser.add_argument(f"--{name}", metavar=usage.in_words(parameter.annotation).metavar, **how)
 

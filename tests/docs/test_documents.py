@@ -93,23 +93,25 @@ def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
     """README's commands in their order, word for word; training is stopped after one step, what is resumed after two.
 
-    ``runs/NAME`` is the second run that was trained.
+    ``runs/NAME`` is the second run that was trained. The search page is made, but not served.
     """
     monkeypatch.chdir(as_a_newcomer)
+    monkeypatch.setattr("train_clip.search.page.serve", lambda build, port: build())
     monkeypatch.setenv("XDG_CACHE_HOME", str(as_a_newcomer / "cache"))
     verbs = []
     for verb, *words in commands(ROOT / "README.md"):
         if "--resume" in words:
             cli.main([*verb.split(), *(word.replace("runs/NAME", "run2") for word in words), "--max_steps", "2"])
         elif verb != "demo":
-            short = ["--max_steps", "1", "--output", f"run{len(verbs)}"] if verb in TRAINING else []
+            short = ["--max_steps", "1"] if verb in TRAINING else []
+            short += ["--output", f"run{len(verbs)}"] if short and "--output" not in words else []
             # In place of the hub's encoders, which this machine may not reach.
             cli.main([*verb.split(), *words, *short, *(LOCAL_ENCODERS if verb == "finetune" else [])])
         verbs.append(verb)
     assert verbs == [
         *"demo train train train finetune finetune prompt-tune inspect convert".split(),
         *"data check,data show".split(","),
-        *2 * ["evaluate"],
+        *"evaluate evaluate embed train embed search search".split(),
     ]
     assert "zero-shot over 48 classes" in capsys.readouterr().out
 
@@ -173,6 +175,6 @@ def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
 def test_the_core_is_as_short_as_readme_says():
     """Fewer than 12,000 lines, as shipped, without the extensions that the import contract lists."""
     assert "fewer than 12,000 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
-    extensions = {"encoders", "prompts", "data_tools"}
+    extensions = {"encoders", "prompts", "data_tools", "search"}
     files = [file for file in (ROOT / "train_clip").rglob("*.py") if not extensions & set(file.parts)]
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 12_000

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from train_clip.cores import free_cores
-from train_clip.data.crops import centre_square
+from train_clip.data.crops import centre_square, read_square
 from train_clip.errors import BadSample, WrongType
 from train_clip.evaluation.embed import evaluating
 from train_clip.models.clip import DualEncoder, Texts, texts_on
@@ -57,9 +57,10 @@ def _embed_images(
 ) -> Iterator[tuple[torch.Tensor, list[BadSample]]]:
     squares = _ahead(lambda item: _square(item, model.image_size), items, num_workers, AHEAD * batch_size)
     while found := list(islice(squares, batch_size)):
-        rows = [row for row, one in enumerate(found) if isinstance(one, torch.Tensor)]
         embeddings = torch.full((len(found), model.embed_dim), torch.nan, device=model.logit_scale.device)
-        if rows:
+        # One after another: bytes stacked with what is normalized would pass for it.
+        for kind in {one.dtype for one in found if isinstance(one, torch.Tensor)}:
+            rows = [row for row, one in enumerate(found) if isinstance(one, torch.Tensor) and one.dtype == kind]
             pixels = torch.stack([found[row] for row in rows]).to(embeddings.device)
             embeddings[rows] = model.encode_image(pixels).float()
         yield embeddings, [one for one in found if isinstance(one, BadSample)]
@@ -71,6 +72,8 @@ def _square(item: Any, size: int) -> torch.Tensor | BadSample:
     if isinstance(item, str):
         raise WrongType(f"Found the caption {item!r} among images. Expected one kind; for a file give pathlib.Path.")
     try:
+        if isinstance(item, Path):
+            return read_square(str(item), size)
         return centre_square(Image.fromarray(item) if isinstance(item, np.ndarray) else item, size)
     except BadSample as bad:
         return bad

@@ -1,0 +1,1 @@
+"""Extension: embed images or captions into a file, and search it."""
