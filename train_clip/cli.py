@@ -36,6 +36,9 @@ VERBS = {
     "inspect": ("train_clip.commands.inspect:inspect", "show what a file of weights contains, in a moment"),
     "convert": ("train_clip.commands.convert:convert", "write a model for open_clip, Hugging Face or safetensors"),
     "evaluate": ("train_clip.commands.evaluate:evaluate", "evaluate a checkpoint: retrieval, zero-shot classification"),
+    "probe": ("train_clip.probes.probe:probe", "fit a linear probe and few-shot heads on images of classes"),
+    "calibrate": ("train_clip.probes.calibrate:calibrate", "find out what a model's similarities mean"),
+    "classify": ("train_clip.probes.classify:classify", "write the class of every image of a folder"),
     "data check": (
         "train_clip.data_tools.check:data_check",
         "check every pair before training: bad, truncated, repeated",
