@@ -227,7 +227,9 @@ def report(about: dict[str, Any]) -> None:
         f"Fitted on {about['images'][0]:,} images and {about['candidates']}, checked on {about['images'][1]:,} others."
     )
     if calibration["threshold"] is None:
-        print(f"No threshold keeps a precision of {calibration['precision']:.1%} for certain: more pairs, or less.")
+        print(
+            f"No threshold surely keeps a precision of {calibration['precision']:.1%}: use more pairs, or a lower one."
+        )
     else:
         print(f"Threshold for a precision of {calibration['precision']:.1%}: similarity {calibration['threshold']:.4f}")
         for name in ("precision", "recall"):

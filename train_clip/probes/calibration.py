@@ -45,8 +45,8 @@ def read_calibration(path: Path, of_model: str) -> Calibration:
     try:
         about: Any = json.loads(path.read_bytes())
         values = {name: about["calibration"][name] for name in Calibration.__annotations__}
-        given = {name: value if value is None else float(value) for name, value in values.items()}
-        if about["version"] != VERSION or not all(map(math.isfinite, given.values() - {None})):
+        given: Any = {name: None if value is None else float(value) for name, value in values.items()}
+        if about["version"] != VERSION or not all(math.isfinite(one or 0) for one in given.values()):
             raise ValueError(f"version {about['version']}, {given}")
         if about["fingerprint"] != of_model:
             raise UserError(f"{path}: of another model. Calibrate this one, or give another file, or remove this one.")

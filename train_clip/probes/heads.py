@@ -33,7 +33,7 @@ from train_clip.probes.features import Encoded, tapped
 
 FORMAT = "train-clip head, version 1"
 LAMBDAS = np.logspace(-6, 6, 97).tolist()  # 96 steps of an eighth of a decade (CLIP paper, A.3)
-FIRST_STEP = 16  # two decades
+LAMBDA_STEPS = (16, 8, 4, 2, 1)  # of them: two decades at first, then half as many about the best
 MAX_ITERATIONS = 1000  # CLIP paper, A.3
 STEPS = 200  # of L-BFGS, for ProLIP
 # What is tried on validation, that of the papers first where there is one.
@@ -84,26 +84,23 @@ class Task:
 
 
 def choose(kind: str, task: Task, val: Encoded, val_labels: Tensor) -> Head:
-    """Fit a kind of head with the values that are best on validation images, the first of those that are equal.
+    """Fit a kind of head with the values that are best on validation images: by top-1, where equal by cross-entropy.
 
-    For the linear one, λ is found as in the paper: in ever smaller steps about the peak, the greatest where equal.
+    For the linear one, λ is found as in the paper: in ever smaller steps about the peak.
     """
 
-    def score(head: Head) -> float:
-        return head.hits(val, val_labels).mean().item()
+    def score(head: Head) -> tuple[float, float]:
+        logits = head.logits(val)
+        return head.hits(val, val_labels).mean().item(), -functional.cross_entropy(logits, val_labels).item()
 
     if kind != "linear":
         return max((FITS[kind](task, values) for values in GRIDS[kind]), key=score)
-    tried, step, places = dict[int, tuple[float, int, Head]](), FIRST_STEP, [*range(0, len(LAMBDAS), FIRST_STEP)]
-    while True:
-        for place in set(places) & set(range(len(LAMBDAS))) - tried.keys():
-            head = fit_linear(task, {"lambda": LAMBDAS[place]})
-            tried[place] = score(head), place, head
-        best = max(tried, key=lambda place: tried[place][:2])
-        if step == 1:
-            return tried[best][2]
-        step //= 2
-        places = [best - step, best + step]
+    heads, best = dict[int, Head](), 0
+    for step in LAMBDA_STEPS:
+        places = (best - step, best + step) if heads else range(0, len(LAMBDAS), step)
+        heads |= {place: fit_linear(task, {"lambda": LAMBDAS[place]}) for place in places if 0 <= place < len(LAMBDAS)}
+        best = max(heads, key=lambda place: score(heads[place]))
+    return heads[best]
 
 
 def fit_zero_shot(task: Task, _: Values) -> Head:
@@ -147,7 +144,7 @@ def fit_prolip(task: Task, values: Values) -> Head:
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     change.requires_grad_(False)
     return head
 
