@@ -116,7 +116,7 @@ def test_the_linear_probe_is_that_of_a_script_with_scikit_learn(place, shots, dr
 
 
 def test_the_few_shot_heads_are_their_formulas(place):
-    """Tip-Adapter in loops over the cached images; ProLIP's minimum by SciPy's L-BFGS; zero-shot: the same top-1."""
+    """Tip-Adapter in loops over the cached images, and zero-shot: the same logits, the same top-1."""
     scores = run(place, "--shots", 4, "--draws", 1)
     features, embeddings, texts, labels, names = by_hand(place)
     train, _, test = divided(labels, names, 4, 0, 0)
@@ -129,40 +129,44 @@ def test_the_few_shot_heads_are_their_formulas(place):
         for kept in train:
             cached[row, labels[kept]] += alpha * math.exp(-beta * (1 - unit[row] @ unit[kept]))
 
-    size = features.shape[1], embeddings.shape[1]
-    own = np.eye(3)[[labels[n] for n in train]]
-
-    def tuned(change):
-        z = embeddings + features @ change.reshape(size)
-        return scale * z / np.linalg.norm(z, axis=1, keepdims=True) @ texts.T
-
-    def objective(change, pull):
-        """The loss, and its gradient by the chain rule."""
-        z, logits = (embeddings + features @ change.reshape(size))[train], tuned(change)[train]
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        length = np.linalg.norm(z, axis=1, keepdims=True)
-        of_unit = scale * (shares - own) @ texts / len(train)
-        of_z = (of_unit - (of_unit * z).sum(axis=1, keepdims=True) * z / length**2) / length
-        gradient = features[train].T @ of_z + 2 * pull * change.reshape(size)
-        return -np.log((shares * own).sum(axis=1)).mean() + pull * (change**2).sum(), gradient.ravel()
-
-    rows = [torch.from_numpy(one) for one in (features, embeddings)]
-    task = Task(Encoded(*(one[train] for one in rows)), torch.tensor(labels)[train], torch.from_numpy(texts), scale)
-    how = {"method": "L-BFGS-B", "jac": True, "options": {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10**4}}
-    for pull in (10.0, 1.0):  # a weaker one leaves several minima
-        best = optimize.minimize(objective, np.zeros(size).ravel(), args=(pull,), **how).x
-        ours = fit_prolip(task, {"lambda": pull})
-        assert objective(ours.tensors["change"].numpy().ravel(), pull)[0] == pytest.approx(objective(best, pull)[0])
-        np.testing.assert_allclose(ours.logits(Encoded(*rows)), tuned(best), atol=1e-4)
-    ours = fit_prolip(task, {"lambda": 0.01})
-    assert np.abs(objective(ours.tensors["change"].numpy().ravel(), 0.01)[1]).max() < 1e-4
-
+    rows = Encoded(torch.from_numpy(features), torch.from_numpy(embeddings))
+    task = Task(rows.take(train), torch.tensor(labels)[train], torch.from_numpy(texts), scale)
     ours = fit_tip_adapter(task, {"alpha": alpha, "beta": beta})
-    np.testing.assert_allclose(ours.logits(Encoded(*rows)), cached, atol=1e-10)
+    np.testing.assert_allclose(ours.logits(rows), cached, atol=1e-10)
     for kind, logits in (("zero-shot", zero_shot), ("tip-adapter", cached)):
         expected = np.mean([logits[n].argmax() == labels[n] for n in test])
         assert scores["heads"][kind]["top1"] == pytest.approx(expected), kind
+
+
+@pytest.mark.parametrize("pull", [10, 1, 0.1])  # a weaker pull leaves several minima
+def test_prolip_is_the_minimum_that_scipy_finds(pull):
+    """Of the paper's objective, written out in NumPy with its gradient: the same loss, and the same logits."""
+    rng = np.random.default_rng(0)
+    features, embeddings, texts = rng.normal(size=(30, 6)), rng.normal(size=(30, 8)), rng.normal(size=(3, 8))
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    own = np.eye(3)[labels := rng.integers(0, 3, 30)]
+
+    def tuned(change):
+        z = embeddings + features @ change.reshape(6, 8)
+        length = np.linalg.norm(z, axis=1, keepdims=True)
+        return 5 * z / length @ texts.T, z, length
+
+    def objective(change):
+        logits, z, length = tuned(change)
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        of_unit = 5 * (shares - own) @ texts / 30
+        of_z = (of_unit - (of_unit * z).sum(axis=1, keepdims=True) * z / length**2) / length
+        gradient = (features.T @ of_z).ravel() + 2 * pull * change
+        return -np.log((shares * own).sum(axis=1)).mean() + pull * (change**2).sum(), gradient
+
+    how = {"method": "L-BFGS-B", "jac": True, "options": {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10**4}}
+    best = optimize.minimize(objective, np.zeros(48), **how).x
+    images = Encoded(torch.from_numpy(features), torch.from_numpy(embeddings))
+    ours = fit_prolip(Task(images, torch.from_numpy(labels), torch.from_numpy(texts), 5.0), {"lambda": pull})
+    change = ours.tensors["change"].numpy().ravel()
+    assert objective(change)[0] == pytest.approx(objective(best)[0])
+    np.testing.assert_allclose(ours.logits(images), tuned(best)[0], atol=1e-3)
 
 
 def test_of_equal_accuracies_the_lower_loss_is_chosen():

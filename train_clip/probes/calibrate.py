@@ -164,7 +164,7 @@ def histogram(both: Sides) -> np.ndarray:
     """How many pairs do not match, and do, by similarity: (2, BINS)."""
     counts = torch.zeros(2, BINS, dtype=torch.long)
     for _, similarities, right in blocks(both):
-        bins = ((similarities + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
+        bins = ((similarities.double() + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
         counts = counts + torch.stack([torch.bincount(bins[right == is_right], minlength=BINS) for is_right in (0, 1)])
     return counts.numpy().astype(np.float64)
 

@@ -12,6 +12,7 @@ from train_clip.files import replacing
 from train_clip.printing import no_formula
 from train_clip.probes.extras import extra
 
+GROUP = 2**13  # rows that are read together, in Parquet
 FORMATS = (".csv", ".jsonl", ".parquet")
 
 Row = dict[str, Any]
@@ -34,8 +35,17 @@ def rows_to(path: Path, columns: dict[str, type]) -> Iterator[Callable[[list[Row
             schema = arrow.schema(
                 [(name, arrow.float64() if of is float else arrow.string()) for name, of in columns.items()]
             )
+            held = list[Row]()
             with parquet.ParquetWriter(beside, schema) as writer:
-                yield lambda rows: writer.write_batch(arrow.RecordBatch.from_pylist(rows, schema)) if rows else None
+
+                def append(rows: list[Row], most: int = GROUP) -> None:
+                    held.extend(rows)
+                    if len(held) >= most:
+                        writer.write_batch(arrow.RecordBatch.from_pylist(held, schema))
+                        held.clear()
+
+                yield append
+                append([], 1)
             return
         with beside.open("w", encoding="utf-8", newline="") as file:
             if path.suffix == ".jsonl":
