@@ -4,21 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from train_clip.checkpoints.found import NO_CHOICE, find_weights, fingerprint
-from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import NAMED, load_for_scoring, read_classes
 from train_clip.data.samples import Skip
 from train_clip.errors import UsageError
-from train_clip.evaluation import zero_shot
-from train_clip.evaluation.embed import embed_texts
 from train_clip.files import require_new
 from train_clip.options import WeightOptions, option
 from train_clip.printing import printable
 from train_clip.probes.calibration import Calibration, find_calibration, read_calibration
 from train_clip.probes.features import Encoded, ImageOptions, encode, find_images
-from train_clip.probes.heads import Head, read_head
+from train_clip.probes.heads import Head, by_name, read_head
 from train_clip.probes.rows import Row, require_format, rows_to
 
 SHOWN = 5  # classes of a row
@@ -51,6 +46,8 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
     output = options.output
     if (options.head is None) == (options.classes is None):
         raise UsageError("Classes come from one of --classes FILE and --head FILE. Expected one of the two.")
+    if options.head and options.calibration:
+        raise UsageError("--calibration is for --classes; a head has probabilities of its own. Leave it out.")
     require_format(output)
     require_new(output)
     found = find_weights(checkpoint, weights, options.backbone)
@@ -60,13 +57,14 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
         head, classes = read_head(options.head, model.model)
     else:
         classes, templates = read_classes(model, options)
-        head = Head("zero-shot", *by_name(model, classes, templates))
+        head = by_name(model, classes, templates)
         own, given = fingerprint(model.model), options.calibration
         calibration = read_calibration(given, own) if given else find_calibration(found.source, own)
     pairs, lost, unfit, start = find_images(options)[0], list[Skip](), 0, 0
     with rows_to(output, COLUMNS) as append:
         for places, images, bad in encode(model, pairs, options):
-            lost, left, rows = lost + bad, iter(bad), dict[int, Row]()
+            left, rows = iter(bad), dict[int, Row]()
+            lost += bad
             if places:
                 rows = dict(zip(places, classified(head, classes, images, calibration), strict=True))
             batch = range(start, start := start + len(places) + len(bad))
@@ -84,12 +82,6 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
     if len(lost) > NAMED:
         print(f"and {len(lost) - NAMED:,} more, which the file notes")
     return output
-
-
-def by_name(model: Pretrained, classes: list[str], templates: list[str]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What a zero-shot head is made of: the classes' embeddings, and the model's scale."""
-    texts = zero_shot.class_embeddings(classes, templates, lambda some: embed_texts(model.model, some, model.tokens))
-    return {"texts": texts.cpu().double()}, {"scale": model.model.logit_scale.exp().item()}
 
 
 def classified(head: Head, classes: list[str], images: Encoded, calibration: Calibration | None) -> Iterator[Row]:

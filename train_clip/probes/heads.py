@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from train_clip.checkpoints.found import fingerprint
+from train_clip.checkpoints.load import Pretrained
 from train_clip.errors import MissingFile, UserError, first_line
-from train_clip.evaluation.embed import evaluating
+from train_clip.evaluation.embed import embed_texts, evaluating
+from train_clip.evaluation.zero_shot import class_embeddings
 from train_clip.files import replacing
 from train_clip.models.clip import DualEncoder, unit_norm
 from train_clip.probes.extras import extra
@@ -83,6 +85,12 @@ class Task:
     scale: float  # s
 
 
+def by_name(model: Pretrained, classes: list[str], templates: list[str]) -> Head:
+    """The zero-shot head of a model."""
+    texts = class_embeddings(classes, templates, lambda some: embed_texts(model.model, some, model.tokens))
+    return Head("zero-shot", {"texts": texts.cpu().double()}, {"scale": model.model.logit_scale.exp().item()})
+
+
 def choose(kind: str, task: Task, val: Encoded, val_labels: Tensor) -> Head:
     """Fit a kind of head with the values that are best on validation images: by top-1, where equal by cross-entropy.
 
@@ -101,11 +109,6 @@ def choose(kind: str, task: Task, val: Encoded, val_labels: Tensor) -> Head:
         heads |= {place: fit_linear(task, {"lambda": LAMBDAS[place]}) for place in places if 0 <= place < len(LAMBDAS)}
         best = max(heads, key=lambda place: score(heads[place]))
     return heads[best]
-
-
-def fit_zero_shot(task: Task, _: Values) -> Head:
-    """The classes' captions alone."""
-    return Head("zero-shot", {"texts": task.texts}, {"scale": task.scale})
 
 
 def fit_linear(task: Task, values: Values) -> Head:
@@ -150,8 +153,11 @@ def fit_prolip(task: Task, values: Values) -> Head:
 
 
 FITS: dict[str, Callable[[Task, Values], Head]] = {
-    "zero-shot": fit_zero_shot, "linear": fit_linear, "tip-adapter": fit_tip_adapter, "prolip": fit_prolip,
-}  # fmt: skip
+    "zero-shot": lambda task, _: Head("zero-shot", {"texts": task.texts}, {"scale": task.scale}),
+    "linear": fit_linear,
+    "tip-adapter": fit_tip_adapter,
+    "prolip": fit_prolip,
+}
 
 
 def write_head(path: Path, head: Head, classes: list[str], model: DualEncoder) -> None:

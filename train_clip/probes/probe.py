@@ -10,16 +10,19 @@ import numpy as np
 import torch
 
 from train_clip.checkpoints.found import NO_CHOICE, find_weights
+from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring, print_table, read_classes, write_json
+from train_clip.data.pairs import PairList
+from train_clip.data.samples import Skip
 from train_clip.errors import UserError
-from train_clip.evaluation import embed, zero_shot
+from train_clip.evaluation import zero_shot
 from train_clip.files import require_new
 from train_clip.options import BELOW_ONE, WeightOptions, at_least, option
 from train_clip.printing import printable
 from train_clip.probes.calibrate import interval
 from train_clip.probes.calibration import beside
 from train_clip.probes.features import Encoded, ImageOptions, encode, find_images
-from train_clip.probes.heads import FITS, Task, choose, write_head
+from train_clip.probes.heads import FITS, Task, by_name, choose, write_head
 
 VAL_SHARE = 0.2  # of what is not for testing, to choose values by, where all images are used
 VAL_SHOTS = 4  # per class at most, where few are: as many as in training (CoOp, arXiv 2109.01134)
@@ -62,19 +65,11 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
     if len(classes) < 2:
         raise UserError(f"{paths[0]}: all images are of the class {classes[0]!r}. Expected at least 2 classes.")
     labels = zero_shot.image_labels(paths, classes)
-    parts, kept, skips = list[Encoded](), list[int](), list[Any]()
-    for places, rows, bad in encode(model, pairs, options):
-        skips += bad
-        kept += places
-        parts += [rows] * bool(places)
-    if not kept:
-        raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(paths):,} images can be read.")
-    images = Encoded(*map(torch.cat, zip(*parts, strict=True)))
+    divide(names, labels, classes, options, 0)  # which refuses a class of too few before any image is read
+    images, kept, skips = _embed(model, pairs, options)
     ids = torch.tensor([labels[place] for place in kept])
-    texts = zero_shot.class_embeddings(
-        classes, templates, lambda captions: embed.embed_texts(model.model, captions, model.tokens)
-    )
-    every = Task(images, ids, texts.cpu().double(), model.model.logit_scale.exp().item())
+    named = by_name(model, classes, templates)
+    every = Task(images, ids, named.tensors["texts"], named.values["scale"])
     by_draw, tested = list[dict[str, Any]](), dict[str, list[torch.Tensor]]()
     for draw in range(options.draws if options.shots else 1):
         train, val, test = divide([names[place] for place in kept], ids.tolist(), classes, options, draw)
@@ -99,6 +94,17 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
     if options.save:
         print(f"{options.save}: {output}. Next: train-clip classify {checkpoint} --head {output} --folder FOLDER")
     return scores
+
+
+def _embed(model: Pretrained, pairs: PairList, options: ProbeOptions) -> tuple[Encoded, list[int], list[Skip]]:
+    parts, kept, skips = list[Encoded](), list[int](), list[Skip]()
+    for places, rows, bad in encode(model, pairs, options):
+        skips += bad
+        kept += places
+        parts += [rows] * bool(places)
+    if not kept:
+        raise UserError(f"{skips[0].path}: {skips[0].reason}; none of the {len(pairs):,} images can be read.")
+    return Encoded(*map(torch.cat, zip(*parts, strict=True))), kept, skips
 
 
 def fit_all(every: Task, train: list[int], val: list[int], join: bool) -> dict[str, Any]:
