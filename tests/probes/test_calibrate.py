@@ -163,6 +163,15 @@ def test_captions_that_images_share_are_one_candidate(place, tmp_path):
     assert pairs == (6 * 7, 12)
 
 
+def test_too_few_images_are_refused(place, tmp_path):
+    """One pair leaves a half without any; nothing is written."""
+    folder = write_pairs(tmp_path / "pairs", 1)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["calibrate", str(place / "model.ckpt"), "--folder", str(folder), "--json", str(tmp_path / "c.json")])
+    assert "1 images with a caption or class. Expected some for each half" in said(stop)
+    assert not (tmp_path / "c.json").exists()
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5, '{"version": 2}', "\udcff"])
 def test_damaged_calibrations_are_refused(content, tmp_path):
     """By one line that names the file; so are numbers that are not finite or none."""

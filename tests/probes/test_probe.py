@@ -226,7 +226,7 @@ def test_a_head_is_saved_and_read(place, kind, tmp_path):
     with pytest.raises(UserError, match="of another model"):
         read_head(path, other)
     with pytest.raises(SystemExit) as stop:
-        run(place, "--save", kind, "--output", path)
+        run(place, "--shots", 4, "--save", kind, "--output", path)
     assert "already exists" in said(stop)
 
 
@@ -262,6 +262,7 @@ def test_too_few_images_of_a_class_are_named(place, tmp_path):
     for words, message in (
         (["--shots", "17"], f"blue: {NUMBER} images, 4 of them to test on. Expected at least 18 more"),
         (["--shots", "0"], "shots is 0; expected 1 or above"),
+        (["--save", "prolip"], "Expected --shots with it"),
     ):
         with pytest.raises(SystemExit) as stop:
             run(place, *words)

@@ -58,7 +58,12 @@ def calibrate(checkpoint: str, /, options: CalibrateOptions, weights: WeightOpti
     output = options.json or beside(found.source, CALIBRATION)
     require_new(output)
     model = load_for_scoring(found, options.device)
-    both = halves(sides(collect(model, options)), options.seed, every=options.classes is not None)
+    collection = collect(model, options)
+    both = halves(sides(collection), options.seed, every=options.classes is not None)
+    if not all(half.matches.numel() for half in both):
+        raise UserError(
+            f"{len(collection.paths):,} images with a caption or class. Expected some for each half: add more."
+        )
     calibration = fit(both[0], options.precision)
     about = {
         "version": VERSION,
@@ -182,7 +187,7 @@ def platt(counts: np.ndarray) -> tuple[float, float]:
     ones = wrong * smooth[0] + right * smooth[1]
     x = centers()[some]
     middle, spread = x.mean(), x.std() or 1.0
-    model = extra("sklearn.linear_model", "eval").LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-8)
+    model = extra("sklearn.linear_model").LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-8)
     targets = np.repeat([0, 1], len(x))
     model.fit(np.tile((x - middle) / spread, 2)[:, None], targets, np.concatenate([wrong + right - ones, ones]))
     slope = model.coef_.item() / spread
@@ -203,7 +208,8 @@ def check(both: Sides, calibration: Calibration, scale: float) -> dict[str, Any]
         own = np.bincount(both.matches[0].numpy(), minlength=len(hits)).astype(np.float64)
         told["pairs_above"] = int(tries.sum())
         for name, wholes in (("precision", tries), ("recall", own)):
-            told[name] = {"value": hits.sum() / max(wholes.sum(), 1), "interval": interval(hits, wholes)}
+            if wholes.any():
+                told[name] = {"value": hits.sum() / wholes.sum(), "interval": interval(hits, wholes)}
     return told
 
 
@@ -232,7 +238,7 @@ def report(about: dict[str, Any]) -> None:
         )
     else:
         print(f"Threshold for a precision of {calibration['precision']:.1%}: similarity {calibration['threshold']:.4f}")
-        for name in ("precision", "recall"):
+        for name in [name for name in ("precision", "recall") if name in told]:
             low, high = told[name]["interval"]
             print(f"  {name} on the others: {told[name]['value']:.1%} (95% interval {low:.1%} to {high:.1%})")
     print(f"Calibration error: {told['ece_before']:.2%} by the model's softmax, {told['ece_after']:.2%} calibrated")

@@ -29,6 +29,7 @@ from train_clip.errors import MissingFile, UserError, first_line
 from train_clip.evaluation.embed import embed_texts, evaluating
 from train_clip.evaluation.zero_shot import class_embeddings
 from train_clip.files import replacing
+from train_clip.losses.tiles import tiles
 from train_clip.models.clip import DualEncoder, unit_norm
 from train_clip.probes.extras import extra
 from train_clip.probes.features import Encoded, tapped
@@ -66,8 +67,9 @@ class Head:
             embeddings = embeddings + features @ held["change"]
         logits = self.values["scale"] * unit_norm(embeddings) @ held["texts"].T
         if self.kind == "tip-adapter":
-            near = (self.values["beta"] * (unit_norm(embeddings) @ held["keys"].T - 1)).exp()  # (N, M)
-            logits = logits.index_add(1, held["labels"], near, alpha=self.values["alpha"])
+            for at in tiles(len(logits), len(held["keys"])):
+                near = (self.values["beta"] * (unit_norm(embeddings[at]) @ held["keys"].T - 1)).exp()
+                logits[at] = logits[at].index_add(1, held["labels"], near, alpha=self.values["alpha"])
         return logits
 
     def hits(self, images: Encoded, labels: Tensor) -> Tensor:
@@ -113,7 +115,10 @@ def choose(kind: str, task: Task, val: Encoded, val_labels: Tensor) -> Head:
 
 def fit_linear(task: Task, values: Values) -> Head:
     """Minimum of the summed cross-entropy + λ/2 ‖W‖², by scikit-learn's L-BFGS; every class has an image."""
-    linear_model, exceptions = extra("sklearn.linear_model", "eval"), extra("sklearn.exceptions", "eval")
+    linear_model, exceptions = (
+        extra("sklearn.linear_model"),
+        extra("sklearn.exceptions"),
+    )
     model = linear_model.LogisticRegression(C=1 / values["lambda"], max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         # As in the paper: what those iterations reach counts.

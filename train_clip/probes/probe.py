@@ -14,7 +14,7 @@ from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring, print_table, read_classes, write_json
 from train_clip.data.pairs import PairList
 from train_clip.data.samples import Skip
-from train_clip.errors import UserError
+from train_clip.errors import UsageError, UserError
 from train_clip.evaluation import zero_shot
 from train_clip.files import require_new
 from train_clip.options import BELOW_ONE, WeightOptions, at_least, option
@@ -26,6 +26,7 @@ from train_clip.probes.heads import FITS, Task, by_name, choose, write_head
 
 VAL_SHARE = 0.2  # of what is not for testing, to choose values by, where all images are used
 VAL_SHOTS = 4  # per class at most, where few are: as many as in training (CoOp, arXiv 2109.01134)
+ALL_IMAGES = ("zero-shot", "linear")  # heads of all images; the others are for few
 HEAD = "head.safetensors"
 
 
@@ -53,6 +54,8 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
         options: on which images
         weights: values that they do not state
     """
+    if options.save and not options.shots and options.save not in ALL_IMAGES:
+        raise UsageError(f"--save {options.save}: a head for few images of each class. Expected --shots with it.")
     found = find_weights(checkpoint, weights, options.backbone)
     output = options.output or beside(found.source, HEAD)
     if options.save:
@@ -108,12 +111,13 @@ def _embed(model: Pretrained, pairs: PairList, options: ProbeOptions) -> tuple[E
 
 
 def fit_all(every: Task, train: list[int], val: list[int], join: bool) -> dict[str, Any]:
-    """A head of each kind; where ``join``, fitted again on training and validation images with what was chosen."""
+    """A head of each kind; where ``join``, those of all images, fitted again on training and validation together."""
 
     def of(rows: list[int]) -> Task:
         return Task(every.images.take(rows), every.labels[rows], every.texts, every.scale)
 
-    heads = {kind: choose(kind, of(train), every.images.take(val), every.labels[val]) for kind in FITS}
+    kinds = ALL_IMAGES if join else FITS
+    heads = {kind: choose(kind, of(train), every.images.take(val), every.labels[val]) for kind in kinds}
     return {kind: FITS[kind](of(train + val), head.values) for kind, head in heads.items()} if join else heads
 
 

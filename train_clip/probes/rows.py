@@ -23,7 +23,7 @@ def require_format(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: rows are written to {', '.join(FORMATS)}. Give it one of these endings.")
     if path.suffix == ".parquet":
-        extra("pyarrow", "search")
+        extra("pyarrow")
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def rows_to(path: Path, columns: dict[str, type]) -> Iterator[Callable[[list[Row
     """Write rows to a file: what this yields takes some at a time."""
     with replacing(path) as beside:
         if path.suffix == ".parquet":
-            arrow, parquet = extra("pyarrow", "search"), extra("pyarrow.parquet", "search")
+            arrow, parquet = extra("pyarrow"), extra("pyarrow.parquet")
             schema = arrow.schema(
                 [(name, arrow.float64() if of is float else arrow.string()) for name, of in columns.items()]
             )
