@@ -125,15 +125,19 @@ def blocks(both: Sides) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def fit(both: Sides, precision: float) -> Calibration:
-    """The lowest threshold at which the lower end of the precision's interval keeps what is wanted; Platt's scaling.
+    """The lowest threshold at which the lower end of the precision's band keeps what is wanted; Platt's scaling.
 
     A threshold with fewer images above it than could show that, if all of their pairs matched, is not considered.
     """
     own = (both.images[both.matches[0]] * both.candidates[both.matches[1]]).sum(dim=1).numpy()
     thresholds = np.unique(np.quantile(own, np.linspace(0, 1, THRESHOLDS), method="lower")) - ROUNDING
     hits, tries = above(both, thresholds)
-    low = np.quantile(resampled(hits, tries), TAIL, axis=0)
-    kept = ((tries > 0).sum(axis=0) >= math.log(TAIL) / math.log(precision)) & (low >= precision)
+    drawn, found = resampled(hits, tries), hits.sum(axis=0) / np.maximum(tries.sum(axis=0), 1)
+    enough = (tries > 0).sum(axis=0) >= math.log(TAIL) / math.log(precision)
+    # A band for all thresholds at once: the one that is chosen is the luckiest of many.
+    spread = np.maximum(drawn.std(axis=0), ROUNDING)
+    farthest = ((drawn - found) / spread)[:, enough].max(axis=1, initial=0)
+    kept = enough & (found - np.quantile(farthest, 1 - TAIL) * spread >= precision)
     threshold = float(thresholds[kept][0]) if kept.any() else None
     return Calibration(threshold, precision, *platt(histogram(both)))
 
