@@ -358,3 +358,14 @@ def digest_of(tensors: Tensors) -> str:
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
         digest.update(values.contiguous().numpy())
     return digest.hexdigest()
+
+
+def fingerprint(model: "DualEncoder") -> str:
+    """Digest of what embeds in a model: equal whatever file it came from, and at any temperature."""
+    idle = ("logit_scale", "logit_bias", "num_batches_tracked")
+    tensors = {name: one for name, one in model.state_dict().items() if name.rpartition(".")[2] not in idle}
+    norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
+    # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
+    of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
+    told = f"{model.image_size} pixels, {of_clip}{of_encoders}"
+    return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})

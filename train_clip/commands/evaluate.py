@@ -116,7 +116,7 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
 
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Collection]:
     """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
-    collection = _collect(model, options)
+    collection = collect(model, options)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
     found = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
     return counts | found | {"collapse": embed.find_collapse(collection), "skips": collection.skips}, collection
@@ -188,8 +188,9 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
         figure.savefig(file, dpi=110, format="png")
 
 
-def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
-    classes, templates = _read_classes(model, options)
+def collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
+    """Embed what the options name, all that an evaluator scores."""
+    classes, templates = read_classes(model, options)
     found = _find(options)
     # Before anything is embedded: an image of no class is refused.
     labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
@@ -258,7 +259,8 @@ def _find(options: ScoreOptions) -> list[pairs.Pair]:
     return chosen
 
 
-def _read_classes(model: Pretrained, options: ScoreOptions) -> tuple[list[str], list[str]]:
+def read_classes(model: Pretrained, options: Any) -> tuple[list[str], list[str]]:
+    """Read the files of classes and of templates that options name; classes that are one to the model are refused."""
     classes, templates = (zero_shot.read_list(path) if path else [] for path in (options.classes, options.templates))
     for number, template in enumerate(templates, 1):
         if "{}" not in template:

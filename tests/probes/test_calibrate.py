@@ -1,0 +1,188 @@
+"""Thresholds and probabilities of similarities against loops, scikit-learn, and data whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.calibration import _SigmoidCalibration
+
+from tests.conftest import said, write_pairs
+from tests.probes.pictures import COLOURS, draw_classes, save_model
+from train_clip import cli, load
+from train_clip.checkpoints.found import fingerprint
+from train_clip.errors import UserError
+from train_clip.losses import tiles
+from train_clip.probes import calibrate
+from train_clip.probes.calibrate import Sides
+from train_clip.probes.calibration import Calibration, find_calibration, read_calibration
+
+
+def made_up(number: int, seed: int, width: int = 24, noise: float = 1.0) -> Sides:
+    """Captions at random, and of each two images that are it and noise: any further ones are from the same source."""
+    rng = np.random.default_rng(seed)
+    texts = rng.normal(size=(number // 2, width))
+    images = texts.repeat(2, axis=0) + noise * rng.normal(size=(number, width)) * rng.uniform(0.2, 2, (number, 1))
+    unit = (torch.nn.functional.normalize(torch.from_numpy(one)).float() for one in (images, texts))
+    return Sides(*unit, torch.stack([torch.arange(number), torch.arange(number) // 2]))
+
+
+def loops(both: Sides):
+    """Every pair: image, similarity, whether it matches."""
+    own = set(zip(*both.matches.tolist(), strict=True))
+    for image, row in enumerate(both.images @ both.candidates.T):
+        for candidate, similarity in enumerate(row.tolist()):
+            yield image, similarity, (image, candidate) in own
+
+
+@pytest.mark.parametrize("at_once", [10**6, 70])
+def test_counts_are_those_of_loops(monkeypatch, at_once):
+    """Pairs above thresholds, the histogram, the curve of the model's softmax; in one block and in several."""
+    monkeypatch.setattr(tiles, "TILE", at_once)
+    both = made_up(20, seed=0)
+    thresholds = np.array([-0.3, 0.1, 0.15, 0.7])
+    hits, tries = calibrate.above(both, thresholds)
+    expected = np.zeros((2, 20, 4))
+    counts = np.zeros((2, calibrate.BINS))
+    for image, similarity, right in loops(both):
+        expected[0, image] += right * (similarity >= thresholds)
+        expected[1, image] += similarity >= thresholds
+        counts[int(right), math.floor((similarity + 1) / 2 * calibrate.BINS)] += 1
+    np.testing.assert_array_equal([hits, tries], expected)
+    np.testing.assert_array_equal(calibrate.histogram(both), counts)
+
+    told = calibrate.check(both, Calibration(0.15, 0.9, 9.0, -3.0), scale=20.0)
+    bins = [[[], []] for _ in range(15)], [[[], []] for _ in range(15)]
+    logits = 20 * (both.images @ both.candidates.T).double().numpy()
+    before = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).ravel()
+    for place, (_, similarity, right) in enumerate(loops(both)):
+        center = (math.floor((similarity + 1) / 2 * calibrate.BINS) + 0.5) / calibrate.BINS * 2 - 1
+        for kind, probability in zip(bins, (before[place], 1 / (1 + math.exp(3 - 9 * center))), strict=True):
+            kind[min(int(15 * probability), 14)][0].append(probability)
+            kind[min(int(15 * probability), 14)][1].append(right)
+    for name, kind in zip(("ece_before", "ece_after"), bins, strict=True):
+        error = sum(len(p) * abs(np.mean(p) - np.mean(right)) for p, right in kind if p)
+        assert told[name] == pytest.approx(error / before.size)
+    assert told["precision"]["value"] == pytest.approx(expected[0, :, 2].sum() / expected[1, :, 2].sum())
+    assert told["recall"]["value"] == pytest.approx(expected[0, :, 2].sum() / 20)
+
+
+def test_platt_is_that_of_scikit_learn():
+    """All pairs one by one through scikit-learn's own Platt scaling: the same probabilities but for the bins' width."""
+    both = made_up(60, seed=1)
+    _, similarities, right = zip(*loops(both), strict=True)
+    theirs = _SigmoidCalibration().fit(np.array(similarities), np.array(right))
+    ours = Calibration(None, 0.9, *calibrate.platt(calibrate.histogram(both)))
+    at = np.linspace(-1, 1, 50)
+    np.testing.assert_allclose(ours.probability(at), theirs.predict(at), atol=2e-3)
+
+
+def test_intervals_resample_images():
+    """A loop that draws images with repetition; and pairs of one image hang together: the interval is wider."""
+    both = made_up(40, seed=2)
+    hits, tries = (one[:, 0] for one in calibrate.above(both, np.array([0.5])))
+    rng, drawn = np.random.default_rng(1), []
+    for _ in range(4000):
+        some = rng.integers(0, 40, 40)
+        drawn.append(hits[some].sum() / tries[some].sum())
+    np.testing.assert_allclose(calibrate.interval(hits, tries), np.quantile(drawn, [0.025, 0.975]), atol=0.015)
+    once = np.array([1.0, 0.0] * 10)
+    together = calibrate.interval(10 * once, np.full(20, 10.0))
+    np.testing.assert_allclose(together, calibrate.interval(once, np.ones(20)))
+
+
+def test_the_promise_is_kept_on_further_data():
+    """60 fits, each checked on 4,000 fresh images of the same source: in 95% of them the precision is as promised."""
+    fresh, kept, recalls = [made_up(200, seed=1000 + seed) for seed in range(20)], 0, []
+    for seed in range(60):
+        threshold = calibrate.fit(made_up(200, seed=seed), 0.8).threshold
+        hits, tries = np.sum([calibrate.above(some, np.array([threshold])) for some in fresh], axis=(0, 2, 3))
+        kept += hits / tries >= 0.8
+        recalls.append(hits / (20 * 200))
+    assert kept >= 55, kept
+    assert np.mean(recalls) > 0.3, "a threshold that lets nothing through promises nothing"
+
+
+def test_probabilities_are_calibrated_on_further_data():
+    """Fresh pairs in ten groups by probability: as many match as are said to, where the model's softmax is off."""
+    calibration = calibrate.fit(made_up(600, seed=5), 0.9)
+    told = calibrate.check(made_up(600, seed=6), calibration, scale=100.0)
+    assert told["ece_after"] < 0.001 < told["ece_before"]
+
+
+def test_what_cannot_be_kept_is_not_promised():
+    """Similarities that say nothing, and too few images: no threshold, and nothing is called unfit."""
+    blind = made_up(200, seed=3, noise=1e6)
+    few = made_up(20, seed=4, noise=0.01)
+    for both in (blind, few):
+        found = calibrate.fit(both, 0.95)
+        assert found.threshold is None and found.fits([-1, 1]).all()
+    assert calibrate.fit(made_up(200, seed=4, noise=0.01), 0.95).threshold is not None
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrate")
+    save_model(folder / "model.ckpt"), draw_classes(folder / "data")
+    (folder / "classes.txt").write_text("\n".join(COLOURS))
+    return folder
+
+
+def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, capsys):
+    """On classes: read by the model's fingerprint, refused for another model; a second time it is not overwritten."""
+    words = ["calibrate", place / "model.ckpt", "--folder", place / "data", "--classes", place / "classes.txt"]
+    cli.main([*map(str, words), "--precision", "0.3"])
+    printed = capsys.readouterr().out
+    assert "Fitted on 30 images and 3 classes, checked on 30 others." in printed
+    written = json.loads((place / "model.calibration.json").read_text())
+    own = fingerprint(load(place / "model.ckpt").model)
+    found = find_calibration(str(place / "model.ckpt"), own)
+    assert found == Calibration(**written["calibration"])
+    assert (written["calibration"]["threshold"] is None) == ("No threshold surely keeps" in printed)
+    assert find_calibration(str(tmp_path / "other.ckpt"), own) is None
+    with pytest.raises(UserError, match="of another model"):
+        read_calibration(place / "model.calibration.json", "0" * 64)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, words)])
+    assert "already exists" in said(stop)
+
+
+def test_captions_that_images_share_are_one_candidate(place, tmp_path):
+    """Twelve pairs with two captions each, one of them everywhere: 13 candidates, each match once; halves of six."""
+    folder = write_pairs(tmp_path / "pairs", 12)
+    for index in range(12):
+        (folder / f"{index:03}.txt").write_text(f"number {index}\nThe  same\n{'the same'}\n")
+    cli.main(["calibrate", str(place / "model.ckpt"), "--folder", str(folder), "--json", str(tmp_path / "c.json")])
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert (written["candidates"], written["images"]) == ("7 captions", [6, 6])
+    pairs = sum(row[0] for row in written["check"]["curve"]), sum(row[2] for row in written["check"]["curve"])
+    assert pairs == (6 * 7, 12)
+
+
+def test_too_few_images_are_refused(place, tmp_path):
+    """One pair leaves a half without any; nothing is written."""
+    folder = write_pairs(tmp_path / "pairs", 1)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["calibrate", str(place / "model.ckpt"), "--folder", str(folder), "--json", str(tmp_path / "c.json")])
+    assert "1 images with a caption or class. Expected some for each half" in said(stop)
+    assert not (tmp_path / "c.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5, '{"version": 2}', "\udcff"])
+def test_damaged_calibrations_are_refused(content, tmp_path):
+    """By one line that names the file; so are numbers that are not finite or none."""
+    path = tmp_path / "c.json"
+    path.write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match="or damaged"):
+        read_calibration(path, "")
+    for value in (math.nan, "x", [1]):
+        values = {"threshold": 0.5, "precision": 0.9, "slope": value, "intercept": 0}
+        path.write_text(json.dumps({"version": 1, "fingerprint": "", "calibration": values}))
+        with pytest.raises(UserError, match="or damaged"):
+            read_calibration(path, "")
+    with pytest.raises(FileNotFoundError):
+        read_calibration(tmp_path / "none.json", "")
