@@ -261,6 +261,10 @@ def _add_parameter(parser: Any, parameter: inspect.Parameter, text: str | None) 
     from train_clip import usage
 
     name, how = parameter.name, {"type": parameter.annotation, "help": text}
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        parser.usage += f" [{name.upper()} ...]"
+        parser.add_argument(name, metavar=name.upper(), nargs="*", **how)
+        return
     is_optional = parameter.default is not parameter.empty
     if is_optional:
         how["default"] = parameter.default

@@ -19,17 +19,24 @@ from train_clip.commands.progress import with_progress
 from train_clip.data import crops, pairs, samples, scan
 from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.estimates import size
-from train_clip.evaluation import embed, zero_shot
+from train_clip.evaluation import bootstrap, embed, zero_shot
 from train_clip.files import replacing, write_text
-from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
+from train_clip.options import BELOW_ONE, Check, PairOptions, SourceOptions, WeightOptions, at_least, option
 from train_clip.printing import printable
 
 # By its key in the report: a function of a ``Collection``; its result, if it applies, is a dataclass with ``rows()`` to
-# print and ``figures()`` to compare. A new one is a line here and a file of its own.
+# print and ``figures()`` to compare, and has intervals where it has ``resampled()`` (``bootstrap.replicates``). Fields
+# of ``repr=False`` are not written. A new one is a line here and a file of its own.
 EVALUATORS = {
     "retrieval": "train_clip.evaluation.retrieval:score_captions",
     "zero_shot": "train_clip.evaluation.zero_shot:score_classes",
+    "multi_label": "train_clip.scores.multi_label:score_label_sets",
 }
+# What an option asks for besides.
+COLUMN, BY, CONFUSION, COMPARISON = (
+    f"train_clip.scores.{place}"
+    for place in ("columns:values", "subgroups:score_by", "confusion:write", "comparison:compare")
+)
 NAMED = 5  # files named on the screen; --json names all
 LARGE = 1e9  # bytes of embeddings that are spoken of
 IMAGES_DRAWN, COLUMNS = 18, 3
@@ -48,11 +55,13 @@ class ScoreOptions(SourceOptions):
     folder: Path | None = option(
         None,
         "images and captions that share a stem; for classification, images in folders named after their class or with "
-        "a STEM.cls next to them",
+        "a STEM.cls next to them (one class per line)",
     )
     classes: Path | None = option(None, "text file of class names, one per line: also do zero-shot classification")
     templates: Path | None = option(
-        None, 'text file of prompt templates with {} for the class name, one per line; default: "a photo of a {}."'
+        None,
+        "text file of prompt templates with {} for the class name, one per line, or one of CLIP's sets: "
+        f'{", ".join(zero_shot.TEMPLATES)}; default: "a photo of a {{}}."',
     )
     split: Literal["all", "training", "held_out"] = option(
         "all",
@@ -62,6 +71,9 @@ class ScoreOptions(SourceOptions):
     batch_size: int = option(64, "images per batch", at_least(1))
     num_workers: int = option(0, "loader processes", at_least(0))
     device: str = option("auto", "cpu, cuda, or auto: cuda if available")
+    class_column: str | None = option(
+        None, "the column of the table (--pairs) that holds each image's class or classes"
+    )
     json: Path | None = option(None, "file to write the scores to")
 
 
@@ -69,13 +81,19 @@ class ScoreOptions(SourceOptions):
 class EvaluateOptions(ScoreOptions):
     """What to evaluate, and where to write scores and pictures."""
 
+    by: str | None = option(None, "column of the table (--pairs): also score the images of each of its values alone")
+    confusion: Path | None = option(
+        None,
+        "CSV or PNG to write: images of each class by the class they are taken for",
+        Check(lambda path: path.suffix.lower() in (".csv", ".png"), "a name that ends in .csv or .png"),
+    )
     picture: Path | None = option(None, "PNG to write: images next to the captions that the model finds most similar")
     backbone: str | None = option(
         None, "for visual prompts: path or name of their backbone; default: the one they were trained with"
     )
 
 
-def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE) -> Scores:
+def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE, *others: str) -> Scores:
     """Evaluate a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
@@ -83,22 +101,52 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
             Hugging Face: a file, a folder, or hf-hub:NAME
         options: what to evaluate
         weights: values that they do not state
+        others: further models, to be compared with the first on the same images
     """
-    found = find_weights(checkpoint, weights, options.backbone)
-    if found.source != checkpoint:
-        print(f"Evaluating {found.source}.")
-    model = load_for_scoring(found, options.device)
+    models = [str(checkpoint), *others]
+    _require_fitting(options, models)
+    if others:
+        return _compare(models, options, weights)
+    model = _load(checkpoint, options, weights)
     scores, collection = score(model, options)
+    if options.by is not None:
+        scores["by"] = resolve_name(BY)(scores, collection.paths, options)
     # What took long is on disk before it is shown, to a terminal that may be gone; and shown, whatever a picture meets.
     if options.json is not None:
         write_json(options.json, scores)
     try:
+        if options.confusion is not None:
+            resolve_name(CONFUSION)(scores["zero_shot"], options.confusion)
         if options.picture is not None and collection.captions:
             draw_best_captions(collection, options.picture)
             print(f"Images next to their best captions: {options.picture}")
     finally:
         report(scores)
     return scores
+
+
+def _load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> Pretrained:
+    found = find_weights(checkpoint, weights, options.backbone)
+    if found.source != checkpoint:
+        print(f"Evaluating {found.source}.")
+    return load_for_scoring(found, options.device)
+
+
+def _compare(names: list[str], options: EvaluateOptions, weights: WeightOptions) -> Scores:
+    by_model = {}
+    for name in names:
+        scores, collection = score(_load(name, options, weights), options)
+        by_model[name] = scores | {"paths": collection.paths}
+    found = resolve_name(COMPARISON)(by_model)
+    if options.json is not None:
+        write_json(options.json, found)
+    for name in names:
+        print(f"\n{name}")
+        report(by_model[name])
+    for rows in found["differences"].values():
+        print()
+        print_table(rows.rows())
+    return found
 
 
 def load_for_scoring(weights: Found, device: str) -> Pretrained:
@@ -116,10 +164,18 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
 
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Collection]:
     """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
-    collection = _collect(model, options)
+    collection = collect(model, options)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
-    found = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
+    found = run_evaluators(collection)
+    for name, result in found.items():
+        if hasattr(result, "resampled"):
+            found[name] = dataclasses.replace(result, intervals=bootstrap.of_images(result))
     return counts | found | {"collapse": embed.find_collapse(collection), "skips": collection.skips}, collection
+
+
+def run_evaluators(collection: embed.Collection) -> Scores:
+    """The result of each evaluator, or None where it does not apply; without intervals."""
+    return {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
 
 
 def figures(scores: Scores) -> dict[str, float]:
@@ -131,7 +187,7 @@ def report(scores: Scores) -> None:
     """Print the scores next to chance."""
     skips = scores["skips"]
     print(f"{scores['num_images']:,} images, {scores['num_captions']:,} captions, {len(skips):,} files not scored")
-    for rows in (scores[name].rows() for name in EVALUATORS if scores[name]):
+    for rows in (scores[name].rows() for name in (*EVALUATORS, "by") if scores.get(name)):
         (print if isinstance(rows, str) else print_table)(rows)
     if scores["collapse"]:
         print(scores["collapse"])
@@ -141,7 +197,11 @@ def report(scores: Scores) -> None:
 
 def write_json(target: Path, scores: dict[str, Any]) -> None:
     """Write scores as JSON, dataclasses included."""
-    write_text(target, json.dumps(scores, indent=2, default=dataclasses.asdict) + "\n")
+    write_text(target, json.dumps(scores, indent=2, default=_fields) + "\n")
+
+
+def _fields(result: Any) -> dict[str, Any]:
+    return {one.name: getattr(result, one.name) for one in dataclasses.fields(result) if one.repr}
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -188,26 +248,27 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
         figure.savefig(file, dpi=110, format="png")
 
 
-def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
+def collect(model: Pretrained, options: ScoreOptions, progress: Any = with_progress) -> embed.Collection:
+    """Embed what is to be scored; of several processes each embeds its share, and all have the whole."""
     classes, templates = _read_classes(model, options)
-    found = _find(options)
-    # Before anything is embedded: an image of no class is refused.
-    labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
+    found = find(options)
+    labels = _label_sets([pair.image for pair in found], classes, options)
     skips, kept = list[samples.Skip](), list[int]()
-    images = _room(model, len(found))
+    own = embed.share(len(found))
+    images = _room(model, len(own))
     loader = samples.image_loader(
-        [pair.pixels for pair in found], model.model.image_size, options.batch_size, options.num_workers
+        [found[place].pixels for place in own], model.model.image_size, options.batch_size, options.num_workers
     )
-    for indices, pixels, bad in with_progress(loader, "images"):
+    for indices, pixels, bad in progress(loader, "images"):
         skips += bad
         images[len(kept) : len(kept) + len(indices)] = embed.embed_images(model.model, pixels, options.batch_size)
-        kept += indices
+        kept += [own[index] for index in indices]
+    images, kept = embed.of_all(images[: len(kept)], kept, len(found))
     if not kept:
-        raise UserError(
-            f"{printable(skips[0].path)}: {skips[0].reason}; none of the {len(found):,} images can be read."
-        )
+        first = skips[0] if skips else samples.Skip(found[0].pixels, "is not an image that can be read")
+        raise UserError(f"{printable(first.path)}: {first.reason}; none of the {len(found):,} images can be read.")
     paths = [found[index].image for index in kept]
-    embed.require_finite(images := images[: len(kept)], paths, "images")
+    embed.require_finite(images, paths, "images")
     captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):
         if pair.caption or pair.texts:
@@ -220,30 +281,38 @@ def _collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     def embed_texts(texts: list[str]) -> torch.Tensor:
         return embed.embed_texts(model.model, texts, lambda batch: model.tokenizer.batch(batch)[0])
 
-    if (memory := 4 * model.model.embed_dim * (len(kept) + len(captions))) >= LARGE:
+    memory = 4 * model.model.embed_dim * (len(kept) + len(captions))
+    if memory >= LARGE and progress is with_progress:
         print(f"Embeddings of {len(kept):,} images and {len(captions):,} captions take {size(memory)} of memory.")
-    batches: Any = DataLoader(captions, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
-    texts, ids = _room(model, len(captions)), torch.empty(len(captions), dtype=torch.long)
-    for number, batch in enumerate(with_progress(batches, "captions")):
+    own = embed.share(len(captions))
+    mine: Any = [captions[place] for place in own]
+    batches: Any = DataLoader(mine, options.batch_size, collate_fn=list)
+    texts, ids = _room(model, len(own)), torch.empty(len(own), dtype=torch.long, device=images.device)
+    for number, batch in enumerate(progress(batches, "captions")):
         rows = slice(number * options.batch_size, (number + 1) * options.batch_size)
         texts[rows], ids[rows] = embed_texts(batch), _caption_ids(model, batch)
+    (texts, _), (ids, _) = (embed.of_all(rows, own, len(captions)) for rows in (texts, ids))
     embed.require_finite(texts, captions, "captions")
+    labels = [labels[index] for index in kept] if classes else []
+    several = any(len(of_image) > 1 for of_image in labels)
     return embed.Collection(
         paths=paths,
         images=images,
         captions=captions,
         texts=texts,
         owners=owners,
-        caption_ids=ids.to(images.device),
+        caption_ids=ids,
         classes=classes,
         templates=templates,
-        labels=[labels[index] for index in kept] if classes else [],
+        labels=[] if several else [of_image[0] for of_image in labels],
         embed_texts=embed_texts,
         skips=skips,
+        label_sets=labels if several else [],
     )
 
 
-def _find(options: ScoreOptions) -> list[pairs.Pair]:
+def find(options: ScoreOptions) -> list[pairs.Pair]:
+    """The images that are to be scored, with their captions."""
     found = scan.scan_source(options.folder, options)
     if options.classes is None or found.faults:
         found.require_pairs()
@@ -258,8 +327,39 @@ def _find(options: ScoreOptions) -> list[pairs.Pair]:
     return chosen
 
 
+def _label_sets(paths: list[str], classes: list[str], options: ScoreOptions) -> list[list[int]]:
+    if not classes:
+        return []
+    if options.class_column is None:
+        return zero_shot.label_sets(
+            paths, classes, lambda path: (zero_shot.class_names(path), zero_shot.named_by(path))
+        )
+    values = resolve_name(COLUMN)(options, options.class_column)
+    by = f"the column {options.class_column!r}"
+    labels = zero_shot.label_sets(paths, classes, lambda path: (values.get(str(path), []), by))
+    # Where images have several classes, one may have none.
+    if max(map(len, labels)) == 1 and [] in labels:
+        raise UserError(f"{paths[labels.index([])]}: has no class in {by}. Expected a class in each row.")
+    return labels
+
+
+def _require_fitting(options: EvaluateOptions, models: list[str]) -> None:
+    for name in ("class_column", "by"):
+        if (column := getattr(options, name)) and options.pairs is None:
+            raise UsageError(f"--{name} {column}: is a column of a table. Give the table by --pairs.")
+    for name in ("class_column", "confusion"):
+        if (value := getattr(options, name)) and options.classes is None:
+            raise UsageError(f"--{name} {value}: needs the names of the classes (--classes).")
+    for name in ("by", "confusion", "picture"):
+        if (value := getattr(options, name)) and len(models) > 1:
+            raise UsageError(f"--{name} {value}: is for one model; found {len(models)}. Evaluate it alone.")
+    if len({*models}) < len(models):
+        raise UsageError(f"{', '.join(models)}: a model is given twice. Expected different ones to compare.")
+
+
 def _read_classes(model: Pretrained, options: ScoreOptions) -> tuple[list[str], list[str]]:
-    classes, templates = (zero_shot.read_list(path) if path else [] for path in (options.classes, options.templates))
+    classes = zero_shot.read_list(options.classes) if options.classes else []
+    templates = zero_shot.read_list(zero_shot.templates_file(options.templates)) if options.templates else []
     for number, template in enumerate(templates, 1):
         if "{}" not in template:
             raise UserError(f"{options.templates}, line {number}: {template!r} has no {{}} for the class name.")
