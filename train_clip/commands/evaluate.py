@@ -252,7 +252,7 @@ def collect(model: Pretrained, options: ScoreOptions, progress: Any = with_progr
     """Embed what is to be scored; of several processes each embeds its share, and all have the whole."""
     classes, templates = _read_classes(model, options)
     found = find(options)
-    labels = _label_sets([pair.image for pair in found], classes, options)
+    labels = label_sets([pair.image for pair in found], classes, options)
     skips, kept = list[samples.Skip](), list[int]()
     own = embed.share(len(found))
     images = _room(model, len(own))
@@ -327,7 +327,13 @@ def find(options: ScoreOptions) -> list[pairs.Pair]:
     return chosen
 
 
-def _label_sets(paths: list[str], classes: list[str], options: ScoreOptions) -> list[list[int]]:
+def label_sets(paths: list[str], classes: list[str], options: ScoreOptions) -> list[list[int]]:
+    """The classes of each image, as places in their list; none at all where nothing is to be classified."""
+    if options.class_column and (options.pairs is None or not classes):
+        raise UsageError(
+            f"--class_column {options.class_column}: is a column of a table, of classes of a list. Expected both: "
+            "--pairs and --classes."
+        )
     if not classes:
         return []
     if options.class_column is None:
@@ -344,12 +350,10 @@ def _label_sets(paths: list[str], classes: list[str], options: ScoreOptions) -> 
 
 
 def _require_fitting(options: EvaluateOptions, models: list[str]) -> None:
-    for name in ("class_column", "by"):
-        if (column := getattr(options, name)) and options.pairs is None:
-            raise UsageError(f"--{name} {column}: is a column of a table. Give the table by --pairs.")
-    for name in ("class_column", "confusion"):
-        if (value := getattr(options, name)) and options.classes is None:
-            raise UsageError(f"--{name} {value}: needs the names of the classes (--classes).")
+    if options.by and options.pairs is None:
+        raise UsageError(f"--by {options.by}: is a column of a table. Give the table by --pairs.")
+    if options.confusion and options.classes is None:
+        raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
     for name in ("by", "confusion", "picture"):
         if (value := getattr(options, name)) and len(models) > 1:
             raise UsageError(f"--{name} {value}: is for one model; found {len(models)}. Evaluate it alone.")
