@@ -19,23 +19,29 @@ from train_clip.commands.progress import with_progress
 from train_clip.data import crops, pairs, samples, scan
 from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.estimates import size
-from train_clip.evaluation import bootstrap, embed, zero_shot
+from train_clip.evaluation import embed, zero_shot
 from train_clip.files import replacing, write_text
 from train_clip.options import BELOW_ONE, Check, PairOptions, SourceOptions, WeightOptions, at_least, option
 from train_clip.printing import printable
 
 # By its key in the report: a function of a ``Collection``; its result, if it applies, is a dataclass with ``rows()`` to
-# print and ``figures()`` to compare, and has intervals where it has ``resampled()`` (``bootstrap.replicates``). Fields
-# of ``repr=False`` are not written. A new one is a line here and a file of its own.
+# print and ``figures()`` to compare; fields of ``repr=False`` are not written. A new one is a line here and a file of
+# its own.
 EVALUATORS = {
     "retrieval": "train_clip.evaluation.retrieval:score_captions",
     "zero_shot": "train_clip.evaluation.zero_shot:score_classes",
     "multi_label": "train_clip.scores.multi_label:score_label_sets",
 }
 # What an option asks for besides.
-COLUMN, BY, CONFUSION, COMPARISON = (
+INTERVALS, BY, CONFUSION, COMPARISON, COLUMN = (
     f"train_clip.scores.{place}"
-    for place in ("columns:values", "subgroups:score_by", "confusion:write", "comparison:compare")
+    for place in (
+        "bootstrap:with_intervals",
+        "subgroups:score_by",
+        "confusion:write",
+        "comparison:compare",
+        "columns:label_sets",
+    )
 )
 NAMED = 5  # files named on the screen; --json names all
 LARGE = 1e9  # bytes of embeddings that are spoken of
@@ -103,11 +109,14 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         weights: values that they do not state
         others: further models, to be compared with the first on the same images
     """
-    models = [str(checkpoint), *others]
-    _require_fitting(options, models)
     if others:
-        return _compare(models, options, weights)
-    model = _load(checkpoint, options, weights)
+        compared: Scores = resolve_name(COMPARISON)([checkpoint, *others], options, weights)
+        return compared
+    if options.by and options.pairs is None:
+        raise UsageError(f"--by {options.by}: is a column of a table. Give the table by --pairs.")
+    if options.confusion and options.classes is None:
+        raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
+    model = load(checkpoint, options, weights)
     scores, collection = score(model, options)
     if options.by is not None:
         scores["by"] = resolve_name(BY)(scores, collection.paths, options)
@@ -125,28 +134,12 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     return scores
 
 
-def _load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> Pretrained:
+def load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> Pretrained:
+    """Load what is to be evaluated, and say where a run's folder has it."""
     found = find_weights(checkpoint, weights, options.backbone)
     if found.source != checkpoint:
         print(f"Evaluating {found.source}.")
     return load_for_scoring(found, options.device)
-
-
-def _compare(names: list[str], options: EvaluateOptions, weights: WeightOptions) -> Scores:
-    by_model = {}
-    for name in names:
-        scores, collection = score(_load(name, options, weights), options)
-        by_model[name] = scores | {"paths": collection.paths}
-    found = resolve_name(COMPARISON)(by_model)
-    if options.json is not None:
-        write_json(options.json, found)
-    for name in names:
-        print(f"\n{name}")
-        report(by_model[name])
-    for rows in found["differences"].values():
-        print()
-        print_table(rows.rows())
-    return found
 
 
 def load_for_scoring(weights: Found, device: str) -> Pretrained:
@@ -166,10 +159,7 @@ def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Colle
     """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
     collection = collect(model, options)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
-    found = run_evaluators(collection)
-    for name, result in found.items():
-        if hasattr(result, "resampled"):
-            found[name] = dataclasses.replace(result, intervals=bootstrap.of_images(result))
+    found = {name: resolve_name(INTERVALS)(result) for name, result in run_evaluators(collection).items()}
     return counts | found | {"collapse": embed.find_collapse(collection), "skips": collection.skips}, collection
 
 
@@ -329,36 +319,10 @@ def find(options: ScoreOptions) -> list[pairs.Pair]:
 
 def label_sets(paths: list[str], classes: list[str], options: ScoreOptions) -> list[list[int]]:
     """The classes of each image, as places in their list; none at all where nothing is to be classified."""
-    if options.class_column and (options.pairs is None or not classes):
-        raise UsageError(
-            f"--class_column {options.class_column}: is a column of a table, of classes of a list. Expected both: "
-            "--pairs and --classes."
-        )
-    if not classes:
-        return []
-    if options.class_column is None:
-        return zero_shot.label_sets(
-            paths, classes, lambda path: (zero_shot.class_names(path), zero_shot.named_by(path))
-        )
-    values = resolve_name(COLUMN)(options, options.class_column)
-    by = f"the column {options.class_column!r}"
-    labels = zero_shot.label_sets(paths, classes, lambda path: (values.get(str(path), []), by))
-    # Where images have several classes, one may have none.
-    if max(map(len, labels)) == 1 and [] in labels:
-        raise UserError(f"{paths[labels.index([])]}: has no class in {by}. Expected a class in each row.")
-    return labels
-
-
-def _require_fitting(options: EvaluateOptions, models: list[str]) -> None:
-    if options.by and options.pairs is None:
-        raise UsageError(f"--by {options.by}: is a column of a table. Give the table by --pairs.")
-    if options.confusion and options.classes is None:
-        raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
-    for name in ("by", "confusion", "picture"):
-        if (value := getattr(options, name)) and len(models) > 1:
-            raise UsageError(f"--{name} {value}: is for one model; found {len(models)}. Evaluate it alone.")
-    if len({*models}) < len(models):
-        raise UsageError(f"{', '.join(models)}: a model is given twice. Expected different ones to compare.")
+    if options.class_column is not None:
+        sets: list[list[int]] = resolve_name(COLUMN)(paths, classes, options)
+        return sets
+    return zero_shot.label_sets(paths, classes, zero_shot.class_names) if classes else []
 
 
 def _read_classes(model: Pretrained, options: ScoreOptions) -> tuple[list[str], list[str]]:

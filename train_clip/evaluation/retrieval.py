@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_clip.evaluation import bootstrap
 from train_clip.evaluation.embed import Collection
 from train_clip.losses.softmax import ranks
 from train_clip.losses.tiles import tiles
+from train_clip.printing import Intervals, interval
 
 KS = (1, 5, 10)  # CLIP paper, table 13
 ROUNDING = 1e-9  # of a chance that is exactly a half
@@ -40,51 +40,29 @@ class Retrieval:
     chance_text_to_image: dict[int, float]
     median_rank: dict[str, float] = field(default_factory=dict)  # by "i→t" and "t→i"
     chance_median_rank: dict[str, float] = field(default_factory=dict)  # by which a random order finds half
-    intervals: bootstrap.Intervals = field(default_factory=dict)
+    intervals: Intervals = field(default_factory=dict)
     queries: tuple[Ranks, ...] = field(default=(), compare=False, repr=False)
     num_images: int = field(default=0, compare=False, repr=False)  # with those that have no captions
-
-    @property
-    def width(self) -> int:
-        """Numbers that a resample holds."""
-        return max(self.num_images, *(len(query.ranks) for query in self.queries))
 
     def rows(self) -> list[list[str]] | str:
         """A heading and a row for each k, to be printed."""
         if not (ks := sorted(self.image_to_text.keys() | self.text_to_image.keys())):
             return "retrieval: not scored, since every caption is correct for every image"
-        ways = {
-            "i→t": (self.image_to_text, self.chance_image_to_text),
-            "t→i": (self.text_to_image, self.chance_text_to_image),
-        }
-        interval = "95% interval"
-        rows = [["retrieval", "image → text", interval, "chance", "text → image", interval, "chance"]]
-        for k in ks:
-            row = [f"R@{k}"]
-            for way, (recall, chance) in ways.items():
+        heading = "retrieval", "image → text", "95% interval", "chance", "text → image", "95% interval", "chance"
+        rows = [list(heading), *([f"R@{k}"] for k in ks), ["median rank"]]
+        recalls = (self.image_to_text, self.chance_image_to_text), (self.text_to_image, self.chance_text_to_image)
+        for way, (recall, chance) in zip(self.median_rank, recalls, strict=True):
+            for row, k in zip(rows[1:], ks, strict=False):
                 shares = [f"{one[k]:.1%}" if k in one else "" for one in (recall, chance)]
-                row += [shares[0], bootstrap.shown(self.intervals.get(f"R@{k} {way}")), shares[1]]
-            rows.append(row)
-        row = ["median rank"]
-        for way, median in self.median_rank.items():
-            of_median = bootstrap.shown(self.intervals.get(f"median rank {way}"), "{:,.1f}")
-            row += [f"{median:,.1f}", of_median, f"{self.chance_median_rank[way]:,.1f}"]
-        return [*rows, row]
+                row += [shares[0], interval(self.intervals.get(f"R@{k} {way}")), shares[1]]
+            bounds = interval(self.intervals.get(f"median rank {way}"), "{:,.1f}")
+            rows[-1] += [f"{self.median_rank[way]:,.1f}", bounds, f"{self.chance_median_rank[way]:,.1f}"]
+        return rows
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
         both = {"i→t": self.image_to_text, "t→i": self.text_to_image}
         return {f"R@{k} {way}": share for way, recall in both.items() for k, share in recall.items()}
-
-    def resampled(self, weights: Tensor) -> dict[str, Tensor]:
-        """The figures of resamples, (r,) each; (r, N) float64 weights say how often each image is drawn."""
-        found = {}
-        for query, recall in zip(self.queries, (self.image_to_text, self.text_to_image), strict=True):
-            drawn = weights[:, query.images]
-            for k in recall:
-                found[f"R@{k} {query.way}"] = drawn @ (query.ranks <= k).double() / drawn.sum(dim=1)
-            found[f"median rank {query.way}"] = bootstrap.median(query.ranks, drawn)
-        return found
 
 
 def score_captions(collection: Collection) -> Retrieval | None:

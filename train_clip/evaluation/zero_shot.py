@@ -4,7 +4,7 @@ N  images      C  classes      T  templates      D  embedding width
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from train_clip.data import pairs
 from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample, UserError
-from train_clip.evaluation import bootstrap
 from train_clip.evaluation.embed import Collection, require_finite
 from train_clip.losses.softmax import ranks
 from train_clip.losses.tiles import tiles
+from train_clip.printing import Intervals, interval
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
 # CLIP's sets, a file each (github.com/openai/CLIP: data/prompts.md, notebooks/Prompt_Engineering_for_ImageNet.ipynb).
@@ -40,19 +40,14 @@ class ZeroShot:
     num_classes: int
     per_class: dict[str, float] = field(default_factory=dict)  # top-1 of each class that has images
     confusion: dict[str, dict[str, int]] = field(default_factory=dict)  # images of a class by what they are taken for
-    intervals: bootstrap.Intervals = field(default_factory=dict)
+    intervals: Intervals = field(default_factory=dict)
     images: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)  # classes before theirs; theirs
-
-    @property
-    def width(self) -> int:
-        """Numbers that a resample holds."""
-        return max(self.num_images, self.num_classes)
 
     def rows(self) -> str:
         """A line to be printed."""
         chances = {"top-1": self.chance, "top-5": 5 * self.chance, "mean per class": self.chance}
         shares = [
-            f"{name.removeprefix(PREFIX)} {share:.1%} {bootstrap.shown(self.intervals.get(name))}".rstrip()
+            f"{name.removeprefix(PREFIX)} {share:.1%} {interval(self.intervals.get(name))}".rstrip()
             + f" (chance {chances[name.removeprefix(PREFIX)]:.1%})"
             for name, share in self.figures().items()
         ]
@@ -62,18 +57,6 @@ class ZeroShot:
         """The scores to compare with other models."""
         shares = {"top-1": self.top1, "top-5": self.top5, "mean per class": self.mean_per_class}
         return {f"{PREFIX}{name}": share for name, share in shares.items() if share is not None}
-
-    def resampled(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The figures of resamples, (r,) each; (r, N) float64 weights say how often each image is drawn."""
-        before, labels = self.images
-        numbers = [(weights * hit).sum(dim=1) for hit in (before < 1, before < 5)]
-        of_class = [
-            torch.zeros(len(weights), self.num_classes, dtype=weights.dtype).index_add_(1, labels, some)
-            for some in (weights * (before < 1), weights)
-        ]
-        means = (of_class[0] / of_class[1]).nanmean(dim=1)
-        found = zip(self.figures(), (*numbers[: 2 - (self.top5 is None)], means), strict=True)
-        return {name: one if one is means else one / weights.sum(dim=1) for name, one in found}
 
 
 def score_classes(collection: Collection) -> ZeroShot | None:
@@ -160,14 +143,19 @@ def image_labels(paths: list[str], classes: list[str]) -> list[int]:
 
     Case, and underscores for blanks, make no difference. Where a class has a number for a name, numbers are names only.
     """
-    return [labels[0] for labels in label_sets(paths, classes, lambda path: ([class_name(path)], named_by(path)))]
+    return [labels[0] for labels in label_sets(paths, classes, lambda path: [class_name(path)])]
 
 
-def label_sets(paths: list[str], classes: list[str], named: Callable[[Path], tuple[list[str], str]]) -> list[list[int]]:
-    """The places of each image's classes, as ``image_labels``: of what an image is said to be, and by what."""
+def label_sets(
+    paths: list[str], classes: list[str], named: Callable[[Path], list[str]], by: str = ""
+) -> list[list[int]]:
+    """The places of each image's classes, as ``image_labels``: of what it is said to be, and by what where no file."""
     places = {_plain(name): place for place, name in enumerate(classes)}
     num_numbered = 0 if any(map(str.isdecimal, places)) else len(places)
-    return [list(dict.fromkeys(_labels(path, *named(Path(path)), places, num_numbered))) for path in paths]
+    return [
+        list(dict.fromkeys(_label(path, name, by, places, num_numbered) for name in named(path)))
+        for path in map(Path, paths)
+    ]
 
 
 def class_name(path: Path) -> str:
@@ -188,12 +176,6 @@ def class_names(path: Path) -> list[str]:
     return _read(pairs.read_caption_lines, label_file, "the name or number of a class")[0]
 
 
-def named_by(path: Path) -> str:
-    """What an image's class comes from, in words."""
-    label_file = path.with_suffix(".cls")
-    return str(label_file) if label_file.is_file() else f"its folder ({path.parent})"
-
-
 def _read(how: Any, path: Path, expected: str) -> Any:
     try:
         return how(str(path))
@@ -201,18 +183,20 @@ def _read(how: Any, path: Path, expected: str) -> Any:
         raise UserError(f"{path}: {bad.reason.removeprefix('caption ')}. Expected {expected}, in UTF-8.") from None
 
 
-def _labels(path: str, named: list[str], by: str, places: dict[str, int], num_numbered: int) -> Iterator[int]:
-    for name in named:
-        place = places.get(_plain(name))
-        if place is None and name.isdecimal() and int(name) < num_numbered and not by.startswith("its folder"):
-            place = int(name)
-        if place is None:
-            raise UserError(
-                f"{path}: its class is {name!r} by {by}, which is not one of the {len(places)} classes. Expected one "
-                f"of them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or "
-                f"write {Path(path).with_suffix('.cls').name} with its name or number."
-            )
-        yield place
+def _label(path: Path, named: str, by: str, places: dict[str, int], num_numbered: int) -> int:
+    label_file = path.with_suffix(".cls")
+    if (place := places.get(_plain(named))) is not None:
+        return place
+    source = by or f"its folder ({path.parent})"
+    if by or label_file.is_file():
+        if named.isdecimal() and int(named) < num_numbered:
+            return int(named)
+        source = by or str(label_file)
+    raise UserError(
+        f"{path}: its class is {named!r} by {source}, which is not one of the {len(places)} classes. Expected one of "
+        f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "
+        f"{label_file.name} with its name or number."
+    )
 
 
 def _plain(name: str) -> str:

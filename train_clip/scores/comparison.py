@@ -1,12 +1,14 @@
 """Several models on the same images: the differences of their figures, with paired bootstrap intervals."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from train_clip.errors import UserError
-from train_clip.evaluation import bootstrap
+from train_clip.commands import evaluate
+from train_clip.errors import UsageError, UserError
+from train_clip.options import WeightOptions
+from train_clip.printing import Intervals, interval
+from train_clip.scores import bootstrap
 from train_clip.scores.subgroups import form_of
 
 
@@ -17,50 +19,64 @@ class Differences:
     names: tuple[str, str]  # the first model and the other
     figures: dict[str, list[float]]  # of the first and of the other
     differences: dict[str, float]
-    intervals: bootstrap.Intervals
+    intervals: Intervals
 
     def rows(self) -> list[list[str]]:
         """A heading, and a row for each figure."""
         rows = [[f"{self.names[1]} less {self.names[0]}", "first", "other", "difference", "95% interval", ""]]
         for name, difference in self.differences.items():
-            form, interval = form_of(name), self.intervals.get(name)
+            form, bounds = form_of(name), self.intervals.get(name)
             signed = form.replace(":", ":+")
-            sure = interval is not None and (interval[0] > 0 or interval[1] < 0)
+            sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
             cells = [form.format(one) for one in self.figures[name]]
-            cells += [signed.format(difference), bootstrap.shown(interval, signed)]
+            cells += [signed.format(difference), interval(bounds, signed)]
             rows.append([name, *cells, "" if sure else "may be chance"])
         return rows
 
 
-def compare(by_model: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The scores of each model, and the differences of each later one to the first; images must be the same."""
-    first, *others = by_model
-    own = by_model[first]
-    for name in others:
-        if by_model[name]["paths"] != own["paths"]:
+def compare(models: list[str], options: evaluate.EvaluateOptions, weights: WeightOptions) -> evaluate.Scores:
+    """Score each model, and compare each later one with the first, on the same images."""
+    for name in ("by", "confusion", "picture"):
+        if value := getattr(options, name):
+            raise UsageError(f"--{name} {value}: is for one model; found {len(models)}. Evaluate it alone.")
+    if len({*models}) < len(models):
+        raise UsageError(f"{', '.join(models)}: a model is given twice. Expected different ones to compare.")
+    scores, paths = dict[str, evaluate.Scores](), dict[str, list[str]]()
+    for name in models:
+        scores[name], collection = evaluate.score(evaluate.load(name, options, weights), options)
+        paths[name] = collection.paths
+        if paths[name] != paths[first := models[0]]:
             raise UserError(
-                f"{first} and {name}: scored on {len(own['paths']):,} and {len(by_model[name]['paths']):,} images that "
-                "are not the same. Expected one set of images, which does not change while it is scored."
+                f"{first} and {name}: scored on {len(paths[first]):,} and {len(paths[name]):,} images that are not the "
+                "same. Expected one set of images, which does not change while it is scored."
             )
-    replicates = {name: _replicates(scores) for name, scores in by_model.items()}
-    differences = {}
-    for name in others:
-        (points, drawn), (other_points, other_drawn) = replicates[first], replicates[name]
-        shared = [figure for figure in points if figure in other_points]
+    drawn, differences = {name: _replicates(of_model) for name, of_model in scores.items()}, {}
+    for name in models[1:]:
+        shared = {figure: other for figure, other in drawn[name].items() if figure in drawn[first]}
+        pairs = {figure: (drawn[first][figure], other) for figure, other in shared.items()}
         differences[name] = Differences(
             (first, name),
-            {figure: [points[figure], other_points[figure]] for figure in shared},
-            {figure: other_points[figure] - points[figure] for figure in shared},
-            bootstrap.intervals({figure: other_drawn[figure] - drawn[figure] for figure in shared}),
+            {figure: [own[0].item(), other[0].item()] for figure, (own, other) in pairs.items()},
+            {figure: (other[0] - own[0]).item() for figure, (own, other) in pairs.items()},
+            bootstrap.intervals({figure: (other - own)[1:] for figure, (own, other) in pairs.items()}),
         )
-    written = {name: {key: one for key, one in scores.items() if key != "paths"} for name, scores in by_model.items()}
-    return {"models": written, "differences": differences}
+    found = {"models": scores, "differences": differences}
+    if options.json is not None:
+        evaluate.write_json(options.json, found)
+    for name in models:
+        print(f"\n{name}")
+        evaluate.report(scores[name])
+    for rows in differences.values():
+        print()
+        evaluate.print_table(rows.rows())
+    return found
 
 
-def _replicates(scores: dict[str, Any]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    points, drawn = dict[str, float](), dict[str, torch.Tensor]()
-    for result in (one for one in scores.values() if hasattr(one, "resampled")):
-        once = torch.ones(1, result.num_images, dtype=torch.float64)
-        points |= {name: one.item() for name, one in result.resampled(once).items()}
-        drawn |= bootstrap.replicates(result, torch.arange(result.num_images))
-    return points, drawn
+def _replicates(scores: evaluate.Scores) -> dict[str, torch.Tensor]:
+    """Each figure, and then its resamples."""
+    drawn = dict[str, torch.Tensor]()
+    for result in bootstrap.scored(scores.values()):
+        once = bootstrap.resampled(result, torch.ones(1, result.num_images, dtype=torch.float64))
+        found = bootstrap.replicates(result, torch.arange(result.num_images))
+        drawn |= {name: torch.cat([once[name], found[name]]) for name in once}
+    return drawn

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from train_clip.evaluation import bootstrap
 from train_clip.evaluation.embed import Collection
 from train_clip.evaluation.zero_shot import class_embeddings
+from train_clip.printing import Intervals, interval
 
 FIGURE = "multi-label mAP"
 
@@ -24,19 +24,14 @@ class MultiLabel:
     per_class: dict[str, float]
     num_images: int
     num_classes: int
-    intervals: bootstrap.Intervals = field(default_factory=dict)
+    intervals: Intervals = field(default_factory=dict)
     scored: tuple[Tensor, Tensor] = field(default=(torch.empty(0), torch.empty(0)), compare=False, repr=False)
-
-    @property
-    def width(self) -> int:
-        """Numbers that a resample holds."""
-        return 4 * self.num_images
 
     def rows(self) -> str:
         """A line to be printed."""
         return (
             f"multi-label over {len(self.per_class):,} of {self.num_classes:,} classes: mAP {self.mean:.1%} "
-            f"{bootstrap.shown(self.intervals.get(FIGURE))} (chance {self.chance:.1%})"
+            f"{interval(self.intervals.get(FIGURE))} (chance {self.chance:.1%})"
         )
 
     def figures(self) -> dict[str, float]:

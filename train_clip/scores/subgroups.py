@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from train_clip.errors import UserError
-from train_clip.evaluation import bootstrap
-from train_clip.scores import columns
+from train_clip.printing import Intervals, interval
+from train_clip.scores import bootstrap, columns
 
 MOST = 1000  # subgroups
 
@@ -19,7 +19,7 @@ class Subgroups:
     column: str
     num_images: dict[str, int]
     values: dict[str, dict[str, float]]
-    intervals: dict[str, bootstrap.Intervals]
+    intervals: dict[str, Intervals]
 
     def rows(self) -> list[list[str]]:
         """A heading, and a row for each subgroup."""
@@ -31,7 +31,7 @@ class Subgroups:
                 form = form_of(name)
                 missing = found[name] != found[name]
                 row += ["" if missing else form.format(found[name])]
-                row += [bootstrap.shown(self.intervals[value].get(name), form)]
+                row += [interval(self.intervals[value].get(name), form)]
             rows.append(row)
         return rows
 
@@ -48,14 +48,13 @@ def score_by(scores: dict[str, Any], paths: list[str], options: Any) -> Subgroup
             f"--by {options.by}: {len(members):,} different values among {len(paths):,} images. Expected at most "
             f"{MOST:,}, each of several images."
         )
-    results = [one for one in scores.values() if hasattr(one, "resampled")]
-    found, intervals = dict[str, dict[str, float]](), dict[str, bootstrap.Intervals]()
+    found, intervals = dict[str, dict[str, float]](), dict[str, Intervals]()
     for value in sorted(members):
         places = torch.tensor(members[value])
         once = torch.zeros(1, len(paths), dtype=torch.float64).index_fill_(1, places, 1)
         found[value], intervals[value] = {}, {}
-        for result in results:
-            found[value] |= {name: one.item() for name, one in result.resampled(once).items()}
+        for result in bootstrap.scored(scores.values()):
+            found[value] |= {name: one.item() for name, one in bootstrap.resampled(result, once).items()}
             intervals[value] |= bootstrap.intervals(bootstrap.replicates(result, places))
     return Subgroups(options.by, {value: len(members[value]) for value in found}, found, intervals)
 
