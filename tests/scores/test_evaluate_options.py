@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix
 from tests.conftest import TINY, said
 from train_clip import CLIPWrapper, cli
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
-from train_clip.errors import UsageError, UserError
+from train_clip.errors import UserError
 from train_clip.evaluation.zero_shot import TEMPLATES, read_list
 from train_clip.scores import bootstrap
 
@@ -70,7 +70,7 @@ def test_two_models_are_compared_on_the_same_images(here, capsys):
     """The difference of R@1, and its bounds from resamples that are of the same images for both: a loop, 1e-12."""
     cli.main("evaluate a.ckpt b.ckpt --folder pairs --json scores.json".split())
     printed = capsys.readouterr().out
-    assert "b.ckpt less a.ckpt" in printed and printed.count("R@1") == 4
+    assert "b.ckpt less a.ckpt" in printed and printed.count("R@1 ") == 4
     found = json.loads((here / "scores.json").read_text())
     hits = {}
     for name in ("a.ckpt", "b.ckpt"):
@@ -215,11 +215,11 @@ def test_a_set_of_templates_by_its_name(here):
     right = (images @ classes.T).argmax(1) == np.arange(12) % 3
     assert by_name["zero_shot"].top1 == pytest.approx(right.mean())
     Path("imagenet-7").write_text("no place\n")
-    with pytest.raises(UserError, match="has no {}"):
+    with pytest.raises(UserError, match=r"has no \{\}"):
         evaluate("a.ckpt", EvaluateOptions(templates=Path("imagenet-7"), **options))
 
 
 def test_an_unknown_set_of_templates(here):
     """A name that is neither a file nor a set: both are named."""
-    with pytest.raises((UserError, UsageError), match="imagenet-7"):
+    with pytest.raises(UserError, match=r"imagnet: neither a file .* imagenet-7"):
         evaluate("a.ckpt", EvaluateOptions(here / "pairs", here / "classes.txt", Path("imagnet")))

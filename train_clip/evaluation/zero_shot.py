@@ -95,7 +95,7 @@ def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor,
     for at in tiles(len(images), len(classes)):
         own = labels[at, None] == numbers
         places[at] = ranks(images[at], classes, own)
-        others = (images[at] @ classes.T).masked_fill(own, -torch.inf).argmax(dim=1)
+        others = (images[at].to(classes.dtype) @ classes.T).masked_fill(own, -torch.inf).argmax(dim=1)
         taken[at] = torch.where(places[at] < 1, labels[at], others)
     # On the CPU: some devices (MPS) have no float64.
     places, labels = places.cpu(), labels.cpu()
@@ -121,7 +121,9 @@ def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor,
 
 def templates_file(path: Path) -> Path:
     """A file of templates, or that of one of CLIP's sets by its name."""
-    return path if path.exists() else TEMPLATES.get(str(path), path)
+    if not path.exists() and str(path) not in TEMPLATES:
+        raise UserError(f"{path}: neither a file nor a set of templates. Sets: {', '.join(TEMPLATES)}.")
+    return path if path.exists() else TEMPLATES[str(path)]
 
 
 def read_list(path: Path) -> list[str]:

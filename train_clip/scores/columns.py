@@ -11,12 +11,12 @@ from train_clip.options import SourceOptions
 
 
 def values(options: SourceOptions, column: str) -> dict[str, list[str]]:
-    """By the image's path, the different values of its rows, in their order; a cell of JSON may be a list of them."""
+    """By the image's path, as ``pathlib`` writes it, the different values of its rows, of which JSON may have lists."""
     assert options.pairs is not None
     found = table.scan_table(options.pairs, replace(options, caption_column=column))
     if found.faults:
         found.require_pairs()
-    return {pair.image: list(dict.fromkeys(pair.texts)) for pair in found.pairs}
+    return {str(Path(pair.image)): list(dict.fromkeys(pair.texts)) for pair in found.pairs}
 
 
 def label_sets(paths: list[str], classes: list[str], options: Any) -> list[list[int]]:
@@ -32,6 +32,6 @@ def label_sets(paths: list[str], classes: list[str], options: Any) -> list[list[
         return of_image.get(str(path), [])
 
     labels = zero_shot.label_sets(paths, classes, named, f"the column {column!r}")
-    if max(map(len, labels)) == 1 and [] in labels:
+    if max(map(len, labels)) < 2 and [] in labels:
         raise UserError(f"{paths[labels.index([])]}: has no class in the column {column!r}. Expected one in each row.")
     return labels

@@ -64,7 +64,7 @@ def multi_label(images: Tensor, right: Tensor, classes: Tensor, names: list[str]
     number = right.sum(dim=0)
     # All images have a class, or none has: every order of them is as good.
     told = [place for place in range(len(classes)) if 0 < number[place] < len(images)]
-    similarity, right = (images @ classes[told].T).cpu(), right[:, told]
+    similarity, right = (images.to(classes.dtype) @ classes[told].T).cpu(), right[:, told]
     once = torch.ones(1, len(images), dtype=torch.float64)
     precisions = [average_precision(*one, once).item() for one in zip(similarity.T, right.T, strict=True)]
     return MultiLabel(

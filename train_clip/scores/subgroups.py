@@ -1,6 +1,7 @@
 """The figures of some of the images alone, by what a column of the table says of them; all are searched among all."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def score_by(scores: dict[str, Any], paths: list[str], options: Any) -> Subgroup
     of_image = columns.values(options, options.by)
     members: dict[str, list[int]] = {}
     for place, path in enumerate(paths):
-        for value in of_image.get(path, ["(none)"]):
+        for value in of_image.get(str(Path(path)), ["(none)"]):
             members.setdefault(value, []).append(place)
     if len(members) > MOST:
         raise UserError(
