@@ -32,11 +32,7 @@ class Encoder:
         """
         parts = []
         for batch in inputs:
-            sides = [
-                self.model.encode(list(batch[side]), batch_size=batch_size)
-                for side in ("image", "text")
-                if side in batch
-            ]
+            sides = [list(batch[side]) for side in ("image", "text") if side in batch]
             parts.append(np.sum([self.model.encode(side, batch_size=batch_size) for side in sides], axis=0))
         return np.concatenate(parts)
 
