@@ -317,7 +317,7 @@ class RunOptions(Options):
         None, "also save within an epoch, every N optimizer steps (500) or minutes (10m); default: at its end"
     )
     evaluate: list[str] | str | None = option(
-        None, "also score NAME=SOURCE: a folder, a table, or a YAML file of `evaluate`'s options; may be repeated"
+        None, "also score NAME=SOURCE: folder, table, or YAML file of `evaluate`'s options; repeatable; default: none"
     )
     evaluate_every: int | str = option(1, 'how often to: epochs (2) or optimizer steps ("500 steps"), and at the end')
     best_by: str | None = option(
