@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import errno
 import inspect
+import math
 import os
 import pkgutil
 import platform
@@ -182,7 +183,7 @@ def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
     _require_one_word(words, [name for name in own if "[" in str(kinds[name])])
     texts = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs.values()]
     try:
-        parsed = parser.parse_args(texts + words)
+        parsed = parser.parse_args(texts + _joined(words, [name for name in own if "list[str]" in str(kinds[name])]))
     except argparse.ArgumentError as error:
         names = {
             (option, str(value)): f"--config {file}: {option}"
@@ -267,6 +268,10 @@ def _add_parameter(parser: Any, parameter: inspect.Parameter, text: str | None) 
     from train_clip import usage
 
     name, how = parameter.name, {"type": parameter.annotation, "help": text}
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        parser.usage += f" [{name.upper()} ...]"
+        parser.add_argument(name, metavar=name.upper(), nargs="*", **how)
+        return
     is_optional = parameter.default is not parameter.empty
     if is_optional:
         how["default"] = parameter.default
@@ -336,6 +341,17 @@ def _require_known(words: list[str], configs: dict[str, dict[str, Any]], kinds: 
                 where, before = (f"--config {file}: unknown option ", "") if file else ("unknown option --", "--")
                 meant = did_you_mean(name.partition(".")[0], kinds, before)
                 raise UsageError(f"{where}{name}.{meant} `{prog} --help` lists the options.")
+
+
+def _joined(words: list[str], names: list[str]) -> list[str]:
+    """The words with each of those options once, with all the texts that it was given."""
+    for name in names:
+        ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        ahead.add_argument(f"--{name}", action="append", default=[], dest="texts")
+        given, rest = ahead.parse_known_args(words)
+        if len(given.texts) > 1:
+            words = [*rest, f"--{name}={yaml.safe_dump(given.texts, default_flow_style=True, width=math.inf)}"]
+    return words
 
 
 def _require_one_word(words: list[str], lists: list[str]) -> None:

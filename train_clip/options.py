@@ -316,6 +316,14 @@ class RunOptions(Options):
     save_every: int | str | None = option(
         None, "also save within an epoch, every N optimizer steps (500) or minutes (10m); default: at its end"
     )
+    evaluate: list[str] | str | None = option(
+        None, "also score NAME=SOURCE: folder, table, or YAML file of `evaluate`'s options; repeatable; default: none"
+    )
+    evaluate_every: int | str = option(1, 'how often to: epochs (2) or optimizer steps ("500 steps"), and at the end')
+    best_by: str | None = option(
+        None,
+        "figure that best.ckpt is best at, such as val/loss or NAME/top1; default: the mean recall of the held-out",
+    )
     keep: int = option(2, "number of the newest checkpoints to keep, besides the best", at_least(1))
     resume: str | None = option(
         None,

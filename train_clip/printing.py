@@ -13,6 +13,7 @@ CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control and format charact
 JOINERS = "\u200c\u200d"  # without which words of Persian and Hindi, and pictures such as 👩‍🔬, fall apart
 LAYOUT = "\n\t"  # of our own messages
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r]")  # how cells begin that spreadsheets run
+Intervals = dict[str, list[float]]  # lower and upper bound, by the names of figures
 
 
 def printable(text: object, kept: str = "") -> str:
@@ -27,6 +28,11 @@ def printable(text: object, kept: str = "") -> str:
     escapes: Any = {one: f"\\x{ord(one) - 0xDC00:02x}" for one in codes if "\udc80" <= one <= "\udcff"}
     escapes |= {one: one.encode("unicode_escape").decode() for one in codes - escapes.keys()}
     return text.translate(str.maketrans(escapes))
+
+
+def interval(bounds: list[float] | None, form: str = "{:.1%}") -> str:
+    """Lower and upper bound as "[31.0%, 37.5%]"; nothing where there are none."""
+    return "" if bounds is None else f"[{', '.join(map(form.format, bounds))}]"
 
 
 def no_formula(cell: str, before: str = " ") -> str:

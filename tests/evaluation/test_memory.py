@@ -13,6 +13,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in
 LIMIT = 1000  # MB: most runs take under 300, and some allocators keep more; as a whole, most matrices take 1.4 to 6 GB
 # What is given, and what is called; all embeddings are at one point, of which no figure comes.
 CASES = {
+    "100,000 images with five captions each, resampled": (
+        "from train_clip.scores import bootstrap; bootstrap.RESAMPLES = 40\n"
+        "numbers = torch.arange(500_000); ranks = numbers % 7 + 1\n"
+        "both = (numbers[:100_000], ranks[:100_000]), (numbers // 5, ranks)\n"
+        "ways = [retrieval.Ranks(way, *one) for way, one in zip(['i→t', 't→i'], both)]\n"
+        "found = retrieval.Retrieval({1: 0.1}, {1: 0.1}, {}, {}, queries=ways, num_images=100_000)",
+        "bootstrap.with_intervals(found)",
+    ),
     "10,000 classes in 80 templates": (
         "names, templates = [str(n) for n in range(10_000)], ['a {} ' + str(n) for n in range(80)]",
         "zero_shot.class_embeddings(names, templates, lambda texts: points(len(texts), 512))",
@@ -47,6 +55,23 @@ before = peak()
 {called}
 print(peak() - before)
 """
+
+
+PAIRS = """
+images, texts, numbers = points(100_000, 512), points(100_000, 512), torch.arange(100_000)
+found = retrieval.retrieval(images, texts, numbers, numbers)
+found = bootstrap.with_intervals(found)
+"""
+
+
+@pytest.mark.slow
+def test_retrieval_of_100_000_pairs_takes_less_than_2_gb():
+    """The whole process: embeddings of width 512 (410 MB), their scores and the intervals."""
+    program = PROGRAM.format(given="from train_clip.scores import bootstrap\nbefore = 0", called=PAIRS)
+    ended = forked.run(["-c", program.replace("peak() - before", "peak()")], timeout=3600)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 2000
+    print(ended.stdout)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -190,6 +191,42 @@ def test_chance_is_what_random_orders_score():
     for k in (1, 2):
         mean = sum(score.text_to_image[k] for score in turned) / len(turned)
         assert scores[0].chance_text_to_image[k] == pytest.approx(mean, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("seed", range(3))
+def test_median_rank(case, seed):
+    """The median over the queries of one more than the wrong candidates before the best right one, by sorted loops."""
+    owners, captions, count = case
+    images, texts = embed(count, seed), embed(len(owners), seed + 100)
+    found = retrieval(images, texts, torch.tensor(owners), torch.tensor(captions), KS)
+    said = [
+        {caption for caption, owner in zip(captions, owners, strict=True) if owner == i} for i in range(len(images))
+    ]
+    of_images = [{place for place, caption in enumerate(captions) if caption in mine} for mine in said]
+    of_texts = [{i for i, mine in enumerate(said) if caption in mine} for caption in captions]
+    for way, queries, others, right in (("i→t", images, texts, of_images), ("t→i", texts, images, of_texts)):
+        ranks = []
+        for row, mine in zip((queries @ others.T).tolist(), right, strict=True):
+            order = sorted(range(len(row)), key=lambda place: -row[place])
+            wrong = [place for place in order if place not in mine]
+            best = max((row[place] for place in mine), default=-math.inf)
+            ranks.append(1 + sum(row[place] >= best for place in wrong))
+        assert found.median_rank[way] == statistics.median(ranks)
+
+
+def test_chance_of_the_median_rank():
+    """The rank by which half of the queries are found, over all 24 orders of four captions, 6 of three images."""
+    owners, captions = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 2])
+    images, texts = embed(3, 0), embed(4, 1)
+    chance = retrieval(images, texts, owners, captions).chance_median_rank
+    for way, number, turned in (("i→t", 4, lambda order: (images, texts[order])),
+                                ("t→i", 3, lambda order: (images[order], texts))):  # fmt: skip
+        ranks = []
+        for order in itertools.permutations(range(number)):
+            found = retrieval(*turned(list(order)), owners, captions)
+            ranks += next(query.ranks.tolist() for query in found.queries if query.way == way)
+        assert chance[way] == sorted(ranks)[(len(ranks) - 1) // 2]
 
 
 class Elements(TorchDispatchMode):

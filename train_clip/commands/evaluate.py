@@ -21,15 +21,28 @@ from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.estimates import size
 from train_clip.evaluation import embed, zero_shot
 from train_clip.files import replacing, write_text
-from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, WeightOptions, at_least, option
+from train_clip.options import BELOW_ONE, Check, PairOptions, SourceOptions, WeightOptions, at_least, option
 from train_clip.printing import printable
 
 # By its key in the report: a function of a ``Collection``; its result, if it applies, is a dataclass with ``rows()`` to
-# print and ``figures()`` to compare. A new one is a line here and a file of its own.
+# print and ``figures()`` to compare; fields of ``repr=False`` are not written. A new one is a line here and a file of
+# its own.
 EVALUATORS = {
     "retrieval": "train_clip.evaluation.retrieval:score_captions",
     "zero_shot": "train_clip.evaluation.zero_shot:score_classes",
+    "multi_label": "train_clip.scores.multi_label:score_label_sets",
 }
+# What an option asks for besides.
+INTERVALS, BY, CONFUSION, COMPARISON, COLUMN = (
+    f"train_clip.scores.{place}"
+    for place in (
+        "bootstrap:with_intervals",
+        "subgroups:score_by",
+        "confusion:write",
+        "comparison:compare",
+        "columns:label_sets",
+    )
+)
 NAMED = 5  # files named on the screen; --json names all
 LARGE = 1e9  # bytes of embeddings that are spoken of
 IMAGES_DRAWN, COLUMNS = 18, 3
@@ -48,11 +61,13 @@ class ScoreOptions(SourceOptions):
     folder: Path | None = option(
         None,
         "images and captions that share a stem; for classification, images in folders named after their class or with "
-        "a STEM.cls next to them",
+        "a STEM.cls next to them (one class per line)",
     )
     classes: Path | None = option(None, "text file of class names, one per line: also do zero-shot classification")
     templates: Path | None = option(
-        None, 'text file of prompt templates with {} for the class name, one per line; default: "a photo of a {}."'
+        None,
+        "text file of prompt templates with {} for the class name, one per line, or one of CLIP's sets: "
+        f'{", ".join(zero_shot.TEMPLATES)}; default: "a photo of a {{}}."',
     )
     split: Literal["all", "training", "held_out"] = option(
         "all",
@@ -62,6 +77,9 @@ class ScoreOptions(SourceOptions):
     batch_size: int = option(64, "images per batch", at_least(1))
     num_workers: int = option(0, "loader processes", at_least(0))
     device: str = option("auto", "cpu, cuda, or auto: cuda if available")
+    class_column: str | None = option(
+        None, "the column of the table (--pairs) that holds each image's class or classes"
+    )
     json: Path | None = option(None, "file to write the scores to")
 
 
@@ -69,13 +87,19 @@ class ScoreOptions(SourceOptions):
 class EvaluateOptions(ScoreOptions):
     """What to evaluate, and where to write scores and pictures."""
 
+    by: str | None = option(None, "column of the table (--pairs): also score the images of each of its values alone")
+    confusion: Path | None = option(
+        None,
+        "CSV or PNG to write: images of each class by the class they are taken for",
+        Check(lambda path: path.suffix.lower() in (".csv", ".png"), "a name that ends in .csv or .png"),
+    )
     picture: Path | None = option(None, "PNG to write: images next to the captions that the model finds most similar")
     backbone: str | None = option(
         None, "for visual prompts: path or name of their backbone; default: the one they were trained with"
     )
 
 
-def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE) -> Scores:
+def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOptions = NO_CHOICE, *others: str) -> Scores:
     """Evaluate a model: retrieval over captions, and zero-shot classification over class names.
 
     Args:
@@ -83,22 +107,39 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
             Hugging Face: a file, a folder, or hf-hub:NAME
         options: what to evaluate
         weights: values that they do not state
+        others: further models, to be compared with the first on the same images
     """
-    found = find_weights(checkpoint, weights, options.backbone)
-    if found.source != checkpoint:
-        print(f"Evaluating {found.source}.")
-    model = load_for_scoring(found, options.device)
+    if others:
+        compared: Scores = resolve_name(COMPARISON)([checkpoint, *others], options, weights)
+        return compared
+    if options.by and options.pairs is None:
+        raise UsageError(f"--by {options.by}: is a column of a table. Give the table by --pairs.")
+    if options.confusion and options.classes is None:
+        raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
+    model = load(checkpoint, options, weights)
     scores, collection = score(model, options)
+    if options.by is not None:
+        scores["by"] = resolve_name(BY)(scores, collection.paths, options)
     # What took long is on disk before it is shown, to a terminal that may be gone; and shown, whatever a picture meets.
     if options.json is not None:
         write_json(options.json, scores)
     try:
+        if options.confusion is not None:
+            resolve_name(CONFUSION)(scores["zero_shot"], options.confusion)
         if options.picture is not None and collection.captions:
             draw_best_captions(collection, options.picture)
             print(f"Images next to their best captions: {options.picture}")
     finally:
         report(scores)
     return scores
+
+
+def load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> Pretrained:
+    """Load what is to be evaluated, and say where a run's folder has it."""
+    found = find_weights(checkpoint, weights, options.backbone)
+    if found.source != checkpoint:
+        print(f"Evaluating {found.source}.")
+    return load_for_scoring(found, options.device)
 
 
 def load_for_scoring(weights: Found, device: str) -> Pretrained:
@@ -118,8 +159,13 @@ def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Colle
     """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
     collection = collect(model, options)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
-    found = {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
+    found = {name: resolve_name(INTERVALS)(result) for name, result in run_evaluators(collection).items()}
     return counts | found | {"collapse": embed.find_collapse(collection), "skips": collection.skips}, collection
+
+
+def run_evaluators(collection: embed.Collection) -> Scores:
+    """The result of each evaluator, or None where it does not apply; without intervals."""
+    return {name: resolve_name(place)(collection) for name, place in EVALUATORS.items()}
 
 
 def figures(scores: Scores) -> dict[str, float]:
@@ -131,7 +177,7 @@ def report(scores: Scores) -> None:
     """Print the scores next to chance."""
     skips = scores["skips"]
     print(f"{scores['num_images']:,} images, {scores['num_captions']:,} captions, {len(skips):,} files not scored")
-    for rows in (scores[name].rows() for name in EVALUATORS if scores[name]):
+    for rows in (scores[name].rows() for name in (*EVALUATORS, "by") if scores.get(name)):
         (print if isinstance(rows, str) else print_table)(rows)
     if scores["collapse"]:
         print(scores["collapse"])
@@ -141,7 +187,11 @@ def report(scores: Scores) -> None:
 
 def write_json(target: Path, scores: dict[str, Any]) -> None:
     """Write scores as JSON, dataclasses included."""
-    write_text(target, json.dumps(scores, indent=2, default=dataclasses.asdict) + "\n")
+    write_text(target, json.dumps(scores, indent=2, default=_fields) + "\n")
+
+
+def _fields(result: Any) -> dict[str, Any]:
+    return {one.name: getattr(result, one.name) for one in dataclasses.fields(result) if one.repr}
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -188,27 +238,28 @@ def draw_best_captions(collection: embed.Collection, target: Path) -> None:
         figure.savefig(file, dpi=110, format="png")
 
 
-def collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
-    """Embed what the options name, all that an evaluator scores."""
+def collect(model: Pretrained, options: ScoreOptions, progress: Any = with_progress) -> embed.Collection:
+    """Embed what is to be scored; of several processes each embeds its share, and all have the whole."""
     classes, templates = read_classes(model, options)
-    found = _find(options)
+    found = find(options)
     # Before anything is embedded: an image of no class is refused.
-    labels = zero_shot.image_labels([pair.image for pair in found], classes) if classes else []
+    labels = label_sets([pair.image for pair in found], classes, options)
     skips, kept = list[samples.Skip](), list[int]()
-    images = _room(model, len(found))
+    own = embed.share(len(found))
+    images = _room(model, len(own))
     loader = samples.image_loader(
-        [pair.pixels for pair in found], model.model.image_size, options.batch_size, options.num_workers
+        [found[place].pixels for place in own], model.model.image_size, options.batch_size, options.num_workers
     )
-    for indices, pixels, bad in with_progress(loader, "images"):
+    for indices, pixels, bad in progress(loader, "images"):
         skips += bad
         images[len(kept) : len(kept) + len(indices)] = embed.embed_images(model.model, pixels, options.batch_size)
-        kept += indices
+        kept += [own[index] for index in indices]
+    images, kept = embed.of_all(images[: len(kept)], kept, len(found))
     if not kept:
-        raise UserError(
-            f"{printable(skips[0].path)}: {skips[0].reason}; none of the {len(found):,} images can be read."
-        )
+        first = skips[0] if skips else samples.Skip(found[0].pixels, "is not an image that can be read")
+        raise UserError(f"{printable(first.path)}: {first.reason}; none of the {len(found):,} images can be read.")
     paths = [found[index].image for index in kept]
-    embed.require_finite(images := images[: len(kept)], paths, "images")
+    embed.require_finite(images, paths, "images")
     captions, owners = list[str](), list[int]()
     for place, pair in enumerate(found[index] for index in kept):
         if pair.caption or pair.texts:
@@ -221,30 +272,38 @@ def collect(model: Pretrained, options: ScoreOptions) -> embed.Collection:
     def embed_texts(texts: list[str]) -> torch.Tensor:
         return embed.embed_texts(model.model, texts, lambda batch: model.tokenizer.batch(batch)[0])
 
-    if (memory := 4 * model.model.embed_dim * (len(kept) + len(captions))) >= LARGE:
+    memory = 4 * model.model.embed_dim * (len(kept) + len(captions))
+    if memory >= LARGE and progress is with_progress:
         print(f"Embeddings of {len(kept):,} images and {len(captions):,} captions take {size(memory)} of memory.")
-    batches: Any = DataLoader(captions, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
-    texts, ids = _room(model, len(captions)), torch.empty(len(captions), dtype=torch.long)
-    for number, batch in enumerate(with_progress(batches, "captions")):
+    own = embed.share(len(captions))
+    mine: Any = [captions[place] for place in own]
+    batches: Any = DataLoader(mine, options.batch_size, collate_fn=list)
+    texts, ids = _room(model, len(own)), torch.empty(len(own), dtype=torch.long, device=images.device)
+    for number, batch in enumerate(progress(batches, "captions")):
         rows = slice(number * options.batch_size, (number + 1) * options.batch_size)
         texts[rows], ids[rows] = embed_texts(batch), _caption_ids(model, batch)
+    (texts, _), (ids, _) = (embed.of_all(rows, own, len(captions)) for rows in (texts, ids))
     embed.require_finite(texts, captions, "captions")
+    labels = [labels[index] for index in kept] if classes else []
+    several = any(len(of_image) > 1 for of_image in labels)
     return embed.Collection(
         paths=paths,
         images=images,
         captions=captions,
         texts=texts,
         owners=owners,
-        caption_ids=ids.to(images.device),
+        caption_ids=ids,
         classes=classes,
         templates=templates,
-        labels=[labels[index] for index in kept] if classes else [],
+        labels=[] if several else [of_image[0] for of_image in labels],
         embed_texts=embed_texts,
         skips=skips,
+        label_sets=labels if several else [],
     )
 
 
-def _find(options: ScoreOptions) -> list[pairs.Pair]:
+def find(options: ScoreOptions) -> list[pairs.Pair]:
+    """The images that are to be scored, with their captions."""
     found = scan.scan_source(options.folder, options)
     if options.classes is None or found.faults:
         found.require_pairs()
@@ -259,9 +318,18 @@ def _find(options: ScoreOptions) -> list[pairs.Pair]:
     return chosen
 
 
+def label_sets(paths: list[str], classes: list[str], options: ScoreOptions) -> list[list[int]]:
+    """The classes of each image, as places in their list; none at all where nothing is to be classified."""
+    if options.class_column is not None:
+        sets: list[list[int]] = resolve_name(COLUMN)(paths, classes, options)
+        return sets
+    return zero_shot.label_sets(paths, classes, zero_shot.class_names) if classes else []
+
+
 def read_classes(model: Pretrained, options: Any) -> tuple[list[str], list[str]]:
     """Read the files of classes and of templates that options name; classes that are one to the model are refused."""
-    classes, templates = (zero_shot.read_list(path) if path else [] for path in (options.classes, options.templates))
+    classes = zero_shot.read_list(options.classes) if options.classes else []
+    templates = zero_shot.read_list(zero_shot.templates_file(options.templates)) if options.templates else []
     for number, template in enumerate(templates, 1):
         if "{}" not in template:
             raise UserError(f"{options.templates}, line {number}: {template!r} has no {{}} for the class name.")

@@ -146,7 +146,13 @@ def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.S
     """Scores by what a model is scored on; none where nothing is given."""
     classes, templates = options.other_classes, options.other_templates
     other = dataclasses.replace(
-        options, folder=options.other_folder, pairs=None, split="all", classes=classes, templates=templates
+        options,
+        folder=options.other_folder,
+        pairs=None,
+        split="all",
+        classes=classes,
+        class_column=None,
+        templates=templates,
     )
     sets = {str(place): how for how in (options, other) if (place := how.folder or how.pairs)}
     if not sets:

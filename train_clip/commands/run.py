@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Union, get_args
 
 import jsonargparse
@@ -63,6 +64,7 @@ TRAINER_HELP: dict[str, str | None] = {
     "enable_model_summary": "print Lightning's table of the model's layers; default: false",
     "use_distributed_sampler": "no effect: train-clip itself divides the batches among the processes",
 }
+EVALUATIONS = "train_clip.scores.while_training:build"
 OWN_TRAINER_OPTIONS = {name for name, text in TRAINER_HELP.items() if text is None}
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
@@ -133,7 +135,7 @@ def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, 
         # As many as --max_steps takes, or the usual ones.
         run = replace(run, epochs=-1 if (options.get("max_steps") or -1) > 0 else job.epochs)
     steps_before = resumed.step if resumed else 0
-    trainer = build_trainer(options, folder, run, job.best_by, steps_before)
+    trainer = build_trainer(options, folder, run, run.best_by or job.best_by, steps_before)
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = trainer
     data.setup()
@@ -248,6 +250,8 @@ def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str,
     callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
     if asked.get("enable_progress_bar", True):
         callbacks.append(display.RunProgress())
+    if run.evaluate:
+        callbacks.append(resolve_name(EVALUATIONS)(run.evaluate, run.evaluate_every, best_by))
     if asked.get("enable_checkpointing", True):
         interval = None if run.save_every is None else checkpoints.Interval.parse(str(run.save_every))
         callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))

@@ -5,13 +5,14 @@ N  images or captions      S  side of the image in pixels      D  embedding widt
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from train_clip import gather
 from train_clip.data.crops import centre_square
 from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, Texts, texts_on, unit_norm
@@ -35,9 +36,10 @@ class Collection:
     caption_ids: torch.Tensor  # (M,) int64, equal for captions whose tokens are
     classes: list[str]  # C names; none where nothing is to be classified
     templates: list[str]  # captions with {} where the name goes
-    labels: list[int]  # the class of each image
+    labels: list[int]  # the class of each image; none where some have several
     embed_texts: Callable[[list[str]], torch.Tensor]  # further texts to (n, D) float32, unit norm
     skips: Sequence[tuple[str, str]]  # path and reason of what could not be read
+    label_sets: list[list[int]] = field(default_factory=list)  # the classes of each image, where some have several
 
 
 def find_collapse(collection: Collection) -> str | None:
@@ -101,6 +103,23 @@ def embed_texts(
     """
     texts, device = [texts] if isinstance(texts, str) else list(texts), model.logit_scale.device
     return _embed(model, texts, lambda batch: model.encode_text(texts_on(device, tokenize(batch))), batch_size)
+
+
+def share(total: int) -> list[int]:
+    """The places of a whole that this process embeds: every W-th of W processes, as many on each, so some are twice."""
+    rank, processes = gather.world()
+    return [(rank + step * processes) % total for step in range(-(-total // processes))]
+
+
+def of_all(rows: torch.Tensor, places: list[int], total: int) -> tuple[torch.Tensor, list[int]]:
+    """The rows of all processes in the order of their places, each once, and those places out of ``total``."""
+    if gather.world()[1] == 1:
+        return rows, places
+    own = torch.tensor(places, dtype=torch.long, device=rows.device)
+    whole, found = rows.new_empty(total, *rows.shape[1:]), torch.zeros(total, dtype=torch.bool, device=rows.device)
+    for part, at in zip(gather.gather_all(rows), gather.gather_all(own), strict=True):
+        whole[at], found[at] = part, True
+    return whole[found], found.nonzero().flatten().tolist()
 
 
 def _embed(model: DualEncoder, items: Any, encode: Any, batch_size: int) -> torch.Tensor:

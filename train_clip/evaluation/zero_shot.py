@@ -4,7 +4,8 @@ N  images      C  classes      T  templates      D  embedding width
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.embed import Collection, require_finite
 from train_clip.losses.softmax import ranks
 from train_clip.losses.tiles import tiles
+from train_clip.printing import Intervals, interval
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
+# CLIP's sets, a file each (github.com/openai/CLIP: data/prompts.md, notebooks/Prompt_Engineering_for_ImageNet.ipynb).
+TEMPLATES = {file.stem: file for file in sorted(Path(__file__).with_name("templates").glob("*.txt"))}
+PREFIX = "zero-shot "  # of its figures' names
 CAPTIONS_AT_ONCE = 4096  # of classes: what is held of them at a time, or all of one class
 # A line of JSON or Python: in quotes; with a key in quotes; or with a bracket before anything but a template's.
 DATA = re.compile(r"""(["']).*\1,?|(["']).*\2\s*:.*|[\[{]\s*(["'\[{\d-].*)?""")
@@ -30,29 +35,37 @@ class ZeroShot:
     top1: float  # images whose most similar class is theirs
     top5: float | None  # images whose class is among the five most similar; None for five classes or fewer
     mean_per_class: float  # top-1 of each class, averaged over the classes that have images
-    chance: float  # top-1 of a guess, 1 / C
+    chance: float  # top-1 of a guess, 1 / C, and its mean per class; of top-5 it is five times that
     num_images: int
     num_classes: int
+    per_class: dict[str, float] = field(default_factory=dict)  # top-1 of each class that has images
+    confusion: dict[str, dict[str, int]] = field(default_factory=dict)  # images of a class by what they are taken for
+    intervals: Intervals = field(default_factory=dict)
+    images: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)  # classes before theirs; theirs
 
     def rows(self) -> str:
         """A line to be printed."""
-        top5 = "" if self.top5 is None else f"top-5 {self.top5:.1%}, "
-        return (
-            f"zero-shot over {self.num_classes} classes: top-1 {self.top1:.1%} (chance {self.chance:.1%}), {top5}mean "
-            f"per class {self.mean_per_class:.1%}"
-        )
+        chances = {"top-1": self.chance, "top-5": 5 * self.chance, "mean per class": self.chance}
+        shares = [
+            f"{name.removeprefix(PREFIX)} {share:.1%} {interval(self.intervals.get(name))}".rstrip()
+            + f" (chance {chances[name.removeprefix(PREFIX)]:.1%})"
+            for name, share in self.figures().items()
+        ]
+        return f"zero-shot over {self.num_classes:,} classes: {', '.join(shares)}"
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
-        return {"zero-shot top-1": self.top1}
+        shares = {"top-1": self.top1, "top-5": self.top5, "mean per class": self.mean_per_class}
+        return {f"{PREFIX}{name}": share for name, share in shares.items() if share is not None}
 
 
 def score_classes(collection: Collection) -> ZeroShot | None:
-    """Score the collection's images against its classes, where it has any."""
-    if not collection.classes:
+    """Score the collection's images against its classes, where each image has one."""
+    if not collection.labels:
         return None
     classes = class_embeddings(collection.classes, collection.templates, collection.embed_texts)
-    return zero_shot(collection.images, torch.tensor(collection.labels, device=collection.images.device), classes)
+    labels = torch.tensor(collection.labels, device=collection.images.device)
+    return zero_shot(collection.images, labels, classes, collection.classes)
 
 
 def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any) -> torch.Tensor:
@@ -71,24 +84,46 @@ def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any)
     return found
 
 
-def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor) -> ZeroShot:
-    """Score (N, D) images by their (N,) labels against (C, D) classes, of unit norm; ties and NaN count against."""
+def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor, names: Sequence[str] = ()) -> ZeroShot:
+    """Score (N, D) images by their (N,) labels against (C, D) classes, of unit norm; ties and NaN count against.
+
+    The classes' C names are those of ``per_class`` and ``confusion``; by default their numbers.
+    """
+    names = names or list(map(str, range(len(classes))))
     numbers = torch.arange(len(classes), device=labels.device)
-    places = torch.empty_like(labels)
+    places, taken = torch.empty_like(labels), labels.clone()
     for at in tiles(len(images), len(classes)):
-        places[at] = ranks(images[at], classes, labels[at, None] == numbers)
+        own = labels[at, None] == numbers
+        places[at] = ranks(images[at], classes, own)
+        others = (images[at].to(classes.dtype) @ classes.T).masked_fill(own, -torch.inf).argmax(dim=1)
+        taken[at] = torch.where(places[at] < 1, labels[at], others)
     # On the CPU: some devices (MPS) have no float64.
     places, labels = places.cpu(), labels.cpu()
     hits = (places < 1).double()
     right, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
+    per_class, has_images = right / counts, counts > 0
+    confusion: dict[str, dict[str, int]] = {}
+    cells, in_cell = (labels * len(classes) + taken.cpu()).unique(return_counts=True)
+    for cell, number in zip(cells.tolist(), in_cell.tolist(), strict=True):
+        confusion.setdefault(names[cell // len(classes)], {})[names[cell % len(classes)]] = number
     return ZeroShot(
         top1=hits.mean().item(),
         top5=(places < 5).double().mean().item() if len(classes) > 5 else None,
-        mean_per_class=(right / counts)[counts > 0].mean().item(),
+        mean_per_class=per_class[has_images].mean().item(),
         chance=1 / len(classes),
         num_images=len(images),
         num_classes=len(classes),
+        per_class={names[place]: per_class[place].item() for place in has_images.nonzero().flatten().tolist()},
+        confusion=confusion,
+        images=(places, labels),
     )
+
+
+def templates_file(path: Path) -> Path:
+    """A file of templates, or that of one of CLIP's sets by its name."""
+    if not path.exists() and str(path) not in TEMPLATES:
+        raise UserError(f"{path}: neither a file nor a set of templates. Sets: {', '.join(TEMPLATES)}.")
+    return path if path.exists() else TEMPLATES[str(path)]
 
 
 def read_list(path: Path) -> list[str]:
@@ -110,20 +145,37 @@ def image_labels(paths: list[str], classes: list[str]) -> list[int]:
 
     Case, and underscores for blanks, make no difference. Where a class has a number for a name, numbers are names only.
     """
+    return [labels[0] for labels in label_sets(paths, classes, lambda path: [class_name(path)])]
+
+
+def label_sets(
+    paths: list[str], classes: list[str], named: Callable[[Path], list[str]], by: str = ""
+) -> list[list[int]]:
+    """The places of each image's classes, as ``image_labels``: of what it is said to be, and by what where no file."""
     places = {_plain(name): place for place, name in enumerate(classes)}
     num_numbered = 0 if any(map(str.isdecimal, places)) else len(places)
-    return [_label(Path(path), places, num_numbered) for path in paths]
+    return [
+        list(dict.fromkeys(_label(path, name, by, places, num_numbered) for name in named(path)))
+        for path in map(Path, paths)
+    ]
 
 
 def class_name(path: Path) -> str:
     """What the ``.cls`` file beside an image says, or else the name of its folder."""
+    names = class_names(path)
+    if len(names) > 1:
+        raise UserError(
+            f"{path.with_suffix('.cls')}: {len(names):,} lines. Expected one, the name or number of a class."
+        )
+    return names[0]
+
+
+def class_names(path: Path) -> list[str]:
+    """The lines of the ``.cls`` file beside an image, or else the name of its folder."""
     label_file = path.with_suffix(".cls")
     if not label_file.is_file():
-        return path.parent.name
-    names, _ = _read(pairs.read_caption_lines, label_file, "the name or number of a class")
-    if len(names) > 1:
-        raise UserError(f"{label_file}: {len(names):,} lines. Expected one, the name or number of a class.")
-    return names[0]
+        return [path.parent.name]
+    return _read(pairs.read_caption_lines, label_file, "the name or number of a class")[0]
 
 
 def _read(how: Any, path: Path, expected: str) -> Any:
@@ -133,15 +185,15 @@ def _read(how: Any, path: Path, expected: str) -> Any:
         raise UserError(f"{path}: {bad.reason.removeprefix('caption ')}. Expected {expected}, in UTF-8.") from None
 
 
-def _label(path: Path, places: dict[str, int], num_numbered: int) -> int:
-    label_file, named = path.with_suffix(".cls"), class_name(path)
+def _label(path: Path, named: str, by: str, places: dict[str, int], num_numbered: int) -> int:
+    label_file = path.with_suffix(".cls")
     if (place := places.get(_plain(named))) is not None:
         return place
-    source = f"its folder ({path.parent})"
-    if label_file.is_file():
+    source = by or f"its folder ({path.parent})"
+    if by or label_file.is_file():
         if named.isdecimal() and int(named) < num_numbered:
             return int(named)
-        source = str(label_file)
+        source = by or str(label_file)
     raise UserError(
         f"{path}: its class is {named!r} by {source}, which is not one of the {len(places)} classes. Expected one of "
         f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "

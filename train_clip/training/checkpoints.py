@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -130,7 +131,7 @@ class Checkpoints(callbacks.Checkpoint):
         if self.every.seconds:
             # One clock decides for all.
             due = largest([int(time.monotonic() - self._saved_at >= self.every.seconds)])[0] > 0
-        if due or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        if due or self._due or trainer.should_stop or trainer.global_step == trainer.max_steps:
             lightning_internals.log_step(trainer)
             self.save(trainer)
 
@@ -146,13 +147,17 @@ class Checkpoints(callbacks.Checkpoint):
                 "does not count for best.ckpt. Make --val_check_interval a multiple of --accumulate_grad_batches."
             )
             return
-        for which, figure in (("best", name), ("best_mean", ema.ema_figure(name))):
-            if figure in figures and self._is_better(value := figures[figure].item(), self.best[which]):
-                self.best[which] = value
-                self._due.add(which)
+        self.note(figures)
         # Within an epoch it is saved here, else at its end.
         if (self._due or trainer.should_stop) and not ends_epoch:
             self.save(trainer)
+
+    def note(self, figures: Mapping[str, Any]) -> None:
+        """Take note of figures: what is better by them than ever is saved as the best, at the next save."""
+        for which, figure in (("best", self.best_by), ("best_mean", ema.ema_figure(self.best_by))):
+            if figure in figures and self._is_better(value := float(figures[figure]), self.best[which]):
+                self.best[which] = value
+                self._due.add(which)
 
     @override
     def on_train_epoch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -194,11 +199,13 @@ class Checkpoints(callbacks.Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.best)
+        return self.best | {"best_by": self.best_by}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best |= state_dict
+        # By another figure, nothing was best yet.
+        if state_dict.get("best_by", self.best_by) == self.best_by:
+            self.best = {which: state_dict.get(which) for which in self.best}
 
     def _is_better(self, value: float, best: float | None) -> bool:
         better = best is None or (value < best if self.best_by.endswith("loss") else value > best)

@@ -64,8 +64,8 @@ class WeightsEMA(torch.nn.Module):
 
 
 def ema_figure(figure: str) -> str:
-    """The name of a validation's figure, ``val/…``, where it is the EMA's."""
-    return "val_ema/" + figure.removeprefix("val/")
+    """The name of a validation's figure, ``val/…``, where it is the EMA's; or of another evaluation's."""
+    return figure.replace("/", "_ema/", 1)
 
 
 TEACHER_MOMENTUM = 0.999

@@ -1,0 +1,1 @@
+"""Extension: scores beyond those of one model on all images: several classes an image, subgroups, two models, runs."""
