@@ -278,9 +278,6 @@ def _add_parameter(parser: Any, parameter: inspect.Parameter, text: str | None) 
     if parameter.kind is parameter.POSITIONAL_ONLY:
         parser.usage += f" [{name.upper()}]" if is_optional else f" {name.upper()}"
         parser.add_argument(name, metavar=name.upper(), **how, **({"nargs": "?"} if is_optional else {}))
-    elif parameter.kind is parameter.VAR_POSITIONAL:
-        parser.usage += f" [{name.upper()} ...]"
-        parser.add_argument(name, metavar=name.upper(), nargs="*", **how)
     else:
         parser.add_argument(f"--{name}", metavar=usage.in_words(parameter.annotation).metavar, **how)
 
