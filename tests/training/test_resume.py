@@ -202,6 +202,24 @@ def test_a_run_that_crashed_ends_alike_in_its_own_folder(
     assert rows(run) == [row for row in rows(whole[0]) if "val/loss" not in row or row["epoch"] != cut_short]
 
 
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_batch_start"])
+def test_a_run_that_crashed_at_an_epochs_end_and_in_the_next_ends_alike(
+    whole: tuple[Path, Seen], tmp_path: Path, hook: str
+) -> None:
+    """Interrupted twice: what Lightning counts of epochs is right after the first time."""
+    run, seen = tmp_path / "run", whole[1]
+    for resume, crash in (
+        (None, crash_at(hook, 2)),
+        (run / "checkpoints" / "last.ckpt", crash_at("on_train_batch_start", 3)),
+    ):
+        with pytest.raises(KeyError):
+            fit(run, resume, crash, num_sanity_val_steps=0)
+    assert state(run)["global_step"] == 10
+    rest = fit(run, run / "checkpoints" / "last.ckpt")
+    assert rest.batches == seen.batches[10:]
+    assert_same_state(run, whole[0])
+
+
 @pytest.mark.parametrize("why", ["max_steps", "should_stop"])
 def test_a_run_that_ended_within_an_epoch_goes_on_in_it(whole: tuple[Path, Seen], tmp_path: Path, why: str) -> None:
     """Ended after 6 of 12 batches by max_steps or early stopping, then resumed: the other 6 of the data."""

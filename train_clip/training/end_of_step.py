@@ -110,7 +110,7 @@ class EndOfStep(Callback):
             return
         if trainer.global_step % (trainer.log_every_n_steps or READ_EVERY) == 0:  # type: ignore[attr-defined]
             self.finite.read()
-        self.newest = self.consumed_batches, trainer.fit_loop.state_dict()
+        self.newest = self.consumed_batches, lightning_internals.loops_after_step(trainer)
         # An epoch's last batch is followed by validation and the epoch's end, which belong to it: a stop waits.
         if not ends_epoch:
             self._stop_if_asked(trainer)

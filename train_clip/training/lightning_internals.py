@@ -112,6 +112,21 @@ def steps_and_ends(trainer: Trainer) -> tuple[bool, bool]:
     return last or batches % trainer.accumulate_grad_batches == 0, last
 
 
+def loops_after_step(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint of the newest step is to hold of the loops; where that ended its epoch, as at the epoch's end.
+
+    Resumed from the state within ``on_train_batch_end`` of an epoch's last batch, Lightning (2.6.6) counts the next
+    epoch as finished and never as begun, and trains too much where a run is resumed once more.
+    """
+    loops = trainer.fit_loop.state_dict()
+    if steps_and_ends(trainer)[1]:
+        for progress, name in ("epoch_loop.batch_progress", "completed"), ("epoch_progress", "processed"):
+            for counts in loops[progress]["total"], loops[progress]["current"]:
+                counts[name] += 1
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    return loops
+
+
 def log_step(trainer: Trainer) -> None:
     """Write a step's figures from ``on_train_batch_end``: Lightning does it after that hook, too late if that ends."""
     trainer._logger_connector.update_train_step_metrics()
