@@ -1,6 +1,7 @@
 """The errors that users see: those that stop with advice, and one for a sample that cannot be read."""
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -54,6 +55,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip().rstrip(".")
 
 
+# Errors of the system that a user can put right, by their names, and what is expected.
+OF_SYSTEM = {
+    "ENOSPC EDQUOT": "room for what is written; free some. A run goes on from its newest checkpoint by --resume",
+    "ENOENT EACCES EEXIST EPERM EISDIR ENOTDIR ENAMETOOLONG EROFS": "a path that can be read or written",
+    "EMFILE ENFILE EAGAIN": "fewer loader processes (--num_workers), or higher limits (ulimit -n, -u)",
+}
 # What libraries say where a process is gone, and what it means.
 OF_PROCESSES = {
     r"DataLoader worker \(pid ([\d, ]+)\) is killed by signal: Bus error": "Loader process {} was killed for lack of "
@@ -64,6 +71,16 @@ OF_PROCESSES = {
     "--num_workers 0 to see why, or fewer if memory ran out.",
     "Connection (?:closed|reset) by peer|Broken pipe|ncclRemoteError|NCCL": "Another process of the run has ended.",
 }
+
+
+def in_a_line(error: BaseException) -> str:
+    """What to say of an error of the system or a library; empty where nothing of it is known."""
+    name = errno.errorcode.get(getattr(error, "errno", None) or 0)
+    expected = next((text for names, text in OF_SYSTEM.items() if name in names.split()), None)
+    if not isinstance(error, OSError) or expected is None:
+        return of_process(error)
+    what = error.filename or ("a process" if name == "EAGAIN" else "a file")
+    return f"{what}: {error.strerror}. Expected {expected}."
 
 
 def of_process(error: BaseException) -> str:

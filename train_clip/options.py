@@ -26,11 +26,6 @@ DISTILLATION = {
 MOMENTUM = {"muon": 0.95}  # Jordan et al. 2024, kellerjordan.github.io/posts/muon; of others 0.9
 PairBy = Literal["stem", "number"]
 
-# Variables in which launchers (torchrun, srun, jsrun, Lightning's own) tell a process its place, from 0, and the
-# Trainer's count of such places, which WORLD_SIZE itself holds.
-PLACES = dict.fromkeys(("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "WORLD_SIZE"), "world_size")
-PLACES |= {"LOCAL_RANK": "num_devices", "NODE_RANK": "num_nodes", "GROUP_RANK": "num_nodes"}
-
 
 class Check(NamedTuple):
     """What a value has to be."""

@@ -1,5 +1,6 @@
 """What reaches a terminal, a log or a spreadsheet: names, captions and messages as text, never as codes."""
 
+import os
 import re
 import sys
 import unicodedata
@@ -79,6 +80,14 @@ class PlainStream(Stream):
 
     def isatty(self) -> bool:  # noqa: D102
         return False
+
+
+def open_streams() -> None:
+    """Have all three streams open: else the next file would get a closed one's number, and what is printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    sys.stdout, sys.stderr = (one or os.fdopen(os.dup(number), "w") for one in (sys.stdout, sys.stderr))
+    os.close(number)
 
 
 def escape_streams() -> None:

@@ -17,8 +17,8 @@ from tests import forked
 from tests.conftest import TINY, said, write_pairs
 from train_clip import CLIPWrapper, cli
 from train_clip.commands import run_folder
-from train_clip.commands.run import default_precision
 from train_clip.commands.train import advise
+from train_clip.commands.trainer import default_precision
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from train_clip import cli
+from train_clip import parser
 from train_clip.commands.run_folder import options_of_run
 from train_clip.data.pairs import read_caption_lines
 from train_clip.data.table import scan_table
@@ -155,7 +155,7 @@ def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Non
     started = time.monotonic()
     for read in (
         lambda: read_config("model.yaml"),
-        lambda: cli.normalise(["--config", "model.yaml"], "train"),
+        lambda: parser.normalise(["--config", "model.yaml"], "train"),
         lambda: options_of_run("train", "run", None),
     ):
         with pytest.raises(UserError) as caught:

@@ -1,33 +1,26 @@
 """A training run, for any command: its Trainer, folder, length and messages."""
 
-import copy
-import inspect
 import logging
 import math
-import os
 import re
 import shlex
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, Union, get_args
+from typing import Any
 
-import jsonargparse
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import loggers, utilities
+from lightning.pytorch import utilities
 
 from train_clip import cores, files, printing
 from train_clip.commands.run_folder import Resumption, claimed, find_checkpoint, write_run_files
-from train_clip.errors import UsageError, UserError, root_cause
+from train_clip.commands.trainer import build_trainer, default_precision
+from train_clip.errors import UserError, root_cause
 from train_clip.estimates import require_room, size
 from train_clip.models.config import OWN_MODEL
-from train_clip.options import PLACES, DataOptions, RunOptions, TrainerOptions, flat
+from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
 from train_clip.training import checkpoints, display, half_precision, lightning_internals, signals
 from train_clip.training.data_module import TextImageDataModule
 from train_clip.training.module import ContrastiveModule
@@ -52,20 +45,6 @@ WARNINGS_BY_DESIGN = (
     r"|Found \d+ module\(s\) in eval mode at the start of training|.*your dataloader is not resumable"
 )
 
-# Options of the Trainer that are something else here than Lightning's documentation says.
-TRAINER_HELP: dict[str, str | None] = {
-    "max_epochs": None,  # --epochs
-    "default_root_dir": None,  # --output
-    "precision": "such as 32-true; default: bf16-mixed on a GPU with bfloat16, 16-mixed on others, 32-true on a CPU",
-    "max_steps": "stop after this number of optimizer steps; default: as --epochs says",
-    "logger": "a logger besides metrics.csv, such as WandbLogger; default: TensorBoardLogger. false: no logs at all",
-    "log_every_n_steps": "optimizer steps between logged values; default: 10, or fewer in a run of less than 500 steps",
-    "enable_checkpointing": "save checkpoints; default: true (--save_every and --keep say when and how many)",
-    "enable_model_summary": "print Lightning's table of the model's layers; default: false",
-    "use_distributed_sampler": "no effect: train-clip itself divides the batches among the processes",
-}
-EVALUATIONS = "train_clip.scores.while_training:build"
-OWN_TRAINER_OPTIONS = {name for name, text in TRAINER_HELP.items() if text is None}
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
 MIN_POINTS = 50  # logged points
 WIDTHS = {"64-true": 2.0, "16-true": 0.5, "bf16-true": 0.5}  # precisions of all numbers, next to float32
@@ -176,100 +155,6 @@ def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, 
     say_end(trainer, folder, data)
 
 
-def default_precision(accelerator: Any) -> str:
-    """bf16-mixed if the GPU supports it, otherwise 16-mixed; float32 without a CUDA device."""
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
-def add_trainer_options(parser: Any) -> None:
-    """Add the arguments of Lightning's Trainer to a parser, but for those that have another name here."""
-    # A class before a text, which every class's name would be.
-    classes = {name: inspect.signature(L.Trainer).parameters[name] for name in ("accelerator", "strategy")}
-    parser.add_class_arguments(L.Trainer, None, skip=OWN_TRAINER_OPTIONS | classes.keys(), instantiate=False)
-    for name, one in classes.items():
-        parser.add_argument(f"--{name}", type=Union[get_args(one.annotation)[::-1]], default=one.default)  # noqa: UP007
-
-
-def build_trainer(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
-    """Build Lightning's Trainer from plain values, with this package's callbacks and the user's."""
-    with lightning_internals.told_in_a_line(UsageError, "Lightning's Trainer does not accept these options"):
-        trainer = _build(options, folder, run, best_by, first_step)
-    asked = options.get("strategy")
-    strategy = asked["class_path"].rpartition(".")[2] if isinstance(asked, dict) else asked
-    if lightning_internals.copies_this_process(trainer):
-        raise UsageError(
-            f"--strategy {strategy}: its processes are copies of this one, and their state does not return "
-            "to it. Expected one that starts the command once for each device: --strategy ddp."
-        )
-    if lightning_internals.saves_folders(trainer):
-        raise UsageError(
-            f"--strategy {strategy}: its checkpoints would be folders of parts; expected files. Add "
-            "--strategy.save_distributed_checkpoint false (ModelParallelStrategy) or --strategy.state_dict_type full "
-            "(FSDPStrategy)."
-        )
-    if trainer.accumulate_grad_batches < 1:
-        raise UsageError(f"--accumulate_grad_batches {trainer.accumulate_grad_batches}: expected 1 or above.")
-    tasks, elastic = int(os.environ.get("SLURM_NTASKS", "1")), TorchElasticEnvironment.detect()
-    if tasks > trainer.world_size == 1 and SLURMEnvironment.detect() and not elastic:
-        raise UsageError(f"SLURM_NTASKS is {tasks}, and each task would train alone.{lightning_internals.FROM_SLURM}")
-    require_own_place(trainer)
-    cores.share_threads(trainer.num_devices)
-    return trainer
-
-
-def require_own_place(trainer: L.Trainer) -> None:
-    """Refuse the place in another run that a launcher has left in the environment, or say what is waited for."""
-    places = {name: int(os.environ.get(name, 0)) - (name == "WORLD_SIZE") for name in PLACES}
-    if wrong := [name for name, count in PLACES.items() if places[name] >= getattr(trainer, count)]:
-        raise UsageError(
-            f"{', '.join(f'{name}={os.environ[name]}' for name in wrong)}: does not fit --devices and --num_nodes, by "
-            f"which the run has {trainer.world_size} processes. If an earlier launcher (torchrun, srun) has left it in "
-            f"the environment: unset {' '.join(wrong)}. Otherwise give --devices and --num_nodes as the launcher does."
-        )
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if not isinstance(environment, LightningEnvironment) or trainer.world_size == 1:
-        return
-    if environment.creates_processes_externally:
-        utilities.rank_zero_only(print)(
-            f"LOCAL_RANK is set: waiting for the other {trainer.world_size - 1} processes, to be started in the same "
-            "way. If train-clip is to start them: unset LOCAL_RANK."
-        )
-    elif trainer.num_nodes == 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)  # Lightning finds its own
-
-
-def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str, first_step: int) -> L.Trainer:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    add_trainer_options(parser)
-    # A copy, as jsonargparse changes what it is given.
-    given = parser.instantiate(parser.parse_object(copy.deepcopy(dict(options))))
-    asked = {name: value for name, value in given.as_dict().items() if value is not None}
-    callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
-    if asked.get("enable_progress_bar", True):
-        callbacks.append(display.RunProgress())
-    if run.evaluate:
-        callbacks.append(resolve_name(EVALUATIONS)(run.evaluate, run.evaluate_every, best_by))
-    if asked.get("enable_checkpointing", True):
-        interval = None if run.save_every is None else checkpoints.Interval.parse(str(run.save_every))
-        callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))
-    logger = asked.get("logger", True)
-    if logger is True:
-        logger = loggers.TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step or None)
-    own = {
-        "callbacks": callbacks + _listed(asked.get("callbacks", [])),
-        "plugins": [checkpoints.AtomicCheckpointIO(), *_listed(asked.get("plugins", []))],
-        # CSV always, for the curves.
-        "logger": logger is not False and [display.MetricsLog(folder, first_step), *_listed(logger)],
-        "enable_progress_bar": False,
-        "max_epochs": run.epochs,
-        "default_root_dir": folder,
-    }
-    return L.Trainer(**{"enable_model_summary": False} | asked | own)
-
-
 @utilities.rank_zero_only
 def say_start(module: ContrastiveModule, trainer: L.Trainer, folder: Path, resumed: Resumption | None) -> None:
     """Name the model, its size, the device, the run's folder, and the checkpoint it resumes from."""
@@ -361,10 +246,6 @@ def say_mean(trainer: L.Trainer, folder: Path) -> None:
 def count(module: torch.nn.Module, trained: bool = False) -> int:
     """All numbers that the module's parameters hold, or those that are trained."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
-
-
-def _listed(asked: Any) -> list[Any]:
-    return asked if isinstance(asked, list) else [asked]
 
 
 def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:

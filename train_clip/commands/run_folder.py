@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import platform
 import re
 import shlex
@@ -20,6 +19,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from train_clip.checkpoints import own, sources
+from train_clip.commands import launcher
 from train_clip.errors import UserError
 from train_clip.files import MAX_YAML, held, read_yaml, require_no_others, sweep, write_text
 from train_clip.models.config import OWN_MODEL
@@ -137,11 +137,8 @@ def claimed(output: Path | None, model_name: str, resumed: Resumption | None = N
     goes_on = run is not None and (output or run).resolve() == run.resolve()
     name = f"{model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = run if run and goes_on else output or RUNS / name
-    # Of several processes the first holds it. Lightning's own rank is not yet right on a second host.
-    names = ["LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        names = ["RANK"]
-    if any(int(os.environ.get(name) or 0) for name in names):
+    # Of several processes the first holds it.
+    if not launcher.is_first():
         yield folder
         return
     is_given = goes_on or output is not None
