@@ -43,12 +43,9 @@ def in_words(kind: Any) -> Words:
         parts = dict.fromkeys(part for one in map(in_words, kinds) for part in one.choices or [one.expected])
         return Words("VALUE", either(parts))
     if of := get_args(kinds[0]):
-        # Several numbers; or several objects, where one does too.
-        return (
-            Words('"[X, X]"', 'numbers in brackets and quotes, such as "[0.9, 0.98]"')
-            if of[0] in PLAIN
-            else in_words(of[0])
-        )
+        if of[0] in PLAIN:
+            return Words('"[X, X]"', 'numbers in brackets and quotes, such as "[0.9, 0.98]"')
+        return in_words(of[0])  # several objects, where one does too
     return PLAIN.get(kinds[0], Words("VALUE", f"the name of a {getattr(kinds[0], '__name__', kinds[0])}"))
 
 

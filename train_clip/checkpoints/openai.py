@@ -88,10 +88,8 @@ def _image(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         width, _, patch, _ = shapes["visual.conv1.weight"]
         layers = _count(shapes, "visual.transformer.resblocks.")
         return {"size": side * patch, "patch": patch, "layers": layers, "width": width, "heads": max(1, width // HEAD)}
-    blocks, width = (
-        [_count(shapes, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)],
-        shapes["visual.layer1.0.conv1.weight"][0],
-    )
+    blocks = [_count(shapes, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+    width = shapes["visual.layer1.0.conv1.weight"][0]
     return {"size": side * ResNetConfig.pixels_per_place, "blocks": blocks, "width": width}
 
 

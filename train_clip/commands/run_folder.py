@@ -95,8 +95,7 @@ def run_to_resume(resume: str, output: Path | None) -> Path | None:
 def options_of_run(verb: str, resume: str, output: str | None) -> dict[str, dict[str, Any]]:
     """The options that the run which ``--resume`` means began with, by their file; refuse to go on by another verb."""
     run = run_to_resume(resume, None if output is None else Path(output))
-    config = None if run is None else run / "config.yaml"
-    if run is None or config is None or not config.is_file():
+    if run is None or not (config := run / "config.yaml").is_file():
         return {}
     about, model = run / ABOUT, run / OWN_MODEL
     began = [verb]
