@@ -31,7 +31,9 @@ def is_first() -> bool:
 
 def require_own_place(trainer: "L.Trainer") -> None:
     """Refuse the place in another run that a launcher has left in the environment, or say what is waited for."""
-    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch.utilities import rank_zero_only
 
     from train_clip.training.lightning_internals import FROM_SLURM
