@@ -11,7 +11,6 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -19,7 +18,7 @@ import pytest
 
 import train_clip
 from tests.conftest import write_pairs
-from train_clip import cli, parser
+from train_clip import cli
 from train_clip.encoders.finetune import StartOptions
 from train_clip.errors import UsageError
 from train_clip.options import (
@@ -39,8 +38,8 @@ GROUPS = (ModelOptions, DataOptions, *TrainingOptions.groups().values(), RunOpti
 OWN_OPTIONS = {field.name for group in GROUPS for field in dataclasses.fields(group)}
 
 
-def parsed(*words: str, verb: str = "train") -> dict:
-    return parser.parse(verb, resolve_name(cli.VERBS[verb][0]), ["--folder", "data_dir", *words]).arguments
+def parsed(*words: str) -> dict:
+    return cli.parse("train", ["--folder", "data_dir", *words])[1].arguments
 
 
 def test_every_option_reaches_its_dataclass():
@@ -101,19 +100,19 @@ def test_the_options_of_prompt_tune_are_the_documented_ones():
 def test_prompt_tune_takes_the_options_that_act(option, capsys):
     """A backbone that stays and an optimizer that it does not have: no options, and not in its help."""
     with pytest.raises(SystemExit):
-        parsed("--help", verb="prompt-tune")
+        cli.parse("prompt-tune", ["--help"])
     assert option not in capsys.readouterr().out
     with pytest.raises(UsageError, match=f"unknown option {option}"):
-        parsed(option, "none", verb="prompt-tune")
+        cli.parse("prompt-tune", [option, "none"])
 
 
 @pytest.mark.parametrize("words", [["--lock_image"], ["--lock_image", "--lock_text", "false"], ["--lock_image=true"]])
 def test_a_bare_flag_is_true(words):
     """A yes or no whose default is no needs no value, wherever it stands; others do."""
-    towers = parsed(*words, verb="finetune")["training"].towers
+    towers = cli.parse("finetune", ["--folder", "data_dir", *words])[1].arguments["training"].towers
     assert (towers.lock_image, towers.lock_text) == (True, False)
     with pytest.raises(UsageError, match="--folder: its value is missing; expected a path"):
-        parsed("--folder", "--lock_image", verb="finetune")
+        cli.parse("finetune", ["--folder", "--lock_image"])
 
 
 def test_every_option_has_help():

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 from importlib import metadata
-from typing import Literal
+from typing import Any, Literal
 
 from train_clip import cores, parser, printing
 from train_clip.commands import launcher
@@ -89,8 +89,7 @@ def _run(words: list[str]) -> None:
     verb, rest = split_verb(words)
     if verb is not None:
         with cores.fitting_threads():
-            function = pkgutil.resolve_name(VERBS[verb][0])
-            call = parser.parse(verb, function, rest)
+            function, call = parse(verb, rest)
         function(*call.args, **call.kwargs)
     elif rest in (["--version"], ["-V"]):
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
@@ -116,6 +115,12 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
         if (verb := " ".join(words[:number])) in VERBS:
             return verb, words[number:]
     return None, words
+
+
+def parse(verb: str, words: list[str]) -> tuple[Any, inspect.BoundArguments]:
+    """A verb's function, and what the words that follow the verb say that it is called with."""
+    function = pkgutil.resolve_name(VERBS[verb][0])
+    return function, parser.bind(verb, function, words)
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"], /) -> None:

@@ -22,7 +22,7 @@ HELP = {"-h", "--help"}
 ALIASES = {"batchsize": "batch_size", "minibatchsize": "minibatch_size", "max_epochs": "epochs", "lr": "learning_rate"}
 
 
-def parse(verb: str, function: Any, words: list[str]) -> inspect.BoundArguments:
+def bind(verb: str, function: Any, words: list[str]) -> inspect.BoundArguments:
     """What the words that follow a verb say that its function is called with."""
     signature, prog = inspect.signature(function), f"train-clip {verb}"
     has_trainer = any(parameter.annotation is TrainerOptions for parameter in signature.parameters.values())
