@@ -62,10 +62,12 @@ class Tokenizer:
         for place, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{place}]: found {type(text).__name__}, expected str.")
+        # No piece reaches across a blank. split() cuts where the reference's \s does, and at U+001C to U+001F, which
+        # ftfy takes out and unescape leaves out.
         return [
             [
                 token
-                for word in _words(text)
+                for word in _cleaned(text).lower().split()
                 for token in (_remembered(word) if len(word) <= LONGEST_REMEMBERED else _word_tokens(word))
             ]
             for text in texts
@@ -122,12 +124,6 @@ def is_empty(caption: str) -> bool:
         all(unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp", "Zs") for letter in INVISIBLE.sub("", text))
         for text in (caption, _cleaned(caption))
     )
-
-
-def _words(text: str) -> list[str]:
-    """Clean a text as the reference does, and cut it at its blanks, across which no piece reaches."""
-    # split() cuts where the reference's \s does, and at U+001C to U+001F, which ftfy takes out and unescape leaves out.
-    return _cleaned(text).lower().split()
 
 
 def _cleaned(text: str) -> str:
