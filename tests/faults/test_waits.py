@@ -110,6 +110,30 @@ def test_a_fifo_in_the_place_of_an_image_is_a_bad_sample(words, tmp_path):
     assert "not a regular file" in text
 
 
+STARTING = """
+import os, signal, time
+import torch
+from train_clip.data.workers import loader
+
+class Pictures(torch.utils.data.Dataset):
+    size, dtype = 16, torch.uint8
+
+    def __len__(self):
+        return 8
+
+batches = iter(loader(Pictures(), 2, 2, begin=lambda _: time.sleep(3)))
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_loader_processes_that_start_end_with_a_killed_run():
+    """Killed before they looked for whom they work: PyTorch's own watch begins after that, and never ends them."""
+    # What is waited for is the end of all that can print.
+    ended = subprocess.run([sys.executable, "-c", STARTING], capture_output=True, timeout=30)
+    assert ended.returncode == -KILL
+
+
 def in_small_shared_memory(words: list[str], kilobytes: int) -> subprocess.CompletedProcess[str]:
     """What a command prints where /dev/shm is of that size, as in a container."""
     mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs /dev/shm"

@@ -1,6 +1,10 @@
 """Loader processes: their batches fit into the shared memory that there is, and none is waited for in vain."""
 
+import multiprocessing
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import queues
@@ -54,10 +58,19 @@ def fitting(wanted: int, one: int, say: Callable[[str], Any]) -> tuple[int, int]
 
 
 def _begin(then: Callable[[int], None] | None, worker: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Else Python prints the error and drops the batch, for which the receiver would wait for ever.
     queues.Queue._on_queue_feeder_error = _hand_over_error  # type: ignore[attr-defined]
     if then is not None:
         then(worker)
+
+
+def _end_with_parent() -> None:
+    # PyTorch looks too, but not for a parent that is gone when its loop begins, nor while the process ends.
+    parent: Any = multiprocessing.parent_process()
+    while os.getppid() == parent.pid:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _hand_over_error(queue: Any, error: Exception, item: Any) -> None:
