@@ -340,7 +340,7 @@ class Padding:
 def test_an_encoder_that_looks_at_padding_keeps_it(encoder, counts):
     """Told by captions alone and beside longer ones; nothing is cut off then."""
     module = CustomCLIPWrapper(image_tower(), encoder(), image_size=8)
-    module._reader.tokenizer = Padding()
+    module.tokenizer = Padding()
     module._reader.padding_counts = module._padding_counts()
     assert module._reader.padding_counts == counts
     texts = Padding().batch(["a b", "a b c d"])[0]

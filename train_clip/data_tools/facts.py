@@ -168,11 +168,7 @@ def audit(pairs: PairList, tokens_of: tokenizer.Tokenizer, place: int) -> tuple[
 
 def words_digest(text: str) -> int:
     """What stands for a caption's words."""
-    return _digest(text.encode("utf-8", "surrogatepass"))
-
-
-def _digest(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def perceptual_hash() -> Any:

@@ -78,9 +78,8 @@ HEADS = ("fc", "classifier", "head", "heads")
 def load_timm(name: str) -> ImageEncoder:
     """Load a pretrained image encoder, such as resnet50, vit_small_patch14_dinov2.lvd142m or local-dir:FOLDER."""
     timm = find_library("timm")
-    if ":" not in name and not timm.is_model(
-        name.partition(".")[0]
-    ):  # a prefix is a place of weights, for timm to find
+    # A prefix is a place of weights, for timm to find.
+    if ":" not in name and not timm.is_model(name.partition(".")[0]):
         raise _unknown("timm", name, timm.list_models())
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)

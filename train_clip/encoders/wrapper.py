@@ -139,7 +139,7 @@ class CustomCLIPWrapper(module.ContrastiveModule):
 
     def _some_tokens(self) -> Any:
         if self.tokenizer is not None:
-            return self._reader.tokens(TRIAL_CAPTIONS, self.device)
+            return self._reader.tokens(TRIAL_CAPTIONS, self.device, self.tokenizer)
         made_up = torch.Generator().manual_seed(0)
         ids = torch.randint(self.model.vocab_size or 2, (len(TRIAL_CAPTIONS), 8), generator=made_up).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -26,11 +26,10 @@ class Inputs(NamedTuple):
 
 
 class BatchReader:
-    """Reads batches of any accepted kind for a model; texts that are strings need a tokenizer."""
+    """Reads batches of any accepted kind for a model."""
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
-        self.tokenizer: Any = None
         self.padding_counts = False  # whether the text tower makes something else of a caption that is padded
         self._checked_values = False
         self._lengths: Tensor | None = None
@@ -52,7 +51,7 @@ class BatchReader:
         places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         return (mask * places).amax(dim=1).clamp(min=1).cpu()
 
-    def read(self, batch: Any, device: torch.device) -> Inputs:
+    def read(self, batch: Any, device: torch.device, tokenizer: Any = None) -> Inputs:
         """Images and tokens on a device, of a batch that starts with images and with tokens, a mapping or strings."""
         if not isinstance(batch, Sequence) or len(batch) < 2:
             raise UserError(
@@ -67,7 +66,7 @@ class BatchReader:
                 f"A batch starts with a {found}; {self.model.name} expects a tensor of images (B, 3, {size}, {size}), "
                 "then the texts. Give the loader a collate_fn that returns (images, texts)."
             )
-        texts = self.tokens(batch[1], device)
+        texts = self.tokens(batch[1], device, tokenizer)
         ids = _named(texts)["input_ids"]
         _check_shapes(images, ids, self.model)
         if not self._checked_values:
@@ -77,7 +76,7 @@ class BatchReader:
         captions = self.model.caption_ids(texts)
         return Inputs(images.to(device), texts, self.lengths(texts) if lengths is None else lengths, captions)
 
-    def tokens(self, texts: Any, device: torch.device) -> Texts:
+    def tokens(self, texts: Any, device: torch.device, tokenizer: Any) -> Texts:
         """Tokens in the form that the model takes, on a device, of tokens, a tokenizer's mapping or strings."""
         if not isinstance(texts, Mapping | Tensor):
             texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
@@ -87,12 +86,12 @@ class BatchReader:
                     "of tokens (B, L), or what a tokenizer returns. Of several captions choose one, in the data set or "
                     "the loader's collate_fn."
                 )
-            if self.tokenizer is None:
+            if tokenizer is None:
                 raise UserError(
                     "The texts are strings, and the module has no tokenizer. Give it one (tokenizer=…), or give the "
                     "data module one (custom_tokenizer=…)."
                 )
-            texts = self.tokenizer.batch(texts)[0]
+            texts = tokenizer.batch(texts)[0]
         named = _named(texts)
         if "input_ids" not in named or not all(isinstance(one, Tensor) for one in named.values()):
             found = ", ".join(f"{name} ({type(value).__name__})" for name, value in named.items())

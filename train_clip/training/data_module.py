@@ -1,5 +1,6 @@
 """Folder or table → data loaders, for one process or many."""
 
+import atexit
 import functools
 import hashlib
 import sys
@@ -156,7 +157,7 @@ class TextImageDataModule(LightningDataModule):
             # On a CPU the model's own threads take every core, and a loader that holds one up holds up all of them.
             workers = 0 if device == "cpu" else min(MAX_WORKERS, cores.free_cores(processes))
         _require_open_files(workers, OPEN_FILES_OF_WORKER * (1 + bool(self.validation_pairs)))
-        signals.end_loaders_at_exit()
+        atexit.register(signals.end_loaders)  # Python would send each one SIGTERM, and wait for it
         on_this_host = 1 if self.trainer is None else self.trainer.num_devices
         return loader(
             dataset,
@@ -184,21 +185,24 @@ class TextImageDataModule(LightningDataModule):
         size, wanted, share = self.batch_size, self.options.batch_size, self.options.val_share
         number, held_out, pairs = len(self.training_pairs), len(self.validation_pairs), found.pairs
         left_out = f"; an epoch leaves out {number % size:,} pairs, different ones each time." if number % size else "."
-        lines = {
-            f"There are fewer pairs than --batch_size: using {size} instead of {wanted}.": size < wanted,
+        lines = [
             f"{self.source}: {len(pairs):,} pairs, {number:,} for training and {held_out:,} held out; "
-            f"{number // size:,} batches of {size:,} per epoch{left_out}": True,
-            f"  {pairs.num_cached:,} of {len(pairs):,} images are read from npz/ instead of files.": pairs.num_cached,
-            f"  Too few pairs for a validation fraction of {share}: validation needs at least 2.": share
-            and not held_out,
-        }
+            f"{number // size:,} batches of {size:,} per epoch{left_out}"
+        ]
+        if size < wanted:
+            lines.insert(0, f"There are fewer pairs than --batch_size: using {size} instead of {wanted}.")
+        if pairs.num_cached:
+            lines.append(f"  {pairs.num_cached:,} of {len(pairs):,} images are read from npz/ instead of files.")
+        if share and not held_out:
+            lines.append(f"  Too few pairs for a validation fraction of {share}: validation needs at least 2.")
         for names, what in (
             (found.lone_images, "images have no caption"),
             (found.lone_captions, "captions have no image"),
             (found.folder_links, "links to folders are not followed"),
         ):
-            lines |= {f"  {len(names):,} {what}, for instance {printable(name)}.": True for name in names[:1]}
-        return "\n".join(line for line, holds in lines.items() if holds)
+            if names:
+                lines.append(f"  {len(names):,} {what}, for instance {printable(names[0])}.")
+        return "\n".join(lines)
 
 
 def _require_open_files(workers: int, of_worker: int) -> None:

@@ -41,6 +41,7 @@ class ContrastiveModule(L.LightningModule):
     """
 
     __signature__ = OptionsByName(*TrainingOptions.groups().values())
+    tokenizer: Any = None  # for captions that are strings: its ``batch`` gives tokens, and how many captions were cut
     names_of_model: tuple[str, ...] = ()  # arguments; the others say how it is trained
     # What may differ when a run goes on: the rest is in its state already, and another value would go unheard.
     free_to_change: tuple[str, ...] = ("minibatch_size", "kept_minibatches", "gradient_checkpointing", "compile")
@@ -78,7 +79,7 @@ class ContrastiveModule(L.LightningModule):
     @override
     def training_step(self, batch: Any, _: int) -> Tensor:
         """Loss of this process's pairs against the global batch, () float32 (CLIP paper, figure 3)."""
-        inputs = self._reader.read(batch, self.device)
+        inputs = self._reader.read(batch, self.device, self.tokenizer)
         self._end_of_step.require_equal_shares(len(inputs.images))
         if len(inputs.images) * world()[1] == 1:
             raise UserError(
@@ -186,7 +187,7 @@ class ContrastiveModule(L.LightningModule):
     def validation_step(self, batch: Any, _: int, dataloader_idx: int = 0) -> None:
         if dataloader_idx:
             raise UserError("Found several validation loaders, expected one. ConcatDataset joins their data sets.")
-        inputs = self._reader.read(batch, self.device)
+        inputs = self._reader.read(batch, self.device, self.tokenizer)
         missing = getattr(batch, "missing", ())  # of this package's loaders
         for split, model in self._splits:
             split.add(*self._towers.embed(model, inputs, self.consumed_batches), inputs.captions, missing)
@@ -205,15 +206,6 @@ class ContrastiveModule(L.LightningModule):
     def _epoch(self) -> dict[str, float]:
         # Counted from 1, as in messages: where there is none, Lightning logs one that is counted from 0.
         return {"epoch": self.current_epoch + 1.0}
-
-    @property
-    def tokenizer(self) -> Any:
-        """For captions that are strings: its ``batch`` gives tokens, and the number of captions that were cut."""
-        return self._reader.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._reader.tokenizer = tokenizer
 
     @override
     def forward(self, images: Tensor, texts: clip.Texts) -> tuple[Tensor, Tensor]:
@@ -235,7 +227,9 @@ class ContrastiveModule(L.LightningModule):
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = embed.EMBED_AT_ONCE) -> Tensor:
         """Embed captions likewise, one or several; what is over the context length is cut."""
         with self._float32():
-            return embed.embed_texts(self.model, texts, lambda some: self._reader.tokens(some, self.device), batch_size)
+            return embed.embed_texts(
+                self.model, texts, lambda some: self._reader.tokens(some, self.device, self.tokenizer), batch_size
+            )
 
     def _float32(self) -> Any:
         # Some weights may be kept in bfloat16 while the model trains.

@@ -1,6 +1,5 @@
 """Stopping a run from outside: the first signal ends the batch and saves, a second SIGTERM or Ctrl-C the process."""
 
-import atexit
 import multiprocessing
 import os
 import signal
@@ -131,14 +130,17 @@ def end_of(child: subprocess.Popen[bytes]) -> str:
 
 def end_after(children: Callable[[], list[subprocess.Popen[bytes]]], seconds: float) -> None:
     """End this process so many seconds after one of those that it has started by then failed: it may wait for it."""
+    _end_when(lambda: next(filter(None, map(end_of, children())), ""), seconds, 1)
 
+
+def _end_when(failure: Callable[[], str], seconds: float, code: int) -> None:
     def watch() -> None:
-        while not (failed := next(filter(None, map(end_of, children())), "")):
+        while not (failed := failure()):
             time.sleep(1)
         time.sleep(seconds)
         with SAVING:
             _say(f"{failed} Ended without saving.")
-            os._exit(1)
+            os._exit(code)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -164,15 +166,8 @@ def end_with_starter() -> None:
     if "LOCAL_RANK" not in os.environ or starter == os.getpid():
         os.environ[STARTER] = str(os.getpid())
     elif "TORCHELASTIC_RUN_ID" not in os.environ:
-
-        def end_after() -> None:
-            while os.getppid() == starter:
-                time.sleep(1)
-            time.sleep(GRACE)
-            with SAVING:
-                os._exit(128 + signal.SIGTERM)
-
-        threading.Thread(target=end_after, daemon=True).start()
+        gone = "The first process of the run was killed."
+        _end_when(lambda: "" if os.getppid() == starter else gone, GRACE, 128 + signal.SIGTERM)
 
 
 def outlive_the_first_signal(_: int) -> None:
@@ -185,11 +180,6 @@ def outlive_the_first_signal(_: int) -> None:
     if HANGUP:
         signal.signal(HANGUP, signal.SIG_IGN)  # they end with the run
     take_over(end_by_the_next)
-
-
-def end_loaders_at_exit() -> None:
-    """Let a process end while its loader processes are at work: Python sends each one SIGTERM, and waits for it."""
-    atexit.register(end_loaders)
 
 
 def end_loaders() -> None:
