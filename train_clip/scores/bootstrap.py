@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train_clip.evaluation.retrieval import Retrieval
-from train_clip.evaluation.zero_shot import PREFIX, ZeroShot
+from train_clip.evaluation.retrieval import WAYS, Retrieval
+from train_clip.evaluation.zero_shot import MEAN, TOP1, TOP5, ZeroShot
 from train_clip.printing import Intervals
 
 RESAMPLES, LEVEL, SEED = 1000, 0.95, 0
@@ -26,20 +26,18 @@ HELD = 2**22  # numbers that are held at a time, or those of one resample
 def resampled(result: Any, weights: Tensor) -> dict[str, Tensor]:
     """The figures of resamples, (r,) each; (r, N) float64 weights say how often each image is drawn."""
     if isinstance(result, Retrieval):
-        found = dict[str, Tensor]()
-        for query, recall in zip(result.queries, (result.image_to_text, result.text_to_image), strict=True):
-            drawn = weights[:, query.images]
-            shares = {f"R@{k} {query.way}": drawn @ (query.ranks <= k).double() / drawn.sum(dim=1) for k in recall}
-            found |= shares | {f"median rank {query.way}": median(query.ranks, drawn)}
+        found, recalls = dict[str, Tensor](), (result.image_to_text, result.text_to_image)
+        for way, (images, ranks), recall in zip(WAYS, result.queries, recalls, strict=True):
+            drawn = weights[:, images]
+            found |= {f"R@{k} {way}": drawn @ (ranks <= k).double() / drawn.sum(dim=1) for k in recall}
+            found[f"median rank {way}"] = median(ranks, drawn)
         return found
     if isinstance(result, ZeroShot):
-        before, labels = result.images
-        right = weights * (before < 1)
-        none = torch.zeros(len(weights), result.num_classes, dtype=weights.dtype)
-        of_class = none.index_add(1, labels, right) / none.index_add(1, labels, weights)
-        top1, top5 = ((weights * (before < k)).sum(dim=1) / weights.sum(dim=1) for k in (1, 5))
-        shares = {"top-1": top1, "top-5": top5, "mean per class": of_class.nanmean(dim=1)}
-        return {name: shares[name.removeprefix(PREFIX)] for name in result.figures()}
+        right, none = weights * (result.places < 1), torch.zeros(len(weights), result.num_classes, dtype=weights.dtype)
+        of_class = none.index_add(1, result.labels, right) / none.index_add(1, result.labels, weights)
+        top1, top5 = ((weights * (result.places < k)).sum(dim=1) / weights.sum(dim=1) for k in (1, 5))
+        shares = {TOP1: top1, TOP5: top5, MEAN: of_class.nanmean(dim=1)}
+        return {name: shares[name] for name in result.figures()}
     own: dict[str, Tensor] = result.resampled(weights)
     return own
 

@@ -19,8 +19,8 @@ FIGURE = "multi-label mAP"
 class MultiLabel:
     """Average precisions in [0, 1], of classes that some images have and some have not; equal scores are one step."""
 
-    mean: float
-    chance: float  # mean over the classes of what a random order scores
+    mean: float | None  # None where there is no such class
+    chance: float | None  # mean over the classes of what a random order scores
     per_class: dict[str, float]
     num_images: int
     num_classes: int
@@ -29,6 +29,8 @@ class MultiLabel:
 
     def rows(self) -> str:
         """A line to be printed."""
+        if self.mean is None or self.chance is None:
+            return "multi-label: not scored, since each class is in all of the images or in none"
         return (
             f"multi-label over {len(self.per_class):,} of {self.num_classes:,} classes: mAP {self.mean:.1%} "
             f"{interval(self.intervals.get(FIGURE))} (chance {self.chance:.1%})"
@@ -36,10 +38,12 @@ class MultiLabel:
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
-        return {FIGURE: self.mean}
+        return {} if self.mean is None else {FIGURE: self.mean}
 
     def resampled(self, weights: Tensor) -> dict[str, Tensor]:
         """The mean of resamples, (r,); (r, N) float64 weights say how often each image is drawn."""
+        if self.mean is None:
+            return {}
         similarity, right = self.scored
         sums, numbers = torch.zeros(2, len(weights), dtype=weights.dtype)
         for scores, hits in zip(similarity.T, right.T, strict=True):
@@ -68,8 +72,8 @@ def multi_label(images: Tensor, right: Tensor, classes: Tensor, names: list[str]
     once = torch.ones(1, len(images), dtype=torch.float64)
     precisions = [average_precision(*one, once).item() for one in zip(similarity.T, right.T, strict=True)]
     return MultiLabel(
-        mean=torch.tensor(precisions, dtype=torch.float64).mean().item(),
-        chance=chance(number[told].double(), len(images)).mean().item(),
+        mean=sum(precisions) / len(told) if told else None,
+        chance=chance(number[told].double(), len(images)).mean().item() if told else None,
         per_class=dict(zip((names[place] for place in told), precisions, strict=True)),
         num_images=len(images),
         num_classes=len(classes),
