@@ -24,7 +24,7 @@ def main() -> None:
     _, call = cli.parse("calibrate", sys.argv[1:])
     checkpoint, options, weights = call.args
     model = load_for_scoring(find_weights(checkpoint, weights, options.backbone), options.device)
-    both = sides(collect(model.model, model.tokens, find(options), options, with_progress))
+    both = sides(collect(model.model, model.tokens, find(options)[0], options, with_progress))
     scale = model.model.logit_scale.exp().item()
     found = []
     for seed in range(options.seed or 20):

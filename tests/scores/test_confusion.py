@@ -30,14 +30,13 @@ def test_against_a_loop(seed, tile, monkeypatch):
     labels = torch.randint(C - 1, (N,), generator=torch.Generator().manual_seed(seed))
     classes = embed(C, seed)
     images = F.normalize(classes[labels] + 1.2 * embed(N, seed + 50), dim=-1)
-    classes[-1] = -images.mean(dim=0) / images.mean(dim=0).norm()
     expected: dict[tuple[str, str], int] = {}
     for image, label in zip(images.tolist(), labels.tolist(), strict=True):
         similarities = [math.fsum(a * b for a, b in zip(image, other, strict=True)) for other in classes.tolist()]
         cell = NAMES[label], NAMES[similarities.index(max(similarities))]
         expected[cell] = expected.get(cell, 0) + 1
     matrix, names = confusion(images, zero_shot(images, labels, classes), NAMES)
-    assert names == NAMES[:-1]
+    assert names == [name for name in NAMES if any(name in cell for cell in expected)]
     assert {
         (own, other): number
         for own, row in zip(names, matrix.tolist(), strict=True)

@@ -37,8 +37,8 @@ def options(tmp_path: Path) -> ScoreOptions:
 
 def test_little_is_not_spoken_of(loaded, options, capsys):
     """A second of work."""
-    needs.say(loaded, find(options), options)
-    needs.say(loaded, find(options)[:50], options)
+    needs.say(loaded, find(options)[0], options)
+    needs.say(loaded, find(options)[0][:50], options)
     assert capsys.readouterr().out == ""
 
 
@@ -55,7 +55,7 @@ def test_what_takes_long_is_told(loaded, options, capsys, monkeypatch):
     monkeypatch.setattr(needs, "LONG", 5)
     monkeypatch.setattr(needs.embed, "embed_images", slow(needs.embed.embed_images, 0.1))
     monkeypatch.setattr(needs.embed, "embed_texts", slow(needs.embed.embed_texts, 0.05))
-    needs.say(loaded, find(options), options)
+    needs.say(loaded, find(options)[0], options)
     found = re.fullmatch(
         r"150 images, about 300 captions, 0 classes: about (\d+) s, done at about .*\. Their embeddings take \d+ kB of "
         r"memory\.\n",
@@ -68,7 +68,7 @@ def test_much_memory_is_told(loaded, options, capsys, monkeypatch):
     """The embeddings' own bytes: 150 images, 300 captions."""
     memory = 4 * loaded.model.embed_dim * 450
     monkeypatch.setattr(needs, "LARGE", memory)
-    needs.say(loaded, find(options), options)
+    needs.say(loaded, find(options)[0], options)
     assert f"Their embeddings take {memory / 1e3:,.0f} kB of memory" in capsys.readouterr().out
 
 
@@ -76,5 +76,5 @@ def test_where_nothing_can_be_read_nothing_is_said(loaded, options, capsys):
     """What is wrong is said by what follows."""
     for path in options.folder.glob("*.png"):
         path.write_bytes(b"no image")
-    needs.say(loaded, find(options), options)
+    needs.say(loaded, find(options)[0], options)
     assert capsys.readouterr().out == ""

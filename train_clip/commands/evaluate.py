@@ -69,14 +69,14 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         weights: values that they do not state
         others: further models, to be compared with the first on the same images
     """
+    for target in (options.json, options.confusion, options.picture):
+        if target is not None:
+            require_place(target)
     if others:
         compared: Scores = resolve_name(COMPARISON)([checkpoint, *others], options, weights)
         return compared
     if options.confusion and options.classes is None:
         raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
-    for target in (options.json, options.confusion, options.picture):
-        if target is not None:
-            require_place(target)
     groups = resolve_name(GROUPS)(options) if options.by is not None else {}
     model = load(checkpoint, options, weights)
     scores, collection = score(model, options)
@@ -119,7 +119,9 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
 
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Collection]:
     """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
-    found = find(options)
+    found, left_out = find(options)
+    for line in left_out:
+        print(line)
     resolve_name(NEEDS)(model, found, options)
     collection = collect(model.model, model.tokens, found, options, with_progress)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}

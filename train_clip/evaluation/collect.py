@@ -57,20 +57,23 @@ class ScoreOptions(SourceOptions):
     json: Path | None = option(None, "file to write the scores to")
 
 
-def find(options: ScoreOptions) -> list[pairs.Pair]:
-    """The images that are to be scored, with their captions."""
+def find(options: ScoreOptions) -> tuple[list[pairs.Pair], list[str]]:
+    """The images that are to be scored, with their captions; and what is left out, in lines."""
     found = scan.scan_source(options.folder, options)
     if options.classes is None or found.faults:
         found.require_pairs()
-    chosen = list(found.pairs)
+    chosen, lone_images = list(found.pairs), found.lone_images
     if options.split != "all":
         chosen = list(pairs.split_pairs(found.pairs, options.val_share)[options.split == "held_out"])
     elif options.classes is not None:
         # To be classified an image needs no caption.
-        chosen += [pairs.Pair(posixpath.join(found.pairs.root, image)) for image in found.lone_images]
+        chosen += [pairs.Pair(posixpath.join(found.pairs.root, image)) for image in lone_images]
+        lone_images = []
     if not chosen:
         raise UserError(f"{found.source}: no images to score in the split {options.split!r}. Try --split all.")
-    return chosen
+    lone = {"images have no caption": lone_images, "captions have no image": found.lone_captions}
+    named = {what: names for what, names in lone.items() if names}
+    return chosen, [f"{len(names):,} {what}, such as {printable(names[0])}." for what, names in named.items()]
 
 
 def collect(
@@ -90,7 +93,7 @@ def collect(
     loader = samples.image_loader(paths, model.image_size, options.batch_size, options.num_workers)
     for indices, pixels, bad in progress(loader, "images"):
         places = [own[index] for index in indices]
-        images[places], there[places] = embed.embed_images(model, pixels, options.batch_size), 1
+        images[places], there[places] = embed.embed_images(model, pixels, options.batch_size).float(), 1
         skips += bad
     images, kept = gather.total(images), gather.total(there).nonzero().flatten().tolist()
     if not kept:
@@ -113,7 +116,7 @@ def collect(
     batches: Any = DataLoader(own, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
     for places in progress(batches, "captions"):
         batch = [captions[place] for place in places]
-        texts[places] = embed.embed_texts(model, batch, tokenize)
+        texts[places] = embed.embed_texts(model, batch, tokenize).float()
         ids[places] = model.caption_ids(tokenize(batch)).to(device)
     texts, ids = gather.total(texts), gather.total(ids)
     embed.require_finite(texts, captions, "captions")

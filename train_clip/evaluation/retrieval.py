@@ -72,9 +72,13 @@ def score_captions(collection: Collection) -> Retrieval | None:
     # What every guess finds, as with k at the number of candidates, is no score.
     chances = found.chance_image_to_text, found.chance_text_to_image
     kept = zip((found.image_to_text, found.text_to_image, *chances), chances * 2, strict=True)
-    recalls = [{k: share for k, share in shares.items() if chance[k] < 1} for shares, chance in kept]
+    to_text, to_image, by_text, by_image = (
+        {k: share for k, share in shares.items() if chance[k] < 1} for shares, chance in kept
+    )
     queries = [Queries(described.cpu()[one.images], one.ranks) for one in found.queries]
-    return Retrieval(*recalls, found.median_rank, queries=queries, num_images=len(collection.images))
+    return Retrieval(
+        to_text, to_image, by_text, by_image, found.median_rank, queries=queries, num_images=len(collection.images)
+    )
 
 
 def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor, ks: Sequence[int] = KS) -> Retrieval:

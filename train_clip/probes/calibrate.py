@@ -60,7 +60,7 @@ def calibrate(checkpoint: str, /, options: CalibrateOptions, weights: WeightOpti
     output = options.json or beside(found.source, CALIBRATION)
     require_new(output)
     model = load_for_scoring(found, options.device)
-    collection = collect(model.model, model.tokens, find(options), options, with_progress)
+    collection = collect(model.model, model.tokens, find(options)[0], options, with_progress)
     both = halves(sides(collection), options.seed, every=options.classes is not None)
     if not all(half.matches.numel() for half in both):
         raise UserError(

@@ -87,12 +87,13 @@ def average_precision(scores: Tensor, hits: Tensor, weights: Tensor) -> Tensor:
     Of (N,) scores and (N,) bool hits, each as often as (r, N) float64 weights say.
     """
     scores, order = scores.sort(descending=True)
-    weights, hits = weights[:, order], hits[order]
-    # The last place of each image's score.
-    ends = torch.searchsorted(-scores, -scores, right=True) - 1
-    found = (weights * hits).cumsum(dim=1)
-    precision = (found / weights.cumsum(dim=1)).nan_to_num(0)[:, ends]
-    return (weights * hits * precision).sum(dim=1) / found[:, -1]
+    weights, hits = weights[:, order], hits[order].nonzero().flatten()
+    # The last place of each hit's score, and of all hits the last one up to there.
+    ends = torch.searchsorted(-scores, -scores[hits], right=True) - 1
+    last = torch.searchsorted(hits, ends, right=True) - 1
+    own, all_so_far = weights[:, hits], weights.cumsum(dim=1)[:, ends]
+    precision = (own.cumsum(dim=1)[:, last] / all_so_far).nan_to_num(0)
+    return (own * precision).sum(dim=1) / own.sum(dim=1)
 
 
 def chance(hits: Tensor, number: int) -> Tensor:

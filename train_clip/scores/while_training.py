@@ -99,8 +99,8 @@ class Evaluations(Callback):
     def _score(self, module: Any, model: Any, options: collect.ScoreOptions) -> dict[str, float]:
         has_half_weights = module.options.optimizer.has_half_weights and model is module.model
         with WeightSubstitutes(model, has_half_weights).in_place():
-            found = collect.find(options)
-            collection = collect.collect(model, tokens(module), found, options, lambda loader, _: iter(loader))
+            pairs, _ = collect.find(options)
+            collection = collect.collect(model, tokens(module), pairs, options, lambda loader, _: iter(loader))
             return evaluate.figures(evaluate.run_evaluators(collection))
 
 
@@ -114,7 +114,7 @@ def possible_figures(options: collect.ScoreOptions) -> list[str]:
 
     Whether captions leave an image's R@k to be missed shows only when they have been read.
     """
-    pairs, (classes, _) = collect.find(options), collect.read_classes(options)
+    (pairs, _), (classes, _) = collect.find(options), collect.read_classes(options)
     labels = collect.label_sets([pair.image for pair in pairs], classes, options)
     described = sum(bool(pair.caption or pair.texts) for pair in pairs)
     figures = [f"R@{k} {way}" for way in WAYS for k in KS if described > (1 if way == "i→t" else k)]
