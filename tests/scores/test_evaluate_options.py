@@ -15,11 +15,12 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 from tests.conftest import TINY, said
+from tests.scores.test_bootstrap import bounds_of
 from train_clip import CLIPWrapper, cli
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
 from train_clip.errors import UserError
-from train_clip.evaluation.zero_shot import TEMPLATES, read_list
-from train_clip.scores import bootstrap
+from train_clip.evaluation.zero_shot import TEMPLATES, ZeroShot, read_list
+from train_clip.scores import bootstrap, comparison
 
 
 def checkpoint(path: Path, seed: int) -> Path:
@@ -88,6 +89,18 @@ def test_two_models_are_compared_on_the_same_images(here, capsys):
     of_b = found["differences"]["b.ckpt"]
     assert of_b["differences"]["R@1 i→t"] == pytest.approx(hits["b.ckpt"].mean() - hits["a.ckpt"].mean())
     assert of_b["intervals"]["R@1 i→t"] == pytest.approx(np.percentile(differences, [2.5, 97.5]).tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("number", "is_sure"), [(2, False), (5, False), (6, True)])
+def test_few_images_do_not_make_a_difference_sure(number, is_sure):
+    """One model right on all images and the other on none: as the sign test, 2 · 0.5ⁿ below 0.05."""
+    scores = {}
+    for name, rank in (("a", 0), ("b", 1)):
+        places, labels = torch.full((number,), rank), torch.zeros(number).long()
+        scores[name] = comparison._replicates({"": ZeroShot(0, None, 0, 0.5, number, 2, places=places, labels=labels)})
+    found = comparison._differences(("a", "b"), scores["a"], scores["b"])
+    assert found.differences["zero-shot top-1"] == -1
+    assert (found.rows()[1][-1] == "") == is_sure
 
 
 @pytest.mark.parametrize(
@@ -186,7 +199,7 @@ def test_subgroups(here, capsys):
     assert found.values["town"]["R@1 i→t"] == pytest.approx(hits[8:].mean())
     generator = np.random.default_rng(bootstrap.SEED)
     means = [hits[8:][generator.integers(4, size=4)].mean() for _ in range(bootstrap.RESAMPLES)]
-    assert found.intervals["town"]["R@1 i→t"] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist())
+    assert found.intervals["town"]["R@1 i→t"] == pytest.approx(bounds_of(means, 4))
     assert "place" in capsys.readouterr().out
 
 

@@ -39,7 +39,7 @@ NAMED = 5  # files named on the screen; --json names all
 WIDTH = 200  # characters, what the widest row of a table takes
 
 # ``num_images``, ``num_captions``, each evaluator's result, ``collapse``: a line where the model maps all to one point,
-# and ``skips``: files that could not be read.
+# ``left_out``: lines on images and captions without a partner, and ``skips``: files that could not be read.
 Scores = dict[str, Any]
 
 
@@ -120,13 +120,12 @@ def load_for_scoring(weights: Found, device: str) -> Pretrained:
 def score(model: Pretrained, options: ScoreOptions) -> tuple[Scores, embed.Collection]:
     """Score a model on its device with every evaluator that applies; return the scores and what was scored."""
     found, left_out = find(options)
-    for line in left_out:
-        print(line)
     resolve_name(NEEDS)(model, found, options)
     collection = collect(model.model, model.tokens, found, options, with_progress)
     counts = {"num_images": len(collection.paths), "num_captions": len(collection.captions)}
     results = {name: resolve_name(INTERVALS)(result) for name, result in run_evaluators(collection).items()}
-    return counts | results | {"collapse": embed.find_collapse(collection), "skips": collection.skips}, collection
+    further = {"collapse": embed.find_collapse(collection), "left_out": left_out, "skips": collection.skips}
+    return counts | results | further, collection
 
 
 def run_evaluators(collection: embed.Collection) -> Scores:
@@ -147,6 +146,8 @@ def report(scores: Scores) -> None:
         (print if isinstance(rows, str) else print_table)(rows)
     if scores["collapse"]:
         print(scores["collapse"])
+    for line in scores["left_out"]:
+        print(line)
     for path, reason in skips[:NAMED]:
         print(f"Not scored: {printable(path)}: {reason}")
 

@@ -23,16 +23,13 @@ class Subgroups:
     intervals: dict[str, Intervals]
 
     def rows(self) -> list[list[str]]:
-        """A heading, and a row for each subgroup."""
-        names = list(dict.fromkeys(name for found in self.values.values() for name in found))
-        rows = [[self.column, "images", *(cell for name in names for cell in (name, "95% interval"))]]
+        """A heading, and a row for each figure of each subgroup."""
+        rows = [[self.column, "images", "", "", "95% interval"]]
         for value, found in self.values.items():
-            row = [value, f"{self.num_images[value]:,}"]
-            for name in names:
+            for name, figure in found.items():
                 form = form_of(name)
-                row += [form.format(found[name]) if name in found else ""]
-                row += [interval(self.intervals[value].get(name), form)]
-            rows.append(row)
+                cells = [form.format(figure), interval(self.intervals[value].get(name), form)]
+                rows.append([value, f"{self.num_images[value]:,}", name, *cells])
         return rows
 
 
@@ -63,7 +60,8 @@ def score_by(of_image: dict[str, list[str]], scores: dict[str, Any], paths: list
         for result in bootstrap.scored(scores.values()):
             figures = bootstrap.resampled(result, once)
             found[value] |= {name: one.item() for name, one in figures.items() if not one.isnan()}
-            intervals[value] |= bootstrap.intervals(bootstrap.replicates(result, places))
+            drawn, number = bootstrap.replicates(result, places), bootstrap.num_scored(result, places)
+            intervals[value] |= bootstrap.intervals(drawn, number)
     return Subgroups(column, {value: len(members[value]) for value in found}, found, intervals)
 
 
