@@ -12,7 +12,7 @@ import yaml
 from tests.conftest import TINY, said, write_pairs
 from train_clip import cli
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
-from train_clip.scores.while_training import Evaluations, logged, possible_figures
+from train_clip.scores.while_training import OF_VALIDATION, Evaluations, logged, possible_figures
 
 RUN = (
     "train --folder pairs --model_name tiny.yaml --batch_size 4 --epochs 3 --val_share 0 --accelerator cpu "
@@ -99,6 +99,21 @@ def test_the_best_is_best_by_the_figure_that_is_named(here, monkeypatch, every):
     assert evaluate("run", EvaluateOptions(Path("more")))["num_images"] == 9
 
 
+def test_a_source_that_is_gone_does_not_end_the_run(here, monkeypatch, capsys):
+    """Moved away after the first epoch, and back after the second: what is missing is said, and the run goes on."""
+    score, moves = Evaluations._score, iter([("more", "more"), ("more", "away"), ("away", "more")])
+
+    def moving(*given: object) -> object:
+        Path.rename(*map(Path, next(moves)))
+        return score(*given)
+
+    monkeypatch.setattr(Evaluations, "_score", moving)
+    train("--output run --evaluate more=more --best_by more/R@1_image_to_text")
+    assert [row["step"] for row in rows("run") if "more/R@1_image_to_text" in row] == ["3", "9"]
+    assert "--evaluate more: not scored at step 6. more: " in capsys.readouterr().out
+    assert Path("run/checkpoints/best.ckpt").exists()
+
+
 def test_a_resumed_run_knows_its_best_and_its_sources(here, monkeypatch, capsys):
     """The better figure of before is kept; by another figure nothing was best yet."""
     marks = iter([0.9, 0.1, 0.1, 0.2, 0.3, 0.3])
@@ -158,11 +173,13 @@ def test_what_is_wrong_is_refused(here, words, expected):
     ("figure", "is_one"), [("val/mean_recal", False), ("a/top1", False), ("val/R@5_image_to_text", True)]
 )
 def test_a_wrong_figure_is_refused_without_an_evaluation_too(here, figure, is_one):
-    """One of validation is taken: best.ckpt goes by it."""
+    """One of validation is taken, and best.ckpt goes by it; those are all that validation logs, but for chance."""
     words = f"--output run --val_share 0.4 --best_by {figure}"
     if is_one:
         train(words)
         assert Path("run/checkpoints/best.ckpt").exists()
+        names = {name for row in rows("run") for name in row if name.startswith("val/") and "chance" not in name}
+        assert names == {f"val/{logged(name)}" for name in OF_VALIDATION}
         return
     with pytest.raises(SystemExit) as stop:
         train(words)

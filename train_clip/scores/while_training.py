@@ -81,7 +81,14 @@ class Evaluations(Callback):
         with torch.random.fork_rng(devices=[]):
             for name, options in self.sources.items():
                 for suffix, model in models.items():
-                    found = self._score(module, model, options)
+                    try:
+                        found = self._score(module, model, options)
+                    except UserError as error:
+                        # Other processes would wait for this one.
+                        if trainer.world_size > 1:
+                            raise
+                        print(f"--evaluate {name}: not scored at step {trainer.global_step:,}. {error}", flush=True)
+                        continue
                     figures |= {f"{name}{suffix}/{logged(figure)}": value for figure, value in found.items()}
                     if trainer.is_global_zero:
                         shown = "  ".join(f"{figure.removeprefix('zero-shot ')} {v:.1%}" for figure, v in found.items())
@@ -90,7 +97,8 @@ class Evaluations(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures | {"epoch": trainer.current_epoch + 1.0}, step=trainer.global_step)
-        if self.best_by not in figures and self.best_by.partition("/")[0] in self.sources:
+        scored = {figure.partition("/")[0] for figure in figures}
+        if self.best_by not in figures and self.best_by.partition("/")[0] in scored:
             raise UserError(f"--best_by {self.best_by}: not among the figures. Expected one of {', '.join(figures)}.")
         for saving in trainer.checkpoint_callbacks:
             if isinstance(saving, Checkpoints):
