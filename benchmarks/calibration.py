@@ -13,7 +13,9 @@ import numpy as np
 
 from train_clip import cli
 from train_clip.checkpoints.found import find_weights
-from train_clip.commands.evaluate import collect, load_for_scoring
+from train_clip.commands.evaluate import load_for_scoring
+from train_clip.commands.progress import with_progress
+from train_clip.evaluation.collect import collect, find
 from train_clip.probes.calibrate import check, fit, halves, sides
 
 
@@ -22,7 +24,7 @@ def main() -> None:
     _, call = cli.parse("calibrate", sys.argv[1:])
     checkpoint, options, weights = call.args
     model = load_for_scoring(find_weights(checkpoint, weights, options.backbone), options.device)
-    both = sides(collect(model, options))
+    both = sides(collect(model.model, model.tokens, find(options)[0], options, with_progress))
     scale = model.model.logit_scale.exp().item()
     found = []
     for seed in range(options.seed or 20):

@@ -94,6 +94,13 @@ def _host_group(everyone: Any) -> Any:
     return everyone if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum of everyone's tensor, of one shape and dtype on all ranks; the own one may be overwritten."""
+    if world()[1] > 1:
+        distributed.all_reduce(values)
+    return values
+
+
 def on_any(flag: Tensor) -> Tensor:
     """Whether a () bool is set on any rank: () float, 0 or 1, on the flag's device, without waiting for it."""
     flag = flag.float()

@@ -142,6 +142,18 @@ def test_what_cannot_be_read_is_left_out_and_named(pair_folder, checkpoint, caps
     assert "003.png" in capsys.readouterr().out
 
 
+def test_what_has_no_partner_is_left_out_and_counted(pair_folder, checkpoint, tmp_path, capsys):
+    """Images without captions, and captions without images; with classes those images count."""
+    for name in ("003.txt", "004.txt", "007.png"):
+        (pair_folder / name).unlink()
+    evaluate(checkpoint, EvaluateOptions(pair_folder))
+    printed = capsys.readouterr().out
+    assert "2 images have no caption, such as 003.png.\n1 captions have no image, such as 007.txt.\n" in printed
+    (tmp_path / "classes.txt").write_text("pairs\nother\n")
+    assert evaluate(checkpoint, EvaluateOptions(pair_folder, tmp_path / "classes.txt"))["num_images"] == 11
+    assert "have no caption" not in capsys.readouterr().out
+
+
 def test_a_picture_is_drawn(pair_folder, checkpoint, tmp_path, drawn):
     """``--picture`` writes a PNG."""
     cli.main(["evaluate", str(checkpoint), "--folder", str(pair_folder), "--picture", str(tmp_path / "best.png")])

@@ -215,20 +215,6 @@ def test_median_rank(case, seed):
         assert found.median_rank[way] == statistics.median(ranks)
 
 
-def test_chance_of_the_median_rank():
-    """The rank by which half of the queries are found, over all 24 orders of four captions, 6 of three images."""
-    owners, captions = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0, 2])
-    images, texts = embed(3, 0), embed(4, 1)
-    chance = retrieval(images, texts, owners, captions).chance_median_rank
-    for way, number, turned in (("i→t", 4, lambda order: (images, texts[order])),
-                                ("t→i", 3, lambda order: (images[order], texts))):  # fmt: skip
-        ranks = []
-        for order in itertools.permutations(range(number)):
-            found = retrieval(*turned(list(order)), owners, captions)
-            ranks += next(query.ranks.tolist() for query in found.queries if query.way == way)
-        assert chance[way] == sorted(ranks)[(len(ranks) - 1) // 2]
-
-
 class Elements(TorchDispatchMode):
     """Counts the elements of all tensors that operations give."""
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from train_clip.evaluation.retrieval import retrieval
@@ -26,6 +27,14 @@ def draws(number: int) -> list[np.ndarray]:
     """The images of each resample, with those that are drawn twice, from the same seed."""
     generator = np.random.default_rng(bootstrap.SEED)
     return [generator.integers(number, size=number) for _ in range(bootstrap.RESAMPLES)]
+
+
+def bounds_of(values: list[float], number: int) -> list[float]:
+    """Percentiles; where all resamples of so many images are 0 or 1, Clopper and Pearson's interval by SciPy."""
+    if {*values} in ({0.0}, {1.0}):
+        exact = binomtest(int(number * values[0]), number).proportion_ci(0.95, "exact")
+        return [exact.low, exact.high]
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 @pytest.mark.parametrize("held", [1, 300, 2**22])
@@ -56,7 +65,7 @@ def test_retrieval_against_a_loop(held, monkeypatch):
             for k in (1, 3):
                 values.setdefault(f"R@{k} {way}", []).append(float(np.mean(written_out <= k)))
         for name, several in values.items():
-            assert bounds[name] == pytest.approx(np.percentile(several, [2.5, 97.5]).tolist(), abs=1e-12), name
+            assert bounds[name] == pytest.approx(bounds_of(several, 10), abs=1e-12), name
 
 
 def test_classification_against_a_loop():
@@ -72,7 +81,7 @@ def test_classification_against_a_loop():
         values["zero-shot top-5"].append((np.array(before)[drawn] < 5).mean())
         values["zero-shot mean per class"].append(np.mean([hits[own == place].mean() for place in set(own)]))
     for name, several in values.items():
-        assert bounds[name] == pytest.approx(np.percentile(several, [2.5, 97.5]).tolist(), abs=1e-12), name
+        assert bounds[name] == pytest.approx(bounds_of(several, 30), abs=1e-12), name
 
 
 def test_of_all_images_once_it_is_the_figure_itself():
@@ -130,3 +139,25 @@ def test_the_same_images_are_drawn_whatever_hangs_on_them():
     for place, drawn in enumerate(draws(12)[:50]):
         assert first[place] == pytest.approx(hits[0][drawn].mean())
         assert second[place] == pytest.approx(hits[1][drawn].mean())
+
+
+@pytest.mark.parametrize("hit", [True, False])
+@pytest.mark.parametrize("number", [1, 2, 11, 100])
+def test_where_all_images_are_alike(hit, number):
+    """All found or none: Clopper and Pearson's exact interval, by SciPy; of ranks none below six images."""
+    places = torch.arange(number)
+    found = retrieval(embed(number, 0), embed(number, 0), places, places, (1,))
+    if not hit:
+        found = replace(found, queries=[one._replace(ranks=one.ranks + 1) for one in found.queries])
+    bounds = bootstrap.with_intervals(found).intervals
+    exact = binomtest(number * hit, number).proportion_ci(0.95, "exact")
+    assert bounds["R@1 i→t"] == pytest.approx([exact.low, exact.high])
+    assert ("median rank i→t" in bounds) == (number >= 6)
+
+
+def test_images_without_captions_do_not_make_an_interval_narrower():
+    """Two images with captions among 100: as of the two."""
+    places = torch.arange(2)
+    found = retrieval(embed(2, 0), embed(2, 0), places, places, (1,))
+    bounds = bootstrap.with_intervals(replace(found, num_images=100)).intervals
+    assert bounds["R@1 i→t"] == pytest.approx([0.025**0.5, 1])

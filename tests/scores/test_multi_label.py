@@ -65,3 +65,11 @@ def test_chance_is_what_random_orders_score(hits):
     orders = [torch.tensor(order).double() for order in itertools.permutations(range(5))]
     mean = np.mean([average_precision(order, mine, once).item() for order in orders])
     assert chance(torch.tensor([hits]).double(), 5).item() == pytest.approx(mean, abs=1e-12)
+
+
+def test_classes_that_tell_no_images_apart():
+    """All images have the first class and none the other: no figure, rather than one that is not a number."""
+    images, classes = F.normalize(torch.randn(2, N, D), dim=-1)[:, :2]
+    found = bootstrap.with_intervals(multi_label(images, torch.tensor([[True, False]] * 2), classes, ["a", "b"]))
+    assert (found.mean, found.chance, found.per_class, found.intervals, found.figures()) == (None, None, {}, {}, {})
+    assert found.rows() == "multi-label: not scored, since each class is in all of the images or in none"

@@ -12,7 +12,7 @@ import yaml
 from tests.conftest import TINY, said, write_pairs
 from train_clip import cli
 from train_clip.commands.evaluate import EvaluateOptions, evaluate
-from train_clip.scores.while_training import Evaluations, logged
+from train_clip.scores.while_training import OF_VALIDATION, Evaluations, logged, possible_figures
 
 RUN = (
     "train --folder pairs --model_name tiny.yaml --batch_size 4 --epochs 3 --val_share 0 --accelerator cpu "
@@ -99,6 +99,21 @@ def test_the_best_is_best_by_the_figure_that_is_named(here, monkeypatch, every):
     assert evaluate("run", EvaluateOptions(Path("more")))["num_images"] == 9
 
 
+def test_a_source_that_is_gone_does_not_end_the_run(here, monkeypatch, capsys):
+    """Moved away after the first epoch, and back after the second: what is missing is said, and the run goes on."""
+    score, moves = Evaluations._score, iter([("more", "more"), ("more", "away"), ("away", "more")])
+
+    def moving(*given: object) -> object:
+        Path.rename(*map(Path, next(moves)))
+        return score(*given)
+
+    monkeypatch.setattr(Evaluations, "_score", moving)
+    train("--output run --evaluate more=more --best_by more/R@1_image_to_text")
+    assert [row["step"] for row in rows("run") if "more/R@1_image_to_text" in row] == ["3", "9"]
+    assert "--evaluate more: not scored at step 6. more: " in capsys.readouterr().out
+    assert Path("run/checkpoints/best.ckpt").exists()
+
+
 def test_a_resumed_run_knows_its_best_and_its_sources(here, monkeypatch, capsys):
     """The better figure of before is kept; by another figure nothing was best yet."""
     marks = iter([0.9, 0.1, 0.1, 0.2, 0.3, 0.3])
@@ -117,21 +132,82 @@ def test_a_resumed_run_knows_its_best_and_its_sources(here, monkeypatch, capsys)
     ("words", "expected"),
     [
         (["more"], "--evaluate more: expected NAME=SOURCE"),
-        (["val=more"], "none of train, val, val_ema"),
+        (["val=more"], "none of train, val, nor one that ends in _ema"),
+        (["more_ema=more"], "none of train, val, nor one that ends in _ema"),
         (["a=more", "--evaluate", "a=more"], "each name once"),
         (["a=nowhere"], "nowhere"),
         (["a=pairs", "--evaluate_every", "sometimes"], "--evaluate_every sometimes: expected epochs"),
         (["a=odd.yaml"], "no options of `--evaluate a`"),
         (["a=classes.yaml"], "its class is 'cat' by its folder"),
-        (["a=more", "--best_by", "a/top9"], "--best_by a/top9: not among the figures. Expected one of a/R@1_"),
+        (["a=types.yaml"], "types.yaml: "),
+        (["a=small.yaml"], "batch_size is 0; expected 1 or above"),
+        (["a=templates.yaml"], "nowhere.txt: neither a file nor a set of templates"),
+        (["a=one.yaml"], "one.txt: 1 class"),
+        (["a=column.yaml"], "--class_column kind: is a column of a table"),
+        (["a=single"], "single: 1 images, 1 of them with captions, and no classes: nothing to score"),
+        (["a=more", "--best_by", "a/top1"], "--best_by a/top1: no figure of this run. Expected one of a/R@1_image"),
+        (["a=zs.yaml", "--best_by", "a/top5"], "--best_by a/top5: no figure of this run"),
+        (["a=more", "--best_by", "a/R@10_text_to_image"], "--best_by a/R@10_text_to_image: no figure of this run"),
+        (["a=more", "--best_by", "b/top1"], "--best_by b/top1: no figure of this run"),
     ],
 )
 def test_what_is_wrong_is_refused(here, words, expected):
-    """In a line, and, but for a figure that turns out not to be one, before anything is written."""
+    """In a line, before anything is written."""
     Path("odd.yaml").write_text("folder: more\npicture: p.png\n")
     Path("classes.yaml").write_text("folder: more\nclasses: other.txt\n")
     Path("other.txt").write_text("fish\ndog\n")
+    Path("types.yaml").write_text("folder: more\nbatch_size: many\n")
+    Path("small.yaml").write_text("folder: more\nbatch_size: 0\n")
+    Path("templates.yaml").write_text("folder: more\nclasses: classes.txt\ntemplates: nowhere.txt\n")
+    Path("one.yaml").write_text("folder: more\nclasses: one.txt\n")
+    Path("one.txt").write_text("cat\n")
+    Path("column.yaml").write_text("folder: more\nclasses: classes.txt\nclass_column: kind\n")
+    write_pairs(Path("single"), 1)
     with pytest.raises(SystemExit) as stop:
         train("--output run --evaluate", *words)
     assert expected in said(stop)
-    assert Path("run/logs").exists() == ("top9" in words[-1])
+    assert not Path("run/logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("figure", "is_one"), [("val/mean_recal", False), ("a/top1", False), ("val/R@5_image_to_text", True)]
+)
+def test_a_wrong_figure_is_refused_without_an_evaluation_too(here, figure, is_one):
+    """One of validation is taken, and best.ckpt goes by it; those are all that validation logs, but for chance."""
+    words = f"--output run --val_share 0.4 --best_by {figure}"
+    if is_one:
+        train(words)
+        assert Path("run/checkpoints/best.ckpt").exists()
+        names = {name for row in rows("run") for name in row if name.startswith("val/") and "chance" not in name}
+        assert names == {f"val/{logged(name)}" for name in OF_VALIDATION}
+        return
+    with pytest.raises(SystemExit) as stop:
+        train(words)
+    assert f"--best_by {figure}: no figure of this run. Expected one of val/loss" in said(stop)
+    assert not Path("run/logs").exists()
+
+
+def test_the_figures_that_are_foretold_are_those_that_come(here):
+    """Of captions, classes and lists of classes: the names that ``--best_by`` takes are those in the log."""
+    Path("more/cat/001.cls").write_text("cat\ndog\n")
+    Path("six.txt").write_text("cat\nhorse\nemu\ncow\nox\nowl\n")
+    write_pairs(Path("six/cat"), 12)
+    Path("six.yaml").write_text("folder: six\nclasses: six.txt\n")
+    train("--output run --epochs 1 --evaluate more=more --evaluate zs=zs.yaml --evaluate six=six.yaml")
+    sources = {"more": "more", "zs": "zs.yaml", "six": "six.yaml"}
+    names = {
+        f"{name}/{logged(figure)}"
+        for name, options in Evaluations(sources).sources.items()
+        for figure in possible_figures(options)
+    }
+    assert {"zs/mAP", "six/top5", "six/R@10_text_to_image"} <= names
+    assert {name for row in rows("run") for name in row if name.partition("/")[0] in sources} == names
+
+
+def test_classes_that_are_one_to_the_model_stop_the_run_before_its_first_step(here):
+    """Their tokens are known when the model is."""
+    Path("classes.txt").write_text("cat\nA & B\nA &amp; B\n")
+    with pytest.raises(SystemExit) as stop:
+        train("--output run --evaluate zs=zs.yaml")
+    assert "have the same tokens" in said(stop)
+    assert not list(Path("run").glob("checkpoints/*"))

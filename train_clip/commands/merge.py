@@ -14,6 +14,7 @@ from train_clip.commands import evaluate
 from train_clip.commands.progress import FIRST_SECONDS
 from train_clip.errors import UsageError, UserError
 from train_clip.estimates import remaining, require_room
+from train_clip.evaluation.collect import ScoreOptions
 from train_clip.files import require_new, require_no_others, require_place
 from train_clip.models.config import config_from_dict
 from train_clip.options import option
@@ -27,7 +28,7 @@ KEPT = (own.LIGHTNING, "epoch", "global_step", "hyper_parameters")
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeOptions(evaluate.ScoreOptions):
+class MergeOptions(ScoreOptions):
     """The weights of the two models, and what to evaluate the merged models on."""
 
     weight: float | list[float] = option(0.5, 'weight of the second checkpoint, 0 to 1; several as "[0.25, 0.5, 0.75]"')
@@ -144,16 +145,8 @@ def _weights(options: MergeOptions) -> list[float]:
 
 def _scores(weights: found.Found, options: MergeOptions) -> dict[str, evaluate.Scores]:
     """Scores by what a model is scored on; none where nothing is given."""
-    classes, templates = options.other_classes, options.other_templates
-    other = dataclasses.replace(
-        options,
-        folder=options.other_folder,
-        pairs=None,
-        split="all",
-        classes=classes,
-        class_column=None,
-        templates=templates,
-    )
+    other = dataclasses.replace(options, folder=options.other_folder, pairs=None, split="all", class_column=None)
+    other = dataclasses.replace(other, classes=options.other_classes, templates=options.other_templates)
     sets = {str(place): how for how in (options, other) if (place := how.folder or how.pairs)}
     if not sets:
         return {}

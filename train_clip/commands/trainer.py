@@ -82,8 +82,8 @@ def _build(options: TrainerOptions, folder: Path, run: RunOptions, best_by: str,
     callbacks: list[L.Callback] = [display.Throughput(), display.Curves(folder)]
     if asked.get("enable_progress_bar", True):
         callbacks.append(display.RunProgress())
-    if run.evaluate:
-        callbacks.append(resolve_name(EVALUATIONS)(run.evaluate, run.evaluate_every, best_by))
+    if run.evaluate or run.best_by:
+        callbacks += resolve_name(EVALUATIONS)(run.evaluate or [], run.evaluate_every, best_by)
     if asked.get("enable_checkpointing", True):
         interval = None if run.save_every is None else checkpoints.Interval.parse(str(run.save_every))
         callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", interval, run.keep, best_by, folder / "ema"))

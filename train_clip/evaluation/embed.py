@@ -4,7 +4,7 @@ N  images or captions      S  side of the image in pixels      D  embedding widt
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from train_clip import gather
 from train_clip.data.crops import centre_square
 from train_clip.errors import UserError
 from train_clip.models.clip import DualEncoder, Texts, texts_on, unit_norm
@@ -44,20 +43,26 @@ class Collection:
 
 def find_collapse(collection: Collection) -> str | None:
     """Say what the model maps to one point though it differs: within D · eps all is a tie (``softmax.ranks``)."""
-    sides = {"images": collection.images}
+    sides: dict[str, Iterable[torch.Tensor]] = {"images": collection.images.split(COMPARED_AT_ONCE)}
     if (collection.caption_ids != collection.caption_ids[:1]).any():
-        sides["captions"] = collection.texts
+        sides["captions"] = collection.texts.split(COMPARED_AT_ONCE)
     if collection.classes:
         names = [collection.templates[0].replace("{}", name) for name in collection.classes]
-        sides["class names"] = collection.embed_texts(names)
-    found = [what for what, some in sides.items() if len(some) > 1 and _is_one_point(some)]
+        some = (names[start : start + EMBED_AT_ONCE] for start in range(0, len(names), EMBED_AT_ONCE))
+        sides["class names"] = map(collection.embed_texts, some)
+    found = [what for what, blocks in sides.items() if _is_one_point(blocks)]
     same = "have the same embedding, up to rounding. The model cannot tell them apart."
     return f"Collapsed: all {' and all '.join(found)} {same}" if found else None
 
 
-def _is_one_point(some: torch.Tensor) -> bool:
-    tie = some.shape[1] * torch.finfo(torch.float32).eps
-    return all((rows - some[0]).norm(dim=1).max() <= tie for rows in some.split(COMPARED_AT_ONCE))
+def _is_one_point(blocks: Iterable[torch.Tensor]) -> bool:
+    """Whether all rows of (n, D) blocks are at one point, and more than one; no block is asked for in vain."""
+    first, number = torch.empty(0), 0
+    for rows in blocks:
+        first, number = first if number else rows[0], number + len(rows)
+        if not (rows - first).norm(dim=1).max() <= len(first) * torch.finfo(torch.float32).eps:
+            return False
+    return number > 1
 
 
 def require_finite(embeddings: torch.Tensor, names: Sequence[str], what: str) -> None:
@@ -103,23 +108,6 @@ def embed_texts(
     """
     texts, device = [texts] if isinstance(texts, str) else list(texts), model.logit_scale.device
     return _embed(model, texts, lambda batch: model.encode_text(texts_on(device, tokenize(batch))), batch_size)
-
-
-def share(total: int) -> list[int]:
-    """The places of a whole that this process embeds: every W-th of W processes, as many on each, so some are twice."""
-    rank, processes = gather.world()
-    return [(rank + step * processes) % total for step in range(-(-total // processes))]
-
-
-def of_all(rows: torch.Tensor, places: list[int], total: int) -> tuple[torch.Tensor, list[int]]:
-    """The rows of all processes in the order of their places, each once, and those places out of ``total``."""
-    if gather.world()[1] == 1:
-        return rows, places
-    own = torch.tensor(places, dtype=torch.long, device=rows.device)
-    whole, found = rows.new_empty(total, *rows.shape[1:]), torch.zeros(total, dtype=torch.bool, device=rows.device)
-    for part, at in zip(gather.gather_all(rows), gather.gather_all(own), strict=True):
-        whole[at], found[at] = part, True
-    return whole[found], found.nonzero().flatten().tolist()
 
 
 def _embed(model: DualEncoder, items: Any, encode: Any, batch_size: int) -> torch.Tensor:

@@ -3,11 +3,9 @@
 N  images      M  captions      D  embedding width      U  different captions
 """
 
-import bisect
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +17,12 @@ from train_clip.losses.tiles import tiles
 from train_clip.printing import Intervals, interval
 
 KS = (1, 5, 10)  # CLIP paper, table 13
-ROUNDING = 1e-9  # of a chance that is exactly a half
+WAYS = "i→t", "t→i"  # in the names of figures
 
 
-class Ranks(NamedTuple):
-    """Of the queries of one direction."""
+class Queries(NamedTuple):
+    """Those of one direction."""
 
-    way: str  # "i→t" or "t→i"
     images: Tensor  # (Q,) int64, the image that the query is, or is a caption of
     ranks: Tensor  # (Q,) int64 from 1: the place of the best correct candidate
 
@@ -38,31 +35,29 @@ class Retrieval:
     text_to_image: dict[int, float]
     chance_image_to_text: dict[int, float]
     chance_text_to_image: dict[int, float]
-    median_rank: dict[str, float] = field(default_factory=dict)  # by "i→t" and "t→i"
-    chance_median_rank: dict[str, float] = field(default_factory=dict)  # by which a random order finds half
+    median_rank: dict[str, float] = field(default_factory=dict)  # of both ways
     intervals: Intervals = field(default_factory=dict)
-    queries: tuple[Ranks, ...] = field(default=(), compare=False, repr=False)
+    queries: Sequence[Queries] = field(default=(), compare=False, repr=False)  # of both ways
     num_images: int = field(default=0, compare=False, repr=False)  # with those that have no captions
 
     def rows(self) -> list[list[str]] | str:
         """A heading and a row for each k, to be printed."""
         if not (ks := sorted(self.image_to_text.keys() | self.text_to_image.keys())):
             return "retrieval: not scored, since every caption is correct for every image"
-        heading = "retrieval", "image → text", "95% interval", "chance", "text → image", "95% interval", "chance"
-        rows = [list(heading), *([f"R@{k}"] for k in ks), ["median rank"]]
+        heading = ["retrieval", "image → text", "95% interval", "chance", "text → image", "95% interval", "chance"]
+        rows, last = [[f"R@{k}"] for k in ks], ["median rank"]
         recalls = (self.image_to_text, self.chance_image_to_text), (self.text_to_image, self.chance_text_to_image)
-        for way, (recall, chance) in zip(self.median_rank, recalls, strict=True):
-            for row, k in zip(rows[1:], ks, strict=False):
-                shares = [f"{one[k]:.1%}" if k in one else "" for one in (recall, chance)]
-                row += [shares[0], interval(self.intervals.get(f"R@{k} {way}")), shares[1]]
-            bounds = interval(self.intervals.get(f"median rank {way}"), "{:,.1f}")
-            rows[-1] += [f"{self.median_rank[way]:,.1f}", bounds, f"{self.chance_median_rank[way]:,.1f}"]
-        return rows
+        for (way, median), (recall, chance) in zip(self.median_rank.items(), recalls, strict=True):
+            for row, k in zip(rows, ks, strict=True):
+                share, guess = (f"{one[k]:.1%}" if k in one else "" for one in (recall, chance))
+                row += [share, interval(self.intervals.get(f"R@{k} {way}")), guess]
+            last += [f"{median:,.1f}", interval(self.intervals.get(f"median rank {way}"), "{:,.1f}"), ""]
+        return [heading, *rows, last]
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
-        both = {"i→t": self.image_to_text, "t→i": self.text_to_image}
-        return {f"R@{k} {way}": share for way, recall in both.items() for k, share in recall.items()}
+        both = zip(WAYS, (self.image_to_text, self.text_to_image), strict=True)
+        return {f"R@{k} {way}": share for way, recall in both for k, share in recall.items()}
 
 
 def score_captions(collection: Collection) -> Retrieval | None:
@@ -77,11 +72,13 @@ def score_captions(collection: Collection) -> Retrieval | None:
     # What every guess finds, as with k at the number of candidates, is no score.
     chances = found.chance_image_to_text, found.chance_text_to_image
     kept = zip((found.image_to_text, found.text_to_image, *chances), chances * 2, strict=True)
-    recalls = [{k: share for k, share in shares.items() if chance[k] < 1} for shares, chance in kept]
-    queries = tuple(query._replace(images=described.cpu()[query.images]) for query in found.queries)
-    names = [one.name for one in dataclasses.fields(found)][: len(recalls)]
-    further: dict[str, Any] = dict(zip(names, recalls, strict=True)) | {"num_images": len(collection.images)}
-    return dataclasses.replace(found, queries=queries, **further)
+    to_text, to_image, by_text, by_image = (
+        {k: share for k, share in shares.items() if chance[k] < 1} for shares, chance in kept
+    )
+    queries = [Queries(described.cpu()[one.images], one.ranks) for one in found.queries]
+    return Retrieval(
+        to_text, to_image, by_text, by_image, found.median_rank, queries=queries, num_images=len(collection.images)
+    )
 
 
 def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor, ks: Sequence[int] = KS) -> Retrieval:
@@ -99,47 +96,34 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, caption_ids: Tensor
     (by_owner, of_owner), (by_id, of_id) = (
         (one[order := one.argsort()], other[order]) for one, other in ((owners, ids), (ids, owners))
     )
-    to_text, chance_of_text, ranks_of_images, by_images = _search(
+    to_text, chance_of_text, of_images = _search(
         images, texts, ks, lambda at: _related(places[at], by_owner, of_owner, len(different))[:, ids]
     )
-    to_image, chance_of_image, ranks_of_texts, by_texts = _search(
+    to_image, chance_of_image, of_texts = _search(
         texts, images, ks, lambda at: _related(ids[at], by_id, of_id, len(images))
     )
-    queries = Ranks("i→t", places.cpu(), ranks_of_images), Ranks("t→i", owners.cpu(), ranks_of_texts)
-    return Retrieval(
-        to_text,
-        to_image,
-        chance_of_text,
-        chance_of_image,
-        {query.way: float(np.median(query.ranks.numpy())) for query in queries},
-        {"i→t": by_images, "t→i": by_texts},
-        queries=queries,
-        num_images=len(images),
-    )
+    queries = [Queries(places.cpu(), of_images), Queries(owners.cpu(), of_texts)]
+    medians = {way: float(np.median(one.ranks.numpy())) for way, one in zip(WAYS, queries, strict=True)}
+    found = to_text, to_image, chance_of_text, chance_of_image, medians
+    return Retrieval(*found, queries=queries, num_images=len(images))
 
 
 def _search(
     queries: Tensor, candidates: Tensor, ks: Sequence[int], right: Callable[[slice], Tensor]
-) -> tuple[dict[int, float], dict[int, float], Tensor, float]:
-    """Recall and chance at each k, ranks and their median by chance; ``right`` tells which candidates are right."""
+) -> tuple[dict[int, float], dict[int, float], Tensor]:
+    """Recall and chance at each k, and ranks; ``right`` tells for some of the queries which candidates are right."""
     found, matches = torch.empty(2, len(queries), dtype=torch.int64)
     for rows in tiles(len(queries), len(candidates)):
         table = right(rows)
         found[rows], matches[rows] = ranks(queries[rows], candidates, table), table.sum(dim=1)
     # On the CPU: some devices (MPS) have no float64.
     recall = {k: (found < k).double().mean().item() for k in ks}
+    # 1 - C(candidates - matches, k) / C(candidates, k), averaged over the queries.
     number = len(candidates)
-    kinds, numbers = matches.double().unique(return_counts=True)
-
-    def chance(k: int) -> float:
-        # 1 - C(number - matches, k) / C(number, k), averaged over the queries.
-        k, wrong = min(k, number), number - kinds
-        ways = [torch.lgamma(among - some + 1) for among in (wrong, kinds + wrong) for some in (0, k)]
-        missed = torch.where(wrong < k, 0.0, (ways[0] - ways[1] - ways[2] + ways[3]).exp())
-        return (numbers * (1 - missed)).sum().item() / len(matches)
-
-    by_chance = 1 + bisect.bisect_left(range(1, number + 1), 0.5 - ROUNDING, key=chance)
-    return recall, {k: chance(k) for k in ks}, found + 1, by_chance
+    drawn = torch.arange(min(max(ks), number), dtype=torch.float64)
+    wrong = number - matches.double()[:, None]
+    missed = ((wrong - drawn) / (number - drawn)).clamp(min=0).cumprod(dim=1)
+    return recall, {k: (1 - missed[:, min(k, number) - 1]).mean().item() for k in ks}, found + 1
 
 
 def _related(wanted: Tensor, left: Tensor, right: Tensor, size: int) -> Tensor:

@@ -20,9 +20,12 @@ from train_clip.losses.tiles import tiles
 from train_clip.printing import Intervals, interval
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP paper, section 3.1.4
-# CLIP's sets, a file each (github.com/openai/CLIP: data/prompts.md, notebooks/Prompt_Engineering_for_ImageNet.ipynb).
+# CLIP's sets, a file each (MIT License, OpenAI; github.com/openai/CLIP: data/prompts.md; ImageNet's:
+# notebooks/Prompt_Engineering_for_ImageNet.ipynb).
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).with_name("templates").glob("*.txt"))}
 PREFIX = "zero-shot "  # of its figures' names
+TOP1, TOP5, MEAN = (PREFIX + name for name in ("top-1", "top-5", "mean per class"))
+NONE = torch.empty(0, dtype=torch.long)
 CAPTIONS_AT_ONCE = 4096  # of classes: what is held of them at a time, or all of one class
 # A line of JSON or Python: in quotes; with a key in quotes; or with a bracket before anything but a template's.
 DATA = re.compile(r"""(["']).*\1,?|(["']).*\2\s*:.*|[\[{]\s*(["'\[{\d-].*)?""")
@@ -39,24 +42,24 @@ class ZeroShot:
     num_images: int
     num_classes: int
     per_class: dict[str, float] = field(default_factory=dict)  # top-1 of each class that has images
-    confusion: dict[str, dict[str, int]] = field(default_factory=dict)  # images of a class by what they are taken for
     intervals: Intervals = field(default_factory=dict)
-    images: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)  # classes before theirs; theirs
+    places: torch.Tensor = field(default=NONE, compare=False, repr=False)  # (N,) how many classes stand before theirs
+    labels: torch.Tensor = field(default=NONE, compare=False, repr=False)  # (N,) their classes
+    classes: torch.Tensor = field(default=NONE, compare=False, repr=False)  # (C, D) the classes' embeddings
 
     def rows(self) -> str:
         """A line to be printed."""
-        chances = {"top-1": self.chance, "top-5": 5 * self.chance, "mean per class": self.chance}
         shares = [
             f"{name.removeprefix(PREFIX)} {share:.1%} {interval(self.intervals.get(name))}".rstrip()
-            + f" (chance {chances[name.removeprefix(PREFIX)]:.1%})"
+            + f" (chance {self.chance * (5 if name == TOP5 else 1):.1%})"
             for name, share in self.figures().items()
         ]
         return f"zero-shot over {self.num_classes:,} classes: {', '.join(shares)}"
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
-        shares = {"top-1": self.top1, "top-5": self.top5, "mean per class": self.mean_per_class}
-        return {f"{PREFIX}{name}": share for name, share in shares.items() if share is not None}
+        shares = {TOP1: self.top1, TOP5: self.top5, MEAN: self.mean_per_class}
+        return {name: share for name, share in shares.items() if share is not None}
 
 
 def score_classes(collection: Collection) -> ZeroShot | None:
@@ -87,35 +90,29 @@ def class_embeddings(classes: list[str], templates: list[str], embed_texts: Any)
 def zero_shot(images: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor, names: Sequence[str] = ()) -> ZeroShot:
     """Score (N, D) images by their (N,) labels against (C, D) classes, of unit norm; ties and NaN count against.
 
-    The classes' C names are those of ``per_class`` and ``confusion``; by default their numbers.
+    ``names`` are those of the C classes in ``per_class``; default: their numbers.
     """
-    names = names or list(map(str, range(len(classes))))
     numbers = torch.arange(len(classes), device=labels.device)
-    places, taken = torch.empty_like(labels), labels.clone()
+    places = torch.empty_like(labels)
     for at in tiles(len(images), len(classes)):
-        own = labels[at, None] == numbers
-        places[at] = ranks(images[at], classes, own)
-        others = (images[at].to(classes.dtype) @ classes.T).masked_fill(own, -torch.inf).argmax(dim=1)
-        taken[at] = torch.where(places[at] < 1, labels[at], others)
+        places[at] = ranks(images[at], classes, labels[at, None] == numbers)
     # On the CPU: some devices (MPS) have no float64.
     places, labels = places.cpu(), labels.cpu()
     hits = (places < 1).double()
     right, counts = (torch.bincount(labels, weights, len(classes)) for weights in (hits, torch.ones_like(hits)))
-    per_class, has_images = right / counts, counts > 0
-    confusion: dict[str, dict[str, int]] = {}
-    cells, in_cell = (labels * len(classes) + taken.cpu()).unique(return_counts=True)
-    for cell, number in zip(cells.tolist(), in_cell.tolist(), strict=True):
-        confusion.setdefault(names[cell // len(classes)], {})[names[cell % len(classes)]] = number
+    shares, numbered = (right / counts).tolist(), enumerate(names or map(str, range(len(classes))))
+    per_class = {name: shares[place] for place, name in numbered if counts[place] > 0}
     return ZeroShot(
         top1=hits.mean().item(),
         top5=(places < 5).double().mean().item() if len(classes) > 5 else None,
-        mean_per_class=per_class[has_images].mean().item(),
+        mean_per_class=sum(per_class.values()) / len(per_class),
         chance=1 / len(classes),
         num_images=len(images),
         num_classes=len(classes),
-        per_class={names[place]: per_class[place].item() for place in has_images.nonzero().flatten().tolist()},
-        confusion=confusion,
-        images=(places, labels),
+        per_class=per_class,
+        places=places,
+        labels=labels,
+        classes=classes,
     )
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from train_clip.checkpoints.found import NO_CHOICE, find_weights, fingerprint
-from train_clip.commands.evaluate import ScoreOptions, collect, load_for_scoring, print_table, write_json
+from train_clip.commands.evaluate import load_for_scoring, print_table, write_json
+from train_clip.commands.progress import with_progress
 from train_clip.errors import UserError
 from train_clip.evaluation import embed, zero_shot
+from train_clip.evaluation.collect import ScoreOptions, collect, find
 from train_clip.files import require_new
 from train_clip.losses.tiles import tiles
 from train_clip.options import Check, WeightOptions, at_least, option
@@ -58,7 +60,7 @@ def calibrate(checkpoint: str, /, options: CalibrateOptions, weights: WeightOpti
     output = options.json or beside(found.source, CALIBRATION)
     require_new(output)
     model = load_for_scoring(found, options.device)
-    collection = collect(model, options)
+    collection = collect(model.model, model.tokens, find(options)[0], options, with_progress)
     both = halves(sides(collection), options.seed, every=options.classes is not None)
     if not all(half.matches.numel() for half in both):
         raise UserError(

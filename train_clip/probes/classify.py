@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train_clip.checkpoints.found import NO_CHOICE, find_weights, fingerprint
-from train_clip.commands.evaluate import NAMED, load_for_scoring, read_classes
+from train_clip.commands.evaluate import NAMED, load_for_scoring
 from train_clip.data.samples import Skip
 from train_clip.errors import UsageError
+from train_clip.evaluation.collect import read_classes, require_different
 from train_clip.files import require_new
 from train_clip.options import WeightOptions, option
 from train_clip.printing import printable
@@ -56,7 +57,8 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
     if options.head:
         head, classes = read_head(options.head, model.model)
     else:
-        classes, templates = read_classes(model, options)
+        classes, templates = read_classes(options)
+        require_different(model.model, model.tokens, classes, templates, options.classes)
         head = by_name(model, classes, templates)
         own, given = fingerprint(model.model), options.calibration
         calibration = read_calibration(given, own) if given else find_calibration(found.source, own)

@@ -11,11 +11,12 @@ import torch
 
 from train_clip.checkpoints.found import NO_CHOICE, find_weights
 from train_clip.checkpoints.load import Pretrained
-from train_clip.commands.evaluate import load_for_scoring, print_table, read_classes, write_json
+from train_clip.commands.evaluate import load_for_scoring, print_table, write_json
 from train_clip.data.pairs import PairList
 from train_clip.data.samples import Skip
 from train_clip.errors import UsageError, UserError
 from train_clip.evaluation import zero_shot
+from train_clip.evaluation.collect import read_classes, require_different
 from train_clip.files import require_new
 from train_clip.options import BELOW_ONE, WeightOptions, at_least, option
 from train_clip.printing import printable
@@ -62,7 +63,8 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
         require_new(output)
     model = load_for_scoring(found, options.device)
     pairs, names = find_images(options)
-    classes, templates = read_classes(model, options)
+    classes, templates = read_classes(options)
+    require_different(model.model, model.tokens, classes, templates, options.classes)
     paths = [pair.image for pair in pairs]
     classes = classes or sorted({zero_shot.class_name(Path(path)).replace("_", " ") for path in paths})
     if len(classes) < 2:

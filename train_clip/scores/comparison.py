@@ -50,16 +50,8 @@ def compare(models: list[str], options: evaluate.EvaluateOptions, weights: Weigh
                 f"{first} and {name}: scored on {len(paths[first]):,} and {len(paths[name]):,} images that are not the "
                 "same. Expected one set of images, which does not change while it is scored."
             )
-    drawn, differences = {name: _replicates(of_model) for name, of_model in scores.items()}, {}
-    for name in models[1:]:
-        shared = {figure: other for figure, other in drawn[name].items() if figure in drawn[first]}
-        pairs = {figure: (drawn[first][figure], other) for figure, other in shared.items()}
-        differences[name] = Differences(
-            (first, name),
-            {figure: [own[0].item(), other[0].item()] for figure, (own, other) in pairs.items()},
-            {figure: (other[0] - own[0]).item() for figure, (own, other) in pairs.items()},
-            bootstrap.intervals({figure: (other - own)[1:] for figure, (own, other) in pairs.items()}),
-        )
+    drawn = {name: _replicates(of_model) for name, of_model in scores.items()}
+    differences = {name: _differences((first, name), drawn[first], drawn[name]) for name in models[1:]}
     found = {"models": scores, "differences": differences}
     if options.json is not None:
         evaluate.write_json(options.json, found)
@@ -72,11 +64,24 @@ def compare(models: list[str], options: evaluate.EvaluateOptions, weights: Weigh
     return found
 
 
-def _replicates(scores: evaluate.Scores) -> dict[str, torch.Tensor]:
-    """Each figure, and then its resamples."""
-    drawn = dict[str, torch.Tensor]()
+Replicates = dict[str, tuple[torch.Tensor, int]]
+"""Of each figure: itself and its resamples, (1 + R,), and the number of images that it is of."""
+
+
+def _replicates(scores: evaluate.Scores) -> Replicates:
+    drawn = Replicates()
     for result in bootstrap.scored(scores.values()):
+        members = torch.arange(result.num_images)
         once = bootstrap.resampled(result, torch.ones(1, result.num_images, dtype=torch.float64))
-        found = bootstrap.replicates(result, torch.arange(result.num_images))
-        drawn |= {name: torch.cat([once[name], found[name]]) for name in once}
+        found, number = bootstrap.replicates(result, members), bootstrap.num_scored(result, members)
+        drawn |= {name: (torch.cat([once[name], found[name]]), number) for name in once}
     return drawn
+
+
+def _differences(names: tuple[str, str], first: Replicates, other: Replicates) -> Differences:
+    figures, differences, intervals = dict[str, list[float]](), dict[str, float](), Intervals()
+    for name in [name for name in other if name in first]:
+        (mine, number), (its, _) = first[name], other[name]
+        figures[name], differences[name] = [mine[0].item(), its[0].item()], (its[0] - mine[0]).item()
+        intervals |= bootstrap.intervals({name: (its - mine)[1:]}, number, least=-1.0)
+    return Differences(names, figures, differences, intervals)

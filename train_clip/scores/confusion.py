@@ -4,31 +4,48 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from train_clip.errors import UserError
+from train_clip.evaluation.embed import Collection
 from train_clip.evaluation.zero_shot import ZeroShot
 from train_clip.files import replacing
+from train_clip.losses.tiles import tiles
 from train_clip.printing import no_formula
 
 MOST_NAMED = 60  # classes whose names fit beside a picture
 
 
-def write(scores: ZeroShot | None, target: Path) -> None:
+def write(collection: Collection, scores: ZeroShot | None, target: Path) -> None:
     """Write it as CSV, numbers of images, or as PNG, fractions of each class."""
     if scores is None:
         raise UserError(f"{target}: not written, since some images have several classes. Expected one class an image.")
-    taken = (name for row in scores.confusion.values() for name in row)
-    # In the order in which they are met; classes that no image has, or is taken for, are left out.
-    names = list(dict.fromkeys([*scores.per_class, *taken]))
-    matrix = np.array([[scores.confusion.get(own, {}).get(other, 0) for other in names] for own in names])
+    matrix, names = confusion(collection.images, scores, collection.classes)
     with replacing(target) as beside:
         if target.suffix.lower() == ".csv":
             with beside.open("w", encoding="utf-8", newline="") as file:
                 rows = csv.writer(file)
                 rows.writerow(["class", *map(no_formula, names)])
-                rows.writerows([no_formula(name), *row] for name, row in zip(names, matrix.tolist(), strict=True))
+                rows.writerows([no_formula(name), *row.tolist()] for name, row in zip(names, matrix, strict=True))
         else:
             _draw(matrix, names, beside)
+
+
+def confusion(images: Tensor, scores: ZeroShot, classes: list[str]) -> tuple[np.ndarray, list[str]]:
+    """How many of (N, D) images of each class, a row, are taken for each, (c, c), and the names of those classes.
+
+    Top-1 ties count as the most similar other class. Classes that no image has, or is taken for, are left out.
+    """
+    taken, numbers = scores.labels.clone(), torch.arange(scores.num_classes, device=images.device)
+    for at in tiles(len(images), scores.num_classes):
+        own = scores.labels[at, None].to(images.device) == numbers
+        others = (images[at] @ scores.classes.T).masked_fill(own, -torch.inf).argmax(dim=1)
+        taken[at] = torch.where(scores.places[at] < 1, scores.labels[at], others.cpu())
+    met, cells = torch.stack([scores.labels, taken]).unique(return_inverse=True)
+    matrix = np.zeros((len(met), len(met)), np.int32)
+    np.add.at(matrix, tuple(cells.numpy()), 1)
+    return matrix, [classes[place] for place in met.tolist()]
 
 
 def _draw(matrix: np.ndarray, names: list[str], target: Path) -> None:

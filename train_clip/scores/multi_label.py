@@ -19,8 +19,8 @@ FIGURE = "multi-label mAP"
 class MultiLabel:
     """Average precisions in [0, 1], of classes that some images have and some have not; equal scores are one step."""
 
-    mean: float
-    chance: float  # mean over the classes of what a random order scores
+    mean: float | None  # None where there is no such class
+    chance: float | None  # mean over the classes of what a random order scores
     per_class: dict[str, float]
     num_images: int
     num_classes: int
@@ -29,6 +29,8 @@ class MultiLabel:
 
     def rows(self) -> str:
         """A line to be printed."""
+        if self.mean is None or self.chance is None:
+            return "multi-label: not scored, since each class is in all of the images or in none"
         return (
             f"multi-label over {len(self.per_class):,} of {self.num_classes:,} classes: mAP {self.mean:.1%} "
             f"{interval(self.intervals.get(FIGURE))} (chance {self.chance:.1%})"
@@ -36,10 +38,12 @@ class MultiLabel:
 
     def figures(self) -> dict[str, float]:
         """The scores to compare with other models."""
-        return {FIGURE: self.mean}
+        return {} if self.mean is None else {FIGURE: self.mean}
 
     def resampled(self, weights: Tensor) -> dict[str, Tensor]:
         """The mean of resamples, (r,); (r, N) float64 weights say how often each image is drawn."""
+        if self.mean is None:
+            return {}
         similarity, right = self.scored
         sums, numbers = torch.zeros(2, len(weights), dtype=weights.dtype)
         for scores, hits in zip(similarity.T, right.T, strict=True):
@@ -68,8 +72,8 @@ def multi_label(images: Tensor, right: Tensor, classes: Tensor, names: list[str]
     once = torch.ones(1, len(images), dtype=torch.float64)
     precisions = [average_precision(*one, once).item() for one in zip(similarity.T, right.T, strict=True)]
     return MultiLabel(
-        mean=torch.tensor(precisions, dtype=torch.float64).mean().item(),
-        chance=chance(number[told].double(), len(images)).mean().item(),
+        mean=sum(precisions) / len(told) if told else None,
+        chance=chance(number[told].double(), len(images)).mean().item() if told else None,
         per_class=dict(zip((names[place] for place in told), precisions, strict=True)),
         num_images=len(images),
         num_classes=len(classes),
@@ -83,12 +87,13 @@ def average_precision(scores: Tensor, hits: Tensor, weights: Tensor) -> Tensor:
     Of (N,) scores and (N,) bool hits, each as often as (r, N) float64 weights say.
     """
     scores, order = scores.sort(descending=True)
-    weights, hits = weights[:, order], hits[order]
-    # The last place of each image's score.
-    ends = torch.searchsorted(-scores, -scores, right=True) - 1
-    found = (weights * hits).cumsum(dim=1)
-    precision = (found / weights.cumsum(dim=1)).nan_to_num(0)[:, ends]
-    return (weights * hits * precision).sum(dim=1) / found[:, -1]
+    weights, hits = weights[:, order], hits[order].nonzero().flatten()
+    # The last place of each hit's score, and of all hits the last one up to there.
+    ends = torch.searchsorted(-scores, -scores[hits], right=True) - 1
+    last = torch.searchsorted(hits, ends, right=True) - 1
+    own, all_so_far = weights[:, hits], weights.cumsum(dim=1)[:, ends]
+    precision = (own.cumsum(dim=1)[:, last] / all_so_far).nan_to_num(0)
+    return (own * precision).sum(dim=1) / own.sum(dim=1)
 
 
 def chance(hits: Tensor, number: int) -> Tensor:

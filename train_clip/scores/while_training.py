@@ -1,28 +1,31 @@
 """Evaluates a model while it trains, on any data, with whatever `evaluate` has: a callback of the Trainer."""
 
+import argparse
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import torch
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
-from train_clip.checkpoints.load import Pretrained
 from train_clip.commands import evaluate
 from train_clip.data.table import READERS
-from train_clip.errors import UsageError, UserError
-from train_clip.evaluation import zero_shot
+from train_clip.errors import UsageError, UserError, first_line
+from train_clip.evaluation import collect, zero_shot
+from train_clip.evaluation.retrieval import KS, WAYS
 from train_clip.files import read_yaml
+from train_clip.scores import multi_label
 from train_clip.training import lightning_internals
 from train_clip.training.checkpoints import Checkpoints
 from train_clip.training.encode import WeightSubstitutes
 
-FOLDERS = {field.name for field in fields(evaluate.ScoreOptions) if "Path" in str(field.type)}
 NOT_HERE = {"json", "device"}  # options of `evaluate` that a run has its own of, or that mean nothing within it
 # What figures are called where they are logged.
 LOGGED = {"zero-shot top-": "top", "zero-shot ": "", "multi-label ": "", "i→t": "image_to_text", "t→i": "text_to_image"}
+OF_VALIDATION = ("loss", "loss_above_floor", "mean_recall", *(f"R@{k} {way}" for way in WAYS for k in KS))
 
 
 class Evaluations(Callback):
@@ -40,12 +43,19 @@ class Evaluations(Callback):
         found = re.fullmatch(r"([1-9]\d*)\s*(epochs?|steps?|)", every.strip())
         if not found:
             raise UsageError(f"--evaluate_every {every}: expected epochs, such as 2, or steps, such as '500 steps'.")
-        self.every, self.in_steps = int(found[1]), found[2].startswith("step")
-        self.sources, self.best_by = {name: _options(name, source) for name, source in sources.items()}, best_by
+        self.every, self.in_steps, self.best_by = int(found[1]), found[2].startswith("step"), best_by
+        self.sources = {name: _options(name, source) for name, source in sources.items()}
+        # What is wrong with the data or a name is found before training.
+        possible = {name: possible_figures(options) for name, options in self.sources.items()} | {"val": OF_VALIDATION}
+        names = [f"{name}/{logged(figure)}" for name, figures in possible.items() for figure in figures]
+        if best_by and best_by not in names:
+            raise UsageError(f"--best_by {best_by}: no figure of this run. Expected one of {', '.join(names)}.")
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         for options in self.sources.values():
-            # What is wrong with it is found before training.
-            paths = [pair.image for pair in evaluate.find(options)]
-            evaluate.label_sets(paths, zero_shot.read_list(options.classes) if options.classes else [], options)
+            classes, templates = collect.read_classes(options)
+            collect.require_different(pl_module.model, tokens(pl_module), classes, templates, options.classes)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
@@ -71,7 +81,14 @@ class Evaluations(Callback):
         with torch.random.fork_rng(devices=[]):
             for name, options in self.sources.items():
                 for suffix, model in models.items():
-                    found = self._score(module, model, options)
+                    try:
+                        found = self._score(module, model, options)
+                    except UserError as error:
+                        # Other processes would wait for this one.
+                        if trainer.world_size > 1:
+                            raise
+                        print(f"--evaluate {name}: not scored at step {trainer.global_step:,}. {error}", flush=True)
+                        continue
                     figures |= {f"{name}{suffix}/{logged(figure)}": value for figure, value in found.items()}
                     if trainer.is_global_zero:
                         shown = "  ".join(f"{figure.removeprefix('zero-shot ')} {v:.1%}" for figure, v in found.items())
@@ -80,17 +97,45 @@ class Evaluations(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
         for logger in trainer.loggers:
             logger.log_metrics(figures | {"epoch": trainer.current_epoch + 1.0}, step=trainer.global_step)
-        if self.best_by not in figures and self.best_by.partition("/")[0].removesuffix("_ema") in self.sources:
+        scored = {figure.partition("/")[0] for figure in figures}
+        if self.best_by not in figures and self.best_by.partition("/")[0] in scored:
             raise UserError(f"--best_by {self.best_by}: not among the figures. Expected one of {', '.join(figures)}.")
         for saving in trainer.checkpoint_callbacks:
             if isinstance(saving, Checkpoints):
                 saving.note(figures)
 
-    def _score(self, module: Any, model: Any, options: evaluate.ScoreOptions) -> dict[str, float]:
+    def _score(self, module: Any, model: Any, options: collect.ScoreOptions) -> dict[str, float]:
         has_half_weights = module.options.optimizer.has_half_weights and model is module.model
         with WeightSubstitutes(model, has_half_weights).in_place():
-            whole = Pretrained(model, None, module.tokenizer)  # type: ignore[arg-type]
-            return evaluate.figures(evaluate.run_evaluators(evaluate.collect(whole, options, lambda some, _: some)))
+            pairs, _ = collect.find(options)
+            collection = collect.collect(model, tokens(module), pairs, options, lambda loader, _: iter(loader))
+            return evaluate.figures(evaluate.run_evaluators(collection))
+
+
+def tokens(module: Any) -> collect.Tokenize:
+    """How a module tokenizes captions."""
+    return lambda captions: module.tokenizer.batch(captions)[0]
+
+
+def possible_figures(options: collect.ScoreOptions) -> list[str]:
+    """The names of the figures that a source can have; it is refused where it can have none.
+
+    Whether captions leave an image's R@k to be missed shows only when they have been read.
+    """
+    (pairs, _), (classes, _) = collect.find(options), collect.read_classes(options)
+    labels = collect.label_sets([pair.image for pair in pairs], classes, options)
+    described = sum(bool(pair.caption or pair.texts) for pair in pairs)
+    figures = [f"R@{k} {way}" for way in WAYS for k in KS if described > (1 if way == "i→t" else k)]
+    if max(map(len, labels), default=0) > 1:
+        figures.append(multi_label.FIGURE)
+    elif labels:
+        figures += [zero_shot.TOP1, zero_shot.MEAN, zero_shot.TOP5][: 3 if len(classes) > 5 else 2]
+    if not figures:
+        raise UserError(
+            f"{options.folder or options.pairs}: {len(pairs):,} images, {described:,} of them with captions, and no "
+            "classes: nothing to score. Expected captions of several images, or classes."
+        )
+    return figures
 
 
 def logged(figure: str) -> str:
@@ -100,30 +145,34 @@ def logged(figure: str) -> str:
     return figure.replace(" ", "_")
 
 
-def build(given: list[str] | str, every: int | str, best_by: str) -> Evaluations:
-    """The callback of ``--evaluate NAME=SOURCE``."""
+def build(given: list[str] | str, every: int | str, best_by: str) -> list[Callback]:
+    """The callback of ``--evaluate NAME=SOURCE``, if there are any; ``best_by`` is refused where no figure is it."""
     sources = dict[str, str]()
     for one in [given] if isinstance(given, str) else given:
         name, equals, source = one.partition("=")
-        if not (re.fullmatch(r"\w[\w.-]*", name) and equals and source) or name in {
-            "train",
-            "val",
-            "val_ema",
-            *sources,
-        }:
+        taken = name.endswith("_ema") or name in ("train", "val", *sources)
+        if taken or not (re.fullmatch(r"\w[\w.-]*", name) and equals and source):
             raise UsageError(
-                f"--evaluate {one}: expected NAME=SOURCE, each name once and none of train, val, val_ema; the source "
-                "is a folder, a table, or a YAML file of `train-clip evaluate`'s options."
+                f"--evaluate {one}: expected NAME=SOURCE, each name once and none of train, val, nor one that ends "
+                "in _ema; the source is a folder, a table, or a YAML file of `train-clip evaluate`'s options."
             )
         sources[name] = source
-    return Evaluations(sources, str(every), best_by)
+    evaluations = Evaluations(sources, str(every), best_by)
+    return [evaluations] if sources else []
 
 
-def _options(name: str, source: str) -> evaluate.ScoreOptions:
+def _options(name: str, source: str) -> collect.ScoreOptions:
     path = Path(source)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        return evaluate.ScoreOptions.pick({"pairs" if path.suffix.lower() in READERS else "folder": path})
+        return collect.ScoreOptions.pick({"pairs" if path.suffix.lower() in READERS else "folder": path})
     content: dict[str, Any] = read_yaml(path, "options of `train-clip evaluate`, a line NAME: VALUE for each")
-    if unknown := content.keys() - {one.name for one in fields(evaluate.ScoreOptions)} | content.keys() & NOT_HERE:
-        raise UserError(f"{path}: {', '.join(sorted(unknown))}: no options of `--evaluate {name}`.")
-    return evaluate.ScoreOptions.pick({key: Path(v) if key in FOLDERS and v else v for key, v in content.items()})
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    for one in fields(collect.ScoreOptions):
+        if one.name not in NOT_HERE:
+            parser.add_argument(f"--{one.name}", type=one.type, default=one.default)
+    if unknown := sorted(map(str, content.keys() - parser.get_defaults().keys())):
+        raise UserError(f"{path}: {', '.join(unknown)}: no options of `--evaluate {name}`.")
+    try:
+        return collect.ScoreOptions(**parser.parse_object(content).as_dict())
+    except argparse.ArgumentError as error:
+        raise UserError(f"{path}: {first_line(error)}. Expected options of `train-clip evaluate`.") from error

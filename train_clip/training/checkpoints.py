@@ -208,7 +208,7 @@ class Checkpoints(callbacks.Checkpoint):
             self.best = {which: state_dict.get(which) for which in self.best}
 
     def _is_better(self, value: float, best: float | None) -> bool:
-        better = best is None or (value < best if self.best_by.endswith("loss") else value > best)
+        better = best is None or (value < best if self.best_by.rpartition("/")[2].startswith("loss") else value > best)
         return math.isfinite(value) and better
 
     def _write_ema(self, trainer: lightning.Trainer) -> None:
