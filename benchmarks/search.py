@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from train_clip import load
+from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.estimates import size
 from train_clip.models.clip import CLIP
 from train_clip.models.config import read_config
 from train_clip.search.index import RECALL_AT, Index
 from train_clip.search.nearest import nearest
-from train_clip.search.vectors import fingerprint, open_vectors, writer
+from train_clip.search.vectors import open_vectors, writer
 
 MODEL, DIM, CENTERS, BLOCK, QUERIES = "ViT-B/32", 512, 1000, 10_000, 100
 NOISE = 1.0  # length of what is added to a center of length 1

@@ -12,10 +12,11 @@ from PIL import Image
 
 from tests.conftest import TINY
 from train_clip import load
+from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.search.vectors import fingerprint, writer
+from train_clip.search.vectors import writer
 
 
 def save_model(file: Path, seed: int = 0) -> Path:

@@ -21,6 +21,7 @@ from tests.conftest import TINY, said, write_pairs
 from tests.docs.test_documents import ROOT, blocks
 from tests.faults.command import Command, run
 from train_clip import cli, estimates, load
+from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
@@ -104,7 +105,7 @@ def test_rows_are_those_of_encode(ending: str, model: Path, tmp_path: Path) -> N
     assert (about["kind"], about["normalized"], about["model"], about["dim"]) == ("image", True, "tiny", 16)
     assert (about["root"], about["source"]) == (str(folder), str(folder))
     again = load(about["checkpoint"], **about["weights"]).model
-    assert vectors.fingerprint(again) == vectors.fingerprint(loaded.model) == about["fingerprint"]
+    assert fingerprint(again) == fingerprint(loaded.model) == about["fingerprint"]
     assert sorted(file.name for file in output.parent.iterdir()) == sorted(f.name for f in vectors.files_of(output))
 
 
@@ -183,7 +184,7 @@ def test_a_run_of_visual_prompts(model: Path, tmp_path: Path) -> None:
     about = vectors.open_vectors(tmp_path / "x.npz").about
     assert about["checkpoint"].startswith(str(tmp_path / "run")) and about["weights"] == {"backbone": str(moved)}
     again = load(about["checkpoint"], **about["weights"])
-    assert vectors.fingerprint(again.model) == about["fingerprint"] != vectors.fingerprint(load(model).model)
+    assert fingerprint(again.model) == about["fingerprint"] != fingerprint(load(model).model)
     alone = again.encode(sorted(folder.glob("*.png")))
     np.testing.assert_allclose(matrix(tmp_path / "x.npz"), alone, atol=1e-6)
 

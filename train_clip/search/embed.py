@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from train_clip.checkpoints.found import NO_CHOICE, find_weights
+from train_clip.checkpoints.found import NO_CHOICE, find_weights, fingerprint
 from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring
 from train_clip.commands.progress import with_progress
@@ -143,7 +143,7 @@ def describe(model: Pretrained, rows: Rows, options: EmbedOptions) -> vectors.Ab
     return {
         "version": vectors.VERSION,
         "model": model.model.name,
-        "fingerprint": vectors.fingerprint(model.model),
+        "fingerprint": fingerprint(model.model),
         "dim": model.model.embed_dim,
         "dtype": options.dtype,
         "normalized": True,

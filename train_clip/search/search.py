@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from train_clip.checkpoints.found import find_weights
+from train_clip.checkpoints.found import find_weights, fingerprint
 from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring, write_json
 from train_clip.data.pairs import read_caption_lines
@@ -21,7 +21,7 @@ from train_clip.search import gallery, page
 from train_clip.search.gallery import Hit
 from train_clip.search.index import Index, counted
 from train_clip.search.nearest import nearest
-from train_clip.search.vectors import BLOCK, Vectors, fingerprint, open_vectors, reading
+from train_clip.search.vectors import BLOCK, Vectors, open_vectors, reading
 
 EXACT = 1_000_000  # embeddings that are compared one by one
 PROBES = 100  # captions by which an index is tried

@@ -156,19 +156,6 @@ def files_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".csv"), path.with_suffix(".json")] if path.suffix == ".npy" else [path]
 
 
-def fingerprint(model: Any) -> str:
-    """Digest of what embeds in a ``DualEncoder``: equal whatever file it came from, and at any temperature."""
-    from train_clip.checkpoints.found import digest_of
-
-    idle = ("logit_scale", "logit_bias", "num_batches_tracked")
-    tensors = {name: one for name, one in model.state_dict().items() if name.rpartition(".")[2] not in idle}
-    norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
-    # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
-    of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
-    told = f"{model.image_size} pixels, {of_clip}{of_encoders}"
-    return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})
-
-
 def _format(path: Path) -> Any:
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: a file of embeddings ends in {', '.join(FORMATS)}. Give it one of these endings.")
