@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ def save_embeddings(
     }
     with writer(file, told | about) as append:
         append(rows, [f"key {path}" for path in paths], paths, captions)
+    return file
+
+
+def save_calibration(file: Path, model: Path, threshold: float) -> Path:
+    """Write what a model's similarities mean: a precision of 90% from the threshold on, even odds at a half of it."""
+    values = {"threshold": threshold, "precision": 0.9, "slope": 8.0, "intercept": -4 * threshold}
+    told = {"version": 1, "fingerprint": fingerprint(load(model).model), "calibration": values}
+    file.write_text(json.dumps(told))
     return file
 
 

@@ -5,11 +5,12 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from train_clip.data.crops import read_picture
 from train_clip.errors import BadSample, UserError
@@ -35,9 +36,18 @@ class Hit:
 
     row: int
     similarity: float | None  # None where nothing was looked for
+    match: float | None  # the probability that they match, where a calibration tells
     key: str
     path: str
     caption: str
+
+
+class Answer(NamedTuple):
+    """What was found for a query."""
+
+    query: str
+    note: str  # that nothing fits; else empty
+    results: list[Hit]  # the most similar first
 
 
 def thumbnail(root: str | Path, name: str) -> bytes | None:
@@ -67,12 +77,15 @@ def card(hit: Hit, source: str, link: str = "") -> str:
     image = f'<img src="{escape(source)}" alt="{caption or path}" loading="lazy">'
     image = f'<a href="{escape(link)}" title="More like this">{image}</a>' if link else image
     similarity = "" if hit.similarity is None else f"<b>{hit.similarity:.3f}</b> "
-    return f"<li>{image}<p>{similarity}{caption}</p><p><small>{path}</small></p></li>"
+    match = "" if hit.match is None else f"({hit.match:.0%}) "
+    return f"<li>{image}<p>{similarity}{match}{caption}</p><p><small>{path}</small></p></li>"
 
 
-def section(title: str, cards: Iterable[str]) -> str:
-    """A query and its results."""
-    return f"<h2>{escape(printable(title[:LONGEST]))}</h2>\n<ol>\n{chr(10).join(cards)}\n</ol>"
+def section(answer: Answer, card: Callable[[Hit], str]) -> str:
+    """A query and its results, each by its ``card``."""
+    heading = f"<h2>{escape(printable(answer.query[:LONGEST]))}</h2>\n"
+    note = f"<p>{escape(answer.note)}</p>\n" if answer.note else ""
+    return f"{heading}{note}<ol>\n{chr(10).join(map(card, answer.results))}\n</ol>"
 
 
 def page(title: str, status: str, sections: Iterable[str], form: str = "") -> str:

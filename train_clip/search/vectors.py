@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from train_clip.data.pairs import FlatStrings
-from train_clip.errors import MissingFile, UsageError, UserError, first_line
+from train_clip.errors import MissingFile, UserError, first_line
 from train_clip.files import MAX_CAPTIONS, replacing
+from train_clip.optional import optional
+from train_clip.probes.rows import PARQUET, parquet_to, require_format
 
+WHAT = "a file of embeddings"
 VERSION = 1  # of the format, in ``about``
 TEXTS = ("key", "path", "caption")  # columns beside the embedding
 BLOCK = 8192  # rows read at a time
@@ -98,11 +100,11 @@ def open_vectors(path: str | Path) -> Vectors:
         UserError: no such file, another kind of file, or a damaged one; the last also where its content is read.
     """
     path = Path(path)
-    read = _format(path)[0]
+    require_format(path, FORMATS, WHAT)
     if not path.is_file():
         raise MissingFile(f"{path}: there is no such file. Expected embeddings that `train-clip embed` wrote.")
     with reading(path):
-        about, *readers = read(path)
+        about, *readers = FORMATS[path.suffix][0](path)
         for name, kind in KINDS.items():
             if not isinstance(about.get(name), kind):
                 raise ValueError(f"{name} is {about.get(name)!r}")
@@ -119,7 +121,7 @@ def writer(path: Path, about: About) -> Iterator[Append]:
     """
     number = 0
     with ExitStack() as stack:
-        write = _format(path)[1](path, about, stack)
+        write = FORMATS[path.suffix][1](path, about, stack)
 
         def append(embeddings: np.ndarray, *texts: Sequence[str]) -> None:
             nonlocal number
@@ -145,25 +147,13 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def require_format(path: Path) -> None:
-    """Refuse an ending that is not known, or that needs a library that is not installed."""
-    if _format(path)[1] is _write_parquet:
-        _pyarrow()
-
-
 def files_of(path: Path) -> list[Path]:
     """The files of an output: beside ``X.npy`` there are ``X.csv`` and ``X.json``."""
     return [path, path.with_suffix(".csv"), path.with_suffix(".json")] if path.suffix == ".npy" else [path]
 
 
-def _format(path: Path) -> Any:
-    if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: a file of embeddings ends in {', '.join(FORMATS)}. Give it one of these endings.")
-    return FORMATS[path.suffix]
-
-
 def _read_parquet(path: Path) -> tuple[Any, ...]:
-    parquet = _pyarrow("parquet")
+    parquet = optional("pyarrow.parquet", *PARQUET)
     with parquet.ParquetFile(path) as file:
         about = json.loads(file.schema_arrow.metadata[METADATA])
 
@@ -181,29 +171,18 @@ def _read_parquet(path: Path) -> tuple[Any, ...]:
 
 
 def _write_parquet(path: Path, about: About, stack: ExitStack) -> Callable[..., None]:
-    arrow, parquet = _pyarrow(), _pyarrow("parquet")
+    arrow = optional("pyarrow", *PARQUET)
     numbers = arrow.from_numpy_dtype(about["dtype"])
     fields = [*((name, arrow.string()) for name in TEXTS), ("embedding", arrow.list_(numbers, about["dim"]))]
-    schema = arrow.schema(fields, {METADATA: json.dumps(about)})
     # Embeddings are noise to a compressor.
-    how = {"compression": dict.fromkeys(TEXTS, "zstd"), "use_dictionary": False}
-    file = stack.enter_context(parquet.ParquetWriter(stack.enter_context(replacing(path)), schema, **how))
+    how: Any = {"compression": dict.fromkeys(TEXTS, "zstd"), "use_dictionary": False}
+    append = stack.enter_context(parquet_to(path, fields, {METADATA: json.dumps(about)}, **how))
 
     def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
-        columns = [arrow.array(list(some), arrow.string()) for some in texts]
         rows = arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.reshape(-1)), about["dim"])
-        file.write_table(arrow.Table.from_arrays([*columns, rows], schema=schema))
+        append([*map(list, texts), rows])
 
     return write
-
-
-def _pyarrow(module: str = "") -> Any:
-    try:
-        return import_module(f"pyarrow.{module}".rstrip("."))
-    except ModuleNotFoundError:
-        raise UserError(
-            "Parquet needs pyarrow, which is not installed. Try: pip install pyarrow; or use .npz or .npy."
-        ) from None
 
 
 def _read_npz(path: Path) -> tuple[Any, ...]:
