@@ -41,8 +41,8 @@ def main() -> None:
         kept = int((precision >= options.min_precision).sum())
         print(
             f"Precision {options.min_precision:.0%} promised in {len(found)} of {DIVISIONS} divisions, kept on the "
-            f"other half in {kept}, within its interval in {int(covered.sum())}; on average {precision.mean():.1%}, recall "
-            f"{recall.mean():.1%}."
+            f"other half in {kept}, within its interval in {int(covered.sum())}; on average {precision.mean():.1%}, "
+            f"recall {recall.mean():.1%}."
         )
 
 

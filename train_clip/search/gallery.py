@@ -66,11 +66,6 @@ def thumbnail(root: str | Path, name: str) -> bytes | None:
     return file.getvalue()
 
 
-def data_uri(content: bytes | None) -> str:
-    """A JPEG as the address of an image, which a page holds itself."""
-    return "data:image/jpeg;base64," + base64.b64encode(content or b"").decode()
-
-
 def card(hit: Hit, source: str, link: str = "") -> str:
     """A result as an item of a list: its picture, similarity, caption and path."""
     path, caption = (escape(printable(text[:LONGEST])) for text in (hit.path, hit.caption))

@@ -1,5 +1,6 @@
 """Find the images, or captions, that are most similar to a text or an image: as a table, JSON, pictures, or a page."""
 
+import base64
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -179,7 +180,8 @@ def load_model(opened: Vectors, options: SearchOptions) -> tuple[Pretrained, str
 
 def _pictures(searched: Searched, answers: list[Answer]) -> str:
     def card(hit: Hit) -> str:
-        return gallery.card(hit, gallery.data_uri(searched.thumbnail(hit.row)))
+        picture = base64.b64encode(searched.thumbnail(hit.row) or b"").decode()
+        return gallery.card(hit, f"data:image/jpeg;base64,{picture}")
 
     title, number = f"Search in {searched.opened.path.name}", len(searched.opened)
     return gallery.page(title, f"{number:,} embeddings", [gallery.section(one, card) for one in answers])
