@@ -278,8 +278,8 @@ def _array_blocks(file: Any, rows: int, *width: int) -> Iterator[np.ndarray]:
         yield np.frombuffer(file.read(number * size), dtype).reshape(number, *width)
 
 
-# By ending: ``read(path)`` gives ``about``, what reads blocks, and what reads texts; ``with write(path, about)`` gives what
-# writes a block.
+# By ending: ``read(path)`` gives ``about``, what reads blocks, and what reads texts; ``with write(path, about)`` gives
+# what writes a block.
 FORMATS: dict[str, tuple[Any, Any]] = {
     ".parquet": (_read_parquet, _write_parquet),
     ".npz": (_read_npz, _write_npz),
