@@ -135,7 +135,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(place: Path, *words: object) -> None:
-    cli.main(["evaluate", str(place / "model.ckpt"), "--calibrate", *map(str, words)])
+    cli.main(["evaluate", str(place / "model.ckpt"), *map(str, words), "--calibrate"])
 
 
 def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, capsys):
@@ -185,12 +185,12 @@ def test_images_of_several_classes_match_each_of_them(place, tmp_path):
 
 
 def test_too_few_images_are_refused_after_the_scores(place, tmp_path, capsys):
-    """One pair leaves a half without any, and no captions none to match; the scores are there all the same."""
+    """One pair leaves a half without any; the scores are there all the same. Other wrong commands are refused, too."""
     folder = write_pairs(tmp_path / "pairs", 1)
     with pytest.raises(SystemExit) as stop:
         run(place, "--folder", folder, "--json", tmp_path / "scores.json")
     assert "1 images with a caption or class. Expected some for each half" in said(stop)
-    assert (tmp_path / "scores.json").exists() and "1 images, 1 captions" in capsys.readouterr().out
+    assert (tmp_path / "scores.json").exists() and "1 images, 2 captions" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         run(place, "--folder", folder, "--min_precision", "1")
     assert "min_precision is 1.0; expected above 0 and below 1" in said(stop)

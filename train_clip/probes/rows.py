@@ -11,7 +11,7 @@ from train_clip.files import replacing
 from train_clip.optional import optional
 from train_clip.printing import no_formula
 
-GROUP = 2**13  # rows that are read together, in Parquet
+GROUP = 2**10  # rows that are read together, in Parquet: more of them are more memory
 PARQUET = "Parquet", "use another format"
 FORMATS = (".csv", ".parquet")
 
