@@ -19,7 +19,7 @@ from train_clip.errors import UserError
 from train_clip.losses import tiles
 from train_clip.probes import calibrate
 from train_clip.probes.calibrate import Sides
-from train_clip.probes.calibration import Calibration, find_calibration, path_of
+from train_clip.probes.calibration import CLASSES, Calibration, beside, find_calibration
 from train_clip.scores.bootstrap import intervals, ratios
 
 
@@ -146,7 +146,7 @@ def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, 
     assert "zero-shot over 3 classes" in printed and "zero_shot" in (tmp_path / "scores.json").read_text()
     assert "calibrated on 30 images and 3 classes, checked on 30 others" in printed
     path, model = place / "model.calibration.classes.json", load(place / "model.ckpt").model
-    assert path == path_of(str(place / "model.ckpt"), "classes")
+    assert path == beside(str(place / "model.ckpt"), CLASSES)
     written = json.loads(path.read_text())
     assert written["fingerprint"] == fingerprint(model) and written["calibration"]["precision"] == 0.3
     assert find_calibration(model, path) == Calibration(**written["calibration"])

@@ -23,7 +23,7 @@ from train_clip.evaluation import embed, zero_shot
 from train_clip.losses.tiles import tiles
 from train_clip.optional import optional
 from train_clip.printing import interval
-from train_clip.probes.calibration import VERSION, Calibration, path_of
+from train_clip.probes.calibration import CAPTIONS, CLASSES, VERSION, Calibration, beside
 from train_clip.scores.bootstrap import intervals, ratios
 
 THRESHOLDS = 256  # K that are tried: quantiles of the similarities of pairs that match
@@ -38,9 +38,6 @@ TAIL = 0.025  # of resamples outside an interval, at each end
 class Calibrated:
     """What was fitted, and what it keeps on images that the fit never saw."""
 
-    version: int
-    model: str
-    fingerprint: str
     candidates: str  # how many there were, of which kind
     images: list[int]  # fitted on, checked on
     calibration: Calibration
@@ -81,15 +78,13 @@ def calibrate(model: Pretrained, source: str, collection: embed.Collection, opti
         )
     calibration = fit(fitted, options.min_precision)
     found = Calibrated(
-        version=VERSION,
-        model=model.model.name,
-        fingerprint=fingerprint(model.model),
         candidates=f"{len(fitted.candidates):,} {kind}",
         images=[len(fitted.images), len(others.images)],
         calibration=calibration,
         check=check(others, calibration, model.model.logit_scale.exp().item()),
     )
-    write_json(path := path_of(source, kind), vars(found))
+    about = {"version": VERSION, "model": model.model.name, "fingerprint": fingerprint(model.model)}
+    write_json(path := beside(source, CLASSES if collection.classes else CAPTIONS), about | vars(found))
     print(f"Calibration: {path}, where `{'classify' if collection.classes else 'search'}` finds it.")
     return found
 

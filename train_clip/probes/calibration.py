@@ -13,6 +13,8 @@ from train_clip.errors import MissingFile, UserError, first_line
 from train_clip.models.clip import DualEncoder
 
 VERSION = 1
+# Of similarities of images, beside their model.
+CAPTIONS, CLASSES = "calibration.captions.json", "calibration.classes.json"
 NOTHING = "nothing fits"  # where all similarities are below the threshold
 
 
@@ -55,11 +57,6 @@ def find_calibration(model: DualEncoder, path: Path, given: Path | None = None) 
     if of != fingerprint(model):
         raise UserError(f"{path}: of another model. Calibrate this one, or give another file, or remove this one.")
     return Calibration(**found)
-
-
-def path_of(source: str, kind: str) -> Path:
-    """Where the calibration of weights lies for similarities with ``captions`` or with ``classes``."""
-    return beside(source, f"calibration.{kind}.json")
 
 
 def beside(source: str, ending: str) -> Path:
