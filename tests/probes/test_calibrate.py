@@ -94,7 +94,6 @@ def test_intervals_resample_images():
     once = torch.tensor([1.0, 0.0] * 10, dtype=torch.float64)[:, None]
     together = ratios(10 * once, torch.full_like(once, 10))
     torch.testing.assert_close(together, ratios(once, torch.ones_like(once)))
-    assert ratios(0 * once, 0 * once).isnan().all()
 
 
 def test_the_promise_is_kept_on_further_data():
