@@ -6,7 +6,6 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -30,8 +29,7 @@ POLICY = (
 )
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """A row of the embeddings that was found."""
 
     row: int

@@ -1,7 +1,6 @@
 """Find the images, or captions, that are most similar to a text or an image: as a table, JSON, pictures, or a page."""
 
 import base64
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
     except BadSample as bad:
         raise UserError(f"{bad}. Expected --image to be an image, --queries a query per line.") from None
     answers = [answer for rows, kind, items in encoded for answer in searched(rows, kind, [*map(str, items)])]
-    results = [one._asdict() | {"results": [dataclasses.asdict(hit) for hit in one.results]} for one in answers]
+    results = [one._asdict() | {"results": [hit._asdict() for hit in one.results]} for one in answers]
     if options.json is not None:
         told = {"embeddings": str(embeddings), "model": opened.about.get("model"), "queries": results}
         write_json(options.json, told)
