@@ -1,6 +1,6 @@
 """What `train-clip embed` and `search` take for photographs and for generated embeddings, and what an index finds.
 
-    python benchmarks/search.py photos_dir [--number 1000000] [--indexed 200000]
+    python benchmarks/search.py photos_dir [--number 1000000] [--indexed 200000] [--output .npy .parquet .npz]
 
 Each command is a process of its own: wall clock, processor time and peak memory, the start of Python and the model's
 loading included.
@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from train_clip import load
+from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.estimates import size
 from train_clip.models.clip import CLIP
 from train_clip.models.config import read_config
 from train_clip.search.index import RECALL_AT, Index
 from train_clip.search.nearest import nearest
-from train_clip.search.vectors import fingerprint, open_vectors, writer
+from train_clip.search.vectors import open_vectors, writer
 
 MODEL, DIM, CENTERS, BLOCK, QUERIES = "ViT-B/32", 512, 1000, 10_000, 100
 NOISE = 1.0  # length of what is added to a center of length 1
@@ -40,32 +41,44 @@ def main() -> None:
     parser.add_argument("photos", type=Path, nargs="?")
     parser.add_argument("--number", type=int, default=1_000_000)
     parser.add_argument("--indexed", type=int, default=200_000)
-    parser.add_argument("--index", help="only build the index of a file of embeddings")
+    parser.add_argument("--output", nargs="+", default=[".npy", ".parquet", ".npz"], help="formats to write and search")
+    parser.add_argument("--index", type=Path, help="only build the index of a file of embeddings")
+    parser.add_argument("--model", type=Path, help="only write a model")
+    parser.add_argument("--write", nargs=2, type=Path, metavar=("FILE", "MODEL"), help="only write --number embeddings")
     arguments = parser.parse_args()
     if arguments.index:
         Index(open_vectors(arguments.index), lambda: queries(QUERIES))
         return
+    if arguments.model:
+        write_safetensors(config := read_config(MODEL), CLIP(config).state_dict(), arguments.model)
+        return
+    if arguments.write:
+        generate(*arguments.write, arguments.number)
+        return
     print("| | time | processor | peak memory |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = read_config(MODEL)
-        write_safetensors(config, CLIP(config).state_dict(), folder / "model.safetensors")
+        model, own = folder / "model.safetensors", [sys.executable, __file__]
+        # In processes of their own, as all else: a command's peak counts from what its parent takes.
+        subprocess.run([*own, "--model", str(model)], check=True)
         command = [sys.executable, "-m", "train_clip.cli"]
         words = ["--folder", str(arguments.photos), "--output", str(folder / "photos.parquet"), "--device", "cpu"]
-        row("`embed` 200 photographs", [*command, "embed", str(folder / "model.safetensors"), *words])
+        row("`embed` the photographs", [*command, "embed", str(model), *words])
         search = [*command, "search", "--device", "cpu"]
         row("`search` among them", [*search, str(folder / "photos.parquet"), "a photo of a dog"])
-        for number, what in ((arguments.number, "search"), (arguments.indexed, "index")):
-            file = folder / f"{what}.npy"
-            generate(file, number, folder / "model.safetensors")
-            if what == "search":
-                row(f"`search` among {number:,} generated embeddings", [*search, str(file), "a photo of a dog"])
-                row(
-                    f"the same, {QUERIES} queries",
-                    [*search, str(file), *map(str, range(QUERIES)), "--json", str(folder / "x.json")],
-                )
-                file.unlink()
-        text = row(f"building an index of {number:,}", [sys.executable, __file__, "--index", str(file)])
+        for ending in arguments.output:
+            file, number = folder / f"x{ending}", arguments.number
+            write = [*own, "--number", str(number), "--write", str(file), str(model)]
+            row(f"generating and writing {number:,} embeddings, `{ending}`", write)
+            what = f"`search` among them, `{ending}`, {size(file.stat().st_size)}"
+            row(f"{what}, 1 query", [*search, str(file), "a photo of a dog", "--exact"])
+            many = [*map(str, range(QUERIES)), "--json", str(folder / "x.json"), "--exact"]
+            row(f"the same, {QUERIES} queries", [*search, str(file), *many])
+            file.unlink()
+        file = folder / "index.npy"
+        write = [*own, "--number", str(arguments.indexed), "--write", str(file), str(model)]
+        subprocess.run(write, check=True)
+        text = row(f"building an index of {arguments.indexed:,}", [*own, "--index", str(file)])
         print(*compare(file), *[line for line in text.splitlines() if "finds" in line], sep="\n")
 
 
@@ -100,7 +113,7 @@ def compare(file: Path) -> Iterator[str]:
     yield f"The index: {size(taken)}, {taken / len(opened):.0f} bytes a row, of which {2 * DIM} are numbers."
 
 
-def generate(file: Path, number: int, model: Path) -> None:
+def generate(file: Path, model: Path, number: int) -> None:
     """Write embeddings that say that the model made them."""
     about = {"version": 1, "model": MODEL, "fingerprint": fingerprint(load(model).model), "checkpoint": str(model)}
     about |= {"dim": DIM, "dtype": "float32", "normalized": True, "kind": "image", "root": str(file.parent)}

@@ -14,6 +14,7 @@ import pytest
 
 import train_clip
 from train_clip.encoders.sources import SOURCES
+from train_clip.optional import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -46,9 +47,11 @@ def test_what_messages_say_to_install():
     for path in (ROOT / "train_clip").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         told |= set(re.findall(r"pip install ([^\s`{]+\w)", text))
-        told |= set(re.findall(r"find_library\(\"(\w+)", text))
+        libraries = re.findall(r"(?:find_library|optional)\(\"(\w+)", text)
+        told |= {PACKAGES.get(name, name) for name in libraries}
         assert "train-clip[" not in text, path
-    assert {"ImageHash", "huggingface_hub", "transformers", "timm", "torchvision"} <= told
+    of_encoders, others = {"transformers", "timm", "torchvision"}, {"ImageHash", "huggingface_hub"}
+    assert of_encoders | others | {"pyarrow", "usearch", "starlette", "uvicorn", "scikit-learn"} <= told
     assert told <= extras | set(SOURCES)
 
 

@@ -32,7 +32,6 @@ VERBS = {
     "embed": ("train_clip.search.embed:embed", "embed the images or captions of a folder into a file"),
     "search": ("train_clip.search.search:search", "find images by a text or an image, on a page too"),
     "probe": ("train_clip.probes.probe:probe", "fit a linear probe and few-shot heads on images of classes"),
-    "calibrate": ("train_clip.probes.calibrate:calibrate", "find out what a model's similarities mean"),
     "classify": ("train_clip.probes.classify:classify", "write the class of every image of a folder"),
     "data check": (
         "train_clip.data_tools.check:data_check",

@@ -19,7 +19,8 @@ from train_clip.errors import UserError
 from train_clip.losses import tiles
 from train_clip.probes import calibrate
 from train_clip.probes.calibrate import Sides
-from train_clip.probes.calibration import Calibration, find_calibration, read_calibration
+from train_clip.probes.calibration import CLASSES, Calibration, beside, find_calibration
+from train_clip.scores.bootstrap import intervals, ratios
 
 
 def made_up(number: int, seed: int, width: int = 24, noise: float = 1.0) -> Sides:
@@ -45,14 +46,13 @@ def test_counts_are_those_of_loops(monkeypatch, at_once):
     monkeypatch.setattr(tiles, "TILE", at_once)
     both = made_up(20, seed=0)
     thresholds = np.array([-0.3, 0.1, 0.15, 0.7])
-    hits, tries = calibrate.above(both, thresholds)
     expected = np.zeros((2, 20, 4))
     counts = np.zeros((2, calibrate.BINS))
     for image, similarity, right in loops(both):
         expected[0, image] += right * (similarity >= thresholds)
         expected[1, image] += similarity >= thresholds
         counts[int(right), math.floor((similarity + 1) / 2 * calibrate.BINS)] += 1
-    np.testing.assert_array_equal([hits, tries], expected)
+    np.testing.assert_array_equal(calibrate.above(both, thresholds), expected)
     np.testing.assert_array_equal(calibrate.histogram(both), counts)
 
     told = calibrate.check(both, Calibration(0.15, 0.9, 9.0, -3.0), scale=20.0)
@@ -84,15 +84,16 @@ def test_platt_is_that_of_scikit_learn():
 def test_intervals_resample_images():
     """A loop that draws images with repetition; and pairs of one image hang together: the interval is wider."""
     both = made_up(40, seed=2)
-    hits, tries = (one[:, 0] for one in calibrate.above(both, np.array([0.5])))
+    hits, tries = calibrate.above(both, [0.5])
     rng, drawn = np.random.default_rng(1), []
     for _ in range(4000):
         some = rng.integers(0, 40, 40)
         drawn.append(hits[some].sum() / tries[some].sum())
-    np.testing.assert_allclose(calibrate.interval(hits, tries), np.quantile(drawn, [0.025, 0.975]), atol=0.015)
-    once = np.array([1.0, 0.0] * 10)
-    together = calibrate.interval(10 * once, np.full(20, 10.0))
-    np.testing.assert_allclose(together, calibrate.interval(once, np.ones(20)))
+    ours = intervals({"precision": ratios(hits, tries)[:, 0]})["precision"]
+    np.testing.assert_allclose(ours, np.quantile(drawn, [0.025, 0.975]), atol=0.015)
+    once = torch.tensor([1.0, 0.0] * 10, dtype=torch.float64)[:, None]
+    together = ratios(10 * once, torch.full_like(once, 10))
+    torch.testing.assert_close(together, ratios(once, torch.ones_like(once)))
 
 
 def test_the_promise_is_kept_on_further_data():
@@ -100,7 +101,7 @@ def test_the_promise_is_kept_on_further_data():
     fresh, kept, recalls = [made_up(200, seed=1000 + seed) for seed in range(20)], 0, []
     for seed in range(60):
         threshold = calibrate.fit(made_up(200, seed=seed), 0.8).threshold
-        hits, tries = np.sum([calibrate.above(some, np.array([threshold])) for some in fresh], axis=(0, 2, 3))
+        hits, tries = np.sum([calibrate.above(some, [threshold]).numpy() for some in fresh], axis=(0, 2, 3))
         kept += hits / tries >= 0.8
         recalls.append(hits / (20 * 200))
     assert kept >= 55, kept
@@ -132,23 +133,28 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+def run(place: Path, *words: object) -> None:
+    cli.main(["evaluate", str(place / "model.ckpt"), *map(str, words), "--calibrate"])
+
+
 def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, capsys):
-    """On classes: read by the model's fingerprint, refused for another model; a second time it is not overwritten."""
-    words = ["calibrate", place / "model.ckpt", "--folder", place / "data", "--classes", place / "classes.txt"]
-    cli.main([*map(str, words), "--precision", "0.3"])
+    """On classes: printed with the scores, known by the model's fingerprint, refused for another model."""
+    words = ["--folder", place / "data", "--classes", place / "classes.txt", "--json", tmp_path / "scores.json"]
+    run(place, *words, "--min_precision", "0.3")
     printed = capsys.readouterr().out
-    assert "Fitted on 30 images and 3 classes, checked on 30 others." in printed
-    written = json.loads((place / "model.calibration.json").read_text())
-    own = fingerprint(load(place / "model.ckpt").model)
-    found = find_calibration(str(place / "model.ckpt"), own)
-    assert found == Calibration(**written["calibration"])
-    assert (written["calibration"]["threshold"] is None) == ("No threshold surely keeps" in printed)
-    assert find_calibration(str(tmp_path / "other.ckpt"), own) is None
+    assert "zero-shot over 3 classes" in printed and "zero_shot" in (tmp_path / "scores.json").read_text()
+    assert "calibrated on 30 images and 3 classes, checked on 30 others" in printed
+    path, model = place / "model.calibration.classes.json", load(place / "model.ckpt").model
+    assert path == beside(str(place / "model.ckpt"), CLASSES)
+    written = json.loads(path.read_text())
+    assert written["fingerprint"] == fingerprint(model) and written["calibration"]["precision"] == 0.3
+    assert find_calibration(model, path) == Calibration(**written["calibration"])
+    assert (written["calibration"]["threshold"] is None) == ("no threshold surely keeps" in printed)
+    assert find_calibration(model, tmp_path / "other.json") is None
     with pytest.raises(UserError, match="of another model"):
-        read_calibration(place / "model.calibration.json", "0" * 64)
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*map(str, words)])
-    assert "already exists" in said(stop)
+        find_calibration(load(save_model(tmp_path / "other.ckpt", seed=1)).model, path)
+    run(place, *words)
+    assert json.loads(path.read_text())["calibration"]["precision"] == 0.95
 
 
 def test_captions_that_images_share_are_one_candidate(place, tmp_path):
@@ -156,20 +162,40 @@ def test_captions_that_images_share_are_one_candidate(place, tmp_path):
     folder = write_pairs(tmp_path / "pairs", 12)
     for index in range(12):
         (folder / f"{index:03}.txt").write_text(f"number {index}\nThe  same\n{'the same'}\n")
-    cli.main(["calibrate", str(place / "model.ckpt"), "--folder", str(folder), "--json", str(tmp_path / "c.json")])
-    written = json.loads((tmp_path / "c.json").read_text())
+    run(place, "--folder", folder)
+    written = json.loads((place / "model.calibration.captions.json").read_text())
     assert (written["candidates"], written["images"]) == ("7 captions", [6, 6])
     pairs = sum(row[0] for row in written["check"]["curve"]), sum(row[2] for row in written["check"]["curve"])
     assert pairs == (6 * 7, 12)
 
 
-def test_too_few_images_are_refused(place, tmp_path):
-    """One pair leaves a half without any; nothing is written."""
+def test_images_of_several_classes_match_each_of_them(place, tmp_path):
+    """Eight images, each of the first class and of one of the other two: 16 pairs match, of 24."""
+    folder = draw_classes(tmp_path / "data", number=4)
+    files = sorted(folder.rglob("*.png"))[:8]
+    for path in set(folder.rglob("*.png")) - {*files}:
+        path.unlink()
+    for place_of, path in enumerate(files):
+        path.with_suffix(".cls").write_text(f"0\n{1 + place_of % 2}\n")
+    run(place, "--folder", folder, "--classes", place / "classes.txt")
+    written = json.loads((place / "model.calibration.classes.json").read_text())
+    curve = np.array(written["check"]["curve"])
+    assert written["images"] == [4, 4] and curve[:, 0].sum() == 12 and curve[:, 2].sum() == 8
+
+
+def test_too_few_images_are_refused_after_the_scores(place, tmp_path, capsys):
+    """One pair leaves a half without any; the scores are there all the same. Other wrong commands are refused, too."""
     folder = write_pairs(tmp_path / "pairs", 1)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["calibrate", str(place / "model.ckpt"), "--folder", str(folder), "--json", str(tmp_path / "c.json")])
+        run(place, "--folder", folder, "--json", tmp_path / "scores.json")
     assert "1 images with a caption or class. Expected some for each half" in said(stop)
-    assert not (tmp_path / "c.json").exists()
+    assert (tmp_path / "scores.json").exists() and "1 images, 2 captions" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run(place, "--folder", folder, "--min_precision", "1")
+    assert "min_precision is 1.0; expected above 0 and below 1" in said(stop)
+    with pytest.raises(SystemExit) as stop:
+        run(place, folder, "--folder", folder)
+    assert "--calibrate True: is for one model" in said(stop)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5, '{"version": 2}', "\udcff"])
@@ -178,11 +204,11 @@ def test_damaged_calibrations_are_refused(content, tmp_path):
     path = tmp_path / "c.json"
     path.write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match="or damaged"):
-        read_calibration(path, "")
+        find_calibration(None, path)
     for value in (math.nan, "x", [1]):
         values = {"threshold": 0.5, "precision": 0.9, "slope": value, "intercept": 0}
         path.write_text(json.dumps({"version": 1, "fingerprint": "", "calibration": values}))
         with pytest.raises(UserError, match="or damaged"):
-            read_calibration(path, "")
+            find_calibration(None, path)
     with pytest.raises(FileNotFoundError):
-        read_calibration(tmp_path / "none.json", "")
+        find_calibration(None, path, tmp_path / "none.json")

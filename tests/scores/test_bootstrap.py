@@ -161,3 +161,16 @@ def test_images_without_captions_do_not_make_an_interval_narrower():
     found = retrieval(embed(2, 0), embed(2, 0), places, places, (1,))
     bounds = bootstrap.with_intervals(replace(found, num_images=100)).intervals
     assert bounds["R@1 i→t"] == pytest.approx([0.025**0.5, 1])
+
+
+@pytest.mark.parametrize("held", [1, 30, 2**22])
+def test_ratios_against_a_loop(held, monkeypatch):
+    """Sums over the images of each resample, written out: 1e-12; no value where there is nothing to divide by."""
+    monkeypatch.setattr(bootstrap, "HELD", held)
+    rng = np.random.default_rng(3)
+    parts, wholes = rng.integers(0, 4, (9, 2)).astype(float), rng.integers(1, 5, (9, 2)).astype(float)
+    found = bootstrap.ratios(torch.from_numpy(parts), torch.from_numpy(wholes))
+    expected = [parts[drawn].sum(axis=0) / wholes[drawn].sum(axis=0) for drawn in draws(9)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    nothing = torch.zeros(3, 1, dtype=torch.float64)
+    assert bootstrap.ratios(nothing, nothing).isnan().all()

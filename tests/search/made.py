@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from PIL import Image
 
 from tests.conftest import TINY
 from train_clip import load
+from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
-from train_clip.search.vectors import fingerprint, writer
+from train_clip.search.vectors import writer
 
 
 def save_model(file: Path, seed: int = 0) -> Path:
@@ -57,6 +59,14 @@ def save_embeddings(
     }
     with writer(file, told | about) as append:
         append(rows, [f"key {path}" for path in paths], paths, captions)
+    return file
+
+
+def save_calibration(file: Path, model: Path, threshold: float) -> Path:
+    """Write what a model's similarities mean: a precision of 90% from the threshold on, even odds at a half of it."""
+    values = {"threshold": threshold, "precision": 0.9, "slope": 8.0, "intercept": -4 * threshold}
+    told = {"version": 1, "fingerprint": fingerprint(load(model).model), "calibration": values}
+    file.write_text(json.dumps(told))
     return file
 
 

@@ -21,6 +21,7 @@ from tests.conftest import TINY, said, write_pairs
 from tests.docs.test_documents import ROOT, blocks
 from tests.faults.command import Command, run
 from train_clip import cli, estimates, load
+from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
@@ -104,7 +105,7 @@ def test_rows_are_those_of_encode(ending: str, model: Path, tmp_path: Path) -> N
     assert (about["kind"], about["normalized"], about["model"], about["dim"]) == ("image", True, "tiny", 16)
     assert (about["root"], about["source"]) == (str(folder), str(folder))
     again = load(about["checkpoint"], **about["weights"]).model
-    assert vectors.fingerprint(again) == vectors.fingerprint(loaded.model) == about["fingerprint"]
+    assert fingerprint(again) == fingerprint(loaded.model) == about["fingerprint"]
     assert sorted(file.name for file in output.parent.iterdir()) == sorted(f.name for f in vectors.files_of(output))
 
 
@@ -158,9 +159,8 @@ def test_arrays_in_place_of_images(model: Path, tmp_path: Path) -> None:
     pixels = load(model).preprocess(folder / "001.png").numpy()
     (folder / "001.png").unlink()
     np.savez(folder / "001.npz", data=pixels)
-    cli.main(command(model, "--folder", folder, "--output", tmp_path / "c.npz", "--unreadable", "nan"))
-    expected = matrix(tmp_path / "a.npz")
-    expected[2] = np.nan
+    cli.main(command(model, "--folder", folder, "--output", tmp_path / "c.npz"))
+    expected = matrix(tmp_path / "a.npz")[[0, 1, 3, 4]]
     np.testing.assert_allclose(matrix(tmp_path / "c.npz"), expected, atol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_a_run_of_visual_prompts(model: Path, tmp_path: Path) -> None:
     about = vectors.open_vectors(tmp_path / "x.npz").about
     assert about["checkpoint"].startswith(str(tmp_path / "run")) and about["weights"] == {"backbone": str(moved)}
     again = load(about["checkpoint"], **about["weights"])
-    assert vectors.fingerprint(again.model) == about["fingerprint"] != vectors.fingerprint(load(model).model)
+    assert fingerprint(again.model) == about["fingerprint"] != fingerprint(load(model).model)
     alone = again.encode(sorted(folder.glob("*.png")))
     np.testing.assert_allclose(matrix(tmp_path / "x.npz"), alone, atol=1e-6)
 
@@ -198,29 +198,24 @@ def test_processes_that_cannot_meet(model: Path, tmp_path: Path, monkeypatch: py
     assert "WORLD_SIZE is 2; " in said(stop) and "by torchrun" in said(stop)
 
 
-@pytest.mark.parametrize("choice", ["leave_out", "nan"])
-def test_images_that_cannot_be_read(choice: str, model: Path, tmp_path: Path) -> None:
-    """No rows, or rows of NaN; the others' are as without them; counted and named, after a kill too."""
+def test_images_that_cannot_be_read(model: Path, tmp_path: Path) -> None:
+    """No rows; the others' are as without them; counted and named, after a kill too."""
     folder = write_pairs(tmp_path / "data", PAIRS)
-    bad, gone = [3, 4, 5, 50, 89], {}
+    bad = [3, 4, 5, 50, 89]
     for number in bad:
-        gone[number] = (folder / f"{number:03}.png").write_bytes(b"GIF89a \x1b[31m")
+        (folder / f"{number:03}.png").write_bytes(b"GIF89a \x1b[31m")
     (folder / "007.txt").write_bytes(b"\xff\xfe")
-    words = command(model, "--folder", folder, "--output", tmp_path / "x.npz", "--unreadable", choice)
+    words = command(model, "--folder", folder, "--output", tmp_path / "x.npz")
     run(words, PROGRAM, DIE="before the move").require(-signal.SIGKILL)
     text = run(words, PROGRAM).require(0).text
-    done = "left out" if choice == "leave_out" else "rows of NaN"
-    assert f"Images that cannot be read, {done}: 5." in text and "Captions that cannot be read: 1." in text
+    assert "Images that cannot be read: 5." in text and "Captions that cannot be read: 1." in text
     assert text.count("image cannot be") + text.count("not an image") + text.count(".png: ") >= 5, text
-    kept = [number for number in range(PAIRS) if number not in bad or choice == "nan"]
+    kept = [number for number in range(PAIRS) if number not in bad]
     opened, found = vectors.open_vectors(tmp_path / "x.npz"), matrix(tmp_path / "x.npz")
     assert list(opened.keys) == [f"{number:03}.png" for number in kept]
     assert list(opened.captions) == ["" if number == 7 else f"picture {number}" for number in kept]
-    nan = [row for row, number in enumerate(kept) if number in bad]
-    assert np.isnan(found).all(axis=1).nonzero()[0].tolist() == nan
-    whole = [(row, folder / f"{number:03}.png") for row, number in enumerate(kept) if number not in bad]
-    alone = load(model).encode([path for _, path in whole])
-    np.testing.assert_allclose(found[[row for row, _ in whole]], alone, atol=1e-6)
+    alone = load(model).encode([folder / f"{number:03}.png" for number in kept])
+    np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
 def test_nothing_to_embed(model: Path, tmp_path: Path) -> None:
@@ -251,7 +246,7 @@ def test_nothing_to_embed(model: Path, tmp_path: Path) -> None:
 
 
 def test_it_refuses_before_it_embeds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that exists, of several files any; another ending; no pyarrow; no room; a folder that is the user's."""
+    """A file that exists, of several files any; another ending; no room; a folder that is the user's."""
     folder = write_pairs(tmp_path / "data", 2)
     monkeypatch.setattr(embed, "batches", None)
 
@@ -271,8 +266,6 @@ def test_it_refuses_before_it_embeds(model: Path, tmp_path: Path, monkeypatch: p
     assert "holds 'holiday.jpg' already" in refused("u.npz")
     monkeypatch.setattr(estimates.shutil, "disk_usage", lambda _: SimpleNamespace(total=1e12, free=100))
     assert "Expected room for" in refused("z.npz")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert "Parquet needs pyarrow" in refused("z.parquet")
     assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.csv").read_bytes() == b"mine"
 
 

@@ -110,12 +110,8 @@ def test_a_damaged_index_is_named(damage: str, saved) -> None:
         Index(vectors, probes)
 
 
-def test_without_usearch_and_without_room(saved, monkeypatch) -> None:
+def test_without_room(saved, monkeypatch) -> None:
     vectors = saved()
-    with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "usearch.index", None)
-        with pytest.raises(UserError, match=r"5,000 embeddings need an index by usearch.*pip install usearch.*--exact"):
-            Index(vectors, probes)
     monkeypatch.setattr(module, "EDGES", 10**15)
     with pytest.raises(UserError, match="the index takes"):
         Index(vectors, probes)

@@ -6,7 +6,6 @@ import io
 import re
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,11 +19,9 @@ from PIL import Image
 
 from tests import forked
 from tests.search.browser import CHROMIUM, Browser
-from tests.search.made import save_embeddings, save_model, save_pictures
+from tests.search.made import save_calibration, save_embeddings, save_model, save_pictures
 from tests.search.test_search import HOSTILE, OUTSIDE, hostile
 from train_clip import load
-from train_clip.errors import UserError
-from train_clip.search import page
 
 NUMBER = 40  # pictures
 HAS_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="needs chromium, which .ci/run installs (apt install chromium)")
@@ -103,6 +100,20 @@ def test_results_are_those_of_encode(served: Served) -> None:
     assert rows_in(served.ask("/?like=5"))[0] == 5 and b"More like key 005.png" in served.ask("/?like=5").body
     assert rows_in(served.ask("/")) == list(range(7)) == rows_in(served.ask("/?q=%20"))
     assert "40 embeddings of 16 numbers, compared one by one, which takes 3 kB of memory" in served.log.read_text()
+
+
+def test_probabilities_and_that_nothing_fits(served: Served, tmp_path: Path) -> None:
+    """For a text that is typed; pictures like another are not what was calibrated."""
+    folder = served.log.parent
+    path = save_calibration(tmp_path / "c.json", folder / "model.safetensors", 1.5)
+    one = Served(tmp_path, folder / "x.npz", "--calibration", path)
+    body = one.ask("/?q=a+red+hat").body.decode()
+    similar = [float(found) for found in re.findall(r"<b>(-?[\d.]+)</b>", body)]
+    shown = [float(found) / 100 for found in re.findall(r"</b> \((\d+)%\) a color", body)]
+    np.testing.assert_allclose(shown, 1 / (1 + np.exp(6 - 8 * np.array(similar))), atol=0.006)
+    assert "<h2>a red hat</h2>\n<p>nothing fits, with a precision of 90%</p>" in body and len(shown) == 12
+    assert b"nothing fits" not in one.ask("/?like=5").body and b"%)" not in one.ask("/?like=5").body
+    one.process.terminate()
 
 
 def test_thumbnails_are_small_pictures(served: Served) -> None:
@@ -193,13 +204,6 @@ def test_ctrl_c_ends_it_and_a_port_in_use_is_told(served: Served, tmp_path: Path
     assert other.ask("/").status == 200
     other.process.send_signal(signal.SIGINT)
     assert other.process.wait(30) == 130 and "Traceback" not in other.log.read_text()
-
-
-@pytest.mark.parametrize("name", ["starlette", "uvicorn"])
-def test_what_is_not_installed_is_told_before_anything_is_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"--page needs {name}, which is not installed. Try: pip install {name}"):
-        page.serve(lambda: pytest.fail("loaded"), 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import said, write_pairs
-from tests.search.made import save_embeddings, save_model, save_pictures, unit_rows
+from tests.search.made import save_calibration, save_embeddings, save_model, save_pictures, unit_rows
 from train_clip import cli, load
 from train_clip.search import search as module
 from train_clip.search.vectors import open_vectors
@@ -112,6 +112,46 @@ def test_another_model_is_refused_and_a_moved_one_given(place, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         run(rows, "a red hat")
     assert re.search(r"moved.safetensors: .*\n.*y.npy was made with it. If it has moved, give --checkpoint", said(stop))
+
+
+def test_a_calibration_beside_the_checkpoint_gives_probabilities(place, tmp_path, capsys) -> None:
+    """Of images with captions, whichever is looked for: in the table, JSON and pictures, by the logistic function."""
+    model, image = save_model(tmp_path / "m.safetensors"), place / "pairs" / "004.png"
+    save_calibration(tmp_path / "m.calibration.captions.json", model, 0.02)
+    for name, calibrated in (("x.parquet", "a red hat"), ("captions.npz", str(image))):
+        written = [tmp_path / f"{name}.json", tmp_path / f"{name}.html"]
+        run(place / name, "a red hat", "--image", image, "--checkpoint", model, "-k", "12", "--json", written[0],
+            "--html", written[1])  # fmt: skip
+        for one in json.loads(written[0].read_text())["queries"]:
+            similar, matches = ([hit[of] for hit in one["results"]] for of in ("similarity", "match"))
+            if one["query"] != calibrated:
+                assert matches == [None] * 12 and one["note"] == ""
+                continue
+            assert (one["note"] == "") == (max(similar) >= 0.02)
+            np.testing.assert_allclose(matches, 1 / (1 + np.exp(0.08 - 8 * np.array(similar))))
+            shown = [f"{share:.0%}" for share in matches]
+            assert re.findall(r"</b> \((\d+%)\) ", written[1].read_text()) == shown
+            assert re.findall(r"^  +-?\d\.\d{3}  +(\d+%)  \S", capsys.readouterr().out, re.MULTILINE) == shown
+
+
+def test_nothing_fits_below_the_threshold(place, tmp_path, capsys) -> None:
+    """It is said, and the most similar are shown all the same; of one query, not of another."""
+    best = expected(place, "a red hat", 1)[0][1]
+    other = expected(place, "a green dot", 1)[0][1]
+    path = save_calibration(tmp_path / "c.json", place / "model.safetensors", (best + other) / 2)
+    run(place / "x.parquet", "a red hat", "a green dot", "--calibration", path, "--json", tmp_path / "x.json",
+        "--html", tmp_path / "x.html")  # fmt: skip
+    notes = {one["query"]: one["note"] for one in json.loads((tmp_path / "x.json").read_text())["queries"]}
+    lower, higher = sorted(notes, key=lambda query: {"a red hat": best, "a green dot": other}[query])
+    assert notes == {lower: "nothing fits, with a precision of 90%", higher: ""}
+    printed, page = capsys.readouterr().out, (tmp_path / "x.html").read_text()
+    assert f"{lower}\n  nothing fits, with a precision of 90%\n" in printed and printed.count("nothing fits") == 1
+    assert f"<h2>{lower}</h2>\n<p>nothing fits, with a precision of 90%</p>\n<ol>" in page
+    assert page.count("nothing fits") == 1 and page.count("<li>") == 24
+    save_calibration(path, save_model(tmp_path / "other.safetensors", seed=1), 0.1)
+    with pytest.raises(SystemExit) as stop:
+        run(place / "x.parquet", "a red hat", "--calibration", path)
+    assert "c.json: of another model" in said(stop)
 
 
 @pytest.mark.parametrize(

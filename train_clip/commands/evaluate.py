@@ -35,6 +35,7 @@ BY = "train_clip.scores.subgroups:score_by"
 CONFUSION = "train_clip.scores.confusion:write"
 COMPARISON = "train_clip.scores.comparison:compare"
 PICTURE = "train_clip.scores.best_captions:draw"
+CALIBRATION = "train_clip.probes.calibrate:calibrate"
 NAMED = 5  # files named on the screen; --json names all
 WIDTH = 200  # characters, what the widest row of a table takes
 
@@ -54,6 +55,14 @@ class EvaluateOptions(ScoreOptions):
         Check(lambda path: path.suffix.lower() in (".csv", ".png"), "a name that ends in .csv or .png"),
     )
     picture: Path | None = option(None, "PNG to write: images next to the captions that the model finds most similar")
+    calibrate: bool = option(
+        False, "find the similarity above which pairs match, and how probably, for `search` and `classify`"
+    )
+    min_precision: float = option(
+        0.95,
+        "for --calibrate: fraction of the pairs above that similarity that are to match",
+        Check(lambda value: 0 < value < 1, "above 0 and below 1"),
+    )
     backbone: str | None = option(
         None, "for visual prompts: path or name of their backbone; default: the one they were trained with"
     )
@@ -78,7 +87,7 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     if options.confusion and options.classes is None:
         raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
     groups = resolve_name(GROUPS)(options) if options.by is not None else {}
-    model = load(checkpoint, options, weights)
+    model, source = load(checkpoint, options, weights)
     scores, collection = score(model, options)
     if options.by is not None:
         scores["by"] = resolve_name(BY)(groups, scores, collection.paths, options.by)
@@ -86,6 +95,8 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     if options.json is not None:
         write_json(options.json, scores)
     try:
+        if options.calibrate:
+            scores["calibration"] = resolve_name(CALIBRATION)(model, source, collection, options)
         if options.confusion is not None:
             resolve_name(CONFUSION)(collection, scores["zero_shot"], options.confusion)
         if options.picture is not None and collection.captions:
@@ -96,12 +107,12 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     return scores
 
 
-def load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> Pretrained:
-    """Load what is to be evaluated, and say where a run's folder has it."""
+def load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> tuple[Pretrained, str]:
+    """Load what is to be evaluated, and say where a run's folder has it; that file too."""
     found = find_weights(checkpoint, weights, options.backbone)
     if found.source != checkpoint:
         print(f"Evaluating {found.source}.")
-    return load_for_scoring(found, options.device)
+    return load_for_scoring(found, options.device), found.source
 
 
 def load_for_scoring(weights: Found, device: str) -> Pretrained:
@@ -142,7 +153,7 @@ def report(scores: Scores) -> None:
     """Print the scores next to chance."""
     skips = scores["skips"]
     print(f"{scores['num_images']:,} images, {scores['num_captions']:,} captions, {len(skips):,} files not scored")
-    for rows in (scores[name].rows() for name in (*EVALUATORS, "by") if scores.get(name)):
+    for rows in (scores[name].rows() for name in (*EVALUATORS, "by", "calibration") if scores.get(name)):
         (print if isinstance(rows, str) else print_table)(rows)
     if scores["collapse"]:
         print(scores["collapse"])

@@ -5,7 +5,6 @@ B  captions      L  tokens      D  embedding width
 
 import contextlib
 import difflib
-import importlib
 import json
 from typing import Any
 
@@ -17,6 +16,7 @@ from train_clip.encoders.sources import OWN
 from train_clip.errors import UserError, first_line
 from train_clip.models.clip import CLIP
 from train_clip.models.config import config_from_dict
+from train_clip.optional import optional
 
 
 class TextTower(nn.Module):
@@ -157,14 +157,7 @@ def _without_head(module: nn.Module, name: str) -> nn.Module:
 
 def find_library(module: str) -> Any:
     """Import a library when it is first needed, or say how to install it."""
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{package}: encoders of this source need the package {package} ({first_line(error)}). "
-            f"Install it: pip install {package}."
-        ) from None
+    return optional(module, "An encoder of this source")
 
 
 def _unknown(library: str, name: str, known: list[str]) -> UserError:

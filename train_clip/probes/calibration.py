@@ -1,4 +1,4 @@
-"""What a similarity means to one model, as ``calibrate`` has found: a file of JSON beside its weights."""
+"""What a similarity means to one model, as `evaluate --calibrate` has found: a file of JSON beside its weights."""
 
 import json
 import math
@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from train_clip.checkpoints.found import fingerprint
 from train_clip.errors import MissingFile, UserError, first_line
+from train_clip.models.clip import DualEncoder
 
-CALIBRATION = "calibration.json"
 VERSION = 1
+# Of similarities of images, beside their model.
+CAPTIONS, CLASSES = "calibration.captions.json", "calibration.classes.json"
+NOTHING = "nothing fits"  # where all similarities are below the threshold
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted to a model, for cosine similarities of its embeddings."""
+    """What was fitted to a model, for cosine similarities of an image with captions, or with classes."""
 
     threshold: float | None  # the lowest that keeps the wanted precision; None where none does
     precision: float  # that was wanted
@@ -32,29 +36,27 @@ class Calibration:
         return np.asarray(similarities, np.float64) >= (-math.inf if self.threshold is None else self.threshold)
 
 
-def find_calibration(source: str, of_model: str) -> Calibration | None:
-    """Read what lies beside a checkpoint or other source of weights; None where there is nothing."""
-    path = beside(source, CALIBRATION)
-    return read_calibration(path, of_model) if path.exists() else None
-
-
-def read_calibration(path: Path, of_model: str) -> Calibration:
-    """Read a calibration; one that is damaged, or of another model by its ``found.fingerprint``, is refused."""
-    if not path.is_file():
-        raise MissingFile(f"{path}: there is no such file. Expected what `train-clip calibrate` wrote.")
+def find_calibration(model: DualEncoder, path: Path, given: Path | None = None) -> Calibration | None:
+    """Read the calibration that is given, or at its usual path, if there is any; one of another model is refused."""
+    if given is None and not path.exists():
+        return None
+    if not (path := given or path).is_file():
+        raise MissingFile(f"{path}: there is no such file. Expected what `train-clip evaluate --calibrate` wrote.")
     try:
         about: Any = json.loads(path.read_bytes())
         values = {name: about["calibration"][name] for name in Calibration.__annotations__}
-        given: Any = {name: None if value is None else float(value) for name, value in values.items()}
-        if about["version"] != VERSION or not all(math.isfinite(one or 0) for one in given.values()):
-            raise ValueError(f"version {about['version']}, {given}")
-        if about["fingerprint"] != of_model:
-            raise UserError(f"{path}: of another model. Calibrate this one, or give another file, or remove this one.")
+        found: Any = {name: None if value is None else float(value) for name, value in values.items()}
+        if about["version"] != VERSION or not all(math.isfinite(one or 0) for one in found.values()):
+            raise ValueError(f"version {about['version']}, {found}")
+        of = about["fingerprint"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path}: not what `train-clip calibrate` wrote, or damaged ({first_line(error)}). Calibrate again."
+            f"{path}: not what `train-clip evaluate --calibrate` wrote, or damaged ({first_line(error)}). Calibrate "
+            "again, or remove it."
         ) from None
-    return Calibration(**given)
+    if of != fingerprint(model):
+        raise UserError(f"{path}: of another model. Calibrate this one, or give another file, or remove this one.")
+    return Calibration(**found)
 
 
 def beside(source: str, ending: str) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train_clip.checkpoints.found import NO_CHOICE, find_weights, fingerprint
+from train_clip.checkpoints.found import NO_CHOICE, find_weights
 from train_clip.commands.evaluate import NAMED, load_for_scoring
 from train_clip.data.samples import Skip
 from train_clip.errors import UsageError
@@ -12,27 +12,28 @@ from train_clip.evaluation.collect import read_classes, require_different
 from train_clip.files import require_new
 from train_clip.options import WeightOptions, option
 from train_clip.printing import printable
-from train_clip.probes.calibration import Calibration, find_calibration, read_calibration
-from train_clip.probes.features import Encoded, ImageOptions, encode, find_images
+from train_clip.probes.calibration import CLASSES, NOTHING, Calibration, beside, find_calibration
+from train_clip.probes.features import Encoded, encode
 from train_clip.probes.heads import Head, by_name, read_head
-from train_clip.probes.rows import Row, require_format, rows_to
+from train_clip.probes.images import ClassOptions, find_images
+from train_clip.probes.rows import FORMATS, Row, require_format, rows_to
 
 SHOWN = 5  # classes of a row
 KINDS: dict[str, type] = {"class": str, "probability": float}
-NOTHING = "nothing fits"
 TOP = {f"{what}_{place}": kind for place in range(1, SHOWN + 1) for what, kind in KINDS.items()}
 COLUMNS: dict[str, type] = {"path": str, **KINDS, "match": float, "note": str, **TOP}
+EMPTY: Row = dict.fromkeys(COLUMNS)
 
 
 @dataclass(frozen=True)
-class ClassifyOptions(ImageOptions):
+class ClassifyOptions(ClassOptions):
     """The images, and what to classify them by."""
 
     head: Path | None = option(None, "a head that `train-clip probe --save` wrote, in place of --classes")
     calibration: Path | None = option(
-        None, "what `train-clip calibrate` wrote; default: CHECKPOINT.calibration.json, if it is there"
+        None, "what `evaluate --calibrate --classes` wrote; default: that beside the checkpoint, if it is there"
     )
-    output: Path = option(Path("classes.csv"), "file to write: .csv, .jsonl or .parquet")
+    output: Path = option(Path("classes.csv"), "file to write: .csv or .parquet")
 
 
 def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOptions = NO_CHOICE) -> Path:
@@ -49,10 +50,10 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
         raise UsageError("Classes come from one of --classes FILE and --head FILE. Expected one of the two.")
     if options.head and options.calibration:
         raise UsageError("--calibration is for --classes; a head has probabilities of its own. Leave it out.")
-    require_format(output)
+    require_format(output, FORMATS, "a table")
     require_new(output)
-    found = find_weights(checkpoint, weights, options.backbone)
-    model = load_for_scoring(found, options.device)
+    weight_file = find_weights(checkpoint, weights, options.backbone)
+    model = load_for_scoring(weight_file, options.device)
     calibration = None
     if options.head:
         head, classes = read_head(options.head, model.model)
@@ -60,22 +61,18 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
         classes, templates = read_classes(options)
         require_different(model.model, model.tokens, classes, templates, options.classes)
         head = by_name(model, classes, templates)
-        own, given = fingerprint(model.model), options.calibration
-        calibration = read_calibration(given, own) if given else find_calibration(found.source, own)
+        calibration = find_calibration(model.model, beside(weight_file.source, CLASSES), options.calibration)
     pairs, lost, unfit, start = find_images(options)[0], list[Skip](), 0, 0
     with rows_to(output, COLUMNS) as append:
         for places, images, bad in encode(model, pairs, options):
-            left, rows = iter(bad), dict[int, Row]()
             lost += bad
-            if places:
-                rows = dict(zip(places, classified(head, classes, images, calibration), strict=True))
-            batch = range(start, start := start + len(places) + len(bad))
-            for place in batch:
-                row = rows.setdefault(place, dict.fromkeys(COLUMNS))
-                row["path"] = printable(pairs[place].image)
-                row["note"] = row["note"] or (next(left).reason if row["class_1"] is None else "")
-                unfit += row["note"] == NOTHING
-            append([rows[place] for place in batch])
+            why, rows = dict(bad), list[Row]()
+            found = dict(zip(places, classified(head, classes, images, calibration), strict=True))
+            for place in range(start, start := start + len(places) + len(bad)):
+                row = found[place] if place in found else {"note": why[pairs[place].pixels]}
+                rows.append(EMPTY | row | {"path": printable(pairs[place].image)})
+            unfit += sum(row["note"] == NOTHING for row in rows)
+            append(rows)
     print(f"{output}: {len(pairs) - len(lost):,} images in {len(classes):,} classes")
     if unfit and calibration:
         print(f"{unfit:,} of them fit no class, with a precision of {calibration.precision:.0%}.")
@@ -88,15 +85,16 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
 
 def classified(head: Head, classes: list[str], images: Encoded, calibration: Calibration | None) -> Iterator[Row]:
     """The rows of some images, but for their paths."""
+    if not len(images.features):
+        return
     logits = head.logits(images)
     best = logits.softmax(dim=1).topk(min(SHOWN, len(classes)), dim=1)
-    for row, (values, places) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-        found: Row = dict.fromkeys(COLUMNS)
-        found |= {"class": classes[places[0]], "probability": values[0]}
+    for row, values, places in zip(logits, best.values.tolist(), best.indices.tolist(), strict=True):
+        found: Row = {"class": classes[places[0]], "probability": values[0]}
         for number, (value, place) in enumerate(zip(values, places, strict=True), 1):
             found |= {f"class_{number}": classes[place], f"probability_{number}": value}
         if calibration is not None:
-            similarity = logits[row].max().item() / head.values["scale"]
+            similarity = row.max().item() / head.values["scale"]
             found["match"] = calibration.probability(similarity).item()
             if not calibration.fits(similarity):
                 found |= {"class": None, "note": NOTHING}

@@ -5,8 +5,6 @@ N  images      F  width of the features      D  embedding width
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +12,12 @@ from torch import Tensor
 
 from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.progress import with_progress
-from train_clip.data.pairs import IN_TABLE, Pair, PairList, plain_name
+from train_clip.data.pairs import Pair
 from train_clip.data.samples import Skip, image_loader
-from train_clip.data.scan import scan_source
 from train_clip.errors import UserError
 from train_clip.evaluation.embed import evaluating, require_finite
 from train_clip.models.clip import DualEncoder
-from train_clip.options import SourceOptions, at_least, option
+from train_clip.probes.images import ImageOptions
 
 # The module of an image tower that is next to its projection, and whether that takes its output or its input; the first
 # that is there counts.
@@ -30,23 +27,6 @@ PROJECTED = {
     "visual.backbone.ln_post": True,  # of a vision transformer with visual prompts
     "visual.ln_post": True,
 }
-
-
-@dataclass(frozen=True)
-class ImageOptions(SourceOptions):
-    """The images, and how they are embedded."""
-
-    folder: Path | None = option(None, "images in folders named after their class, or with a STEM.cls next to them")
-    classes: Path | None = option(None, "text file of class names, one per line")
-    templates: Path | None = option(
-        None, 'text file of prompt templates with {} for the class name, one per line; default: "a photo of a {}."'
-    )
-    batch_size: int = option(64, "images per batch", at_least(1))
-    num_workers: int = option(0, "loader processes", at_least(0))
-    device: str = option("auto", "cpu, cuda, or auto: cuda if available")
-    backbone: str | None = option(
-        None, "for visual prompts: path or name of their backbone; default: the one they were trained with"
-    )
 
 
 class Encoded(NamedTuple):
@@ -60,23 +40,14 @@ class Encoded(NamedTuple):
         return Encoded(self.features[rows].double(), self.embeddings[rows].double())
 
 
-def find_images(options: ImageOptions) -> tuple[PairList, list[str]]:
-    """The images of a folder or table in the order of their names, those without a caption too; and those names."""
-    found = scan_source(options.folder, options)
-    if found.faults or not found.lone_images:
-        found.require_pairs()
-    lone = PairList(found.pairs.root, found.lone_images, [IN_TABLE] * len(found.lone_images))
-    both = found.pairs.followed_by(lone)
-    images = both.take(sorted(range(len(both)), key=lambda place: plain_name(both.names[place])))
-    return images, [plain_name(name.removeprefix(found.pairs.root)) for name in images.names]
-
-
 def encode(
     model: Pretrained, images: Sequence[Pair], options: ImageOptions
 ) -> Iterator[tuple[list[int], Encoded, list[Skip]]]:
     """Encode pairs' images, batch by batch: places of those that can be read, their rows on the CPU, and the others."""
     clip = model.model
-    loader = image_loader([pair.pixels for pair in images], clip.image_size, options.batch_size, options.num_workers)
+    loader = image_loader(
+        [pair.pixels for pair in images], clip.image_size, options.batch_size, options.num_workers or 0
+    )
     with tapped(clip) as taken:
         for places, pixels, bad in with_progress(loader, "images"):
             rows = Encoded(torch.empty(0), torch.empty(0))

@@ -31,7 +31,7 @@ from train_clip.evaluation.zero_shot import class_embeddings
 from train_clip.files import replacing
 from train_clip.losses.tiles import tiles
 from train_clip.models.clip import DualEncoder, unit_norm
-from train_clip.probes.extras import extra
+from train_clip.optional import optional
 from train_clip.probes.features import Encoded, tapped
 
 FORMAT = "train-clip head, version 1"
@@ -115,14 +115,11 @@ def choose(kind: str, task: Task, val: Encoded, val_labels: Tensor) -> Head:
 
 def fit_linear(task: Task, values: Values) -> Head:
     """Minimum of the summed cross-entropy + λ/2 ‖W‖², by scikit-learn's L-BFGS; every class has an image."""
-    linear_model, exceptions = (
-        extra("sklearn.linear_model"),
-        extra("sklearn.exceptions"),
-    )
+    sklearn, linear_model = (optional(name, "A linear probe") for name in ("sklearn", "sklearn.linear_model"))
     model = linear_model.LogisticRegression(C=1 / values["lambda"], max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         # As in the paper: what those iterations reach counts.
-        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
+        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
         model.fit(task.images.features.double().numpy(), task.labels.numpy())
     weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
     if len(bias) == 1:  # two classes: the logit of the second, that of the first being 0

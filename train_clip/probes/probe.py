@@ -12,19 +12,21 @@ import torch
 from train_clip.checkpoints.found import NO_CHOICE, find_weights
 from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring, print_table, write_json
-from train_clip.data.pairs import PairList
+from train_clip.data.pairs import PairList, plain_name
 from train_clip.data.samples import Skip
 from train_clip.errors import UsageError, UserError
 from train_clip.evaluation import zero_shot
 from train_clip.evaluation.collect import read_classes, require_different
 from train_clip.files import require_new
-from train_clip.options import BELOW_ONE, WeightOptions, at_least, option
+from train_clip.options import WeightOptions, at_least, option
 from train_clip.printing import printable
-from train_clip.probes.calibrate import interval
 from train_clip.probes.calibration import beside
-from train_clip.probes.features import Encoded, ImageOptions, encode, find_images
+from train_clip.probes.features import Encoded, encode
 from train_clip.probes.heads import FITS, Task, by_name, choose, write_head
+from train_clip.probes.images import ClassOptions, find_images
+from train_clip.scores.bootstrap import intervals, ratios
 
+TEST_SHARE = 0.2  # of each class
 VAL_SHARE = 0.2  # of what is not for testing, to choose values by, where all images are used
 VAL_SHOTS = 4  # per class at most, where few are: as many as in training (CoOp, arXiv 2109.01134)
 ALL_IMAGES = ("zero-shot", "linear")  # heads of all images; the others are for few
@@ -32,13 +34,12 @@ HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
-class ProbeOptions(ImageOptions):
+class ProbeOptions(ClassOptions):
     """What to fit heads on."""
 
     shots: int | None = option(None, "training images per class, drawn at random; default: all", at_least(1))
     draws: int = option(3, "how often --shots images are drawn; accuracies are means", at_least(1))
     seed: int = option(0, "decides which images are drawn", at_least(0))
-    test_share: float = option(0.2, "fraction of each class that is tested on, chosen by file name", BELOW_ONE)
     save: Literal["linear", "tip-adapter", "prolip"] | None = option(
         None, "write this head, of the first draw, for `train-clip classify --head`"
     )
@@ -62,7 +63,8 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
     if options.save:
         require_new(output)
     model = load_for_scoring(found, options.device)
-    pairs, names = find_images(options)
+    pairs, root = find_images(options)
+    names = [plain_name(name.removeprefix(root)) for name in pairs.names]
     classes, templates = read_classes(options)
     require_different(model.model, model.tokens, classes, templates, options.classes)
     paths = [pair.image for pair in pairs]
@@ -128,7 +130,7 @@ def divide(
 ) -> tuple[list[int], list[int], list[int]]:
     """Places of the training, validation and test images: those by seed and draw, these by a hash of their names.
 
-    Test are round(test_share · n) of a class's n images, at least one; of the others, k are drawn for training and up
+    Test are round(TEST_SHARE · n) of a class's n images, at least one; of the others, k are drawn for training and up
     to four for validation, or all, a fifth of them for validation.
     """
     members = defaultdict[int, list[int]](list)
@@ -139,7 +141,7 @@ def divide(
     train, val, test = list[int](), list[int](), list[int]()
     for label, name in enumerate(classes):
         own = members[label]
-        number = max(1, round(options.test_share * len(own)))
+        number = max(1, round(TEST_SHARE * len(own)))
         test += own[:number]
         rest = rng.permutation(own[number:]).astype(int).tolist()
         chosen = min(shots, VAL_SHOTS) if shots else max(1, round(VAL_SHARE * len(rest)))
@@ -155,10 +157,10 @@ def divide(
 
 def _figures(hits: torch.Tensor) -> dict[str, Any]:
     # Of (draws, N): images are resampled, each with all its draws.
-    by_draw = hits.mean(dim=1)
+    by_draw, by_image = hits.mean(dim=1), hits.mean(dim=0)[:, None]
     return {
         "top1": hits.mean().item(),
-        "interval": interval(hits.mean(dim=0).numpy(), np.ones(hits.shape[1])),
+        "interval": intervals({"": ratios(by_image, torch.ones_like(by_image))[:, 0]})[""],
         "by_draw": by_draw.tolist(),
         "deviation": by_draw.std(correction=len(by_draw) > 1).item(),
     }

@@ -1,59 +1,62 @@
-"""Rows of a few columns → a CSV table, lines of JSON, or Parquet: complete or absent, a batch in memory at a time."""
+"""Rows of columns → Parquet, or a table as CSV: complete or absent, a few in memory at a time."""
 
 import csv
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from train_clip.errors import UsageError
 from train_clip.files import replacing
+from train_clip.optional import optional
 from train_clip.printing import no_formula
-from train_clip.probes.extras import extra
 
-GROUP = 2**13  # rows that are read together, in Parquet
-FORMATS = (".csv", ".jsonl", ".parquet")
+GROUP = 2**10  # rows that are read together, in Parquet: more of them are more memory
+PARQUET = "Parquet", "use another format"
+FORMATS = (".csv", ".parquet")
 
 Row = dict[str, Any]
 
 
-def require_format(path: Path) -> None:
-    """Refuse a name that does not say how to write, or a library that is missing, before the work."""
-    if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: rows are written to {', '.join(FORMATS)}. Give it one of these endings.")
+def require_format(path: Path, formats: Iterable[str], what: str) -> None:
+    """Refuse a name that does not say how to write or read, or a library that is missing, before the work."""
+    if path.suffix not in formats:
+        raise UsageError(f"{path}: {what} ends in {', '.join(formats)}. Give it one of these endings.")
     if path.suffix == ".parquet":
-        extra("pyarrow")
+        optional("pyarrow.parquet", *PARQUET)
 
 
 @contextmanager
 def rows_to(path: Path, columns: dict[str, type]) -> Iterator[Callable[[list[Row]], object]]:
     """Write rows to a file: what this yields takes some at a time."""
-    with replacing(path) as beside:
-        if path.suffix == ".parquet":
-            arrow, parquet = extra("pyarrow"), extra("pyarrow.parquet")
-            schema = arrow.schema(
-                [(name, arrow.float64() if of is float else arrow.string()) for name, of in columns.items()]
-            )
-            held = list[Row]()
-            with parquet.ParquetWriter(beside, schema) as writer:
+    if path.suffix == ".parquet":
+        arrow = optional("pyarrow", *PARQUET)
+        kinds = {str: arrow.string(), float: arrow.float64()}
+        with parquet_to(path, [(name, kinds[kind]) for name, kind in columns.items()]) as append:
+            yield lambda rows: append([[row[name] for row in rows] for name in columns])
+        return
+    with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(columns)
+        yield lambda rows: table.writerows([[_cell(name, row[name]) for name in columns] for row in rows])
 
-                def append(rows: list[Row], most: int = GROUP) -> None:
-                    held.extend(rows)
-                    if len(held) >= most:
-                        writer.write_batch(arrow.RecordBatch.from_pylist(held, schema))
-                        held.clear()
 
-                yield append
-                append([], 1)
-            return
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                yield lambda rows: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                return
-            table = csv.writer(file)
-            table.writerow(columns)
-            yield lambda rows: table.writerows([[_cell(name, row[name]) for name in columns] for row in rows])
+@contextmanager
+def parquet_to(path: Path, fields: list[Any], metadata: Any = None, **how: Any) -> Iterator[Callable[[Any], None]]:
+    """Write blocks of columns to a Parquet file of these fields: what this yields takes a block at a time."""
+    arrow, parquet = optional("pyarrow", *PARQUET), optional("pyarrow.parquet", *PARQUET)
+    schema, held = arrow.schema(fields, metadata), list[Any]()
+    with replacing(path) as beside, parquet.ParquetWriter(beside, schema, **how) as file:
+
+        def append(columns: Any) -> None:
+            held.append(arrow.RecordBatch.from_arrays(columns, schema=schema))
+            if sum(map(len, held)) >= GROUP:
+                file.write_table(arrow.Table.from_batches(held))
+                held.clear()
+
+        yield append
+        if held:
+            file.write_table(arrow.Table.from_batches(held))
 
 
 def _cell(name: str, value: Any) -> Any:

@@ -105,3 +105,12 @@ def _draws(members: np.ndarray, num_images: int) -> Iterator[np.ndarray]:
     generator, number = np.random.default_rng(SEED), len(members)
     for _ in range(RESAMPLES):
         yield np.bincount(members[generator.integers(number, size=number)], minlength=num_images)
+
+
+def ratios(parts: Tensor, wholes: Tensor) -> Tensor:
+    """Resamples of Σ parts / Σ wholes over images, of (N, K) float64 each: (R, K), NaN where the whole is 0."""
+    drawn, found = _draws(np.arange(len(parts)), len(parts)), list[Tensor]()
+    while some := list(islice(drawn, max(1, HELD // len(parts)))):
+        times = torch.from_numpy(np.stack(some)).double()
+        found.append((times @ parts) / (times @ wholes))
+    return torch.cat(found)

@@ -36,14 +36,14 @@ class Differences:
 
 def compare(models: list[str], options: evaluate.EvaluateOptions, weights: WeightOptions) -> evaluate.Scores:
     """Score each model, and compare each later one with the first, on the same images."""
-    for name in ("by", "confusion", "picture"):
+    for name in ("by", "confusion", "picture", "calibrate"):
         if value := getattr(options, name):
             raise UsageError(f"--{name} {value}: is for one model; found {len(models)}. Evaluate it alone.")
     if len({*models}) < len(models):
         raise UsageError(f"{', '.join(models)}: a model is given twice. Expected different ones to compare.")
     scores, paths = dict[str, evaluate.Scores](), dict[str, list[str]]()
     for name in models:
-        scores[name], collection = evaluate.score(evaluate.load(name, options, weights), options)
+        scores[name], collection = evaluate.score(evaluate.load(name, options, weights)[0], options)
         paths[name] = collection.paths
         if paths[name] != paths[first := models[0]]:
             raise UserError(

@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from train_clip.checkpoints.found import NO_CHOICE, find_weights
+from train_clip.checkpoints.found import NO_CHOICE, find_weights, fingerprint
 from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring
 from train_clip.commands.progress import with_progress
@@ -34,8 +34,10 @@ from train_clip.evaluation.embed import require_finite
 from train_clip.evaluation.encode import WINDOW, batches
 from train_clip.files import held, replacing, require_new, require_no_others, sweep
 from train_clip.models.clip import unit_norm
-from train_clip.options import SourceOptions, WeightOptions, at_least, option
+from train_clip.options import WeightOptions, at_least, option
 from train_clip.printing import printable
+from train_clip.probes.images import ImageOptions, find_images
+from train_clip.probes.rows import require_format
 from train_clip.search import vectors
 
 LEAST_ROWS = 1024  # of a part
@@ -45,20 +47,13 @@ PATIENCE = timedelta(days=365)  # with processes that have more to do
 
 
 @dataclass(frozen=True)
-class EmbedOptions(SourceOptions):
+class EmbedOptions(ImageOptions):
     """What to embed, and where to write it."""
 
-    folder: Path | None = option(None, "images, and captions that share their stem; includes subfolders")
     output: Path = option(Path("embeddings.parquet"), "file to write: .parquet, .npz or .npy")
     what: Literal["images", "captions"] = option("images", "what to embed: every image, or every caption")
     dtype: Literal["float32", "float16"] = option("float32", "precision of the embeddings")
-    unreadable: Literal["leave_out", "nan"] = option("leave_out", "images that cannot be read: no row, or one of NaN")
-    batch_size: int = option(64, "images or captions per batch", at_least(1))
     num_workers: int | None = option(None, "threads that decode images; default: one per core", at_least(0))
-    device: str = option("auto", "cpu, cuda, or auto: cuda if available")
-    backbone: str | None = option(
-        None, "for visual prompts: path or name of their backbone; default: the one they were trained with"
-    )
 
 
 def embed(checkpoint: str, /, options: EmbedOptions, weights: WeightOptions = NO_CHOICE) -> Path:
@@ -71,7 +66,7 @@ def embed(checkpoint: str, /, options: EmbedOptions, weights: WeightOptions = NO
         weights: values that they do not state
     """
     output = options.output
-    vectors.require_format(output)
+    require_format(output, vectors.FORMATS, vectors.WHAT)
     folder = output.with_name(f"{output.name}.parts")
     if options.folder and output.suffix == ".npz" and output.resolve().is_relative_to(options.folder.resolve()):
         raise UserError(
@@ -86,8 +81,7 @@ def embed(checkpoint: str, /, options: EmbedOptions, weights: WeightOptions = NO
         given = {**vars(weights), "backbone": options.backbone}
         about["weights"] = {name: absolute(value) for name, value in given.items() if value is not None}
         parts = find_parts(rows, about, folder, options)
-        content = json.dumps([*(part.name for part in parts.values()), options.unreadable])
-        about["content"] = hashlib.sha256(content.encode()).hexdigest()
+        about["content"] = hashlib.sha256(json.dumps([part.name for part in parts.values()]).encode()).hexdigest()
         if rank == 0:
             prepare(parts, about, folder, options)
         with held(folder) if rank == 0 else nullcontext():
@@ -113,20 +107,15 @@ class Rows(NamedTuple):
 
 
 def find_rows(options: EmbedOptions) -> Rows:
-    """Every image of the source, in the order of names, those without a caption too; or every caption."""
-    found, lost = scan_source(options.folder, options), list[BadSample]()
-    if found.faults or options.what == "captions" or not found.lone_images:
-        found.require_pairs()
-    pairs, root = found.pairs, found.pairs.root
-    if options.what == "captions":
-        texts = ((pair.image, f"{IN_TABLE}{text}") for pair in pairs for text in captions_of(pair, lost))
-        pairs = PairList("", *zip(*texts, strict=True))
-        if not pairs:
-            raise UserError(f"{lost[0]}; none of the {len(lost):,} files of captions can be read.")
-    elif found.lone_images:
-        both = pairs.followed_by(PairList(root, found.lone_images, [IN_TABLE] * len(found.lone_images)))
-        pairs = both.take(sorted(range(len(both)), key=lambda place: plain_name(both.names[place])))
-    return Rows(pairs, root, lost)
+    """Every image of the source, or every caption, in the order of the images' names."""
+    lost = list[BadSample]()
+    if options.what == "images":
+        return Rows(*find_images(options), lost)
+    pairs = scan_source(options.folder, options).require_pairs().pairs
+    texts = ((pair.image, f"{IN_TABLE}{text}") for pair in pairs for text in captions_of(pair, lost))
+    if not (found := PairList("", *zip(*texts, strict=True))):
+        raise UserError(f"{lost[0]}; none of the {len(lost):,} files of captions can be read.")
+    return Rows(found, pairs.root, lost)
 
 
 def captions_of(pair: Pair, lost: list[BadSample]) -> list[str]:
@@ -143,7 +132,7 @@ def describe(model: Pretrained, rows: Rows, options: EmbedOptions) -> vectors.Ab
     return {
         "version": vectors.VERSION,
         "model": model.model.name,
-        "fingerprint": vectors.fingerprint(model.model),
+        "fingerprint": fingerprint(model.model),
         "dim": model.model.embed_dim,
         "dtype": options.dtype,
         "normalized": True,
@@ -229,10 +218,10 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
     bad = [BadSample(pairs[row].pixels, why) for row, why in reasons.items()]
     if len(bad) == len(pairs):
         raise UserError(f"{bad[0]}; none of the {len(pairs):,} images can be read.")
-    about["number"] = len(pairs) - (options.unreadable == "leave_out") * len(bad)
+    about["number"] = len(pairs) - len(bad)
     with vectors.writer(folder / options.output.name, about) as append:
         for some, part in parts.items():
-            kept = [place for place, row in enumerate(some) if row not in reasons or options.unreadable == "nan"]
+            kept = [place for place, row in enumerate(some) if row not in reasons]
             several = [pairs[some[place]] for place in kept]
             names = [pair.image.removeprefix(rows.root) for pair in several]
             captions = [(captions_of(pair, rows.lost) or [""])[0] for pair in several]
@@ -243,8 +232,7 @@ def join(rows: Rows, parts: dict[range, Path], about: vectors.About, folder: Pat
     for file in reversed(vectors.files_of(options.output)):
         (folder / file.name).replace(file)
     print(f"{options.output}: {about['number']:,} embeddings, {about['dim']:,} {about['dtype']} numbers each.")
-    done = "left out" if options.unreadable == "leave_out" else "rows of NaN"
-    for what, faults in (f"Images that cannot be read, {done}", bad), ("Captions that cannot be read", rows.lost):
+    for what, faults in ("Images that cannot be read", bad), ("Captions that cannot be read", rows.lost):
         if faults:
             named = [f"  {printable(str(one))}" for one in faults[:NAMED]] + ["  …"] * (len(faults) > NAMED)
             print(f"{what}: {len(faults):,}.", *named, sep="\n")

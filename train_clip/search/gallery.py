@@ -5,11 +5,11 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from train_clip.data.crops import read_picture
 from train_clip.errors import BadSample, UserError
@@ -29,15 +29,23 @@ POLICY = (
 )
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """A row of the embeddings that was found."""
 
     row: int
     similarity: float | None  # None where nothing was looked for
+    match: float | None  # the probability that they match, where a calibration tells
     key: str
     path: str
     caption: str
+
+
+class Answer(NamedTuple):
+    """What was found for a query."""
+
+    query: str
+    note: str  # that nothing fits; else empty
+    results: list[Hit]  # the most similar first
 
 
 def thumbnail(root: str | Path, name: str) -> bytes | None:
@@ -56,23 +64,21 @@ def thumbnail(root: str | Path, name: str) -> bytes | None:
     return file.getvalue()
 
 
-def data_uri(content: bytes | None) -> str:
-    """A JPEG as the address of an image, which a page holds itself."""
-    return "data:image/jpeg;base64," + base64.b64encode(content or b"").decode()
-
-
 def card(hit: Hit, source: str, link: str = "") -> str:
     """A result as an item of a list: its picture, similarity, caption and path."""
     path, caption = (escape(printable(text[:LONGEST])) for text in (hit.path, hit.caption))
     image = f'<img src="{escape(source)}" alt="{caption or path}" loading="lazy">'
     image = f'<a href="{escape(link)}" title="More like this">{image}</a>' if link else image
     similarity = "" if hit.similarity is None else f"<b>{hit.similarity:.3f}</b> "
-    return f"<li>{image}<p>{similarity}{caption}</p><p><small>{path}</small></p></li>"
+    match = "" if hit.match is None else f"({hit.match:.0%}) "
+    return f"<li>{image}<p>{similarity}{match}{caption}</p><p><small>{path}</small></p></li>"
 
 
-def section(title: str, cards: Iterable[str]) -> str:
-    """A query and its results."""
-    return f"<h2>{escape(printable(title[:LONGEST]))}</h2>\n<ol>\n{chr(10).join(cards)}\n</ol>"
+def section(answer: Answer, card: Callable[[Hit], str]) -> str:
+    """A query and its results, each by its ``card``."""
+    heading = f"<h2>{escape(printable(answer.query[:LONGEST]))}</h2>\n"
+    note = f"<p>{escape(answer.note)}</p>\n" if answer.note else ""
+    return f"{heading}{note}<ol>\n{chr(10).join(map(card, answer.results))}\n</ol>"
 
 
 def page(title: str, status: str, sections: Iterable[str], form: str = "") -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from train_clip.cores import free_cores
 from train_clip.errors import UserError, first_line
 from train_clip.estimates import require_room, size
 from train_clip.files import replacing, write_text
+from train_clip.optional import optional
 from train_clip.search.nearest import Nearest, nearest
 from train_clip.search.vectors import Vectors
 
@@ -34,13 +34,8 @@ class Index:
     """
 
     def __init__(self, vectors: Vectors, probes: Callable[[], np.ndarray]) -> None:
-        try:
-            self._usearch = import_module("usearch.index")
-        except ModuleNotFoundError:
-            raise UserError(
-                f"{vectors.path}: {len(vectors):,} embeddings need an index by usearch, which is not installed. Try: "
-                "pip install usearch; or pass --exact to compare with each one."
-            ) from None
+        what = f"{vectors.path}: an index of {len(vectors):,} embeddings"
+        self._usearch = optional("usearch.index", what, "pass --exact to compare with each one")
         self._path, told = Path(f"{vectors.path}.usearch"), Path(f"{vectors.path}.usearch.json")
         state = vectors.path.stat()
         of = {"size": state.st_size, "modified": state.st_mtime_ns, **vectors.about, "expansion": EXPANSION}

@@ -13,8 +13,9 @@ from html import escape
 from typing import Any
 
 from train_clip.errors import UserError, first_line
+from train_clip.optional import optional
 from train_clip.search import gallery
-from train_clip.search.gallery import Hit
+from train_clip.search.gallery import Answer
 
 ADDRESS = "127.0.0.1"
 HOSTS = [ADDRESS, "localhost"]
@@ -35,8 +36,8 @@ FORM = (
     "<button>Search</button></form>"
 )
 
-# What is most similar to a text, or to the embedding of a row, and what to call it.
-Search = Callable[[str | int], tuple[str, list[Hit]]]
+# What is most similar to a text, or to the embedding of a row.
+Search = Callable[[str | int], Answer]
 
 
 def application(title: str, search: Search, draw: Callable[[int], bytes | None], number: int) -> Any:
@@ -67,11 +68,11 @@ def application(title: str, search: Search, draw: Callable[[int], bytes | None],
         text, like = request.query_params.get("q", "").strip()[:LONGEST], request.query_params.get("like", "")
         query = row(like) if like else text
         with turn:
-            heading, hits = search(query)
-        cards = [gallery.card(hit, f"/thumbnail/{hit.row}", f"/?like={hit.row}") for hit in hits]
-        status = f"{len(hits):,} of {number:,}" + ", the most similar first" * bool(like or text)
+            answer = search(query)
+        section = gallery.section(answer, lambda hit: gallery.card(hit, f"/thumbnail/{hit.row}", f"/?like={hit.row}"))
+        status = f"{len(answer.results):,} of {number:,}" + ", the most similar first" * bool(like or text)
         form = FORM.format(escape(text), LONGEST)
-        return HTMLResponse(gallery.page(title, status, [gallery.section(heading, cards)], form), headers=HEADERS)
+        return HTMLResponse(gallery.page(title, status, [section], form), headers=HEADERS)
 
     def thumbnail(request: Request) -> Response:
         wanted = row(request.path_params["row"])
@@ -88,11 +89,7 @@ def application(title: str, search: Search, draw: Callable[[int], bytes | None],
 
 def serve(build: Callable[[], Any], port: int) -> None:
     """Serve what ``build`` gives to this machine, until Ctrl-C; port 0 takes any that is free."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise UserError(f"--page needs {error.name}, which is not installed. Try: pip install {error.name}") from None
+    uvicorn, _ = optional("uvicorn", "--page"), optional("starlette", "--page")
     try:
         listening = socket.create_server((ADDRESS, port))
     except (OSError, OverflowError) as error:

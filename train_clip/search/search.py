@@ -1,6 +1,6 @@
 """Find the images, or captions, that are most similar to a text or an image: as a table, JSON, pictures, or a page."""
 
-import dataclasses
+import base64
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from train_clip.checkpoints.found import find_weights
+from train_clip.checkpoints.found import find_weights, fingerprint
 from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import load_for_scoring, write_json
 from train_clip.data.pairs import read_caption_lines
@@ -17,11 +17,12 @@ from train_clip.estimates import size
 from train_clip.files import require_new, write_text
 from train_clip.options import Check, Options, WeightOptions, at_least, option
 from train_clip.printing import printable
+from train_clip.probes.calibration import CAPTIONS, NOTHING, beside, find_calibration
 from train_clip.search import gallery, page
-from train_clip.search.gallery import Hit
+from train_clip.search.gallery import Answer, Hit
 from train_clip.search.index import Index, counted
 from train_clip.search.nearest import nearest
-from train_clip.search.vectors import BLOCK, Vectors, fingerprint, open_vectors, reading
+from train_clip.search.vectors import BLOCK, Vectors, open_vectors, reading
 
 EXACT = 1_000_000  # embeddings that are compared one by one
 PROBES = 100  # captions by which an index is tried
@@ -35,6 +36,9 @@ class SearchOptions(Options):
     image: Path | None = option(None, "an image to look for")
     queries: Path | None = option(None, "text file of further queries, one per line")
     checkpoint: str | None = option(None, "the model that made the embeddings; default: where it lay then")
+    calibration: Path | None = option(
+        None, "what `evaluate --calibrate` wrote; default: that beside the checkpoint, if it is there"
+    )
     folder: Path | None = option(None, "folder that the paths are relative to; default: where it lay then")
     exact: bool = option(False, f"compare with each embedding, also of more than {EXACT:,}, without an index")
     device: str = option("auto", "cpu, cuda, or auto: cuda if available")
@@ -66,21 +70,27 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
         return []
     require_new(*[options.html] if options.html else [])
     searched = Searched(opened, options)
-    titles, queries = _encode(searched.model, texts, options)
-    found = [*zip(titles, searched(queries), strict=True)]
-    results = [{"query": title, "results": [dataclasses.asdict(hit) for hit in hits]} for title, hits in found]
+    try:
+        captions = [*texts, *(read_caption_lines(str(options.queries))[0] if options.queries else [])]
+        asked: dict[str, list[Any]] = {"caption": captions, "image": [options.image] if options.image else []}
+        encoded = [(searched.model.encode(items), kind, items) for kind, items in asked.items() if items]
+    except BadSample as bad:
+        raise UserError(f"{bad}. Expected --image to be an image, --queries a query per line.") from None
+    answers = [answer for rows, kind, items in encoded for answer in searched(rows, kind, [*map(str, items)])]
+    results = [one._asdict() | {"results": [hit._asdict() for hit in one.results]} for one in answers]
     if options.json is not None:
         told = {"embeddings": str(embeddings), "model": opened.about.get("model"), "queries": results}
         write_json(options.json, told)
     if options.html is not None:
-        write_text(options.html, _pictures(searched, found))
+        write_text(options.html, _pictures(searched, answers))
         print(f"Pictures: {options.html}. Open it in a browser.")
-    for title, hits in found:
-        print(f"\n{printable(title)}")
-        width = max((len(printable(hit.path)) for hit in hits), default=0)
-        for hit in hits:
+    for answer in answers:
+        print(f"\n{printable(answer.query)}" + f"\n  {answer.note}" * bool(answer.note))
+        width = max((len(printable(hit.path)) for hit in answer.results), default=0)
+        for hit in answer.results:
+            match = "" if hit.match is None else f"{hit.match:5.0%}  "
             caption = printable(hit.caption[: gallery.LONGEST])
-            print(f"  {hit.similarity:6.3f}  {printable(hit.path):{width}}  {caption}".rstrip())
+            print(f"  {hit.similarity:6.3f}  {match}{printable(hit.path):{width}}  {caption}".rstrip())
     return results
 
 
@@ -94,7 +104,8 @@ class Searched:
             memory = f"{size(len(opened) * dim * np.dtype(opened.about['dtype']).itemsize)} of memory"
         how = f"compared one by one, which takes {memory}" if is_exact else "searched by an index, which finds most"
         print(f"{opened.path}: {len(opened):,} embeddings of {dim:,} numbers, {how}.", flush=True)
-        self.model = load_model(opened, options)
+        self.model, source = load_model(opened, options)
+        self._calibration = find_calibration(self.model.model, beside(source, CAPTIONS), options.calibration)
         self.keys, self.paths, self.captions = opened.keys, opened.paths, opened.captions
         self.root = options.folder or Path(str(opened.about.get("root", opened.path.parent)))
         self._index = None if is_exact else Index(opened, self._probes)
@@ -102,14 +113,25 @@ class Searched:
         if is_exact and options.page:
             self._hold(np.empty((len(opened), dim), opened.about["dtype"]))
 
-    def __call__(self, queries: np.ndarray) -> list[list[Hit]]:
-        """Find what is most similar to each of (Q, D) queries."""
+    def __call__(self, queries: np.ndarray, kind: str, titles: list[str]) -> list[Answer]:
+        """Find what is most similar to each of (Q, D) queries, images or captions."""
+        # It was fitted on similarities of images with captions.
+        calibration = self._calibration if kind != self.opened.about["kind"] else None
         found = self._index(queries, self.k) if self._index else nearest(self._blocks(), queries, self.k)
-        return [[self.hit(*one) for one in zip(*map(np.ndarray.tolist, several), strict=True)] for several in found]
+        answers = list[Answer]()
+        for title, (rows, similarities) in zip(titles, found, strict=True):
+            note, matches = "", [None] * len(rows)
+            if calibration is not None and len(rows):
+                matches = calibration.probability(similarities).tolist()
+                unfit = not calibration.fits(similarities).any()
+                note = f"{NOTHING}, with a precision of {calibration.precision:.0%}" * unfit
+            several = zip(rows.tolist(), similarities.tolist(), matches, strict=True)
+            answers.append(Answer(title, note, [self.hit(*one) for one in several]))
+        return answers
 
-    def hit(self, row: int, similarity: float | None = None) -> Hit:
+    def hit(self, row: int, similarity: float | None = None, match: float | None = None) -> Hit:
         """A row with its texts."""
-        return Hit(row, similarity, self.keys[row], self.paths[row], self.captions[row])
+        return Hit(row, similarity, match, self.keys[row], self.paths[row], self.captions[row])
 
     def embedding(self, row: int) -> np.ndarray:
         """The (D) float32 embedding of a row, where a page is served."""
@@ -132,15 +154,16 @@ class Searched:
         self._blocks = lambda: (rows[at : at + BLOCK].astype(np.float32, copy=False) for at in places)
 
 
-def load_model(opened: Vectors, options: SearchOptions) -> Pretrained:
-    """Load the model that made the embeddings, and refuse another."""
+def load_model(opened: Vectors, options: SearchOptions) -> tuple[Pretrained, str]:
+    """Load the model that made the embeddings, and refuse another; also the file that it is from."""
     about = opened.about
     with reading(opened.path):
         given = dict(about.get("weights", {}))
         weights = WeightOptions.pick(given)
     checkpoint = options.checkpoint or str(about.get("checkpoint"))
     try:
-        model = load_for_scoring(find_weights(checkpoint, weights, given.get("backbone")), options.device)
+        found = find_weights(checkpoint, weights, given.get("backbone"))
+        model = load_for_scoring(found, options.device)
     except UserError as error:
         if options.checkpoint is None:
             error.add_note(f"{opened.path} was made with it. If it has moved, give --checkpoint.")
@@ -151,35 +174,26 @@ def load_model(opened: Vectors, options: SearchOptions) -> Pretrained:
             f"({about['fingerprint'][:12]}, {about.get('model')}, once at {about.get('checkpoint')}). Give that one by "
             "--checkpoint, or embed again."
         )
-    return model
+    return model, found.source
 
 
-def _encode(model: Pretrained, texts: tuple[str, ...], options: SearchOptions) -> tuple[list[str], np.ndarray]:
-    """Everything to look for: what to call it, and (Q, D) float32."""
-    images = [options.image] if options.image else []
-    try:
-        titles = [*texts, *(read_caption_lines(str(options.queries))[0] if options.queries else [])]
-        rows = np.concatenate([model.encode(titles), model.encode(images)])
-    except BadSample as bad:
-        raise UserError(f"{bad}. Expected --image to be an image, --queries a query per line.") from None
-    return [*titles, *map(str, images)], rows
-
-
-def _pictures(searched: Searched, found: list[tuple[str, list[Hit]]]) -> str:
+def _pictures(searched: Searched, answers: list[Answer]) -> str:
     def card(hit: Hit) -> str:
-        return gallery.card(hit, gallery.data_uri(searched.thumbnail(hit.row)))
+        picture = base64.b64encode(searched.thumbnail(hit.row) or b"").decode()
+        return gallery.card(hit, f"data:image/jpeg;base64,{picture}")
 
     title, number = f"Search in {searched.opened.path.name}", len(searched.opened)
-    return gallery.page(title, f"{number:,} embeddings", [gallery.section(one, map(card, hits)) for one, hits in found])
+    return gallery.page(title, f"{number:,} embeddings", [gallery.section(one, card) for one in answers])
 
 
 def _page(searched: Searched) -> Any:
-    def look(query: str | int) -> tuple[str, list[Hit]]:
+    def look(query: str | int) -> Answer:
         if query == "":
-            return "The first", [*map(searched.hit, range(min(searched.k, len(searched.keys))))]
+            return Answer("The first", "", [*map(searched.hit, range(min(searched.k, len(searched.keys))))])
         if isinstance(query, str):
-            return query, searched(searched.model.encode([query]))[0]
-        return f"More like {searched.keys[query]}", searched(searched.embedding(query)[None])[0]
+            return searched(searched.model.encode([query]), "caption", [query])[0]
+        own = searched.opened.about["kind"]
+        return searched(searched.embedding(query)[None], own, [f"More like {searched.keys[query]}"])[0]
 
     print(f"Pictures from {searched.root}, and from nowhere else.")
     title = f"Search in {searched.opened.path.name}"

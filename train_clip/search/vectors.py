@@ -11,9 +11,8 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from train_clip.data.pairs import FlatStrings
-from train_clip.errors import MissingFile, UsageError, UserError, first_line
+from train_clip.errors import MissingFile, UserError, first_line
 from train_clip.files import MAX_CAPTIONS, replacing
+from train_clip.optional import optional
+from train_clip.probes.rows import PARQUET, parquet_to, require_format
 
+WHAT = "a file of embeddings"
 VERSION = 1  # of the format, in ``about``
 TEXTS = ("key", "path", "caption")  # columns beside the embedding
 BLOCK = 8192  # rows read at a time
@@ -35,6 +37,7 @@ DAMAGED = OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zi
 KINDS: dict[str, Any] = {"version": int, "fingerprint": str, "dim": int, "dtype": str, "number": int, "kind": str}
 
 About = dict[str, Any]
+Write = Callable[[np.ndarray, tuple[Sequence[str], ...]], None]
 Append = Callable[[np.ndarray, Sequence[str], Sequence[str], Sequence[str]], None]
 
 
@@ -98,11 +101,11 @@ def open_vectors(path: str | Path) -> Vectors:
         UserError: no such file, another kind of file, or a damaged one; the last also where its content is read.
     """
     path = Path(path)
-    read = _format(path)[0]
+    require_format(path, FORMATS, WHAT)
     if not path.is_file():
         raise MissingFile(f"{path}: there is no such file. Expected embeddings that `train-clip embed` wrote.")
     with reading(path):
-        about, *readers = read(path)
+        about, *readers = FORMATS[path.suffix][0](path)
         for name, kind in KINDS.items():
             if not isinstance(about.get(name), kind):
                 raise ValueError(f"{name} is {about.get(name)!r}")
@@ -118,8 +121,7 @@ def writer(path: Path, about: About) -> Iterator[Append]:
     ``about`` says beforehand how many rows there will be, and of which type and width.
     """
     number = 0
-    with ExitStack() as stack:
-        write = _format(path)[1](path, about, stack)
+    with FORMATS[path.suffix][1](path, about) as write:
 
         def append(embeddings: np.ndarray, *texts: Sequence[str]) -> None:
             nonlocal number
@@ -145,38 +147,13 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def require_format(path: Path) -> None:
-    """Refuse an ending that is not known, or that needs a library that is not installed."""
-    if _format(path)[1] is _write_parquet:
-        _pyarrow()
-
-
 def files_of(path: Path) -> list[Path]:
     """The files of an output: beside ``X.npy`` there are ``X.csv`` and ``X.json``."""
     return [path, path.with_suffix(".csv"), path.with_suffix(".json")] if path.suffix == ".npy" else [path]
 
 
-def fingerprint(model: Any) -> str:
-    """Digest of what embeds in a ``DualEncoder``: equal whatever file it came from, and at any temperature."""
-    from train_clip.checkpoints.found import digest_of
-
-    idle = ("logit_scale", "logit_bias", "num_batches_tracked")
-    tensors = {name: one for name, one in model.state_dict().items() if name.rpartition(".")[2] not in idle}
-    norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
-    # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
-    of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
-    told = f"{model.image_size} pixels, {of_clip}{of_encoders}"
-    return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})
-
-
-def _format(path: Path) -> Any:
-    if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: a file of embeddings ends in {', '.join(FORMATS)}. Give it one of these endings.")
-    return FORMATS[path.suffix]
-
-
 def _read_parquet(path: Path) -> tuple[Any, ...]:
-    parquet = _pyarrow("parquet")
+    parquet = optional("pyarrow.parquet", *PARQUET)
     with parquet.ParquetFile(path) as file:
         about = json.loads(file.schema_arrow.metadata[METADATA])
 
@@ -193,30 +170,20 @@ def _read_parquet(path: Path) -> tuple[Any, ...]:
     return about, blocks, lambda name: chain.from_iterable(some.to_pylist() for some in columns(name, BLOCK))
 
 
-def _write_parquet(path: Path, about: About, stack: ExitStack) -> Callable[..., None]:
-    arrow, parquet = _pyarrow(), _pyarrow("parquet")
-    numbers = arrow.from_numpy_dtype(about["dtype"])
-    fields = [*((name, arrow.string()) for name in TEXTS), ("embedding", arrow.list_(numbers, about["dim"]))]
-    schema = arrow.schema(fields, {METADATA: json.dumps(about)})
+@contextmanager
+def _write_parquet(path: Path, about: About) -> Iterator[Write]:
+    arrow = optional("pyarrow", *PARQUET)
+    numbers = arrow.list_(arrow.from_numpy_dtype(about["dtype"]), about["dim"])
+    fields = [*((name, arrow.string()) for name in TEXTS), ("embedding", numbers)]
     # Embeddings are noise to a compressor.
-    how = {"compression": dict.fromkeys(TEXTS, "zstd"), "use_dictionary": False}
-    file = stack.enter_context(parquet.ParquetWriter(stack.enter_context(replacing(path)), schema, **how))
+    how: Any = {"compression": dict.fromkeys(TEXTS, "zstd"), "use_dictionary": False}
+    with parquet_to(path, fields, {METADATA: json.dumps(about)}, **how) as append:
 
-    def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
-        columns = [arrow.array(list(some), arrow.string()) for some in texts]
-        rows = arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.reshape(-1)), about["dim"])
-        file.write_table(arrow.Table.from_arrays([*columns, rows], schema=schema))
+        def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
+            rows = arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.reshape(-1)), about["dim"])
+            append([*map(list, texts), rows])
 
-    return write
-
-
-def _pyarrow(module: str = "") -> Any:
-    try:
-        return import_module(f"pyarrow.{module}".rstrip("."))
-    except ModuleNotFoundError:
-        raise UserError(
-            "Parquet needs pyarrow, which is not installed. Try: pip install pyarrow; or use .npz or .npy."
-        ) from None
+        yield write
 
 
 def _read_npz(path: Path) -> tuple[Any, ...]:
@@ -231,10 +198,15 @@ def _read_npz(path: Path) -> tuple[Any, ...]:
     return about, lambda rows: blocks("embeddings", rows, about["dim"]), texts
 
 
-def _write_npz(path: Path, about: About, stack: ExitStack) -> Callable[..., None]:
+@contextmanager
+def _write_npz(path: Path, about: About) -> Iterator[Write]:
     """As ``numpy.savez`` does; a fixed date gives the same content the same bytes."""
-    archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(replacing(path)), "w"))
     columns: list[list[FlatStrings]] = [[] for _ in TEXTS]
+
+    def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
+        matrix.write(embeddings)
+        for column, some in zip(columns, texts, strict=True):
+            column.append(FlatStrings(some))
 
     def member(name: str, length: int, dtype: np.dtype, *width: int) -> Any:
         info = zipfile.ZipInfo(f"{name}.npy")
@@ -244,25 +216,15 @@ def _write_npz(path: Path, about: About, stack: ExitStack) -> Callable[..., None
         _write_header(file, dtype, length, *width)
         return file
 
-    def finish(failed: Any, *_: object) -> None:
-        matrix.close()
+    with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
+        with member("embeddings", about["number"], np.dtype(about["dtype"]), about["dim"]) as matrix:
+            yield write
         named: list[tuple[str, list[Any]]] = [*zip(TEXTS, columns, strict=True), ("about", [[json.dumps(about)]])]
-        for name, blocks in named if not failed else []:
-            dtype = np.dtype(f"<U{max(map(len, chain([' '], *blocks)))}")
-            texts = chain.from_iterable(blocks)
+        for name, blocks in named:
+            dtype, texts = np.dtype(f"<U{max(map(len, chain([' '], *blocks)))}"), chain.from_iterable(blocks)
             with member(name, sum(map(len, blocks)), dtype) as file:
                 while block := list(islice(texts, max(1, MOST_BYTES // dtype.itemsize))):
                     file.write(np.array(block, dtype))
-
-    stack.push(finish)
-    matrix = member("embeddings", about["number"], np.dtype(about["dtype"]), about["dim"])
-
-    def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
-        matrix.write(embeddings)
-        for column, some in zip(columns, texts, strict=True):
-            column.append(FlatStrings(some))
-
-    return write
 
 
 def _read_npy(path: Path) -> tuple[Any, ...]:
@@ -280,20 +242,22 @@ def _read_npy(path: Path) -> tuple[Any, ...]:
     return about, blocks, texts
 
 
-def _write_npy(path: Path, about: About, stack: ExitStack) -> Callable[..., None]:
+@contextmanager
+def _write_npy(path: Path, about: About) -> Iterator[Write]:
+    one, two, three = map(replacing, files_of(path))
     # The matrix, which is opened first, is the last to be there under its name.
-    matrix, table, told = (stack.enter_context(replacing(file)) for file in files_of(path))
-    told.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    file = stack.enter_context(matrix.open("wb"))
-    _write_header(file, np.dtype(about["dtype"]), about["number"], about["dim"])
-    rows = csv.writer(stack.enter_context(table.open("w", encoding="utf-8", newline="")), lineterminator="\n")
-    rows.writerow(TEXTS)
+    with one as matrix, two as table, three as told:
+        told.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with matrix.open("wb") as file, table.open("w", encoding="utf-8", newline="") as lines:
+            _write_header(file, np.dtype(about["dtype"]), about["number"], about["dim"])
+            rows = csv.writer(lines, lineterminator="\n")
+            rows.writerow(TEXTS)
 
-    def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
-        file.write(embeddings)
-        rows.writerows(zip(*texts, strict=True))
+            def write(embeddings: np.ndarray, texts: tuple[Sequence[str], ...]) -> None:
+                file.write(embeddings)
+                rows.writerows(zip(*texts, strict=True))
 
-    return write
+            yield write
 
 
 def _write_header(file: Any, dtype: np.dtype, *shape: int) -> None:
@@ -314,9 +278,9 @@ def _array_blocks(file: Any, rows: int, *width: int) -> Iterator[np.ndarray]:
         yield np.frombuffer(file.read(number * size), dtype).reshape(number, *width)
 
 
-# By ending: ``read(path)`` gives ``about`` and what reads blocks and texts; ``write(path, about, stack)`` gives what
-# writes a block, and leaves on the stack what is to be closed.
-FORMATS = {
+# By ending: ``read(path)`` gives ``about``, what reads blocks, and what reads texts; ``with write(path, about)`` gives
+# what writes a block.
+FORMATS: dict[str, tuple[Any, Any]] = {
     ".parquet": (_read_parquet, _write_parquet),
     ".npz": (_read_npz, _write_npz),
     ".npy": (_read_npy, _write_npy),
