@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from train_clip.checkpoints import found, sources
-from train_clip.commands.run import Job, begin, count, data_for, train_job
+from train_clip.commands.run import Job, begin, count, data_for, kind_of, remake, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UsageError, UserError
@@ -32,6 +32,20 @@ def train(
         # The model itself is held against the run's by its sizes.
         resumed.require_same_start({"pretrained": model.pretrained, "activation": model.activation})
     weights = pretrained_weights(model) if resumed is None else None
+    known = resumed.arguments if resumed else weights.arguments if weights else {}
+    if "adapter" in known:  # another library's model
+        if resumed is not None:
+            resumed.require_same_start({"image_size": model.image_size, "context_length": model.context_length})
+        module = remake(
+            kind_of(known), known, str(resumed.checkpoint if resumed else model.pretrained), **training.flat()
+        )
+        if weights is not None:
+            module.begin_with(weights.read(), weights.source)
+            model = replace(model, pretrained=weights.source)
+        options = flat(model, data) | training.flat()
+        return train_job(
+            Job("train", module, data_for(module, data), options, module.preset.epochs), run, trainer, resumed
+        )
     config = choose_config(model, weights)
     module = CLIPWrapper(config.name, config, **training.flat())
     if weights is not None:

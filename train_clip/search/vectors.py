@@ -165,7 +165,7 @@ def fingerprint(model: Any) -> str:
     norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
     # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
     of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
-    told = f"{model.image_size} pixels, {of_clip}{of_encoders}"
+    told = f"{model.image_size} pixels, {of_clip}{of_encoders}{getattr(model, 'told', '')}"
     return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})
 
 

@@ -1,0 +1,99 @@
+"""Adapted models through the commands: fine-tuned, resumed, evaluated, embedded, shown, written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import train_clip
+from tests.adapters.tiny_families import CAPTIONS, HERE, pairs, save
+from tests.conftest import said
+from train_clip import cli
+from train_clip.checkpoints.own import read_checkpoint
+
+SHORT = "--folder data --batch_size 4 --accelerator cpu --val_share 0.2 --num_workers 0 --log_every_n_steps 1".split()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory but for some pairs."""
+    monkeypatch.chdir(tmp_path)
+    pairs(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_from_the_hubs_files_and_back(name, here, capsys):
+    """Train, then evaluate, embed, inspect and convert the checkpoint, without the files that it began with."""
+    save(name, here / "m")
+    cli.main(["train", "--pretrained", "m", *SHORT, "--epochs", "2", "--output", "run"])
+    shutil.rmtree("m")
+    last = "run/checkpoints/last.ckpt"
+    cli.main(["evaluate", last, "--folder", "data", "--json", "scores.json"])
+    cli.main(["embed", last, "--folder", "data", "--output", "e.npz"])
+    cli.main(["inspect", last])
+    shown = capsys.readouterr().out
+    assert "R@1" in shown and type(hf.AutoModel).__name__ and "dimensions" not in shown
+    cli.main(["convert", last, "back", "--to", "huggingface"])
+    ours, back = train_clip.load(last), train_clip.load("back")
+    files = sorted(Path("data").glob("*.png"))
+    for items in files, CAPTIONS:
+        torch.testing.assert_close(
+            ours.encode(items, as_tensor=True), back.encode(items, as_tensor=True), atol=1e-5, rtol=0
+        )
+    np.testing.assert_allclose(np.load("e.npz")["embeddings"], ours.encode(files), atol=1e-5)
+    model = hf.AutoModel.from_pretrained("back").eval()
+    scale = 1 / model.temperature if name == "align" else model.logit_scale.exp()
+    torch.testing.assert_close(scale.detach().squeeze(), ours.model.logit_scale.exp().detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_resumed_runs_end_as_whole_ones(verb, here):
+    """Two epochs at once, and one at a time without the files that the run began with: bit for bit."""
+    save("siglip", here / "m")
+    begin = [verb, "--pretrained", "m", *SHORT]
+    cli.main([*begin, "--epochs", "2", "--output", "whole"])
+    cli.main([*begin, "--epochs", "2", "--max_steps", "2", "--output", "parts"])
+    shutil.rmtree("m")
+    cli.main([verb, "--resume", "parts", "--max_steps", "-1", "--epochs", "2"])
+    whole, parts = (read_checkpoint(Path(run, "checkpoints", "last.ckpt"))["state_dict"] for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for part, tensor in whole.items():
+        assert torch.equal(tensor, parts[part])
+
+
+def test_module_loads_from_its_checkpoint(here):
+    """``load_from_checkpoint`` without arguments, in this package's and Lightning's own way."""
+    from train_clip.adapters.wrapper import AdapterWrapper
+
+    save("chinese_clip", here / "m")
+    cli.main(["finetune", "--pretrained", "m", *SHORT, "--max_steps", "1", "--output", "run"])
+    shutil.rmtree("m")
+    module = AdapterWrapper.load_from_checkpoint("run/checkpoints/last.ckpt")
+    ours = train_clip.load("run/checkpoints/last.ckpt")
+    torch.testing.assert_close(module.embed_texts(CAPTIONS), ours.encode(CAPTIONS, as_tensor=True), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "safetensors"])
+def test_other_formats_are_refused(kind, here):
+    save("siglip", here / "m")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["convert", "m", "out", "--to", kind])
+    assert "--to huggingface" in said(stop) and not Path("out").exists()
+
+
+def test_merged(here):
+    """Half-way between the start and the end, as of a CLIP."""
+    save("siglip", here / "m")
+    cli.main(["train", "--pretrained", "m", *SHORT, "--max_steps", "2", "--output", "run"])
+    cli.main(["merge", "m", "run/checkpoints/last.ckpt", "--folder", "data", "--output", "merged"])
+    start, end, middle = (
+        train_clip.load(one).model.state_dict() for one in ("m", "run/checkpoints/last.ckpt", "merged/merged-0.5.ckpt")
+    )
+    for part, tensor in middle.items():
+        torch.testing.assert_close(tensor, (start[part] + end[part]) / 2, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,132 @@
+"""Bad files of the families: one line each, which says what was found and what was expected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train_clip
+from tests.adapters.tiny_families import BERT, XLM_ROBERTA, save, tokenizer
+from train_clip import cli
+from train_clip.errors import UserError
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    """Set values in a JSON file, or take out those that are None."""
+    path = folder / file
+    held = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in held.items() if value is not None}))
+
+
+PIXELS = "preprocessor_config.json"
+CASES = {
+    "another family's processor": (
+        lambda folder: change(folder, PIXELS, image_processor_type="CLIPImageProcessor"),
+        r"its image processor is CLIPImageProcessor, of another family; expected SiglipImageProcessor",
+    ),
+    "no processor": (lambda folder: (folder / PIXELS).unlink(), r"no preprocessor_config.json next to the weights"),
+    "another size": (
+        lambda folder: change(folder, PIXELS, size={"height": 64, "width": 64}),
+        r"images of 64×64 pixels; expected the model's 32×32",
+    ),
+    "no square": (lambda folder: change(folder, PIXELS, size={"height": 32, "width": 48}), r"expected a square"),
+    "a shorter side alone": (lambda folder: change(folder, PIXELS, size={"shortest_edge": 32}), r"expected a square"),
+    "a size that is none": (
+        lambda folder: change(folder, PIXELS, size={"height": "a", "width": "a"}),
+        r"expected a square",
+    ),
+    "another filter": (lambda folder: change(folder, PIXELS, resample=1), r"resample 1; expected 2 \(bilinear\) or 3"),
+    "colours that are none": (lambda folder: change(folder, PIXELS, image_mean=[0.5]), r"expected three numbers each"),
+    "no tokenizer": (
+        lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
+        r"the tokenizer cannot be loaded",
+    ),
+    "a custom class": (
+        lambda folder: change(folder, "config.json", auto_map={"AutoModel": "modeling_own.OwnModel"}),
+        r"auto_map\), whose code comes with the weights and is never run",
+    ),
+    "a class of that type": (
+        lambda folder: change(folder, "config.json", architectures=["SiglipForImageClassification"]),
+        r"architectures \['SiglipForImageClassification'\]; expected SiglipModel",
+    ),
+    "sizes of another model": (
+        lambda folder: change(
+            folder, "config.json", vision_config={"hidden_size": 24, "num_attention_heads": 2, "image_size": 32}
+        ),
+        r"does not match its model in \d+ tensors",
+    ),
+    "a configuration of nothing": (
+        lambda folder: change(folder, "config.json", vision_config={"hidden_size": "wide"}),
+        r"its config.json describes no SiglipModel",
+    ),
+    **{
+        f"refused: {kind}": (
+            lambda folder, kind=kind: change(folder, "config.json", model_type=kind),
+            rf"model_type = '{kind}'",
+        )
+        for kind in ("siglip2", "blip", "blip-2", "clipseg", "flava", "groupvit", "owlvit", "owlv2", "tipsv2", "own")
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line(name, tmp_path):
+    """The folder's name or its path is in the line."""
+    spoil, expected = CASES[name]
+    save("siglip", tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises(UserError, match=expected) as error:
+        train_clip.load(tmp_path / "m")
+    assert "m" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_code_beside_weights_is_not_run(tmp_path):
+    """A folder whose code would write a file."""
+    save("siglip", tmp_path / "m")
+    (tmp_path / "m" / "modeling_own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    for file in ("config.json", "tokenizer_config.json", PIXELS):
+        change(
+            tmp_path / "m", file, auto_map={"AutoModel": "modeling_own.A", "AutoTokenizer": ["modeling_own.A", None]}
+        )
+    with pytest.raises(UserError):
+        train_clip.load(tmp_path / "m")
+    change(tmp_path / "m", "config.json", auto_map=None)
+    try:
+        train_clip.load(tmp_path / "m")
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    """More tokens than the model knows, and padding on a side from which the family is read."""
+    save("chinese_clip", tmp_path)
+    large = tokenizer(BERT)
+    large.add_tokens([f"more{place}" for place in range(9)])
+    large.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"its tokenizer has \d+ tokens; the model knows \d+"):
+        train_clip.load(tmp_path)
+    tokenizer(XLM_ROBERTA, padding_side="left").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="pads on the left"):
+        train_clip.load(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--image_size", "64"], ["--context_length", "8"], ["--model_name", "ViT-B/32"]])
+def test_options_of_a_clip(words, tmp_path, monkeypatch):
+    """Sizes that are fixed."""
+    monkeypatch.chdir(tmp_path)
+    save("siglip", tmp_path / "m")
+    with pytest.raises(SystemExit, match="whose sizes and activations are fixed"):
+        cli.main(["evaluate", "m", "--folder", ".", *words])
+
+
+def test_gradient_checkpointing_of_align(tmp_path):
+    """Which transformers has not for its image tower."""
+    from tests.adapters.test_training import begun
+
+    save("align", tmp_path)
+    with pytest.raises(UserError, match="none for the image tower"):
+        begun(tmp_path, gradient_checkpointing=1)

@@ -1,0 +1,136 @@
+"""Dual encoders of transformers in a folder or a checkpoint: which one it is, or why it is refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from train_clip.adapters.families import FAMILIES, REFUSED, Family
+from train_clip.checkpoints import found, own, read, sources
+from train_clip.checkpoints.huggingface import JOIN
+from train_clip.errors import UserError
+
+TOWERS = {"visual.": ("vision_model.", "visual_projection."), "transformer.": ("text_model.", "text_projection.")}
+COUNTS = ("position_ids", "token_type_ids")  # which older versions kept as tensors
+KNOWN = ", ".join(family.title for family in FAMILIES.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundAdapted(found.Found):
+    """A dual encoder of transformers. Its ``arguments`` are those of ``AdapterWrapper``."""
+
+    writer: ClassVar[str] = "train_clip.adapters.write:write"
+
+    @property
+    def family(self) -> Family:
+        """The family it is of."""
+        return family_of(self.arguments["adapter"], self.source)
+
+    @override
+    def read_as_kept(self) -> found.Tensors:
+        from train_clip.adapters.model import named_as_here
+
+        return named_as_here(super().read_as_kept(), self.arguments["adapter"])
+
+    @override
+    def empty(self) -> tuple[Any, Any]:
+        from train_clip.adapters.model import AdaptedModel
+        from train_clip.adapters.tokenizer import tokenizer_for
+
+        model = AdaptedModel(self.arguments["adapter"])
+        if any(name == "logit_bias" for name in self.records):
+            model.add_bias()
+        return model, tokenizer_for(model, self.arguments["tokenizer"])
+
+    @override
+    def describe(self) -> dict[str, str]:
+        adapter = self.arguments["adapter"]
+        loss = "sigmoid" if "logit_bias" in self.records else "softmax"
+        towers = {
+            f"{kind} tower": ", ".join(f"{key} {value}" for key, value in sorted(settings.items()) if key in SHOWN)
+            for kind in ("vision", "text")
+            if (settings := adapter["config"].get(f"{kind}_config"))
+        }
+        return {"model": f"{adapter['name']}, {self.family.model}", **towers, "loss": loss} | super().describe()
+
+
+SHOWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "vocab_size")
+
+
+def find_adapted(contents: read.Contents) -> FoundAdapted | None:
+    """Find a checkpoint of an adapted model, or a family's own files."""
+    if "adapter" in (told := own.of_lightning(contents))["arguments"]:
+        family_of(told["arguments"]["adapter"], told["source"])
+        return FoundAdapted(format="train-clip checkpoint", **told)
+    # Weights of open_clip may lie in one folder with a configuration for transformers.
+    if sources.HF_CONFIG not in contents.configs or sources.OPEN_CLIP_CONFIG in contents.configs:
+        return None
+    config, source = contents.settings(sources.HF_CONFIG), str(contents.path)
+    kind = config.get("model_type")
+    if kind == "clip" or (kind not in FAMILIES | REFUSED and not {"text_config", "vision_config"} <= set(config)):
+        return None
+    _require_known(config, source)
+    pixels = contents.settings(sources.HF_PIXELS) or contents.settings(sources.HF_PROCESSOR).get("image_processor")
+    family = FAMILIES[kind]
+    if not isinstance(pixels, dict) or not pixels:
+        raise UserError(
+            f"{source}: no {sources.HF_PIXELS} next to the weights, which says how images are prepared. Copy it from "
+            "the model that they were trained from."
+        )
+    processor = str(pixels.get("image_processor_type", pixels.get("feature_extractor_type", family.processor)))
+    if processor.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor") != family.processor:
+        raise UserError(
+            f"{source}: its image processor is {processor}, of another family; expected {family.processor}. Copy "
+            f"{sources.HF_PIXELS} from the model that the weights were trained from."
+        )
+    folder = contents.path.parent if contents.path.is_file() else contents.path
+    adapter = {"family": kind, "name": folder.name, "config": config, "processor": pixels}
+    records = {name: record for name, record in contents.tensors.items() if not name.endswith(COUNTS)}
+    return FoundAdapted(
+        format=f"Hugging Face {family.model}",
+        source=source,
+        records={_renamed(name): record for name, record in records.items()},
+        rename=lambda tensors: _scaled(tensors, family),
+        arguments={"adapter": adapter, "tokenizer": str(folder)},
+    )
+
+
+def family_of(adapter: Any, source: str) -> Family:
+    """The family that a description tells of."""
+    kind = adapter.get("family") if isinstance(adapter, Mapping) else None
+    if kind not in FAMILIES:
+        raise UserError(f"{source}: its family is {kind!r}; known are {', '.join(FAMILIES)}. Update train-clip.")
+    return FAMILIES[kind]
+
+
+def _require_known(config: Mapping[str, Any], source: str) -> None:
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if "auto_map" in config:
+        raise UserError(
+            f"{source}: its config.json names a class of its own (auto_map), whose code comes with the weights and is "
+            f"never run. Known without it: {KNOWN}."
+        )
+    found = f"{source}: config.json has model_type = {kind!r}"
+    if kind in REFUSED:
+        raise UserError(f"{found}, {REFUSED[kind]}. Expected CLIP, {KNOWN}.")
+    if kind not in FAMILIES:
+        raise UserError(f"{found}, which is not supported; expected CLIP, {KNOWN}. Its towers can be joined: {JOIN}")
+    if classes and classes != [FAMILIES[kind].model]:
+        raise UserError(
+            f"{found} and architectures {classes}; expected {FAMILIES[kind].model}, both towers of it. Use the whole "
+            "model's files."
+        )
+
+
+def _renamed(name: str) -> str:
+    """Their name → ours: a tower's own name is before it."""
+    return next((ours + name for ours, theirs in TOWERS.items() if name.startswith(theirs)), name)
+
+
+def _scaled(tensors: found.Tensors, family: Family) -> found.Tensors:
+    """A temperature that divides, T, as the logarithm of a factor: -ln T."""
+    return {
+        "logit_scale" if name == family.temperature else name: -one.log() if name == "temperature" else one
+        for name, one in tensors.items()
+    }
