@@ -24,7 +24,7 @@ WORDS = ("picture", "the", "one", "numbered", "a", "photo", "of", "dog", "red", 
 CAPTIONS = ["a photo of the red house", "picture 3", "dog", "the one numbered 11", "of " * 30]
 EFFICIENTNET = {
     **{"image_size": SIZE, "width_coefficient": 1.0, "depth_coefficient": 1.0, "depth_divisor": 4, "hidden_dim": 16},
-    **{"kernel_sizes": [3, 3], "in_channels": [8, 8], "out_channels": [8, 12], "strides": [1, 2]},
+    **{"kernel_sizes": [3, 3], "in_channels": [32, 8], "out_channels": [8, 12], "strides": [1, 2]},
     **{"num_block_repeats": [1, 1], "expand_ratios": [1, 2], "depthwise_padding": [], "squeeze_expansion_ratio": 0.5},
     "drop_connect_rate": 0.0,
 }

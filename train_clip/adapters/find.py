@@ -13,6 +13,7 @@ from train_clip.errors import UserError
 
 TOWERS = {"visual.": ("vision_model.", "visual_projection."), "transformer.": ("text_model.", "text_projection.")}
 COUNTS = ("position_ids", "token_type_ids")  # which older versions kept as tensors
+SHOWN = "hidden_size num_hidden_layers num_attention_heads image_size patch_size vocab_size".split()
 KNOWN = ", ".join(family.title for family in FAMILIES.values())
 
 
@@ -21,11 +22,6 @@ class FoundAdapted(found.Found):
     """A dual encoder of transformers. Its ``arguments`` are those of ``AdapterWrapper``."""
 
     writer: ClassVar[str] = "train_clip.adapters.write:write"
-
-    @property
-    def family(self) -> Family:
-        """The family it is of."""
-        return family_of(self.arguments["adapter"], self.source)
 
     @override
     def read_as_kept(self) -> found.Tensors:
@@ -39,7 +35,7 @@ class FoundAdapted(found.Found):
         from train_clip.adapters.tokenizer import tokenizer_for
 
         model = AdaptedModel(self.arguments["adapter"])
-        if any(name == "logit_bias" for name in self.records):
+        if "logit_bias" in self.records:
             model.add_bias()
         return model, tokenizer_for(model, self.arguments["tokenizer"])
 
@@ -52,16 +48,17 @@ class FoundAdapted(found.Found):
             for kind in ("vision", "text")
             if (settings := adapter["config"].get(f"{kind}_config"))
         }
-        return {"model": f"{adapter['name']}, {self.family.model}", **towers, "loss": loss} | super().describe()
-
-
-SHOWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "vocab_size")
+        model = f"{adapter['name']}, {FAMILIES[adapter['family']].model}"
+        return {"model": model, **towers, "loss": loss} | super().describe()
 
 
 def find_adapted(contents: read.Contents) -> FoundAdapted | None:
     """Find a checkpoint of an adapted model, or a family's own files."""
-    if "adapter" in (told := own.of_lightning(contents))["arguments"]:
-        family_of(told["arguments"]["adapter"], told["source"])
+    told = own.of_lightning(contents)
+    adapter = told["arguments"].get("adapter")
+    if isinstance(adapter, Mapping) and {"family", "name", "config", "processor"} <= set(adapter):
+        family_of(adapter, told["source"])
+        told["arguments"] |= {"tokenizer": told["arguments"].get("tokenizer")}
         return FoundAdapted(format="train-clip checkpoint", **told)
     # Weights of open_clip may lie in one folder with a configuration for transformers.
     if sources.HF_CONFIG not in contents.configs or sources.OPEN_CLIP_CONFIG in contents.configs:
@@ -85,21 +82,20 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
             f"{sources.HF_PIXELS} from the model that the weights were trained from."
         )
     folder = contents.path.parent if contents.path.is_file() else contents.path
-    adapter = {"family": kind, "name": folder.name, "config": config, "processor": pixels}
+    adapter = {"family": kind, "name": folder.resolve().name, "config": config, "processor": pixels}
     records = {name: record for name, record in contents.tensors.items() if not name.endswith(COUNTS)}
     return FoundAdapted(
         format=f"Hugging Face {family.model}",
         source=source,
-        records={_renamed(name): record for name, record in records.items()},
+        records={renamed(name): record for name, record in records.items()},
         rename=lambda tensors: _scaled(tensors, family),
         arguments={"adapter": adapter, "tokenizer": str(folder)},
     )
 
 
-def family_of(adapter: Any, source: str) -> Family:
+def family_of(adapter: Mapping[str, Any], source: str) -> Family:
     """The family that a description tells of."""
-    kind = adapter.get("family") if isinstance(adapter, Mapping) else None
-    if kind not in FAMILIES:
+    if (kind := adapter["family"]) not in FAMILIES:
         raise UserError(f"{source}: its family is {kind!r}; known are {', '.join(FAMILIES)}. Update train-clip.")
     return FAMILIES[kind]
 
@@ -123,7 +119,7 @@ def _require_known(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
     """Their name → ours: a tower's own name is before it."""
     return next((ours + name for ours, theirs in TOWERS.items() if name.startswith(theirs)), name)
 

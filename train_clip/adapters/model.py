@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from train_clip.adapters.families import BICUBIC, BILINEAR, OF_EVERY
-from train_clip.adapters.find import TOWERS, family_of
+from train_clip.adapters.find import TOWERS, family_of, renamed
 from train_clip.data.crops import Square
 from train_clip.encoders.encoder import Pixels
 from train_clip.encoders.huggingface import context_of, quiet
@@ -37,8 +37,7 @@ class AdaptedModel(DualEncoder):
     transformer: "Tower"
 
     def __init__(self, adapter: Mapping[str, Any]) -> None:
-        family = family_of(adapter, str(adapter.get("name")))
-        whole = build(adapter)
+        family, whole = family_of(adapter, adapter["name"]), build(adapter)
         pixels = pixels_of(adapter, whole.config)
         super().__init__(
             adapter["name"],
@@ -49,7 +48,8 @@ class AdaptedModel(DualEncoder):
             1 / INITIAL_TEMPERATURE,
         )
         self.adapter, self.family = adapter, family
-        self.told = str(adapter)  # what tensors do not show
+        activations = [whole.config.vision_config.hidden_act, whole.config.text_config.hidden_act]
+        self.told = f"{vars(pixels.size)} {activations}"  # what tensors do not show
         self.pixel_norm = PixelNorm(pixels.mean, pixels.std)
         self.visual = Tower(whole, type(whole).get_image_features, *TOWERS["visual."])
         self.transformer = Tower(whole, type(whole).get_text_features, *TOWERS["transformer."])
@@ -131,13 +131,15 @@ def build(adapter: Mapping[str, Any]) -> Any:
 
 def named_as_here(tensors: dict[str, Tensor], adapter: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors under the names that the installed version of transformers has for them."""
-    moved = family_of(adapter, adapter["name"]).moved
-    if moved is None:
-        return tensors
+    names_of_layers = family_of(adapter, adapter["name"]).names_of_layers
     with torch.device("meta"):
-        names = build(adapter).state_dict()
-    old, new = moved if any(moved[1] in name for name in names) else moved[::-1]
-    return {name if new in name else name.replace(old, new): one for name, one in tensors.items()}
+        known = {*map(renamed, build(adapter).state_dict())} if names_of_layers else set(tensors)
+
+    def here(name: str) -> str:
+        written = (name.replace(one, other) for one in names_of_layers for other in names_of_layers)
+        return next((one for one in written if one in known), name)
+
+    return {here(name): tensor for name, tensor in tensors.items()}
 
 
 def pixels_of(adapter: Mapping[str, Any], config: Any) -> Pixels:
@@ -159,7 +161,7 @@ def pixels_of(adapter: Mapping[str, Any], config: Any) -> Pixels:
         sizes = {key: values.get(key) for key in ("do_resize", "size", "do_center_crop", "crop_size")}
         raise refuse(str(sizes), "a square: both sides resized to one number, or the shorter one and a crop")
     of_model = getattr(config.vision_config, "image_size", None)
-    if family.image_size is not None and side != of_model:
+    if not family.any_size and side != of_model:
         raise refuse(f"images of {side}×{side} pixels", f"the model's {of_model}×{of_model}")
     if values["resample"] not in (BICUBIC, BILINEAR):
         raise refuse(f"resample {values['resample']}", f"{BILINEAR} (bilinear) or {BICUBIC} (bicubic)")

@@ -27,11 +27,8 @@ def inspect(file: str, /) -> dict[str, str]:
     report = {"file": str(contents.path), "format": f"{weights.format} ({contents.kind}, {size})"} | weights.describe()
     report |= {name: _shown(value) for name, value in weights.about.items() if value is not None}
     optimizer = str(weights.arguments.get("optimizer"))
-    usual = TrainingOptions().flat() | {
-        "distillation": "none",
-        "loss": "softmax",
-        "momentum": MOMENTUM.get(optimizer, 0.9),
-    }
+    usual = TrainingOptions().flat() | {"distillation": "none", "loss": "softmax"}
+    usual["momentum"] = MOMENTUM.get(optimizer, 0.9)
     trained = {
         name: value
         for name, value in weights.arguments.items()

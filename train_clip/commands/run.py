@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,12 +64,6 @@ TRAINER_HELP: dict[str, str | None] = {
     "enable_model_summary": "print Lightning's table of the model's layers; default: false",
     "use_distributed_sampler": "no effect: train-clip itself divides the batches among the processes",
 }
-# Modules by an argument that they alone have.
-MODULES = {
-    "adapter": "train_clip.adapters.wrapper:AdapterWrapper",
-    "text_encoder": "train_clip.encoders.wrapper:CustomCLIPWrapper",
-}
-CLIP_MODULE = "train_clip.training.clip_wrapper:CLIPWrapper"
 EVALUATIONS = "train_clip.scores.while_training:build"
 OWN_TRAINER_OPTIONS = {name for name, text in TRAINER_HELP.items() if text is None}
 LOG_EVERY = 10  # optimizer steps, or fewer where the run would have less than
@@ -115,11 +108,6 @@ def remake(kind: Any, arguments: Any, source: str, **how: Any) -> Any:
             f"{source}: cannot be loaded ({root_cause(error)}). Expected a checkpoint that this version of train-clip "
             "wrote."
         ) from error
-
-
-def kind_of(arguments: Mapping[str, Any]) -> Any:
-    """The module of a checkpoint, or of found weights, that have these arguments."""
-    return resolve_name(next((place for name, place in MODULES.items() if name in arguments), CLIP_MODULE))
 
 
 def data_for(module: ContrastiveModule, options: DataOptions) -> TextImageDataModule:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train_clip.commands.run import MODULES, Job, begin, data_for, kind_of, remake, train_job
-from train_clip.commands.train import pretrained_weights
+from train_clip.commands.run import Job, begin, data_for, remake, train_job
+from train_clip.commands.train import MODULES, kind_of, pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders import sources, tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
