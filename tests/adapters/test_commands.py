@@ -54,17 +54,23 @@ def test_from_the_hubs_files_and_back(name, here, capsys):
 
 @pytest.mark.parametrize("verb", ["train", "finetune"])
 def test_resumed_runs_end_as_whole_ones(verb, here):
-    """Two epochs at once, and one at a time without the files that the run began with: bit for bit."""
+    """From the second step on, without the files that the run began with, to the end of the run that never stopped."""
     save("siglip", here / "m")
-    begin = [verb, "--pretrained", "m", *SHORT]
-    cli.main([*begin, "--epochs", "2", "--output", "whole"])
-    cli.main([*begin, "--epochs", "2", "--max_steps", "2", "--output", "parts"])
+    cli.main(
+        [verb, "--pretrained", "m", *SHORT, "--epochs", "2", "--save_every", "1", "--keep", "9", "--output", "run"]
+    )
     shutil.rmtree("m")
-    cli.main([verb, "--resume", "parts", "--max_steps", "-1", "--epochs", "2"])
-    whole, parts = (read_checkpoint(Path(run, "checkpoints", "last.ckpt"))["state_dict"] for run in ("whole", "parts"))
+    cli.main([verb, "--resume", "run/checkpoints/step-00000002.ckpt", "--output", "other"])
+    whole, parts = (read_checkpoint(Path(run, "checkpoints", "last.ckpt"))["state_dict"] for run in ("run", "other"))
     assert whole.keys() == parts.keys()
     for part, tensor in whole.items():
         assert torch.equal(tensor, parts[part])
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--resume", "run", "--epochs", "3", "--loss", "softmax"])
+    assert "loss softmax, was sigmoid" in said(stop)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--resume", "run", "--epochs", "3", "--image_size", "64"])
+    assert "image_size 64, was None" in said(stop)
 
 
 def test_module_loads_from_its_checkpoint(here):

@@ -64,7 +64,7 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
     if sources.HF_CONFIG not in contents.configs or sources.OPEN_CLIP_CONFIG in contents.configs:
         return None
     config, source = contents.settings(sources.HF_CONFIG), str(contents.path)
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind == "clip" or (kind not in FAMILIES | REFUSED and not {"text_config", "vision_config"} <= set(config)):
         return None
     _require_known(config, source)

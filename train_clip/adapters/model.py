@@ -170,7 +170,8 @@ def pixels_of(adapter: Mapping[str, Any], config: Any) -> Pixels:
     square.resampling = "bilinear" if values["resample"] == BILINEAR else "bicubic"
     factor = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
     offset = 1.0 if values.get("rescale_offset") else 0.0
-    mean, std = ([0.0] * 3, [1.0] * 3)
+    mean: Any = [0.0] * 3
+    std: Any = [1.0] * 3
     if values["do_normalize"]:
         mean, std = Pixels.of(side, values["image_mean"], values["image_std"], f"{name}: image_mean, image_std")[1:]
     if values.get("include_top"):  # of a classifier, whose pixels are divided once more

@@ -41,7 +41,7 @@ def train(
     resumed = begin(run, training.step.seed)
     if resumed is not None:
         # The model itself is held against the run's by its sizes.
-        asked = {"pretrained": model.pretrained, "activation": model.activation}
+        asked: dict[str, Any] = {"pretrained": model.pretrained, "activation": model.activation}
         if "adapter" in resumed.arguments:  # whose sizes are fixed
             asked |= {"image_size": model.image_size, "context_length": model.context_length}
         resumed.require_same_start(asked)

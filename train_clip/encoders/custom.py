@@ -29,7 +29,7 @@ class CustomCLIP(DualEncoder):
     least_log_scale = 0.0
 
     def __init__(
-        self, image: encoder.ImageEncoder, text: encoder.TextEncoder, average: bool, project: bool, loss: str
+        self, image: encoder.ImageEncoder, text: encoder.TextEncoder, average: bool, project: bool, loss: str | None
     ) -> None:
         same = image.width == text.width
         if not same and not project:
