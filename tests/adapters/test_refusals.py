@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_clip
 from tests.adapters.tiny_families import BERT, XLM_ROBERTA, save, tokenizer
+from tests.checkpoints.test_configurations import ANYTHING, places_of, set_value
 from train_clip import cli
 from train_clip.errors import UserError
 
@@ -130,3 +133,35 @@ def test_gradient_checkpointing_of_align(tmp_path):
     save("align", tmp_path)
     with pytest.raises(UserError, match="none for the image tower"):
         begun(tmp_path, gradient_checkpointing=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose files are changed and set right again."""
+    place = tmp_path_factory.mktemp("fuzzed") / "m"
+    save("siglip", place)
+    return place
+
+
+@pytest.mark.parametrize("file", ["config.json", PIXELS])
+@settings(max_examples=60, deadline=None, report_multiple_bugs=True)
+@given(data=st.data())
+def test_anything_in_a_configuration(folder: Path, file: str, data: st.DataObject) -> None:
+    """One value of a sound configuration replaced by anything: built of it, or refused; no other error."""
+    path = folder / file
+    sound = path.read_text()
+    try:
+        set_value(path, data.draw(st.sampled_from(places_of(json.loads(sound)))), data.draw(ANYTHING))
+        train_clip.load(folder)
+    except UserError as error:
+        assert "m" in str(error)
+    finally:
+        path.write_text(sound)
+
+
+def test_more_layers_than_tensors(tmp_path):
+    """Refused before so many are built."""
+    save("siglip", tmp_path)
+    change(tmp_path, "config.json", text_config={"num_hidden_layers": 10**9})
+    with pytest.raises(UserError, match=r"1,000,000,000 layers, and \d+ tensors"):
+        train_clip.load(tmp_path)

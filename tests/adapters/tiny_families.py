@@ -55,7 +55,8 @@ COLOURS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "d
 PIXELS: dict[str, dict[str, Any]] = {
     "siglip": {"size": {"height": SIZE, "width": SIZE}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
     "metaclip_2": CROPPED | COLOURS | {"resample": 3},
-    "chinese_clip": CROPPED | COLOURS | {"resample": 3},
+    # As OFA-Sys/chinese-clip-vit-base-patch16: what is cropped is a square already.
+    "chinese_clip": CROPPED | COLOURS | {"resample": 3, "size": {"height": SIZE, "width": SIZE}},
     "altclip": CROPPED | COLOURS | {"resample": 3},
     # As kakaobrain/align-base: x / 127.5 - 1.
     "align": {

@@ -58,6 +58,7 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
     adapter = told["arguments"].get("adapter")
     if isinstance(adapter, Mapping) and {"family", "name", "config", "processor"} <= set(adapter):
         family_of(adapter, told["source"])
+        _require_sound(adapter["config"], contents)
         told["arguments"] |= {"tokenizer": told["arguments"].get("tokenizer")}
         return FoundAdapted(format="train-clip checkpoint", **told)
     # Weights of open_clip may lie in one folder with a configuration for transformers.
@@ -67,7 +68,8 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
     kind = str(config.get("model_type"))
     if kind == "clip" or (kind not in FAMILIES | REFUSED and not {"text_config", "vision_config"} <= set(config)):
         return None
-    _require_known(config, source)
+    _require_known(config, kind, source)
+    _require_sound(config, contents)
     pixels = contents.settings(sources.HF_PIXELS) or contents.settings(sources.HF_PROCESSOR).get("image_processor")
     family = FAMILIES[kind]
     if not isinstance(pixels, dict) or not pixels:
@@ -100,14 +102,14 @@ def family_of(adapter: Mapping[str, Any], source: str) -> Family:
     return FAMILIES[kind]
 
 
-def _require_known(config: Mapping[str, Any], source: str) -> None:
-    kind, classes = config.get("model_type"), config.get("architectures")
+def _require_known(config: Mapping[str, Any], kind: str, source: str) -> None:
+    classes = config.get("architectures")
     if "auto_map" in config:
         raise UserError(
             f"{source}: its config.json names a class of its own (auto_map), whose code comes with the weights and is "
             f"never run. Known without it: {KNOWN}."
         )
-    found = f"{source}: config.json has model_type = {kind!r}"
+    found = f"{source}: config.json has model_type = {config.get('model_type')!r}"
     if kind in REFUSED:
         raise UserError(f"{found}, {REFUSED[kind]}. Expected CLIP, {KNOWN}.")
     if kind not in FAMILIES:
@@ -117,6 +119,21 @@ def _require_known(config: Mapping[str, Any], source: str) -> None:
             f"{found} and architectures {classes}; expected {FAMILIES[kind].model}, both towers of it. Use the whole "
             "model's files."
         )
+
+
+def _require_sound(config: Mapping[str, Any], contents: read.Contents) -> None:
+    # Before a model is built of it: more layers than there are tensors for.
+    for name in ("text_config", "vision_config"):
+        settings = config.get(name) or {}
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{contents.path}: its {name} is a {type(settings).__name__}; expected keys and values.")
+        repeats = settings.get("num_block_repeats")
+        counts = [settings.get(name) for name in ("num_hidden_layers", "depth_coefficient")]
+        counts += repeats if isinstance(repeats, list) else []
+        if most := [one for one in counts if isinstance(one, int | float) and one > len(contents.tensors)]:
+            raise UserError(
+                f"{contents.path}: {most[0]:,} layers, and {len(contents.tensors):,} tensors, too few for that."
+            )
 
 
 def renamed(name: str) -> str:
