@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.models.tiny_huggingface import randomize
@@ -131,7 +132,7 @@ def pipeline(model: Any, folder: Path, files: Sequence[Path], captions: list[str
 
 
 def photographs(folder: Path) -> list[Path]:
-    """Smooth pictures in several forms: wide, high, square, smaller and larger than the models'."""
+    """Two photographs, and smooth pictures in several forms: wide, high, square, smaller than the models'."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     files = []
@@ -139,6 +140,9 @@ def photographs(folder: Path) -> list[Path]:
         coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
         files.append(folder / f"{number}.png")
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(files[-1])
+    for number, pixels in enumerate(load_sample_images().images):
+        files.append(folder / f"photograph-{number}.jpg")
+        Image.fromarray(pixels).save(files[-1])
     return files
 
 

@@ -42,14 +42,13 @@ class FoundAdapted(found.Found):
     @override
     def describe(self) -> dict[str, str]:
         adapter = self.arguments["adapter"]
-        loss = "sigmoid" if "logit_bias" in self.records else "softmax"
-        towers = {
-            f"{kind} tower": ", ".join(f"{key} {value}" for key, value in sorted(settings.items()) if key in SHOWN)
-            for kind in ("vision", "text")
-            if (settings := adapter["config"].get(f"{kind}_config"))
-        }
-        model = f"{adapter['name']}, {FAMILIES[adapter['family']].model}"
-        return {"model": model, **towers, "loss": loss} | super().describe()
+        told = {"model": f"{adapter['name']}, {FAMILIES[adapter['family']].model}"}
+        for kind in ("vision", "text"):
+            settings = adapter["config"].get(f"{kind}_config") or {}
+            told[f"{kind} tower"] = (
+                ", ".join(f"{name} {settings[name]}" for name in SHOWN if name in settings) or "default"
+            )
+        return told | {"loss": "sigmoid" if "logit_bias" in self.records else "softmax"} | super().describe()
 
 
 def find_adapted(contents: read.Contents) -> FoundAdapted | None:

@@ -147,16 +147,10 @@ def pixels_of(adapter: Mapping[str, Any], config: Any) -> Pixels:
 
     With a factor f, an offset o of 0 or 1:   (f x - o - mean) / std = (x / 255 - (o + mean) / 255f) / (std / 255f)
     """
-    name = adapter["name"]
     try:
         return _pixels(adapter, config)
-    except UserError:
-        raise
-    except Exception as error:  # settings of any content raise anything
-        raise UserError(
-            f"{name}: its image processor's settings are not as transformers writes them ({first_line(error)}). Get "
-            "preprocessor_config.json again."
-        ) from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # settings of any content
+        raise UserError(f"{adapter['name']}: its preprocessor_config.json is damaged ({first_line(error)}).") from error
 
 
 def _pixels(adapter: Mapping[str, Any], config: Any) -> Pixels:

@@ -1,11 +1,9 @@
 """A family's own tokenizer: its case, the length and the side of its padding, and whether it gives a mask."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from typing_extensions import override
 
 from train_clip.adapters.model import AdaptedModel
@@ -23,40 +21,31 @@ class FamilyTokenizer(PretrainedTokenizer):
 
     @override
     def batch(self, texts: list[str]) -> tuple[dict[str, torch.Tensor], int]:
-        tensors, num_cut = super().batch([text.lower() for text in texts] if self.lower_case else texts)
-        names = self.tokenizer.model_input_names
-        if not self.padded:
-            return tensors, num_cut
-        mask = tensors["attention_mask"].bool()
-        room, left = self.context_length, self.tokenizer.padding_side == "left"
-        # What is not read by the model's own pipeline is not masked either.
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0, "attention_mask": 0}
-
-        def full(row: torch.Tensor, value: int) -> torch.Tensor:
-            missing = room - len(row)
-            return pad(row, (missing, 0) if left else (0, missing), value=value)
-
-        return {
-            name: torch.stack([full(row[of], value) for row, of in zip(tensors[name], mask, strict=True)])
-            for name, value in fill.items()
-            if name == "input_ids" or name in names
-        }, num_cut
+        texts = [text.lower() for text in texts] if self.lower_case else texts
+        if not self.padded or not texts:
+            return super().batch(texts)
+        how: Any = {"padding": "max_length", "truncation": True, "max_length": self.context_length}
+        found = self.tokenizer(texts, return_attention_mask=True, return_tensors="pt", verbose=False, **how)
+        filled = [text for text, mask in zip(texts, found["attention_mask"], strict=True) if mask.all()]
+        # Without a mask, as the model was trained, where its files ask for none.
+        tensors = {name: found[name] for name in self.tokenizer.model_input_names if name in found}
+        return tensors, super().batch(filled)[1] if filled else 0
 
 
 def tokenizer_for(model: AdaptedModel, told: Any) -> FamilyTokenizer:
     """Make the tokenizer of a model: of a folder or a name on the hub, or as a checkpoint describes it."""
     family, most = model.family, model.context_length
     assert most is not None
-    found = described_tokenizer(told) if isinstance(told, Mapping) else load_tokenizer(str(told), most)
-    known = model.vocab_size or 0
-    if len(found.tokenizer) > known:
+    found = load_tokenizer(told, most) if isinstance(told, str) else described_tokenizer(told)
+    own, known = found.tokenizer, model.vocab_size or 0
+    if len(own) > known:
         raise UserError(
-            f"{model.name}: its tokenizer has {len(found.tokenizer):,} tokens; the model knows {known:,}. Use the "
-            "tokenizer of the model that the weights were trained from."
+            f"{model.name}: its tokenizer has {len(own):,} tokens; the model knows {known:,}. Use the tokenizer of the "
+            "model that the weights were trained from."
         )
-    if found.tokenizer.padding_side != "right" and not family.padded:
+    if own.padding_side != "right" and not family.padded:
         raise UserError(
-            f"{model.name}: its tokenizer pads on the {found.tokenizer.padding_side}; {family.title} reads a caption "
-            "from the first position. Expected padding_side right in tokenizer_config.json."
+            f"{model.name}: its tokenizer pads on the {own.padding_side}; {family.title} reads a caption from the "
+            "first position. Expected padding_side right in tokenizer_config.json."
         )
-    return FamilyTokenizer(found.tokenizer, found.context_length, family.padded, family.lower_case)
+    return FamilyTokenizer(own, found.context_length, family.padded, family.lower_case)

@@ -49,10 +49,7 @@ class AdapterWrapper(ContrastiveModule):
             model.add_bias()
         of_model = tokenizer_for(model, tokenizer)
         if frozen := freeze_unreached(model, of_model(["a caption", "another one"])):
-            numbers = sum(model.get_parameter(name).numel() for name in frozen)
-            rank_zero_info(
-                f"{len(frozen)} tensors with {numbers:,} parameters do not affect the loss: {', '.join(frozen)}."
-            )
+            rank_zero_info(f"{len(frozen)} tensors do not affect the loss and are not trained: {', '.join(frozen)}.")
         super().__init__(model, FINETUNING, given)
         self.tokenizer = of_model
         self.save_hyperparameters({"adapter": dict(adapter)} | self.options.flat())
