@@ -86,12 +86,13 @@ class Tower(nn.Module):
         for name in (part.removesuffix(".") for part in parts):
             if hasattr(whole, name):
                 self.add_module(name, getattr(whole, name))
+        self.features = nn.Identity()
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Map a processor's tensors to features, (B, D)."""
         # The method of the whole model, of which it reads these parts alone; until transformers 5 it gives a tensor.
         output = self._getter(self, **{name: one for name, one in inputs.items() if name in self._takes})
-        return output if isinstance(output, Tensor) else output.pooler_output
+        return self.features(output if isinstance(output, Tensor) else output.pooler_output)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         """Have each block recompute its activations, as ``PreTrainedModel`` does."""

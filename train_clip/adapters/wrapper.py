@@ -44,7 +44,7 @@ class AdapterWrapper(ContrastiveModule):
     ) -> None:
         model = AdaptedModel(adapter)
         own = {"minibatch_size": minibatch_size, "learning_rate": learning_rate, "kl_coeff": kl_coeff}
-        given = TrainingOptions.of({**options, **own}, loss=model.family.loss)
+        given = TrainingOptions.of({**options, **own}, loss=adapter.get("loss", model.family.loss))
         if given.objective.loss == "sigmoid":
             model.add_bias()
         of_model = tokenizer_for(model, tokenizer)
@@ -52,7 +52,9 @@ class AdapterWrapper(ContrastiveModule):
             rank_zero_info(f"{len(frozen)} tensors do not affect the loss and are not trained: {', '.join(frozen)}.")
         super().__init__(model, FINETUNING, given)
         self.tokenizer = of_model
-        self.save_hyperparameters({"adapter": dict(adapter)} | self.options.flat())
+        # A checkpoint's own loss is the next run's too.
+        told = {**adapter, "loss": self.options.objective.loss}
+        self.save_hyperparameters({"adapter": told} | self.options.flat())
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
