@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import constants
 
 import train_clip
-from tests.adapters.tiny_families import CAPTIONS, HERE, pairs, save
+from tests.adapters.tiny_families import CAPTIONS, CONTEXT, HERE, pairs, save
 from tests.conftest import said
 from train_clip import cli
 from train_clip.adapters.families import FAMILIES
@@ -133,3 +134,48 @@ def test_features_of_a_probe(name, here):
     Path("classes.txt").write_text("dog\nhouse\n")
     cli.main("classify m --folder data --classes classes.txt --output labels.csv".split())
     assert len(Path("labels.csv").read_text().splitlines()) == 1 + len(pixels)
+
+
+def test_siglips_own_tokenizer(here):
+    """A SentencePiece model, which lies in the checkpoint whole: trained, written and read without the first files."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = save("siglip", here / "m")
+    for file in Path("m").glob("tokenizer*"):
+        file.unlink()
+    Path("texts").write_text("\n".join(f"a photo of the red house number {place}" for place in range(99)))
+    how = {"vocab_size": 40, "pad_id": -1, "bos_id": -1, "eos_id": 1, "unk_id": 2, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(input="texts", model_prefix="spiece", minloglevel=2, **how)
+    theirs = hf.SiglipTokenizer("spiece.model", model_max_length=CONTEXT, model_input_names=["input_ids"])
+    assert len(theirs) <= model.config.text_config.vocab_size
+    theirs.save_pretrained("m")
+    captions = ["A photo of the RED house!", "house, number 7", "x" * 50]
+    expected = theirs(captions, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt")
+    cli.main(["train", "--pretrained", "m", *SHORT, "--max_steps", "1", "--output", "run"])
+    shutil.rmtree("m"), Path("spiece.model").unlink()
+    for source in "run", "back":
+        ours = train_clip.load(source)
+        assert ours.tokenizer(captions).keys() == {"input_ids"}
+        assert torch.equal(ours.tokenizer(captions)["input_ids"], expected["input_ids"])
+        if source == "run":
+            cli.main(["convert", "run", "back", "--to", "huggingface"])
+
+
+def test_a_name_on_the_hub(here, monkeypatch):
+    """Files of the hub's cache, by ``hf-hub:NAME``: the features of the same files in a folder."""
+    model = here / "cache" / "models--someone--siglip"
+    save("siglip", model / "snapshots" / "0123")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    (model / ".no_exist" / "0123").mkdir(parents=True)
+    for name in (
+        "open_clip_config.json",
+        "processor_config.json",
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.bin",
+    ):
+        (model / ".no_exist" / "0123" / name).touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    named, local = train_clip.load("hf-hub:someone/siglip"), train_clip.load(model / "snapshots" / "0123")
+    assert named.model.name == "siglip"
+    assert torch.equal(named.encode(CAPTIONS, as_tensor=True), local.encode(CAPTIONS, as_tensor=True))

@@ -355,7 +355,7 @@ class ContrastiveModule(L.LightningModule):
     def require_same_model(self, kept: Mapping[str, Any]) -> None:
         """Hold this module's arguments against those that a run began with, ``hparams`` of another module."""
         # An option that is newer than the checkpoint had its default, or (None) what the preset decides.
-        defaults = TrainingOptions().flat()
+        defaults = TrainingOptions().flat() | {"loss": "softmax"}
         usual = {name: self.hparams.get(name) if value is None else value for name, value in defaults.items()}
         same_run.require_same(
             self.hparams,
