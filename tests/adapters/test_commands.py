@@ -175,6 +175,7 @@ def test_a_name_on_the_hub(here, monkeypatch):
     ):
         (model / ".no_exist" / "0123" / name).touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(here / "cache"), raising=False)  # before 5
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     named, local = train_clip.load("hf-hub:someone/siglip"), train_clip.load(model / "snapshots" / "0123")
     assert named.model.name == "siglip"
