@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,3 +166,38 @@ def test_more_layers_than_tensors(tmp_path):
     change(tmp_path, "config.json", text_config={"num_hidden_layers": 10**9})
     with pytest.raises(UserError, match=r"1,000,000,000 layers, and \d+ tensors"):
         train_clip.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"family": "other"}, "of the family 'other'; known are siglip"),
+        ({"family": []}, "is not as this package writes it"),
+        ({"config": None}, "is not as this package writes it"),
+        ({"processor": [1]}, "is not as this package writes it"),
+        ({"config": {"text_config": [1]}}, "its text_config is a list"),
+        ({"processor": {"size": [7]}}, "expected a square"),
+        (
+            {"processor": {"size": {"height": 32, "width": 32}, "rescale_factor": "x"}},
+            "preprocessor_config.json is damaged",
+        ),
+        (None, "tokenizer"),
+    ],
+)
+def test_a_checkpoint_that_was_changed(told, expected, tmp_path):
+    """What it tells of its model, and of its tokenizer."""
+    from tests.adapters.test_training import SGD, begun, step
+
+    save("siglip", tmp_path / "m")
+    module = begun(tmp_path / "m", **SGD)
+    step(module)
+    module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    if told is None:
+        held["hyper_parameters"]["tokenizer"] = {"source": "files", "a": "=", "../b": "YQ=="}
+    else:
+        held["hyper_parameters"]["adapter"] |= told
+    torch.save(held, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=expected):
+        train_clip.load(tmp_path / "a.ckpt")
+    assert not (tmp_path.parent / "b").exists()

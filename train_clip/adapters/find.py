@@ -14,6 +14,7 @@ from train_clip.errors import UserError
 TOWERS = {"visual.": ("vision_model.", "visual_projection."), "transformer.": ("text_model.", "text_projection.")}
 COUNTS = ("position_ids", "token_type_ids")  # which older versions kept as tensors
 SHOWN = "hidden_size num_hidden_layers num_attention_heads image_size patch_size vocab_size".split()
+KEPT = {"family": str, "name": str, "config": Mapping, "processor": Mapping}  # what a checkpoint tells of a model
 KNOWN = ", ".join(family.title for family in FAMILIES.values())
 
 
@@ -55,8 +56,10 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
     """Find a checkpoint of an adapted model, or a family's own files."""
     told = own.of_lightning(contents)
     adapter = told["arguments"].get("adapter")
-    if isinstance(adapter, Mapping) and {"family", "name", "config", "processor"} <= set(adapter):
-        family_of(adapter, told["source"])
+    if isinstance(adapter, Mapping) and KEPT.keys() <= set(adapter):
+        if not all(isinstance(adapter[name], kind) for name, kind in KEPT.items()):
+            raise UserError(f"{contents.path}: its adapter is not as this package writes it. Use another checkpoint.")
+        family_of(adapter)
         _require_sound(adapter["config"], contents)
         told["arguments"] |= {"tokenizer": told["arguments"].get("tokenizer")}
         return FoundAdapted(format="train-clip checkpoint", **told)
@@ -94,10 +97,12 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
     )
 
 
-def family_of(adapter: Mapping[str, Any], source: str) -> Family:
+def family_of(adapter: Mapping[str, Any]) -> Family:
     """The family that a description tells of."""
     if (kind := adapter["family"]) not in FAMILIES:
-        raise UserError(f"{source}: its family is {kind!r}; known are {', '.join(FAMILIES)}. Update train-clip.")
+        raise UserError(
+            f"{adapter['name']}: of the family {kind!r}; known are {', '.join(FAMILIES)}. Update train-clip."
+        )
     return FAMILIES[kind]
 
 

@@ -37,7 +37,7 @@ class AdaptedModel(DualEncoder):
     transformer: "Tower"
 
     def __init__(self, adapter: Mapping[str, Any]) -> None:
-        family, whole = family_of(adapter, adapter["name"]), build(adapter)
+        family, whole = family_of(adapter), build(adapter)
         pixels = pixels_of(adapter, whole.config)
         super().__init__(
             adapter["name"],
@@ -110,7 +110,7 @@ class Tower(nn.Module):
 def build(adapter: Mapping[str, Any]) -> Any:
     """Build the library's model of a description, with random weights, in eval mode."""
     transformers = find_library("transformers")
-    name, family = adapter["name"], family_of(adapter, adapter["name"])
+    name, family = adapter["name"], family_of(adapter)
     kind: Any = getattr(transformers, family.model, None)
     if kind is None:
         raise UserError(
@@ -132,7 +132,7 @@ def build(adapter: Mapping[str, Any]) -> Any:
 
 def named_as_here(tensors: dict[str, Tensor], adapter: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors under the names that the installed version of transformers has for them."""
-    names_of_layers = family_of(adapter, adapter["name"]).names_of_layers
+    names_of_layers = family_of(adapter).names_of_layers
     with torch.device("meta"):
         known = {*map(renamed, build(adapter).state_dict())} if names_of_layers else set(tensors)
 
@@ -155,7 +155,7 @@ def pixels_of(adapter: Mapping[str, Any], config: Any) -> Pixels:
 
 
 def _pixels(adapter: Mapping[str, Any], config: Any) -> Pixels:
-    family, name = family_of(adapter, adapter["name"]), adapter["name"]
+    family, name = family_of(adapter), adapter["name"]
     values = OF_EVERY | dict(family.pixels) | {key: one for key, one in adapter["processor"].items() if one is not None}
 
     def refuse(what: str, expected: str) -> UserError:
