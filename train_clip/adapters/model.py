@@ -176,7 +176,9 @@ def _pixels(adapter: Mapping[str, Any], config: Any) -> Pixels:
     square = Square(side)
     square.whole, square.squashed = whole, squashed
     square.resampling = "bilinear" if values["resample"] == BILINEAR else "bicubic"
-    factor = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
+    factor = 255 * (float(values["rescale_factor"]) if values["do_rescale"] else 1)
+    if not 0 < factor < float("inf"):
+        raise refuse(f"rescale_factor {factor / 255}", "a number above 0")
     offset = 1.0 if values.get("rescale_offset") else 0.0
     mean: Any = [0.0] * 3
     std: Any = [1.0] * 3

@@ -18,7 +18,6 @@ from train_clip.estimates import duration
 from train_clip.models.config import ModelConfig, read_config
 from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat
 from train_clip.training.clip_wrapper import CLIPWrapper
-from train_clip.training.module import ContrastiveModule
 
 DEFAULT_MODEL = "ViT-B/32"
 TWO_ENCODERS = ", which `train-clip finetune --pretrained` trains on."
@@ -47,7 +46,7 @@ def train(
         resumed.require_same_start(asked)
     weights = pretrained_weights(model) if resumed is None else None
     known = resumed.arguments if resumed else weights.arguments if weights else {}
-    module: ContrastiveModule
+    module: Any
     config = None if "adapter" in known else choose_config(model, weights)
     if config is not None:
         module = CLIPWrapper(config.name, config, **training.flat())

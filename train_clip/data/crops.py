@@ -163,8 +163,7 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
 
 def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side of an RGB picture to S; one of that size keeps its pixels."""
-    filtered = Image.Resampling[Square.of(size).resampling.upper()]
-    return picture.resize(shorter_to(picture.size, size), filtered)
+    return picture.resize(shorter_to(picture.size, size), Image.Resampling[Square.of(size).resampling.upper()])
 
 
 def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
