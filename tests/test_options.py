@@ -29,7 +29,7 @@ GROUPS = {
 }
 # What the preset decides, and what else stands for None in a module made of it.
 OF_PRESET = {"learning_rate": "lr", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
-OF_MODULE = {"optimizer": "adamw", "momentum": 0.9, "distillation": "none"}
+OF_MODULE = {"loss": "softmax", "optimizer": "adamw", "momentum": 0.9, "distillation": "none"}
 # Values besides 3 for a number of things and 0.25 for other numbers.
 OTHERS = {
     **{"optimizer": "sgd", "betas": [0.8, 0.9], "warmup_steps": 3, "adam_statistics": "bfloat16"},

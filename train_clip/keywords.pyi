@@ -15,7 +15,7 @@ class TrainingKeywords(TypedDict, total=False):
     adam_statistics: Literal["float32", "bfloat16"]
     half_weights: Literal["none", "text", "image", "both"]
     ema: float
-    loss: str
+    loss: str | None
     equal_captions: Literal["keep", "mask"]
     mask_ratio: float
     unmasked_share: float

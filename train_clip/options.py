@@ -194,8 +194,8 @@ class OptimizerOptions(Options):
 class ObjectiveOptions(Options):
     """The loss and regularization."""
 
-    loss: Literal[*LOSSES] = option(  # type: ignore[valid-type]
-        "softmax", "softmax (CLIP: cross-entropy in both directions) or sigmoid (SigLIP)"
+    loss: Literal[*LOSSES] | None = option(  # type: ignore[valid-type]
+        None, "softmax (CLIP: cross-entropy in both directions) or sigmoid; default: sigmoid for SigLIP, else softmax"
     )
     equal_captions: Literal["keep", "mask"] = option("keep", "keep pairs of equal captions as negatives, or mask them")
     mask_ratio: float = option(0.0, "fraction of patches dropped in a step (FLIP: 0.5); CLIP's ViTs only", BELOW_ONE)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests import forked
+from tests.adapters.tiny_families import save
 from tests.conftest import TINY, write_pairs
 from tests.encoders import save_bert, save_resnet
 from train_clip import cli
@@ -88,6 +89,7 @@ def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cli.main(["demo"])
     write_pairs(folder / "data_dir", 12)
     save_resnet(folder / "resnet"), save_bert(folder / "bert")
+    save("siglip", folder / "siglip2")
     return folder
 
 
@@ -110,7 +112,7 @@ def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
             cli.main([*verb.split(), *words, *short, *(LOCAL_ENCODERS if verb == "finetune" else [])])
         verbs.append(verb)
     assert verbs == [
-        *"demo train train train finetune finetune prompt-tune inspect convert".split(),
+        *"demo train train train finetune finetune train evaluate embed convert prompt-tune inspect convert".split(),
         *"data check,data show".split(","),
         *"evaluate evaluate embed train embed search search".split(),
     ]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from typing_extensions import override
 
@@ -29,7 +29,11 @@ Tensors = dict[str, Any]
 # Every format that is read: a function of ``Contents`` that returns a ``Found``, or None for another format. The first
 # that knows a file says what it is: files that say it themselves before those that are told by their tensors. Those of
 # a CLIP get its tensors alone, without what the file has around them.
-OTHERS = ("train_clip.prompts.file:find_prompts", "train_clip.encoders.sources:find_encoders")
+OTHERS = (
+    "train_clip.prompts.file:find_prompts",
+    "train_clip.encoders.sources:find_encoders",
+    "train_clip.adapters.find:find_adapted",
+)
 CLIPS = (
     "train_clip.checkpoints.own:find_checkpoint",
     "train_clip.checkpoints.own:find_safetensors",
@@ -58,6 +62,7 @@ class Found:
     rename: Callable[[Tensors], Tensors] = dict  # maps them, read, to the names and shapes that the model has here
     arguments: Mapping[str, Any] = field(default_factory=dict)  # what the module that was trained was made with
     about: Mapping[str, Any] = field(default_factory=dict)  # what else the file says, for who reads it
+    writer: ClassVar[str] = ""  # of the one format, Hugging Face's, that can hold it; empty for a CLIP's formats
 
     def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
         """Complete with the user's options what the file does not say; a missing or unused option is an error."""
@@ -367,5 +372,5 @@ def fingerprint(model: "DualEncoder") -> str:
     norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
     # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
     of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
-    told = f"{model.image_size} pixels, {of_clip}{of_encoders}"
+    told = f"{model.image_size} pixels, {of_clip}{of_encoders}{getattr(model, 'told', '')}"
     return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})

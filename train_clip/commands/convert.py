@@ -47,16 +47,26 @@ def convert(
         target: a new folder; for safetensors a new file
         weights: values that the source does not state, or that are to be changed.
         to: open_clip for a folder that open_clip.create_model("local-dir:FOLDER") takes, huggingface for one that
-            CLIPModel.from_pretrained takes, safetensors for one file under OpenAI's names
+            AutoModel.from_pretrained takes, safetensors for one file under OpenAI's names
 
     Returns:
         The target.
     """
     files.require_new(target)
     # Before gigabytes are read.
-    found = find_weights(source, weights).require_clip(f" {ENCODERS}")
-    write_model(found.build().model, target, to)
-    print(f'Wrote {target}: {WRITERS[to][1].format(target=target)}, or train_clip.load("{target}").')
+    found, opened = find_weights(source, weights), WRITERS[to][1]
+    if not found.writer:
+        found.require_clip(f" {ENCODERS}")
+        write_model(found.build().model, target, to)
+    elif to != "huggingface":
+        found.refuse(f"{found.format}, which only its family's own format can hold. Write it --to huggingface")
+    else:
+        opened, loaded = 'transformers.AutoModel.from_pretrained("{target}")', found.build()
+        require_room(target, sum(tensor.nbytes for tensor in loaded.model.state_dict().values()), "the model takes")
+        with files.replacing(target) as beside:
+            beside.mkdir()
+            pkgutil.resolve_name(found.writer)(loaded, beside)
+    print(f'Wrote {target}: {opened.format(target=target)}, or train_clip.load("{target}").')
     return target
 
 

@@ -5,7 +5,7 @@ from train_clip.options import MOMENTUM, TrainingOptions
 from train_clip.printing import printable
 
 # A module's arguments that say which model it is, and not how it was trained.
-OF_MODEL = ("model_name", "config", "image_encoder", "text_encoder", "tokenizer", "backbone", "prompts", "digest")
+OF_MODEL = "model_name config image_encoder text_encoder tokenizer backbone prompts digest adapter".split()
 MOST_ITEMS, LONGEST = 10, 200  # items of a list and letters of a value that are printed
 
 
@@ -27,7 +27,8 @@ def inspect(file: str, /) -> dict[str, str]:
     report = {"file": str(contents.path), "format": f"{weights.format} ({contents.kind}, {size})"} | weights.describe()
     report |= {name: _shown(value) for name, value in weights.about.items() if value is not None}
     optimizer = str(weights.arguments.get("optimizer"))
-    usual = TrainingOptions().flat() | {"distillation": "none", "momentum": MOMENTUM.get(optimizer, 0.9)}
+    usual = TrainingOptions().flat() | {"distillation": "none", "loss": "softmax"}
+    usual["momentum"] = MOMENTUM.get(optimizer, 0.9)
     trained = {
         name: value
         for name, value in weights.arguments.items()

@@ -1,13 +1,16 @@
 """Train a CLIP, from scratch or from weights."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 
 from train_clip.checkpoints import found, sources
-from train_clip.commands.run import Job, begin, count, data_for, train_job
+from train_clip.commands.run import Job, begin, count, data_for, remake, train_job
 from train_clip.commands.run_folder import OPENAI
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UsageError, UserError
@@ -23,6 +26,13 @@ CPU_EPOCHS, CPU_SPEED = 40, 30  # of `--config cpu`: epochs, and pairs per secon
 RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for at most (docs/recipes.md)
 
 
+# Modules that train other models than a CLIP, by an argument that they alone have.
+MODULES = {
+    "adapter": "train_clip.adapters.wrapper:AdapterWrapper",
+    "text_encoder": "train_clip.encoders.wrapper:CustomCLIPWrapper",
+}
+
+
 def train(
     model: ModelOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
 ) -> Path:
@@ -30,26 +40,41 @@ def train(
     resumed = begin(run, training.step.seed)
     if resumed is not None:
         # The model itself is held against the run's by its sizes.
-        resumed.require_same_start({"pretrained": model.pretrained, "activation": model.activation})
+        asked: dict[str, Any] = {"pretrained": model.pretrained, "activation": model.activation}
+        if "adapter" in resumed.arguments:  # whose sizes are fixed
+            asked |= {"image_size": model.image_size, "context_length": model.context_length}
+        resumed.require_same_start(asked)
     weights = pretrained_weights(model) if resumed is None else None
-    config = choose_config(model, weights)
-    module = CLIPWrapper(config.name, config, **training.flat())
+    known = resumed.arguments if resumed else weights.arguments if weights else {}
+    module: Any
+    config = None if "adapter" in known else choose_config(model, weights)
+    if config is not None:
+        module = CLIPWrapper(config.name, config, **training.flat())
+    else:  # another library's model
+        module = remake(
+            kind_of(known), known, str(resumed.checkpoint if resumed else model.pretrained), **training.flat()
+        )
     if weights is not None:
         module.begin_with(weights.read(), weights.source)
         model = replace(model, pretrained=weights.source)
     # Weights, or a file of the user's own: no preset's name builds the model again.
     is_own = model.pretrained is not None or (model.model_name or "").endswith((".yaml", ".yml"))
-    model = replace(model, model_name=model.model_name or DEFAULT_MODEL)
+    model = replace(model, model_name=model.model_name or (DEFAULT_MODEL if config else None))
     job = Job(
         "train",
         module,
         data_for(module, data),
         flat(model, data) | training.flat(),
-        config.optimizer.epochs,
+        module.preset.epochs,
         advice=partial(advise, count(module.model), training.optimizer.optimizer) if weights is None else None,
-        own_model=config.to_dict() if is_own else None,
+        own_model=config.to_dict() if config and is_own else None,
     )
     return train_job(job, run, trainer, resumed)
+
+
+def kind_of(arguments: Mapping[str, Any]) -> Any:
+    """The module of a checkpoint, or of found weights, that have these arguments."""
+    return next((resolve_name(place) for name, place in MODULES.items() if name in arguments), CLIPWrapper)
 
 
 def advise(num_parameters: int, optimizer: str | None, num_pairs: int, device: str) -> str | None:

@@ -26,6 +26,19 @@ REDUCTIONS = (8, 4, 2)  # at which libjpeg's inverse transform is smaller by as 
 NORMALISED = "already normalized pixels, used unchanged, without a crop"
 
 
+class Square(int):
+    """S, and how a picture becomes the square: as set here CLIP's way, for which a plain number stands too."""
+
+    whole = 0  # what the shorter side is resized to, or both are, before the S×S in the middle is left; 0: S
+    squashed = False  # whether both sides are
+    resampling = "bicubic"  # or bilinear
+
+    @classmethod
+    def of(cls, size: int) -> "Square":
+        """The same size, as a square."""
+        return size if isinstance(size, cls) else cls(size)
+
+
 def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"] | None = None) -> torch.Tensor:
     """Read what a model takes of an image or its array: (3, S, S) uint8, or float32 that is already normalized.
 
@@ -83,11 +96,13 @@ def random_resized_crop(picture: tuple[int, int], size: int, rng: np.random.Gene
     """A square of at least a fraction of the largest one's area, resized to S×S: train-CLIP's crop.
 
     On square pictures this is torchvision's ``RandomResizedCrop(scale=(min_share, 1), ratio=(1, 1))``; on others that
-    takes shares of the whole picture's area.
+    takes shares of the whole picture's area. Of a picture that is squashed it is a part of the same form.
     """
-    side = max(1, round(min(picture) * math.sqrt(rng.uniform(min_share, 1.0))))
-    left, top = (int(rng.integers(whole - side + 1)) for whole in picture)
-    return Window((left, top, left + side, top + side), (size, size), (0, 0), size)
+    largest = picture if Square.of(size).squashed else (min(picture),) * 2
+    share = math.sqrt(rng.uniform(min_share, 1.0))
+    wide, high = (max(1, round(side * share)) for side in largest)
+    left, top = (int(rng.integers(whole - side + 1)) for whole, side in zip(picture, (wide, high), strict=True))
+    return Window((left, top, left + wide, top + high), (size, size), (0, 0), size)
 
 
 def cut(pixels: np.ndarray, window: Window, reduction: int = 1) -> torch.Tensor:
@@ -99,7 +114,8 @@ def cut(pixels: np.ndarray, window: Window, reduction: int = 1) -> torch.Tensor:
     box = torch.from_numpy(np.require(pixels[:, top:bottom, left:right], requirements="W"))
     wide, high = window.target
     if box.shape[1:] != (high, wide):
-        (box,) = torch.nn.functional.interpolate(box[None], (high, wide), mode="bicubic", antialias=True)
+        mode = Square.of(window.size).resampling
+        (box,) = torch.nn.functional.interpolate(box[None], (high, wide), mode=mode, antialias=True)
     left, top = window.place
     return box[:, top : top + window.size, left : left + window.size].contiguous()
 
@@ -140,19 +156,21 @@ def centre_square(image: Image.Image | str | Path, size: int) -> torch.Tensor:
 def center_crop(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side of an RGB picture to S, then the S×S in the middle (openai/CLIP, clip.py, _transform)."""
     picture = resize_shorter(picture, size)
-    # torchvision's CenterCrop rounds halves to even, as round() does.
-    left, top = (round((side - size) / 2) for side in picture.size)
+    # torchvision's CenterCrop rounds halves to even, as round() does; transformers' rounds them down.
+    left, top = ((side - size) // 2 if isinstance(size, Square) else round((side - size) / 2) for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
 
 def resize_shorter(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side of an RGB picture to S; one of that size keeps its pixels."""
-    return picture.resize(shorter_to(picture.size, size), Image.Resampling.BICUBIC)
+    return picture.resize(shorter_to(picture.size, size), Image.Resampling[Square.of(size).resampling.upper()])
 
 
 def shorter_to(picture: tuple[int, int], size: int) -> tuple[int, int]:
     """Width and height once the shorter becomes S; the longer is cut to whole pixels, as torchvision's Resize does."""
-    width, height = (int(size * side / min(picture)) for side in picture)
+    square = Square.of(size)
+    shorter, picture = square.whole or size, (1, 1) if square.squashed else picture
+    width, height = (int(shorter * side / min(picture)) for side in picture)
     return width, height
 
 

@@ -29,7 +29,7 @@ class CustomCLIP(DualEncoder):
     least_log_scale = 0.0
 
     def __init__(
-        self, image: encoder.ImageEncoder, text: encoder.TextEncoder, average: bool, project: bool, loss: str
+        self, image: encoder.ImageEncoder, text: encoder.TextEncoder, average: bool, project: bool, loss: str | None
     ) -> None:
         same = image.width == text.width
         if not same and not project:
@@ -76,7 +76,7 @@ class CustomCLIP(DualEncoder):
         return (all_tokens if isinstance(texts, Tensor) else texts.get("attention_mask", all_tokens)).bool()
 
 
-def freeze_unreached(model: CustomCLIP, texts: Texts) -> list[str]:
+def freeze_unreached(model: DualEncoder, texts: Texts) -> list[str]:
     """Freeze what no gradient comes to, such as a text model's pooler or a mask token, and give the names.
 
     DDP waits for the gradient of every parameter that asks for one, and fails on its second step where one never comes.

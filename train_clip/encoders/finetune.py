@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train_clip.commands.run import Job, begin, data_for, remake, train_job
-from train_clip.commands.train import pretrained_weights
+from train_clip.commands.train import MODULES, kind_of, pretrained_weights
 from train_clip.data.tokenizer import Tokenizer
 from train_clip.encoders import sources, tokenizer
 from train_clip.encoders.wrapper import OTTER, CustomCLIPWrapper
@@ -57,8 +57,7 @@ def finetune(
         start = dataclasses.replace(start, **{name: known[name] for name in known if getattr(start, name) is None})
     module: Any
     if resumed is not None:
-        kind = CustomCLIPWrapper if "text_encoder" in resumed.arguments else CLIPWrapper
-        module = remake(kind, resumed.arguments, str(resumed.checkpoint), **how)
+        module = remake(kind_of(resumed.arguments), resumed.arguments, str(resumed.checkpoint), **how)
     elif start.pretrained is None:
         module = _join(start, how)
     else:
@@ -80,8 +79,8 @@ def _train_on(start: StartOptions, how: Mapping[str, Any]) -> tuple[Any, str]:
     weights = pretrained_weights(start)
     assert weights is not None
     module: Any
-    if isinstance(weights, sources.FoundEncoders):
-        module = remake(CustomCLIPWrapper, weights.arguments, weights.source, **how)
+    if MODULES.keys() & weights.arguments.keys():
+        module = remake(kind_of(weights.arguments), weights.arguments, weights.source, **how)
     else:
         config = weights.require_clip().config
         module = CLIPWrapper(config.name, config, **how)

@@ -37,7 +37,7 @@ OTHER_TOWERS = {
 def load_image(name: str) -> ImageEncoder:
     """Load a pretrained image encoder by its hub name or folder; of a model with two towers, its image tower."""
     module = _load(name, "image")
-    with reading(name, "image encoder"), _quiet():
+    with reading(name, "image encoder"), quiet():
         pixels = _pixels(name, module.config)
     return encoder.measured(module, pixels, _description(module, name))
 
@@ -74,7 +74,7 @@ def live_text_encoder(module: torch.nn.Module, average: bool) -> TextEncoder:
 def _load(name: str, kind: str) -> Any:
     """Read configuration and weights; strictly, but for a pooler that the file does not hold, which is taken off."""
     transformers = libraries.find_library("transformers")
-    with reading(name, f"{kind} encoder"), _quiet():
+    with reading(name, f"{kind} encoder"), quiet():
         config = from_cache_first(transformers.AutoConfig.from_pretrained, name)
         config = getattr(config, TOWERS[kind], config)
         module, found = from_cache_first(
@@ -172,11 +172,12 @@ def _measured_text(module: Any, average: bool, description: Description) -> Text
     width = encoder.text_trial(module, average, description).shape[1]
     if not description:
         return TextEncoder(module, width, None, None, {})
-    told = {"width": width, "context": _context(module), "vocab": module.get_input_embeddings().num_embeddings}
+    told = {"width": width, "context": context_of(module), "vocab": module.get_input_embeddings().num_embeddings}
     return TextEncoder(module, **told, description=description | told)
 
 
-def _context(module: Any) -> int:
+def context_of(module: Any) -> int:
+    """The most tokens that a text model of the library takes."""
     rows = getattr(module.config, "max_position_embeddings", None) or 0
     if rows < 1:
         return DEFAULT_CONTEXT
@@ -229,7 +230,7 @@ def _build(description: Description) -> torch.nn.Module:
             f"hf:{description['name']}: transformers {transformers.__version__} has no model {description['class']}. "
             f"Install transformers {description['config'].get('transformers_version', 'of the time of training')}."
         )
-    with _quiet():
+    with quiet():
         config = kind.config_class.from_dict(copy.deepcopy(description["config"]))  # type: ignore[attr-defined]
         # As from_pretrained does it, which is with the same attention; the public AutoModel chooses a class of its own.
         module: Any = kind._from_config(config, torch_dtype=torch.float32)  # type: ignore[attr-defined]
@@ -263,7 +264,7 @@ def reading(name: str, part: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence progress over weights, the table of unused ones and the retries; downloads keep their bar."""
     chatter, hub = libraries.find_library("transformers.utils.logging"), libraries.find_library("huggingface_hub.utils")
     with contextlib.ExitStack() as undo:

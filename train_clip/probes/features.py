@@ -26,6 +26,8 @@ PROJECTED = {
     "visual.attnpool.c_proj": False,  # of a ResNet
     "visual.backbone.ln_post": True,  # of a vision transformer with visual prompts
     "visual.ln_post": True,
+    "visual.visual_projection": False,  # of a library's model
+    "visual.features": True,  # of one without a projection
 }
 
 

@@ -50,8 +50,9 @@ class ContrastiveModule(L.LightningModule):
         super().__init__()
         # Beside a data module the module's own hook is as welcome as anywhere.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
-        self.model, self._preset, self._reader = model, preset, BatchReader(model)
-        options = TrainingOptions.of(options.flat(), optimizer="adamw", distillation="none", **preset.options())
+        self.model, self.preset, self._reader = model, preset, BatchReader(model)
+        usual = {"optimizer": "adamw", "distillation": "none", "loss": "softmax"} | preset.options()
+        options = TrainingOptions.of(options.flat(), **usual)
         self.options = options
         towers, objective = options.towers, options.objective
         model.lock(towers.lock_image, towers.lock_text)
@@ -72,7 +73,7 @@ class ContrastiveModule(L.LightningModule):
         self._end_of_step = end_of_step.EndOfStep()
         self._augments = options.augmentation != AugmentationOptions()
         self._mask_equal = objective.equal_captions == "mask"
-        self._loss = resolve_name(LOSSES[objective.loss])
+        self._loss = resolve_name(LOSSES[str(objective.loss)])
         scored = [model] if self.ema is None else [model, self.ema.model]
         self._splits = [(validation.ValidationSplit(model.embed_dim, self._loss), one) for one in scored]
 
@@ -150,7 +151,7 @@ class ContrastiveModule(L.LightningModule):
             )
         warmup_steps = self.options.optimizer.warmup_steps
         if warmup_steps is None:
-            warmup_steps = warmup_for(int(num_steps), self._preset)
+            warmup_steps = warmup_for(int(num_steps), self.preset)
         optimizer = build_optimizer(self, self.model, self.options, self._fuses())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(warmup_steps, int(num_steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -348,7 +349,7 @@ class ContrastiveModule(L.LightningModule):
     def require_same_model(self, kept: Mapping[str, Any]) -> None:
         """Hold this module's arguments against those that a run began with, ``hparams`` of another module."""
         # An option that is newer than the checkpoint had its default, or (None) what the preset decides.
-        defaults = TrainingOptions().flat()
+        defaults = TrainingOptions().flat() | {"loss": "softmax"}
         usual = {name: self.hparams.get(name) if value is None else value for name, value in defaults.items()}
         same_run.require_same(
             self.hparams,
