@@ -93,30 +93,36 @@ def as_a_newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_readme_commands_run(as_a_newcomer, monkeypatch, capsys):
+def test_readme_commands_run(as_a_newcomer, monkeypatch):
     """README's commands in their order, word for word; training is stopped after one step, what is resumed after two.
 
-    ``runs/NAME`` is the second run that was trained. The search page is made, but not served.
+    Each is a process of its own, as real models are in some. ``runs/NAME`` is the second run that was trained. The
+    search page is made, but not served.
     """
     monkeypatch.chdir(as_a_newcomer)
     monkeypatch.setattr("train_clip.search.page.serve", lambda build, port: build())
     monkeypatch.setenv("XDG_CACHE_HOME", str(as_a_newcomer / "cache"))
-    verbs = []
+    verbs, printed = [], ""
     for verb, *words in commands(ROOT / "README.md"):
         if "--resume" in words:
-            cli.main([*verb.split(), *(word.replace("runs/NAME", "run2") for word in words), "--max_steps", "2"])
-        elif verb != "demo":
-            short = ["--max_steps", "1"] if verb in TRAINING else []
-            short += ["--output", f"run{len(verbs)}"] if short and "--output" not in words else []
+            words = [*(word.replace("runs/NAME", "run2") for word in words), "--max_steps", "2"]
+        elif verb in TRAINING:
+            words += ["--max_steps", "1"] + ["--output", f"run{len(verbs)}"] * ("--output" not in words)
             # In place of the hub's encoders, which this machine may not reach.
-            cli.main([*verb.split(), *words, *short, *(LOCAL_ENCODERS if verb == "finetune" else [])])
+            words += LOCAL_ENCODERS if verb == "finetune" else []
+        if "--page" in words:
+            cli.main([verb, *words])
+        elif verb != "demo":
+            ended = forked.run(["-m", "train_clip", *verb.split(), *words])
+            assert ended.returncode == 0, (verb, words, ended.stderr)
+            printed += ended.stdout
         verbs.append(verb)
     assert verbs == [
         *"demo train train train finetune finetune train evaluate embed convert prompt-tune inspect convert".split(),
         *"data check,data show".split(","),
         *"evaluate evaluate embed train embed search search".split(),
     ]
-    assert "zero-shot over 48 classes" in capsys.readouterr().out
+    assert "zero-shot over 48 classes" in printed
 
 
 def test_documented_python_runs(as_a_newcomer):
@@ -171,16 +177,18 @@ def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
         cli.main("train --model_name tiny.yaml --folder data_dir --max_steps 1 --output clip".split())
         start = ["--pretrained", "clip/checkpoints/last.ckpt"]
     short = "--folder data_dir --max_steps 1 --output run".split()
-    cli.main(["finetune" if start else "train", "--config", recipe.stem, *start, *short])
+    words = ["finetune" if start else "train", "--config", recipe.stem, *start, *short]
+    # A process of its own: some models are large.
+    forked.run(["-m", "train_clip", *words], check=True)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_the_core_is_as_short_as_readme_says():
-    """Fewer than 12,000 lines, as shipped, without the extensions that the import contract lists."""
-    assert "fewer than 12,000 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
+    """Fewer than 12,300 lines, as shipped, without the extensions that the import contract lists."""
+    assert "fewer than 12,300 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = {one["name"]: one for one in project["tool"]["importlinter"]["contracts"]}
     edge = contracts["The core knows no extension"]["forbidden_modules"]
     extensions = {name.removeprefix("train_clip.") for name in edge}
     files = [file for file in (ROOT / "train_clip").rglob("*.py") if not extensions & set(file.parts)]
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 12_000
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 12_300
