@@ -202,7 +202,7 @@ def check(both: Sides, calibration: Calibration, scale: float) -> dict[str, Any]
         told["pairs_above"] = int(tries.sum())
         for name, wholes in (("precision", tries), ("recall", own)):
             if wholes.any():
-                found = intervals({name: ratios(hits, wholes)[:, 0]})
+                found = intervals({name: ratios(hits, wholes)[:, 0]}, int((wholes > 0).sum()))
                 told[name] = {"value": (hits.sum() / wholes.sum()).item(), "interval": found[name]}
     return told
 

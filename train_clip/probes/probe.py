@@ -160,7 +160,7 @@ def _figures(hits: torch.Tensor) -> dict[str, Any]:
     by_draw, by_image = hits.mean(dim=1), hits.mean(dim=0)[:, None]
     return {
         "top1": hits.mean().item(),
-        "interval": intervals({"": ratios(by_image, torch.ones_like(by_image))[:, 0]})[""],
+        "interval": intervals({"": ratios(by_image, torch.ones_like(by_image))[:, 0]}, len(by_image))[""],
         "by_draw": by_draw.tolist(),
         "deviation": by_draw.std(correction=len(by_draw) > 1).item(),
     }
