@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 # Tensors here are tiny: threads only wait for one another. Set before torch is imported, and for the commands that
 # tests start as processes.
@@ -24,10 +25,13 @@ from train_clip.models.config import ModelConfig
 from train_clip.models.config import config_from_dict
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """None beside this one for a test or a file, which take less than a start, and for those that share one GPU."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """None beside this one for a test or a file, which take less than a start, and for those that share one GPU.
+
+    Else one more than there are cores: tests wait for processes and clocks much of their time.
+    """
     folders = any(Path(words).is_dir() for words in config.args)
-    return None if folders and "gpu" not in config.getoption("markexpr") else 0
+    return 1 + len(os.sched_getaffinity(0)) if folders and "gpu" not in config.getoption("markexpr") else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,6 +48,13 @@ def undrawn() -> Iterator[None]:
     """A run's curves take longer to draw than its few steps to train: empty files instead, but for ``drawn``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, file, **how: Path(file).touch())
+        yield
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What Lightning leaves in the environment where it trains on several processes ends with the test."""
+    with patch.dict(os.environ):
         yield
 
 

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import queues
@@ -68,8 +67,7 @@ def _begin(then: Callable[[int], None] | None, worker: int) -> None:
 def _end_with_parent() -> None:
     # PyTorch looks too, but not for a parent that is gone when its loop begins, nor while the process ends.
     parent: Any = multiprocessing.parent_process()
-    while os.getppid() == parent.pid:
-        time.sleep(1)
+    parent.join()
     os._exit(1)
 
 
