@@ -31,7 +31,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     Else one more than there are cores: tests wait for processes and clocks much of their time.
     """
     folders = any(Path(words).is_dir() for words in config.args)
-    return 1 + len(os.sched_getaffinity(0)) if folders and "gpu" not in config.getoption("markexpr") else 0
+    return 1 + (os.cpu_count() or 1) if folders and "gpu" not in config.getoption("markexpr") else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
