@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from train_clip.checkpoints.found import fingerprint
+from train_clip.checkpoints.sources import HUB
 from train_clip.errors import MissingFile, UserError, first_line
 from train_clip.models.clip import DualEncoder
 
@@ -61,7 +62,7 @@ def find_calibration(model: DualEncoder, path: Path, given: Path | None = None) 
 
 def beside(source: str, ending: str) -> Path:
     """Where a file about weights lies: beside their file, in their folder, or here for a name on a hub."""
-    place = Path(source)
+    place = Path(source.removeprefix(HUB))
     if place.is_dir():
         return place / ending
     return place.with_suffix(f".{ending}") if place.is_file() else Path(f"{place.name}.{ending}")
