@@ -152,6 +152,20 @@ def test_nothing_fits_below_the_threshold(place, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(place / "x.parquet", "a red hat", "--calibration", path)
     assert "c.json: of another model" in said(stop)
+    save_calibration(path, place / "model.safetensors", 0.1, kind="classes")
+    with pytest.raises(SystemExit) as stop:
+        run(place / "x.parquet", "a red hat", "--calibration", path)
+    assert "c.json: of similarities with classes; expected captions" in said(stop)
+
+
+def test_a_calibration_from_before_more_training_is_left_out(place, tmp_path, capsys) -> None:
+    """What lies beside the checkpoint, given by nobody, stops no search: it is said, and no probability is shown."""
+    model = save_model(tmp_path / "m.safetensors")
+    other = save_model(tmp_path / "other.safetensors", seed=1)
+    save_calibration(tmp_path / "m.calibration.captions.json", other, 0.02)
+    run(place / "x.parquet", "a red hat", "--checkpoint", model)
+    printed = capsys.readouterr().out
+    assert "m.calibration.captions.json: of another model" in printed and "%" not in printed
 
 
 @pytest.mark.parametrize(

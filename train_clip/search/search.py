@@ -17,7 +17,7 @@ from train_clip.estimates import size
 from train_clip.files import require_new, write_text
 from train_clip.options import Check, Options, WeightOptions, at_least, option
 from train_clip.printing import printable
-from train_clip.probes.calibration import CAPTIONS, NOTHING, beside, find_calibration
+from train_clip.probes.calibration import CAPTIONS, NOTHING, find_calibration
 from train_clip.search import gallery, page
 from train_clip.search.gallery import Answer, Hit
 from train_clip.search.index import Index, counted
@@ -105,7 +105,7 @@ class Searched:
         how = f"compared one by one, which takes {memory}" if is_exact else "searched by an index, which finds most"
         print(f"{opened.path}: {len(opened):,} embeddings of {dim:,} numbers, {how}.", flush=True)
         self.model, source = load_model(opened, options)
-        self._calibration = find_calibration(self.model.model, beside(source, CAPTIONS), options.calibration)
+        self._calibration = find_calibration(self.model.model, source, CAPTIONS, options.calibration)
         self.keys, self.paths, self.captions = opened.keys, opened.paths, opened.captions
         self.root = options.folder or Path(str(opened.about.get("root", opened.path.parent)))
         self._index = None if is_exact else Index(opened, self._probes)
