@@ -194,7 +194,7 @@ def write_parts(model: Pretrained, rows: Rows, parts: dict[range, Path], options
     several = map(rows.pairs.__getitem__, numbers)
     items = (Path(pair.pixels) if options.what == "images" else pair.texts[0] for pair in several)
     num_workers = free_cores(processes) if options.num_workers is None else options.num_workers
-    found = batches(model.model, model.tokens, items, options.batch_size, num_workers)
+    found = batches(model.model, model.tokens, items, options.batch_size, num_workers, in_half=False)
     loader: Any = DataLoader(numbers, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
     counted = zip(with_progress(loader, options.what), found, strict=False)
     for some, part in parts.items():

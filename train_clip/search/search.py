@@ -14,7 +14,9 @@ from train_clip.commands.evaluate import load_for_scoring, write_json
 from train_clip.data.pairs import read_caption_lines
 from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.estimates import size
+from train_clip.evaluation.encode import batches
 from train_clip.files import require_new, write_text
+from train_clip.models.clip import unit_norm
 from train_clip.options import Check, Options, WeightOptions, at_least, option
 from train_clip.printing import printable
 from train_clip.probes.calibration import CAPTIONS, NOTHING, find_calibration
@@ -73,7 +75,7 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
     try:
         captions = [*texts, *(read_caption_lines(str(options.queries))[0] if options.queries else [])]
         asked: dict[str, list[Any]] = {"caption": captions, "image": [options.image] if options.image else []}
-        encoded = [(searched.model.encode(items), kind, items) for kind, items in asked.items() if items]
+        encoded = [(encode(searched.model, items), kind, items) for kind, items in asked.items() if items]
     except BadSample as bad:
         raise UserError(f"{bad}. Expected --image to be an image, --queries a query per line.") from None
     answers = [answer for rows, kind, items in encoded for answer in searched(rows, kind, [*map(str, items)])]
@@ -144,7 +146,7 @@ class Searched:
     def _probes(self) -> np.ndarray:
         captions = [caption for caption in self.captions if caption]
         some = captions[:: len(captions) // PROBES + 1]
-        return np.asarray(self.model.encode(some)) if some else next(self.opened.blocks(PROBES))
+        return encode(self.model, some) if some else next(self.opened.blocks(PROBES))
 
     def _hold(self, rows: np.ndarray) -> None:
         first, self._rows = 0, rows
@@ -152,6 +154,16 @@ class Searched:
             rows[first : (first := first + len(block))] = block
         places = range(0, len(rows), BLOCK)
         self._blocks = lambda: (rows[at : at + BLOCK].astype(np.float32, copy=False) for at in places)
+
+
+def encode(model: Pretrained, items: list[Any]) -> np.ndarray:
+    """Embed queries: (Q, D) float32 of unit norm, computed in float32, as rows are and what a calibration knows."""
+    rows = list[np.ndarray]()
+    for embeddings, bad in batches(model.model, model.tokens, items, in_half=False):
+        if bad:
+            raise bad[0]
+        rows.append(unit_norm(embeddings).cpu().numpy())
+    return np.concatenate(rows)
 
 
 def load_model(opened: Vectors, options: SearchOptions) -> tuple[Pretrained, str]:
@@ -191,7 +203,7 @@ def _page(searched: Searched) -> Any:
         if query == "":
             return Answer("The first", "", [*map(searched.hit, range(min(searched.k, len(searched.keys))))])
         if isinstance(query, str):
-            return searched(searched.model.encode([query]), "caption", [query])[0]
+            return searched(encode(searched.model, [query]), "caption", [query])[0]
         own = searched.opened.about["kind"]
         return searched(searched.embedding(query)[None], own, [f"More like {searched.keys[query]}"])[0]
 
