@@ -143,10 +143,10 @@ def test_nothing_fits_below_the_threshold(place, tmp_path, capsys) -> None:
         "--html", tmp_path / "x.html")  # fmt: skip
     notes = {one["query"]: one["note"] for one in json.loads((tmp_path / "x.json").read_text())["queries"]}
     lower, higher = sorted(notes, key=lambda query: {"a red hat": best, "a green dot": other}[query])
-    assert notes == {lower: "nothing fits, with a precision of 90%", higher: ""}
+    assert notes == {lower: "nothing fits, with a precision of 90.0%", higher: ""}
     printed, page = capsys.readouterr().out, (tmp_path / "x.html").read_text()
-    assert f"{lower}\n  nothing fits, with a precision of 90%\n" in printed and printed.count("nothing fits") == 1
-    assert f"<h2>{lower}</h2>\n<p>nothing fits, with a precision of 90%</p>\n<ol>" in page
+    assert f"{lower}\n  nothing fits, with a precision of 90.0%\n" in printed and printed.count("nothing fits") == 1
+    assert f"<h2>{lower}</h2>\n<p>nothing fits, with a precision of 90.0%</p>\n<ol>" in page
     assert page.count("nothing fits") == 1 and page.count("<li>") == 24
     save_calibration(path, save_model(tmp_path / "other.safetensors", seed=1), 0.1)
     with pytest.raises(SystemExit) as stop:

@@ -75,7 +75,7 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
             append(rows)
     print(f"{output}: {len(pairs) - len(lost):,} images in {len(classes):,} classes")
     if unfit and calibration:
-        print(f"{unfit:,} of them fit no class, with a precision of {calibration.precision:.0%}.")
+        print(f"{unfit:,} of them fit no class, with a precision of {calibration.precision:.1%}.")
     for path, reason in lost[:NAMED]:
         print(f"Not classified: {printable(path)}: {reason}")
     if len(lost) > NAMED:

@@ -126,7 +126,7 @@ class Searched:
             if calibration is not None and len(rows):
                 matches = calibration.probability(similarities).tolist()
                 unfit = not calibration.fits(similarities).any()
-                note = f"{NOTHING}, with a precision of {calibration.precision:.0%}" * unfit
+                note = f"{NOTHING}, with a precision of {calibration.precision:.1%}" * unfit
             several = zip(rows.tolist(), similarities.tolist(), matches, strict=True)
             answers.append(Answer(title, note, [self.hit(*one) for one in several]))
         return answers
