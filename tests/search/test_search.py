@@ -181,11 +181,16 @@ def test_a_calibration_from_before_more_training_is_left_out(place, tmp_path, ca
         (["a", "--html", "empty"], "empty: already exists"),
         (["--page", "--port", "99999"], "--port 99999: cannot be used"),
         (["a", "--page"], "--page and queries"),
+        (["--page", "--json", "x.json"], "--page writes no file, found x.json"),
+        (["--page", "--html", "x.html"], "--page writes no file, found x.html"),
+        (["a", "--json", "."], "is not a regular file"),
     ],
 )
 def test_what_cannot_be_asked(words, message, place, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").touch()
+    if "--json" in words:
+        monkeypatch.setattr(module, "Searched", None)  # no model is loaded before
     with pytest.raises(SystemExit) as stop:
         run(place / "x.parquet", *words)
     assert re.search(message, said(stop))

@@ -15,7 +15,7 @@ from train_clip.data.pairs import read_caption_lines
 from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.estimates import size
 from train_clip.evaluation.encode import batches
-from train_clip.files import require_new, write_text
+from train_clip.files import require_new, require_place, write_text
 from train_clip.models.clip import unit_norm
 from train_clip.options import Check, Options, WeightOptions, at_least, option
 from train_clip.printing import printable
@@ -67,10 +67,15 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
         raise UsageError(
             f'{given}. Expected a text ("a red hat"), --image or --queries; or --page, to type them there.'
         )
+    targets = [target for target in (options.json, options.html) if target is not None]
+    if options.page and targets:
+        raise UsageError(f"--page writes no file, found {targets[0]}. Leave out --json and --html, or --page.")
     if options.page:
         page.serve(lambda: _page(Searched(opened, options)), options.port)
         return []
     require_new(*[options.html] if options.html else [])
+    for target in targets:
+        require_place(target)
     searched = Searched(opened, options)
     try:
         captions = [*texts, *(read_caption_lines(str(options.queries))[0] if options.queries else [])]
