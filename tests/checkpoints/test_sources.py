@@ -21,15 +21,19 @@ import huggingface_hub
 import huggingface_hub.errors
 import pytest
 import torch
+import yaml
 
 from tests import forked
 from tests.checkpoints.by_hand import tiny_clip
-from train_clip import load
+from tests.conftest import write_pairs
+from train_clip import cli, load
 from train_clip.checkpoints import sources
 from train_clip.checkpoints.huggingface import write_huggingface
 from train_clip.checkpoints.sources import OPENAI, URL, fetch_openai, find_contents, openai_name
 from train_clip.commands.convert import write_model
 from train_clip.errors import UserError
+from train_clip.probes.calibration import beside
+from train_clip.search.vectors import open_vectors
 
 MODEL = "ViT-B/32"
 
@@ -343,6 +347,22 @@ def test_a_model_of_the_hub(hub: dict[str, Any]) -> None:
     """File by file, those that are not there passed over: the tensors of the same folder on disk."""
     found, local = load("hf-hub:someone/tiny").model, load(hub["folder"]).model
     assert all(torch.equal(value, local.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_what_a_model_of_the_hub_leaves_finds_it_again(
+    hub: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are searched, and a run's configuration is run again: both keep the name with its ``hf-hub:``."""
+    monkeypatch.chdir(tmp_path)
+    folder, name = write_pairs(tmp_path / "pairs", 4), "hf-hub:someone/tiny"
+    cli.main(["embed", name, "--folder", str(folder), "--output", "x.npz", "--device", "cpu"])
+    assert open_vectors("x.npz").about["checkpoint"] == name
+    cli.main(["search", "x.npz", "a red hat", "--device", "cpu"])
+    words = ["--max_steps", "1", "--batch_size", "2", "--accelerator", "cpu", "--val_share", "0"]
+    cli.main(["train", "--pretrained", name, "--folder", str(folder), "--output", "run", *words])
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["pretrained"] == name
+    cli.main(["train", "--config", "run/config.yaml", "--output", "again", *words])
+    assert beside(name, "head.safetensors") == Path("tiny.head.safetensors")
 
 
 @pytest.mark.parametrize(

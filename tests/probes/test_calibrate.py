@@ -19,7 +19,7 @@ from train_clip.errors import UserError
 from train_clip.losses import tiles
 from train_clip.probes import calibrate
 from train_clip.probes.calibrate import Sides
-from train_clip.probes.calibration import CLASSES, Calibration, beside, find_calibration
+from train_clip.probes.calibration import CLASSES, Calibration, find_calibration, place_of
 from train_clip.scores.bootstrap import intervals, ratios
 
 
@@ -145,14 +145,15 @@ def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, 
     assert "zero-shot over 3 classes" in printed and "zero_shot" in (tmp_path / "scores.json").read_text()
     assert "calibrated on 30 images and 3 classes, checked on 30 others" in printed
     path, model = place / "model.calibration.classes.json", load(place / "model.ckpt").model
-    assert path == beside(str(place / "model.ckpt"), CLASSES)
+    assert path == place_of(str(place / "model.ckpt"), CLASSES)
     written = json.loads(path.read_text())
     assert written["fingerprint"] == fingerprint(model) and written["calibration"]["precision"] == 0.3
-    assert find_calibration(model, path) == Calibration(**written["calibration"])
+    assert written["kind"] == "classes"
+    assert find_calibration(model, str(place / "model.ckpt"), CLASSES) == Calibration(**written["calibration"])
     assert (written["calibration"]["threshold"] is None) == ("no threshold surely keeps" in printed)
-    assert find_calibration(model, tmp_path / "other.json") is None
+    assert find_calibration(model, str(tmp_path / "other.ckpt"), CLASSES) is None
     with pytest.raises(UserError, match="of another model"):
-        find_calibration(load(save_model(tmp_path / "other.ckpt", seed=1)).model, path)
+        find_calibration(load(save_model(tmp_path / "other.ckpt", seed=1)).model, "", CLASSES, path)
     run(place, *words)
     assert json.loads(path.read_text())["calibration"]["precision"] == 0.95
 
@@ -175,8 +176,8 @@ def test_images_of_several_classes_match_each_of_them(place, tmp_path):
     files = sorted(folder.rglob("*.png"))[:8]
     for path in set(folder.rglob("*.png")) - {*files}:
         path.unlink()
-    for place_of, path in enumerate(files):
-        path.with_suffix(".cls").write_text(f"0\n{1 + place_of % 2}\n")
+    for row, path in enumerate(files):
+        path.with_suffix(".cls").write_text(f"0\n{1 + row % 2}\n")
     run(place, "--folder", folder, "--classes", place / "classes.txt")
     written = json.loads((place / "model.calibration.classes.json").read_text())
     curve = np.array(written["check"]["curve"])
@@ -204,11 +205,11 @@ def test_damaged_calibrations_are_refused(content, tmp_path):
     path = tmp_path / "c.json"
     path.write_text(content, errors="surrogateescape")
     with pytest.raises(UserError, match="or damaged"):
-        find_calibration(None, path)
+        find_calibration(None, "", CLASSES, path)
     for value in (math.nan, "x", [1]):
         values = {"threshold": 0.5, "precision": 0.9, "slope": value, "intercept": 0}
-        path.write_text(json.dumps({"version": 1, "fingerprint": "", "calibration": values}))
+        path.write_text(json.dumps({"version": 1, "kind": "classes", "fingerprint": "", "calibration": values}))
         with pytest.raises(UserError, match="or damaged"):
-            find_calibration(None, path)
+            find_calibration(None, "", CLASSES, path)
     with pytest.raises(FileNotFoundError):
-        find_calibration(None, path, tmp_path / "none.json")
+        find_calibration(None, "", CLASSES, tmp_path / "none.json")

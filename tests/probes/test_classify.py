@@ -117,7 +117,7 @@ def test_below_the_threshold_nothing_fits(place, tmp_path, capsys):
     best = (own.encode(paths) @ texts.T).max(axis=1)
     threshold = float(np.median(best)) + 1e-7
     values = {"threshold": threshold, "precision": 0.9, "slope": 30.0, "intercept": -2.0}
-    written = {"version": 1, "fingerprint": fingerprint(own.model), "calibration": values}
+    written = {"version": 1, "kind": "classes", "fingerprint": fingerprint(own.model), "calibration": values}
     (tmp_path / "own.json").write_text(json.dumps(written))
     found = classified(place, tmp_path / "c.csv", "--calibration", tmp_path / "own.json")
     unfit = best < threshold

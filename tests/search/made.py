@@ -62,10 +62,10 @@ def save_embeddings(
     return file
 
 
-def save_calibration(file: Path, model: Path, threshold: float) -> Path:
+def save_calibration(file: Path, model: Path, threshold: float, kind: str = "captions") -> Path:
     """Write what a model's similarities mean: a precision of 90% from the threshold on, even odds at a half of it."""
     values = {"threshold": threshold, "precision": 0.9, "slope": 8.0, "intercept": -4 * threshold}
-    told = {"version": 1, "fingerprint": fingerprint(load(model).model), "calibration": values}
+    told = {"version": 1, "kind": kind, "fingerprint": fingerprint(load(model).model), "calibration": values}
     file.write_text(json.dumps(told))
     return file
 

@@ -8,7 +8,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from tests import forked
 from tests.conftest import TINY, said, write_pairs
 from tests.docs.test_documents import ROOT, blocks
 from tests.faults.command import Command, run
-from train_clip import cli, estimates, load
+from train_clip import cli, estimates, files, load
 from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
 from train_clip.models.clip import CLIP
@@ -186,6 +187,22 @@ def test_a_run_of_visual_prompts(model: Path, tmp_path: Path) -> None:
     assert fingerprint(again.model) == about["fingerprint"] != fingerprint(load(model).model)
     alone = again.encode(sorted(folder.glob("*.png")))
     np.testing.assert_allclose(matrix(tmp_path / "x.npz"), alone, atol=1e-6)
+
+
+def test_parts_of_the_next_command_stay(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes the folder as soon as it is given back loses nothing to the one that has ended."""
+    part = tmp_path / "x.npz.parts" / "next.part"
+
+    @contextmanager
+    def held(folder: Path) -> Iterator[None]:
+        with files.held(folder):
+            yield
+        folder.mkdir(exist_ok=True)
+        part.touch()
+
+    monkeypatch.setattr(embed, "held", held)
+    cli.main(command(model, "--folder", write_pairs(tmp_path / "data", 2), "--output", tmp_path / "x.npz"))
+    assert [*part.parent.iterdir()] == [part]
 
 
 def test_processes_that_cannot_meet(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

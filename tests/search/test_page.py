@@ -111,7 +111,7 @@ def test_probabilities_and_that_nothing_fits(served: Served, tmp_path: Path) -> 
     similar = [float(found) for found in re.findall(r"<b>(-?[\d.]+)</b>", body)]
     shown = [float(found) / 100 for found in re.findall(r"</b> \((\d+)%\) a color", body)]
     np.testing.assert_allclose(shown, 1 / (1 + np.exp(6 - 8 * np.array(similar))), atol=0.006)
-    assert "<h2>a red hat</h2>\n<p>nothing fits, with a precision of 90%</p>" in body and len(shown) == 12
+    assert "<h2>a red hat</h2>\n<p>nothing fits, with a precision of 90.0%</p>" in body and len(shown) == 12
     assert b"nothing fits" not in one.ask("/?like=5").body and b"%)" not in one.ask("/?like=5").body
     one.process.terminate()
 

@@ -143,15 +143,29 @@ def test_nothing_fits_below_the_threshold(place, tmp_path, capsys) -> None:
         "--html", tmp_path / "x.html")  # fmt: skip
     notes = {one["query"]: one["note"] for one in json.loads((tmp_path / "x.json").read_text())["queries"]}
     lower, higher = sorted(notes, key=lambda query: {"a red hat": best, "a green dot": other}[query])
-    assert notes == {lower: "nothing fits, with a precision of 90%", higher: ""}
+    assert notes == {lower: "nothing fits, with a precision of 90.0%", higher: ""}
     printed, page = capsys.readouterr().out, (tmp_path / "x.html").read_text()
-    assert f"{lower}\n  nothing fits, with a precision of 90%\n" in printed and printed.count("nothing fits") == 1
-    assert f"<h2>{lower}</h2>\n<p>nothing fits, with a precision of 90%</p>\n<ol>" in page
+    assert f"{lower}\n  nothing fits, with a precision of 90.0%\n" in printed and printed.count("nothing fits") == 1
+    assert f"<h2>{lower}</h2>\n<p>nothing fits, with a precision of 90.0%</p>\n<ol>" in page
     assert page.count("nothing fits") == 1 and page.count("<li>") == 24
     save_calibration(path, save_model(tmp_path / "other.safetensors", seed=1), 0.1)
     with pytest.raises(SystemExit) as stop:
         run(place / "x.parquet", "a red hat", "--calibration", path)
     assert "c.json: of another model" in said(stop)
+    save_calibration(path, place / "model.safetensors", 0.1, kind="classes")
+    with pytest.raises(SystemExit) as stop:
+        run(place / "x.parquet", "a red hat", "--calibration", path)
+    assert "c.json: of similarities with classes; expected captions" in said(stop)
+
+
+def test_a_calibration_from_before_more_training_is_left_out(place, tmp_path, capsys) -> None:
+    """What lies beside the checkpoint, given by nobody, stops no search: it is said, and no probability is shown."""
+    model = save_model(tmp_path / "m.safetensors")
+    other = save_model(tmp_path / "other.safetensors", seed=1)
+    save_calibration(tmp_path / "m.calibration.captions.json", other, 0.02)
+    run(place / "x.parquet", "a red hat", "--checkpoint", model)
+    printed = capsys.readouterr().out
+    assert "m.calibration.captions.json: of another model" in printed and "%" not in printed
 
 
 @pytest.mark.parametrize(
@@ -167,11 +181,16 @@ def test_nothing_fits_below_the_threshold(place, tmp_path, capsys) -> None:
         (["a", "--html", "empty"], "empty: already exists"),
         (["--page", "--port", "99999"], "--port 99999: cannot be used"),
         (["a", "--page"], "--page and queries"),
+        (["--page", "--json", "x.json"], "--page writes no file, found x.json"),
+        (["--page", "--html", "x.html"], "--page writes no file, found x.html"),
+        (["a", "--json", "."], "is not a regular file"),
     ],
 )
 def test_what_cannot_be_asked(words, message, place, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").touch()
+    if "--json" in words:
+        monkeypatch.setattr(module, "Searched", None)  # no model is loaded before
     with pytest.raises(SystemExit) as stop:
         run(place / "x.parquet", *words)
     assert re.search(message, said(stop))

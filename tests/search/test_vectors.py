@@ -76,6 +76,16 @@ def test_what_is_written_is_read(ending: str, dtype: str, tmp_path: Path) -> Non
     assert sorted(tmp_path.iterdir()) == sorted(vectors.files_of(path))
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_longest_captions_are_read(ending: str, tmp_path: Path) -> None:
+    """Of 1 MiB, as long as captions may be; the limit that csv has for the whole process stays what it was."""
+    path, before = tmp_path / f"x{ending}", csv.field_size_limit()
+    longest = "x" * 2**20
+    with vectors.writer(path, described("float32", 1)) as append:
+        append(np.zeros((1, DIM)), ["k"], ["p"], [longest])
+    assert list(vectors.open_vectors(path).captions) == [longest] and csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize("ending", [".npz", ".npy"])
 def test_bytes_do_not_depend_on_blocks_or_time(ending: str, tmp_path: Path) -> None:
     for name, block in (("a", 7), ("b", 499)):

@@ -250,6 +250,8 @@ def find_model(source: str | Path, model: ModelConfig) -> FoundCLIP:
 
 def _find(source: str | Path) -> Found:
     found = identify(sources.find_contents(source))
+    if str(source).startswith(sources.HUB):  # which a name needs, to be found again
+        found = replace(found, source=str(source))
     if TAKEN in found.about:
         warnings.warn(
             f"{found.source}: its CLIP is taken from {found.about[TAKEN]}. To use another one, save its state dict in "

@@ -34,16 +34,19 @@ def batches(
     items: Iterable[Item],
     batch_size: int = 64,
     num_workers: int | None = None,
+    *,
+    in_half: bool = True,
 ) -> Iterator[tuple[torch.Tensor, list[BadSample]]]:
     """Embed images, or captions, batch by batch: (n, D) float32 each, on the model's device, and what is unreadable.
 
-    Those are rows of NaN. Only some batches are in memory at a time. On GPUs that have bfloat16, towers compute in it.
+    Those are rows of NaN. Only some batches are in memory at a time. On GPUs that have bfloat16, towers compute in it,
+    if ``in_half``.
     """
     several = iter(items)
     if (first := next(several, None)) is None:
         return
     several, device = chain([first], several), model.logit_scale.device
-    in_half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    in_half = in_half and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     with evaluating(model), torch.autocast("cuda", torch.bfloat16) if in_half else nullcontext():
         if isinstance(first, str):
             while texts := list(islice(several, WINDOW * batch_size)):

@@ -23,7 +23,7 @@ from train_clip.evaluation import embed, zero_shot
 from train_clip.losses.tiles import tiles
 from train_clip.optional import optional
 from train_clip.printing import interval
-from train_clip.probes.calibration import CAPTIONS, CLASSES, VERSION, Calibration, beside
+from train_clip.probes.calibration import CAPTIONS, CLASSES, VERSION, Calibration, place_of
 from train_clip.scores.bootstrap import intervals, ratios
 
 THRESHOLDS = 256  # K that are tried: quantiles of the similarities of pairs that match
@@ -69,8 +69,8 @@ def calibrate(model: Pretrained, source: str, collection: embed.Collection, opti
         collection: its embeddings of pairs that it was not trained on.
         options: what is wanted.
     """
-    kind = "classes" if collection.classes else "captions"
-    fitted, others = halves(sides(collection), every=kind == "classes")
+    kind = CLASSES if collection.classes else CAPTIONS
+    fitted, others = halves(sides(collection), every=kind == CLASSES)
     if not all(half.matches.numel() for half in (fitted, others)):
         raise UserError(
             f"--calibrate: {len(collection.paths):,} images with a caption or class. Expected some for each half: add "
@@ -83,9 +83,9 @@ def calibrate(model: Pretrained, source: str, collection: embed.Collection, opti
         calibration=calibration,
         check=check(others, calibration, model.model.logit_scale.exp().item()),
     )
-    about = {"version": VERSION, "model": model.model.name, "fingerprint": fingerprint(model.model)}
-    write_json(path := beside(source, CLASSES if collection.classes else CAPTIONS), about | vars(found))
-    print(f"Calibration: {path}, where `{'classify' if collection.classes else 'search'}` finds it.")
+    about = {"version": VERSION, "kind": kind, "model": model.model.name, "fingerprint": fingerprint(model.model)}
+    write_json(path := place_of(source, kind), about | vars(found))
+    print(f"Calibration: {path}, where `{'classify' if kind == CLASSES else 'search'}` finds it.")
     return found
 
 

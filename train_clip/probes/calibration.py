@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from train_clip.checkpoints.found import fingerprint
+from train_clip.checkpoints.sources import HUB
 from train_clip.errors import MissingFile, UserError, first_line
 from train_clip.models.clip import DualEncoder
 
 VERSION = 1
-# Of similarities of images, beside their model.
-CAPTIONS, CLASSES = "calibration.captions.json", "calibration.classes.json"
+CAPTIONS, CLASSES = "captions", "classes"  # kinds: with what the similarities of images are
 NOTHING = "nothing fits"  # where all similarities are below the threshold
 
 
@@ -36,11 +36,15 @@ class Calibration:
         return np.asarray(similarities, np.float64) >= (-math.inf if self.threshold is None else self.threshold)
 
 
-def find_calibration(model: DualEncoder, path: Path, given: Path | None = None) -> Calibration | None:
-    """Read the calibration that is given, or at its usual path, if there is any; one of another model is refused."""
+def find_calibration(model: DualEncoder, source: str, kind: str, given: Path | None = None) -> Calibration | None:
+    """Read the calibration that is given, or one beside the model's source, if there is any.
+
+    One of another kind is refused, and of another model, too; that which nobody has given is left out then.
+    """
+    path = given or place_of(source, kind)
     if given is None and not path.exists():
         return None
-    if not (path := given or path).is_file():
+    if not path.is_file():
         raise MissingFile(f"{path}: there is no such file. Expected what `train-clip evaluate --calibrate` wrote.")
     try:
         about: Any = json.loads(path.read_bytes())
@@ -48,20 +52,30 @@ def find_calibration(model: DualEncoder, path: Path, given: Path | None = None) 
         found: Any = {name: None if value is None else float(value) for name, value in values.items()}
         if about["version"] != VERSION or not all(math.isfinite(one or 0) for one in found.values()):
             raise ValueError(f"version {about['version']}, {found}")
-        of = about["fingerprint"]
+        of, of_kind = about["fingerprint"], about["kind"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not what `train-clip evaluate --calibrate` wrote, or damaged ({first_line(error)}). Calibrate "
             "again, or remove it."
         ) from None
-    if of != fingerprint(model):
-        raise UserError(f"{path}: of another model. Calibrate this one, or give another file, or remove this one.")
-    return Calibration(**found)
+    if of_kind != kind:
+        raise UserError(f"{path}: of similarities with {of_kind}; expected {kind}. Give another file.")
+    if of == fingerprint(model):
+        return Calibration(**found)
+    if given is None:
+        print(f"{path}: of another model, or of other options for it, and not used. To have one, calibrate this model.")
+        return None
+    raise UserError(f"{path}: of another model. Calibrate this one, or give another file.")
+
+
+def place_of(source: str, kind: str) -> Path:
+    """Where a calibration lies that nobody gives."""
+    return beside(source, f"calibration.{kind}.json")
 
 
 def beside(source: str, ending: str) -> Path:
     """Where a file about weights lies: beside their file, in their folder, or here for a name on a hub."""
-    place = Path(source)
+    place = Path(source.removeprefix(HUB))
     if place.is_dir():
         return place / ending
     return place.with_suffix(f".{ending}") if place.is_file() else Path(f"{place.name}.{ending}")

@@ -12,7 +12,7 @@ from train_clip.evaluation.collect import read_classes, require_different
 from train_clip.files import require_new
 from train_clip.options import WeightOptions, option
 from train_clip.printing import printable
-from train_clip.probes.calibration import CLASSES, NOTHING, Calibration, beside, find_calibration
+from train_clip.probes.calibration import CLASSES, NOTHING, Calibration, find_calibration
 from train_clip.probes.features import Encoded, encode
 from train_clip.probes.heads import Head, by_name, read_head
 from train_clip.probes.images import ClassOptions, find_images
@@ -61,7 +61,7 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
         classes, templates = read_classes(options)
         require_different(model.model, model.tokens, classes, templates, options.classes)
         head = by_name(model, classes, templates)
-        calibration = find_calibration(model.model, beside(weight_file.source, CLASSES), options.calibration)
+        calibration = find_calibration(model.model, weight_file.source, CLASSES, options.calibration)
     pairs, lost, unfit, start = find_images(options)[0], list[Skip](), 0, 0
     with rows_to(output, COLUMNS) as append:
         for places, images, bad in encode(model, pairs, options):
@@ -75,7 +75,7 @@ def classify(checkpoint: str, /, options: ClassifyOptions, weights: WeightOption
             append(rows)
     print(f"{output}: {len(pairs) - len(lost):,} images in {len(classes):,} classes")
     if unfit and calibration:
-        print(f"{unfit:,} of them fit no class, with a precision of {calibration.precision:.0%}.")
+        print(f"{unfit:,} of them fit no class, with a precision of {calibration.precision:.1%}.")
     for path, reason in lost[:NAMED]:
         print(f"Not classified: {printable(path)}: {reason}")
     if len(lost) > NAMED:

@@ -29,7 +29,9 @@ class ClassOptions(ImageOptions):
 
     classes: Path | None = option(None, "text file of class names, one per line")
     templates: Path | None = option(
-        None, 'text file of prompt templates with {} for the class name, one per line; default: "a photo of a {}."'
+        None,
+        "text file of prompt templates with {} for the class name, one per line, or one of CLIP's sets; default: "
+        '"a photo of a {}."',
     )
 
 

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -32,7 +33,7 @@ from train_clip.errors import BadSample, UserError, first_line
 from train_clip.estimates import require_room, size
 from train_clip.evaluation.embed import require_finite
 from train_clip.evaluation.encode import WINDOW, batches
-from train_clip.files import held, replacing, require_new, require_no_others, sweep
+from train_clip.files import LOCK, held, replacing, require_new, require_no_others, sweep
 from train_clip.models.clip import unit_norm
 from train_clip.options import WeightOptions, at_least, option
 from train_clip.printing import printable
@@ -93,8 +94,13 @@ def embed(checkpoint: str, /, options: EmbedOptions, weights: WeightOptions = NO
             wait(processes)  # for the other parts
             if rank == 0:
                 join(rows, parts, about, folder, options)
+                # While it is held: another command that takes it next has parts there.
+                shutil.rmtree(folder, ignore_errors=True)
         if rank == 0:
-            shutil.rmtree(folder)
+            with suppress(OSError):  # where a file that is open cannot be removed, or stays under another name
+                if sys.platform == "win32":
+                    (folder / LOCK).unlink()
+                folder.rmdir()
     return output
 
 
@@ -194,7 +200,7 @@ def write_parts(model: Pretrained, rows: Rows, parts: dict[range, Path], options
     several = map(rows.pairs.__getitem__, numbers)
     items = (Path(pair.pixels) if options.what == "images" else pair.texts[0] for pair in several)
     num_workers = free_cores(processes) if options.num_workers is None else options.num_workers
-    found = batches(model.model, model.tokens, items, options.batch_size, num_workers)
+    found = batches(model.model, model.tokens, items, options.batch_size, num_workers, in_half=False)
     loader: Any = DataLoader(numbers, options.batch_size, collate_fn=list)  # type: ignore[arg-type]
     counted = zip(with_progress(loader, options.what), found, strict=False)
     for some, part in parts.items():

@@ -14,10 +14,12 @@ from train_clip.commands.evaluate import load_for_scoring, write_json
 from train_clip.data.pairs import read_caption_lines
 from train_clip.errors import BadSample, UsageError, UserError
 from train_clip.estimates import size
-from train_clip.files import require_new, write_text
+from train_clip.evaluation.encode import batches
+from train_clip.files import require_new, require_place, write_text
+from train_clip.models.clip import unit_norm
 from train_clip.options import Check, Options, WeightOptions, at_least, option
 from train_clip.printing import printable
-from train_clip.probes.calibration import CAPTIONS, NOTHING, beside, find_calibration
+from train_clip.probes.calibration import CAPTIONS, NOTHING, find_calibration
 from train_clip.search import gallery, page
 from train_clip.search.gallery import Answer, Hit
 from train_clip.search.index import Index, counted
@@ -65,15 +67,20 @@ def search(embeddings: Path, /, *texts: str, options: SearchOptions) -> list[dic
         raise UsageError(
             f'{given}. Expected a text ("a red hat"), --image or --queries; or --page, to type them there.'
         )
+    targets = [target for target in (options.json, options.html) if target is not None]
+    if options.page and targets:
+        raise UsageError(f"--page writes no file, found {targets[0]}. Leave out --json and --html, or --page.")
     if options.page:
         page.serve(lambda: _page(Searched(opened, options)), options.port)
         return []
     require_new(*[options.html] if options.html else [])
+    for target in targets:
+        require_place(target)
     searched = Searched(opened, options)
     try:
         captions = [*texts, *(read_caption_lines(str(options.queries))[0] if options.queries else [])]
         asked: dict[str, list[Any]] = {"caption": captions, "image": [options.image] if options.image else []}
-        encoded = [(searched.model.encode(items), kind, items) for kind, items in asked.items() if items]
+        encoded = [(encode(searched.model, items), kind, items) for kind, items in asked.items() if items]
     except BadSample as bad:
         raise UserError(f"{bad}. Expected --image to be an image, --queries a query per line.") from None
     answers = [answer for rows, kind, items in encoded for answer in searched(rows, kind, [*map(str, items)])]
@@ -105,7 +112,7 @@ class Searched:
         how = f"compared one by one, which takes {memory}" if is_exact else "searched by an index, which finds most"
         print(f"{opened.path}: {len(opened):,} embeddings of {dim:,} numbers, {how}.", flush=True)
         self.model, source = load_model(opened, options)
-        self._calibration = find_calibration(self.model.model, beside(source, CAPTIONS), options.calibration)
+        self._calibration = find_calibration(self.model.model, source, CAPTIONS, options.calibration)
         self.keys, self.paths, self.captions = opened.keys, opened.paths, opened.captions
         self.root = options.folder or Path(str(opened.about.get("root", opened.path.parent)))
         self._index = None if is_exact else Index(opened, self._probes)
@@ -124,7 +131,7 @@ class Searched:
             if calibration is not None and len(rows):
                 matches = calibration.probability(similarities).tolist()
                 unfit = not calibration.fits(similarities).any()
-                note = f"{NOTHING}, with a precision of {calibration.precision:.0%}" * unfit
+                note = f"{NOTHING}, with a precision of {calibration.precision:.1%}" * unfit
             several = zip(rows.tolist(), similarities.tolist(), matches, strict=True)
             answers.append(Answer(title, note, [self.hit(*one) for one in several]))
         return answers
@@ -144,7 +151,7 @@ class Searched:
     def _probes(self) -> np.ndarray:
         captions = [caption for caption in self.captions if caption]
         some = captions[:: len(captions) // PROBES + 1]
-        return np.asarray(self.model.encode(some)) if some else next(self.opened.blocks(PROBES))
+        return encode(self.model, some) if some else next(self.opened.blocks(PROBES))
 
     def _hold(self, rows: np.ndarray) -> None:
         first, self._rows = 0, rows
@@ -152,6 +159,16 @@ class Searched:
             rows[first : (first := first + len(block))] = block
         places = range(0, len(rows), BLOCK)
         self._blocks = lambda: (rows[at : at + BLOCK].astype(np.float32, copy=False) for at in places)
+
+
+def encode(model: Pretrained, items: list[Any]) -> np.ndarray:
+    """Embed queries: (Q, D) float32 of unit norm, computed in float32, as rows are and what a calibration knows."""
+    rows = list[np.ndarray]()
+    for embeddings, bad in batches(model.model, model.tokens, items, in_half=False):
+        if bad:
+            raise bad[0]
+        rows.append(unit_norm(embeddings).cpu().numpy())
+    return np.concatenate(rows)
 
 
 def load_model(opened: Vectors, options: SearchOptions) -> tuple[Pretrained, str]:
@@ -191,7 +208,7 @@ def _page(searched: Searched) -> Any:
         if query == "":
             return Answer("The first", "", [*map(searched.hit, range(min(searched.k, len(searched.keys))))])
         if isinstance(query, str):
-            return searched(searched.model.encode([query]), "caption", [query])[0]
+            return searched(encode(searched.model, [query]), "caption", [query])[0]
         own = searched.opened.about["kind"]
         return searched(searched.embedding(query)[None], own, [f"More like {searched.keys[query]}"])[0]
 

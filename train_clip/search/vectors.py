@@ -236,8 +236,12 @@ def _read_npy(path: Path) -> tuple[Any, ...]:
             yield from _array_blocks(file, rows, about["dim"])
 
     def texts(name: str) -> Iterator[str]:
-        with table.open(encoding="utf-8", newline="") as file:
-            yield from (row[name] for row in csv.DictReader(file))
+        limit = csv.field_size_limit(MAX_CAPTIONS)  # csv knows one for the whole process
+        try:
+            with table.open(encoding="utf-8", newline="") as file:
+                yield from (row[name] for row in csv.DictReader(file))
+        finally:
+            csv.field_size_limit(limit)
 
     return about, blocks, texts
 
