@@ -188,6 +188,19 @@ def test_several_classes_an_image(here, source):
     assert scores["multi_label"].mean == pytest.approx(np.mean(list(expected.values())), abs=1e-6)
 
 
+def test_images_of_several_classes_that_cannot_be_read(here):
+    """Among the others one has no class: still mAP, of the images that are left."""
+    rows = [json.loads(line) for line in (here / "t.jsonl").read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["labels"] = [["cat", "dog"], [], ["red bus"], ["dog"]][min(place, 2 + place % 2)]
+    (here / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "pairs/000.png").write_bytes(b"no image")
+    options = EvaluateOptions(pairs=here / "t.jsonl", classes=here / "classes.txt", class_column="labels")
+    scores = evaluate("a.ckpt", options)
+    assert scores["num_images"] == 11 and scores["zero_shot"] is None
+    assert set(scores["multi_label"].per_class) == {"dog", "red bus"}
+
+
 def test_subgroups(here, capsys):
     """R@1 of the images of each place alone, searched among all captions; the interval from their images alone."""
     options = EvaluateOptions(pairs=here / "t.csv", by="place")

@@ -103,8 +103,8 @@ def sides(collection: embed.Collection) -> Sides:
     if collection.classes:
         texts = zero_shot.class_embeddings(collection.classes, collection.templates, collection.embed_texts).cpu()
         of_images = collection.label_sets or [[label] for label in collection.labels]
-        pairs = torch.tensor([[image, label] for image, labels in enumerate(of_images) for label in labels]).T
-        return Sides(images, texts, pairs)
+        places = [[image, label] for image, labels in enumerate(of_images) for label in labels]
+        return Sides(images, texts, torch.tensor(places, dtype=torch.long).view(-1, 2).T)
     if not collection.captions:
         raise UserError("--calibrate: no captions among the data. Expected images with captions, or --classes.")
     _, first, ids = np.unique(collection.caption_ids.cpu().numpy(), return_index=True, return_inverse=True)
