@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,21 @@ def test_too_few_images_are_refused_after_the_scores(place, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(place, folder, "--folder", folder)
     assert "--calibrate True: is for one model" in said(stop)
+
+
+def test_what_it_needs_is_looked_for_before_anything_is_embedded(place, tmp_path, monkeypatch):
+    """scikit-learn, and a place beside the weights."""
+    monkeypatch.setattr("train_clip.evaluation.embed.embed_images", lambda *_: pytest.fail("embedded"))
+    folder = write_pairs(tmp_path / "pairs", 4)
+    save_model(tmp_path / "model.ckpt")
+    (tmp_path / "model.calibration.captions.json").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--folder", folder)
+    assert "model.calibration.captions.json: is not a regular file" in said(stop)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(SystemExit) as stop:
+        run(place, "--folder", folder)
+    assert "--calibrate needs scikit-learn" in said(stop)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5, '{"version": 2}', "\udcff"])

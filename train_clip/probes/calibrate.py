@@ -20,6 +20,7 @@ from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import EvaluateOptions, write_json
 from train_clip.errors import UserError
 from train_clip.evaluation import embed, zero_shot
+from train_clip.files import require_place, require_writable
 from train_clip.losses.tiles import tiles
 from train_clip.optional import optional
 from train_clip.printing import interval
@@ -58,6 +59,14 @@ class Calibrated:
         ]
         before, after = told["ece_before"], told["ece_after"]
         return "\n".join([*lines, f"  calibration error: {before:.2%} by the model's softmax, {after:.2%} calibrated"])
+
+
+def require(source: str, options: EvaluateOptions) -> None:
+    """Refuse, before anything is embedded, what could not be fitted, or written beside the weights."""
+    optional("sklearn.linear_model", "--calibrate")
+    path = beside(source, CLASSES if options.classes else CAPTIONS)
+    require_place(path)
+    require_writable(path.parent, "copy the weights to another folder")
 
 
 def calibrate(model: Pretrained, source: str, collection: embed.Collection, options: EvaluateOptions) -> Calibrated:
