@@ -148,6 +148,8 @@ def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, 
     path, model = place / "model.calibration.classes.json", load(place / "model.ckpt").model
     assert path == beside(str(place / "model.ckpt"), CLASSES)
     written = json.loads(path.read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["calibration"].items() <= written.items() and f"Calibration: {path}, where" in printed
     assert written["fingerprint"] == fingerprint(model) and written["calibration"]["precision"] == 0.3
     assert find_calibration(model, path) == Calibration(**written["calibration"])
     assert (written["calibration"]["threshold"] is None) == ("no threshold surely keeps" in printed)

@@ -115,6 +115,8 @@ def _write_further(
     # Last, as too few images are refused here.
     if options.calibrate:
         scores["calibration"] = resolve_name(CALIBRATION)(model, source, collection, options)
+        if options.json is not None:
+            write_json(options.json, scores)
 
 
 def load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> tuple[Pretrained, str]:

@@ -8,7 +8,7 @@ N  images      M  candidates: different captions, or classes      P  pairs that 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,7 @@ class Calibrated:
     images: list[int]  # fitted on, checked on
     calibration: Calibration
     check: dict[str, Any]
+    written: str = field(default="", repr=False)  # where it is written, in a line
 
     def rows(self) -> str:
         """Lines to be printed."""
@@ -58,7 +59,8 @@ class Calibrated:
             if name in told
         ]
         before, after = told["ece_before"], told["ece_after"]
-        return "\n".join([*lines, f"  calibration error: {before:.2%} by the model's softmax, {after:.2%} calibrated"])
+        lines.append(f"  calibration error: {before:.2%} by the model's softmax, {after:.2%} calibrated")
+        return "\n".join([*lines, self.written])
 
 
 def require(source: str, options: EvaluateOptions) -> None:
@@ -93,9 +95,10 @@ def calibrate(model: Pretrained, source: str, collection: embed.Collection, opti
         check=check(others, calibration, model.model.logit_scale.exp().item()),
     )
     about = {"version": VERSION, "model": model.model.name, "fingerprint": fingerprint(model.model)}
-    write_json(path := beside(source, CLASSES if collection.classes else CAPTIONS), about | vars(found))
-    print(f"Calibration: {path}, where `{'classify' if collection.classes else 'search'}` finds it.")
-    return found
+    path = beside(source, CLASSES if collection.classes else CAPTIONS)
+    write_json(path, about | {name: value for name, value in vars(found).items() if name != "written"})
+    finder = "classify" if collection.classes else "search"
+    return replace(found, written=f"Calibration: {path}, where `{finder}` finds it.")
 
 
 class Sides(NamedTuple):
