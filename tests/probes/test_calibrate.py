@@ -41,9 +41,9 @@ def loops(both: Sides):
             yield image, similarity, (image, candidate) in own
 
 
-@pytest.mark.parametrize("at_once", [10**6, 70])
-def test_counts_are_those_of_loops(monkeypatch, at_once):
-    """Pairs above thresholds, the histogram, the curve of the model's softmax; in one block and in several."""
+@pytest.mark.parametrize(("at_once", "bias"), [(10**6, None), (70, None), (70, -9.0)])
+def test_counts_are_those_of_loops(monkeypatch, at_once, bias):
+    """Pairs above thresholds, the histogram, the curve of the model's own probability; in one block and in several."""
     monkeypatch.setattr(tiles, "TILE", at_once)
     both = made_up(20, seed=0)
     thresholds = np.array([-0.3, 0.1, 0.15, 0.7])
@@ -56,10 +56,11 @@ def test_counts_are_those_of_loops(monkeypatch, at_once):
     np.testing.assert_array_equal(calibrate.above(both, thresholds), expected)
     np.testing.assert_array_equal(calibrate.histogram(both), counts)
 
-    told = calibrate.check(both, Calibration(0.15, 0.9, 9.0, -3.0), scale=20.0)
+    told = calibrate.check(both, Calibration(0.15, 0.9, 9.0, -3.0), scale=20.0, bias=bias)
     bins = [[[], []] for _ in range(15)], [[[], []] for _ in range(15)]
     logits = 20 * (both.images @ both.candidates.T).double().numpy()
     before = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).ravel()
+    before = before if bias is None else 1 / (1 + np.exp(-bias - logits.ravel()))
     for place, (_, similarity, right) in enumerate(loops(both)):
         center = (math.floor((similarity + 1) / 2 * calibrate.BINS) + 0.5) / calibrate.BINS * 2 - 1
         for kind, probability in zip(bins, (before[place], 1 / (1 + math.exp(3 - 9 * center))), strict=True):

@@ -43,6 +43,7 @@ class Calibrated:
     images: list[int]  # fitted on, checked on
     calibration: Calibration
     check: dict[str, Any]
+    own: str  # what the model's own probabilities are: softmax, or sigmoid where its logits have a bias
     written: str = field(default="", repr=False)  # where it is written, in a line
 
     def rows(self) -> str:
@@ -59,7 +60,7 @@ class Calibrated:
             if name in told
         ]
         before, after = told["ece_before"], told["ece_after"]
-        lines.append(f"  calibration error: {before:.2%} by the model's softmax, {after:.2%} calibrated")
+        lines.append(f"  calibration error: {before:.2%} by the model's {self.own}, {after:.2%} calibrated")
         return "\n".join([*lines, self.written])
 
 
@@ -88,11 +89,13 @@ def calibrate(model: Pretrained, source: str, collection: embed.Collection, opti
             "more."
         )
     calibration = fit(fitted, options.min_precision)
+    bias = None if model.model.logit_bias is None else model.model.logit_bias.item()
     found = Calibrated(
         candidates=f"{len(fitted.candidates):,} {kind}",
         images=[len(fitted.images), len(others.images)],
         calibration=calibration,
-        check=check(others, calibration, model.model.logit_scale.exp().item()),
+        check=check(others, calibration, model.model.logit_scale.exp().item(), bias),
+        own="softmax" if bias is None else "sigmoid",
     )
     about = {"version": VERSION, "model": model.model.name, "fingerprint": fingerprint(model.model)}
     path = beside(source, CLASSES if collection.classes else CAPTIONS)
@@ -201,11 +204,12 @@ def platt(counts: np.ndarray) -> tuple[float, float]:
     return slope, model.intercept_.item() - slope * middle
 
 
-def check(both: Sides, calibration: Calibration, scale: float) -> dict[str, Any]:
+def check(both: Sides, calibration: Calibration, scale: float, bias: float | None = None) -> dict[str, Any]:
     """What the calibration keeps on other images: precision and recall with intervals; curves before and after."""
     after, before = curve(calibration.probability(CENTERS), *histogram(both)), np.zeros((3, CURVE))
     for _, similarities, right in blocks(both):
-        probabilities = (scale * similarities).softmax(dim=1)
+        logits = scale * similarities
+        probabilities = logits.softmax(dim=1) if bias is None else (logits + bias).sigmoid()
         before += curve(probabilities.numpy().ravel(), (~right).numpy().ravel(), right.numpy().ravel())
     told: dict[str, Any] = {"ece_before": ece(before), "ece_after": ece(after), "curve": after.T.tolist()}
     if calibration.threshold is not None:
