@@ -97,14 +97,14 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, beside)
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, instead: str = "give another --output") -> None:
     """Try whether files can be made in a folder, or in the nearest above it that there is."""
     there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise UserError(
-            f"{there}: no file can be written there ({error.strerror}). Allow writing, or give another --output."
+            f"{there}: no file can be written there ({error.strerror}). Allow writing, or {instead}."
         ) from error
 
 

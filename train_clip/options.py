@@ -314,10 +314,12 @@ class RunOptions(Options):
     evaluate: list[str] | str | None = option(
         None, "also score NAME=SOURCE: folder, table, or YAML file of `evaluate`'s options; repeatable; default: none"
     )
-    evaluate_every: int | str = option(1, 'how often to: epochs (2) or optimizer steps ("500 steps"), and at the end')
+    evaluate_every: int | str = option(
+        1, 'how often to: epochs (2) or optimizer steps ("500 steps"), and after the last of --epochs or --max_steps'
+    )
     best_by: str | None = option(
         None,
-        "figure that best.ckpt is best at, such as val/loss or NAME/top1; default: the mean recall of the held-out",
+        "figure that best.ckpt is best at, such as NAME/top1; default: val/mean_recall, for prompts val/loss",
     )
     keep: int = option(2, "number of the newest checkpoints to keep, besides the best", at_least(1))
     resume: str | None = option(

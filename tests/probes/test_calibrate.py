@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,9 @@ def loops(both: Sides):
             yield image, similarity, (image, candidate) in own
 
 
-@pytest.mark.parametrize("at_once", [10**6, 70])
-def test_counts_are_those_of_loops(monkeypatch, at_once):
-    """Pairs above thresholds, the histogram, the curve of the model's softmax; in one block and in several."""
+@pytest.mark.parametrize(("at_once", "bias"), [(10**6, None), (70, None), (70, -9.0)])
+def test_counts_are_those_of_loops(monkeypatch, at_once, bias):
+    """Pairs above thresholds, the histogram, the curve of the model's own probability; in one block and in several."""
     monkeypatch.setattr(tiles, "TILE", at_once)
     both = made_up(20, seed=0)
     thresholds = np.array([-0.3, 0.1, 0.15, 0.7])
@@ -55,10 +56,11 @@ def test_counts_are_those_of_loops(monkeypatch, at_once):
     np.testing.assert_array_equal(calibrate.above(both, thresholds), expected)
     np.testing.assert_array_equal(calibrate.histogram(both), counts)
 
-    told = calibrate.check(both, Calibration(0.15, 0.9, 9.0, -3.0), scale=20.0)
+    told = calibrate.check(both, Calibration(0.15, 0.9, 9.0, -3.0), scale=20.0, bias=bias)
     bins = [[[], []] for _ in range(15)], [[[], []] for _ in range(15)]
     logits = 20 * (both.images @ both.candidates.T).double().numpy()
     before = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).ravel()
+    before = before if bias is None else 1 / (1 + np.exp(-bias - logits.ravel()))
     for place, (_, similarity, right) in enumerate(loops(both)):
         center = (math.floor((similarity + 1) / 2 * calibrate.BINS) + 0.5) / calibrate.BINS * 2 - 1
         for kind, probability in zip(bins, (before[place], 1 / (1 + math.exp(3 - 9 * center))), strict=True):
@@ -147,6 +149,8 @@ def test_the_command_writes_what_is_read_beside_the_checkpoint(place, tmp_path, 
     path, model = place / "model.calibration.classes.json", load(place / "model.ckpt").model
     assert path == place_of(str(place / "model.ckpt"), CLASSES)
     written = json.loads(path.read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["calibration"].items() <= written.items() and f"Calibration: {path}, where" in printed
     assert written["fingerprint"] == fingerprint(model) and written["calibration"]["precision"] == 0.3
     assert written["kind"] == "classes"
     assert find_calibration(model, str(place / "model.ckpt"), CLASSES) == Calibration(**written["calibration"])
@@ -197,6 +201,21 @@ def test_too_few_images_are_refused_after_the_scores(place, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(place, folder, "--folder", folder)
     assert "--calibrate True: is for one model" in said(stop)
+
+
+def test_what_it_needs_is_looked_for_before_anything_is_embedded(place, tmp_path, monkeypatch):
+    """scikit-learn, and a place beside the weights."""
+    monkeypatch.setattr("train_clip.evaluation.embed.embed_images", lambda *_: pytest.fail("embedded"))
+    folder = write_pairs(tmp_path / "pairs", 4)
+    save_model(tmp_path / "model.ckpt")
+    (tmp_path / "model.calibration.captions.json").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--folder", folder)
+    assert "model.calibration.captions.json: is not a regular file" in said(stop)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(SystemExit) as stop:
+        run(place, "--folder", folder)
+    assert "--calibrate needs scikit-learn" in said(stop)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 10**5, '{"version": 2}', "\udcff"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -270,6 +271,19 @@ def test_too_few_images_of_a_class_are_named(place, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.main(["probe", str(place / "model.ckpt"), "--folder", str(place / "data" / "green")])
     assert "all images are of the class 'green'" in said(stop)
+
+
+def test_what_it_needs_is_looked_for_before_anything_is_embedded(place, tmp_path, monkeypatch):
+    """scikit-learn, and places for the files."""
+    monkeypatch.setattr("train_clip.probes.probe.encode", lambda *_: pytest.fail("embedded"))
+    for words in (["--json", tmp_path], ["--save", "linear", "--output", place / "model.ckpt" / "head"]):
+        with pytest.raises(SystemExit) as stop:
+            run(place, *words)
+        assert str(words[-1].parent if "--save" in words else words[-1]) in said(stop)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(SystemExit) as stop:
+        run(place)
+    assert "A linear probe needs scikit-learn" in said(stop)
 
 
 def test_classes_come_from_cls_files_and_bad_images_are_left_out(place, tmp_path):

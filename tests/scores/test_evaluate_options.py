@@ -114,8 +114,10 @@ def test_few_images_do_not_make_a_difference_sure(number, is_sure):
         ("a.ckpt --pairs t.csv --class_column label", "--class_column label: is a column"),
         ("a.ckpt --folder pairs --confusion c.png", "needs the names of the classes"),
         ("a.ckpt --folder pairs --classes classes.txt --confusion c.xlsx", "a name that ends in .csv or .png"),
-        ("a.ckpt --pairs t.csv --by colour", "expected one 'colour'"),
+        ("a.ckpt --pairs t.csv --by colour", "expected one 'colour'. Name the columns with --image_column and --by;"),
+        ("a.ckpt --pairs t.jsonl --classes classes.txt --class_column kind", "--image_column and --class_column;"),
         ("a.ckpt --pairs t.csv --classes classes.txt --class_column place", "its class is 'sea' by the column 'place'"),
+        ("a.ckpt --pairs t.csv --classes classes.txt --class_column place", "to the list, or name another column."),
         ("a.ckpt --pairs t.jsonl --classes classes.txt --class_column labels --confusion c.csv", "several classes"),
     ],
 )
@@ -166,6 +168,19 @@ def test_a_picture_of_the_confusion(here, drawn):
     assert Image.open(here / "c.png").size[0] > 200
 
 
+def test_values_of_json_that_are_not_text(here):
+    """Numbers are classes, from 0, and truth values make subgroups."""
+    rows = [
+        {"image": f"pairs/{place:03}.png", "caption": f"picture {place}", "label": place % 3, "indoors": place < 4}
+        for place in range(12)
+    ]
+    (here / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = EvaluateOptions(pairs=here / "t.jsonl", classes=here / "classes.txt", class_column="label", by="indoors")
+    scores = evaluate("a.ckpt", options)
+    assert scores["zero_shot"].labels.tolist() == [place % 3 for place in range(12)]
+    assert scores["by"].num_images == {"False": 8, "True": 4}
+
+
 @pytest.mark.parametrize("source", ["column", "files"])
 def test_several_classes_an_image(here, source):
     """Lists in a table, and STEM.cls of several lines: average precision of each class as scikit-learn has it."""
@@ -186,6 +201,19 @@ def test_several_classes_an_image(here, source):
     assert scores["zero_shot"] is None
     assert scores["multi_label"].per_class == pytest.approx(expected, abs=1e-6)
     assert scores["multi_label"].mean == pytest.approx(np.mean(list(expected.values())), abs=1e-6)
+
+
+def test_images_of_several_classes_that_cannot_be_read(here):
+    """Among the others one has no class: still mAP, of the images that are left."""
+    rows = [json.loads(line) for line in (here / "t.jsonl").read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["labels"] = [["cat", "dog"], [], ["red bus"], ["dog"]][min(place, 2 + place % 2)]
+    (here / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "pairs/000.png").write_bytes(b"no image")
+    options = EvaluateOptions(pairs=here / "t.jsonl", classes=here / "classes.txt", class_column="labels")
+    scores = evaluate("a.ckpt", options)
+    assert scores["num_images"] == 11 and scores["zero_shot"] is None
+    assert set(scores["multi_label"].per_class) == {"dog", "red bus"}
 
 
 def test_subgroups(here, capsys):

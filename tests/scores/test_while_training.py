@@ -187,6 +187,21 @@ def test_a_wrong_figure_is_refused_without_an_evaluation_too(here, figure, is_on
     assert not Path("run/logs").exists()
 
 
+def test_one_of_validation_is_refused_where_nothing_is_held_out(here):
+    """It would never come; with other data too."""
+    with pytest.raises(SystemExit) as stop:
+        train("--output run --evaluate more=more --best_by val/loss")
+    assert "--best_by val/loss: is of held-out pairs; found none" in said(stop)
+    assert not Path("run/logs").exists()
+
+
+def test_a_best_that_goes_by_other_data_needs_no_validation(here, capsys):
+    """The run ends before its first one, and best.ckpt is there: nothing else is said."""
+    train("--output run --val_share 0.4 --max_steps 1 --evaluate zs=zs.yaml --best_by zs/top1 --batch_size 2")
+    assert Path("run/checkpoints/best.ckpt").exists()
+    assert "was not updated" not in capsys.readouterr().out
+
+
 def test_the_figures_that_are_foretold_are_those_that_come(here):
     """Of captions, classes and lists of classes: the names that ``--best_by`` takes are those in the log."""
     Path("more/cat/001.cls").write_text("cat\ndog\n")

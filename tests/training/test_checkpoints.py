@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,18 @@ def test_a_validation_while_a_gradient_is_pending_is_not_asked_for_the_best(tmp_
     with pytest.warns(UserWarning, match="Make --val_check_interval a multiple of --accumulate_grad_batches"):
         run.validated(0.9)
     assert (run.saves, run.saving.best["best"]) == (0, None)
+
+
+def test_a_validation_while_a_gradient_is_pending_says_nothing_of_a_best_by_other_data(tmp_path: Path) -> None:
+    """Whose figure is still among the Trainer's, and was taken note of when it came."""
+    run = Run(tmp_path)
+    run.trainer.accumulate_grad_batches, run.saving.best_by = 3, "more/top1"
+    run.batch_ends(1)
+    run.trainer.callback_metrics = {"more/top1": torch.tensor(0.9)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.saving.on_validation_end(run.trainer, None)  # type: ignore[arg-type]
+    assert run.saves == 0
 
 
 def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

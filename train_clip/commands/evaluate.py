@@ -36,6 +36,7 @@ CONFUSION = "train_clip.scores.confusion:write"
 COMPARISON = "train_clip.scores.comparison:compare"
 PICTURE = "train_clip.scores.best_captions:draw"
 CALIBRATION = "train_clip.probes.calibrate:calibrate"
+OF_CALIBRATION = "train_clip.probes.calibrate:require"
 NAMED = 5  # files named on the screen; --json names all
 WIDTH = 200  # characters, what the widest row of a table takes
 
@@ -88,6 +89,8 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
         raise UsageError(f"--confusion {options.confusion}: needs the names of the classes (--classes).")
     groups = resolve_name(GROUPS)(options) if options.by is not None else {}
     model, source = load(checkpoint, options, weights)
+    if options.calibrate:
+        resolve_name(OF_CALIBRATION)(source, options)
     scores, collection = score(model, options)
     if options.by is not None:
         scores["by"] = resolve_name(BY)(groups, scores, collection.paths, options.by)
@@ -95,16 +98,25 @@ def evaluate(checkpoint: str, /, options: EvaluateOptions, weights: WeightOption
     if options.json is not None:
         write_json(options.json, scores)
     try:
-        if options.calibrate:
-            scores["calibration"] = resolve_name(CALIBRATION)(model, source, collection, options)
-        if options.confusion is not None:
-            resolve_name(CONFUSION)(collection, scores["zero_shot"], options.confusion)
-        if options.picture is not None and collection.captions:
-            resolve_name(PICTURE)(collection, options.picture)
-            print(f"Images next to their best captions: {options.picture}")
+        _write_further(model, source, scores, collection, options)
     finally:
         report(scores)
     return scores
+
+
+def _write_further(
+    model: Pretrained, source: str, scores: Scores, collection: embed.Collection, options: EvaluateOptions
+) -> None:
+    if options.confusion is not None:
+        resolve_name(CONFUSION)(collection, scores["zero_shot"], options.confusion)
+    if options.picture is not None and collection.captions:
+        resolve_name(PICTURE)(collection, options.picture)
+        print(f"Images next to their best captions: {options.picture}")
+    # Last, as too few images are refused here.
+    if options.calibrate:
+        scores["calibration"] = resolve_name(CALIBRATION)(model, source, collection, options)
+        if options.json is not None:
+            write_json(options.json, scores)
 
 
 def load(checkpoint: str, options: EvaluateOptions, weights: WeightOptions) -> tuple[Pretrained, str]:

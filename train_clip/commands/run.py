@@ -17,7 +17,7 @@ from lightning.pytorch import utilities
 from train_clip import cores, files, printing
 from train_clip.commands.run_folder import Resumption, claimed, find_checkpoint, write_run_files
 from train_clip.commands.trainer import build_trainer, default_precision
-from train_clip.errors import UserError, root_cause
+from train_clip.errors import UsageError, UserError, root_cause
 from train_clip.estimates import require_room, size
 from train_clip.models.config import OWN_MODEL
 from train_clip.options import DataOptions, RunOptions, TrainerOptions, flat
@@ -118,6 +118,11 @@ def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, 
     # Before anything is written: a mistake leaves no half-made run behind.
     data.trainer = trainer
     data.setup()
+    if (run.best_by or "").startswith("val/") and not data.validation_pairs:
+        raise UsageError(
+            f"--best_by {run.best_by}: is of held-out pairs; found none. Expected some (--val_share, --val_pairs), or "
+            "a figure NAME/… of --evaluate."
+        )
     device = trainer.strategy.root_device.type
     if resumed is None and job.advice and (line := job.advice(len(data.training_pairs), device)):
         utilities.rank_zero_info(line)
@@ -152,7 +157,7 @@ def _train_in(folder: Path, job: Job, run: RunOptions, options: TrainerOptions, 
             line = f"To resume: {shlex.join(['train-clip', job.verb, '--resume', str(folder)])}"
             print(line) if isinstance(stop, signals.Stopped) else stop.add_note(line)
         raise
-    say_end(trainer, folder, data)
+    say_end(trainer, folder, data, run.best_by or job.best_by)
 
 
 @utilities.rank_zero_only
@@ -207,7 +212,7 @@ def checkpoint_sizes(module: ContrastiveModule) -> tuple[int, int]:
 
 
 @utilities.rank_zero_only
-def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None:
+def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule, best_by: str) -> None:
     """Name the output files, and the command that evaluates them."""
     print(f"Done after {trainer.global_step:,} steps. The output files are in {folder}/.")
     best, last = (folder / "checkpoints" / name for name in (checkpoints.BEST, checkpoints.LAST))
@@ -223,7 +228,7 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule) -> None
     if data.validation_pairs:
         if options.val_pairs is None:
             command += ["--split", "held_out", "--val_share", str(options.val_share)]
-        if "val/loss" not in trainer.callback_metrics:
+        if best_by.startswith("val/") and "val/loss" not in trainer.callback_metrics:
             print(
                 "The run ended before its first validation, so best.ckpt, if it exists, was not updated; "
                 "--val_check_interval sets how often to validate."

@@ -12,11 +12,11 @@ import posixpath
 import reprlib
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from train_clip.data.pairs import IN_TABLE, PairList, plain_name
 from train_clip.data.scan import DEFAULTS, GONE, READABLE, Scan, advice_on, fault_of, path_advice
@@ -36,9 +36,21 @@ BAD_QUOTES = {  # what csv says, and what it means
 }
 
 
-def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
+class Columns(NamedTuple):
+    """The columns that are read."""
+
+    images: str
+    texts: str
+    option: str  # that names the column of texts; of any but captions, JSON's numbers and truth values are texts too
+
+
+CAPTIONS = "--caption_column"
+
+
+def scan_table(table: Path, options: SourceOptions = DEFAULTS, option: str = CAPTIONS) -> Scan:
     """Read a table's rows, in UTF-8 with or without a byte order mark, and look whether its images are there.
 
+    The column of captions is named by ``option``, which may be another one's.
     Faults are rows that are not whole, and images that are no regular file or may not be read.
 
     Raises:
@@ -47,7 +59,7 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
     root = os.path.join(table.parent, "")  # noqa: PTH118, with its separator at the end
     scan = Scan(table, 0, PairList(root), [], [])
     there: dict[str, list[str]] = defaultdict(list)
-    for name, texts in _captions(scan, options).items():
+    for name, texts in _captions(scan, Columns(options.image_column, options.caption_column, option)).items():
         spelling = next((one for one in _spellings(root, name) if os.path.lexists(posixpath.join(root, one))), name)
         path = posixpath.join(root, spelling)
         fault = fault_of(path)
@@ -65,11 +77,10 @@ def scan_table(table: Path, options: SourceOptions = DEFAULTS) -> Scan:
     return scan
 
 
-def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
+def _captions(scan: Scan, names: Columns) -> dict[str, list[str]]:
     """The captions of each image, by its name as the table has it."""
     table = scan.source
     suffix = table.suffix.lower()
-    names = options.image_column, options.caption_column
     captions: dict[str, list[str]] = defaultdict(list)
     fault = fault_of(os.fspath(table))
     if fault or suffix not in READERS:
@@ -82,6 +93,8 @@ def _captions(scan: Scan, options: SourceOptions) -> dict[str, list[str]]:
             lines = iter(partial(file.readline, MAX_ROW + 1), "")
             for line, row in READERS[suffix](table, lines, names):
                 scan.num_entries += 1
+                if names.option != CAPTIONS and isinstance(row, dict) and names.texts != names.images:
+                    row[names[1]] = [str(one) if isinstance(one, int) else one for one in _texts(row.get(names[1]))]
                 if fault := row if isinstance(row, str) else _fault(row, names):
                     scan.faults.append(f"{table}, line {line}: {fault}. Fix or remove this row.")
                     continue
@@ -99,7 +112,7 @@ def _texts(cell: Any) -> list[Any]:
     return [text for text in (cell if isinstance(cell, list) else [cell]) if text is not None and text == text]
 
 
-def _fault(row: Any, names: tuple[str, str]) -> str:
+def _fault(row: Any, names: Columns) -> str:
     """What is wrong with a row, in words; empty where nothing is."""
     image, captions = row.get(names[0]), _texts(row.get(names[1]))
     if not _texts(image) or (isinstance(image, str) and not image.strip()):
@@ -119,7 +132,7 @@ def _fault(row: Any, names: tuple[str, str]) -> str:
 Row = tuple[int, Any]
 
 
-def _separated(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Iterator[Row]:
+def _separated(table: Path, lines: Iterator[str], names: Columns) -> Iterator[Row]:
     separator = "\t" if table.suffix.lower() == ".tsv" else ","
     first = next(lines, "")
     likely = max((separator, *SEPARATORS), key=first.count)
@@ -135,7 +148,7 @@ def _separated(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Ite
     reader = csv.reader(of_a_row(), delimiter=separator, strict=True)
     limit = csv.field_size_limit(MAX_CAPTIONS)  # csv knows one for the whole process
     try:
-        if likely != separator and not set(names) <= set(next(csv.reader([first], delimiter=separator))):
+        if likely != separator and not set(names[:2]) <= set(next(csv.reader([first], delimiter=separator))):
             raise UserError(
                 f"{table}: its columns seem to be separated by {SEPARATORS[likely]}; expected {SEPARATORS[separator]} "
                 f"in a {table.suffix} file. Save it with commas as .csv, or with tabs as .tsv."
@@ -160,7 +173,7 @@ def _separated(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Ite
         csv.field_size_limit(limit)
 
 
-def _json_lines(table: Path, lines: Iterator[str], names: tuple[str, str]) -> Iterator[Row]:
+def _json_lines(table: Path, lines: Iterator[str], names: Columns) -> Iterator[Row]:
     keys: list[str] = []
     has_captions = False
     for line, text in enumerate(lines, 1):
@@ -175,7 +188,7 @@ def _json_lines(table: Path, lines: Iterator[str], names: tuple[str, str]) -> It
         if isinstance(row, dict):
             if not keys:
                 keys = list(row)
-                _require_columns(table, keys, names[:1])
+                _require_columns(table, keys, names, 1)
             has_captions = has_captions or names[1] in row
         yield line, row if isinstance(row, dict) else f"is {reprlib.repr(row)}; expected an object"
     if keys and not has_captions:
@@ -185,13 +198,13 @@ def _json_lines(table: Path, lines: Iterator[str], names: tuple[str, str]) -> It
 READERS = {".csv": _separated, ".tsv": _separated, ".jsonl": _json_lines}
 
 
-def _require_columns(table: Path, header: list[str], names: Sequence[str]) -> None:
+def _require_columns(table: Path, header: list[str], names: Columns, number: int = 2) -> None:
     found = ", ".join(map(reprlib.repr, header[:NAMED])) or "nothing"
-    for name in names:
+    for name in names[:number]:
         if header.count(name) != 1:
             raise UserError(
                 f"{table}: its columns are {found}; expected one {name!r}. Name the columns with --image_column and "
-                "--caption_column; the first line of a table holds the column names."
+                f"{names.option}; the first line of a table holds the column names."
             )
 
 

@@ -120,8 +120,9 @@ def collect(
         ids[places] = model.caption_ids(tokenize(batch)).to(device)
     texts, ids = gather.total(texts), gather.total(ids)
     embed.require_finite(texts, captions, "captions")
-    labels = [labels[place] for place in kept] if classes else []
+    # By all images: which of them can be read does not change what is scored.
     several = any(len(of_image) > 1 for of_image in labels)
+    labels = [labels[place] for place in kept] if classes else []
     return embed.Collection(
         paths=paths,
         images=images,

@@ -191,10 +191,11 @@ def _label(path: Path, named: str, by: str, places: dict[str, int], num_numbered
         if named.isdecimal() and int(named) < num_numbered:
             return int(named)
         source = by or str(label_file)
+    advice = f"name the folder after it, or write {label_file.name} with its name or number"
     raise UserError(
         f"{path}: its class is {named!r} by {source}, which is not one of the {len(places)} classes. Expected one of "
-        f"them, such as {next(iter(places))!r}. Add the class to the list, name the folder after it, or write "
-        f"{label_file.name} with its name or number."
+        f"them, such as {next(iter(places))!r}. Add the class to the list, "
+        f"{'or name another column' if by else advice}."
     )
 
 

@@ -8,7 +8,7 @@ N  images      M  candidates: different captions, or classes      P  pairs that 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from train_clip.checkpoints.load import Pretrained
 from train_clip.commands.evaluate import EvaluateOptions, write_json
 from train_clip.errors import UserError
 from train_clip.evaluation import embed, zero_shot
+from train_clip.files import require_place, require_writable
 from train_clip.losses.tiles import tiles
 from train_clip.optional import optional
 from train_clip.printing import interval
@@ -42,6 +43,8 @@ class Calibrated:
     images: list[int]  # fitted on, checked on
     calibration: Calibration
     check: dict[str, Any]
+    own: str  # what the model's own probabilities are: softmax, or sigmoid where its logits have a bias
+    written: str = field(default="", repr=False)  # where it is written, in a line
 
     def rows(self) -> str:
         """Lines to be printed."""
@@ -57,7 +60,16 @@ class Calibrated:
             if name in told
         ]
         before, after = told["ece_before"], told["ece_after"]
-        return "\n".join([*lines, f"  calibration error: {before:.2%} by the model's softmax, {after:.2%} calibrated"])
+        lines.append(f"  calibration error: {before:.2%} by the model's {self.own}, {after:.2%} calibrated")
+        return "\n".join([*lines, self.written])
+
+
+def require(source: str, options: EvaluateOptions) -> None:
+    """Refuse, before anything is embedded, what could not be fitted, or written beside the weights."""
+    optional("sklearn.linear_model", "--calibrate")
+    path = place_of(source, CLASSES if options.classes else CAPTIONS)
+    require_place(path)
+    require_writable(path.parent, "copy the weights to another folder")
 
 
 def calibrate(model: Pretrained, source: str, collection: embed.Collection, options: EvaluateOptions) -> Calibrated:
@@ -77,16 +89,19 @@ def calibrate(model: Pretrained, source: str, collection: embed.Collection, opti
             "more."
         )
     calibration = fit(fitted, options.min_precision)
+    bias = None if model.model.logit_bias is None else model.model.logit_bias.item()
     found = Calibrated(
         candidates=f"{len(fitted.candidates):,} {kind}",
         images=[len(fitted.images), len(others.images)],
         calibration=calibration,
-        check=check(others, calibration, model.model.logit_scale.exp().item()),
+        check=check(others, calibration, model.model.logit_scale.exp().item(), bias),
+        own="softmax" if bias is None else "sigmoid",
     )
     about = {"version": VERSION, "kind": kind, "model": model.model.name, "fingerprint": fingerprint(model.model)}
-    write_json(path := place_of(source, kind), about | vars(found))
-    print(f"Calibration: {path}, where `{'classify' if kind == CLASSES else 'search'}` finds it.")
-    return found
+    path = place_of(source, kind)
+    write_json(path, about | {name: value for name, value in vars(found).items() if name != "written"})
+    finder = "classify" if kind == CLASSES else "search"
+    return replace(found, written=f"Calibration: {path}, where `{finder}` finds it.")
 
 
 class Sides(NamedTuple):
@@ -103,8 +118,8 @@ def sides(collection: embed.Collection) -> Sides:
     if collection.classes:
         texts = zero_shot.class_embeddings(collection.classes, collection.templates, collection.embed_texts).cpu()
         of_images = collection.label_sets or [[label] for label in collection.labels]
-        pairs = torch.tensor([[image, label] for image, labels in enumerate(of_images) for label in labels]).T
-        return Sides(images, texts, pairs)
+        places = [[image, label] for image, labels in enumerate(of_images) for label in labels]
+        return Sides(images, texts, torch.tensor(places, dtype=torch.long).view(-1, 2).T)
     if not collection.captions:
         raise UserError("--calibrate: no captions among the data. Expected images with captions, or --classes.")
     _, first, ids = np.unique(collection.caption_ids.cpu().numpy(), return_index=True, return_inverse=True)
@@ -189,11 +204,12 @@ def platt(counts: np.ndarray) -> tuple[float, float]:
     return slope, model.intercept_.item() - slope * middle
 
 
-def check(both: Sides, calibration: Calibration, scale: float) -> dict[str, Any]:
+def check(both: Sides, calibration: Calibration, scale: float, bias: float | None = None) -> dict[str, Any]:
     """What the calibration keeps on other images: precision and recall with intervals; curves before and after."""
     after, before = curve(calibration.probability(CENTERS), *histogram(both)), np.zeros((3, CURVE))
     for _, similarities, right in blocks(both):
-        probabilities = (scale * similarities).softmax(dim=1)
+        logits = scale * similarities
+        probabilities = logits.softmax(dim=1) if bias is None else (logits + bias).sigmoid()
         before += curve(probabilities.numpy().ravel(), (~right).numpy().ravel(), right.numpy().ravel())
     told: dict[str, Any] = {"ece_before": ece(before), "ece_after": ece(after), "curve": after.T.tolist()}
     if calibration.threshold is not None:

@@ -17,7 +17,8 @@ from train_clip.data.samples import Skip
 from train_clip.errors import UsageError, UserError
 from train_clip.evaluation import zero_shot
 from train_clip.evaluation.collect import read_classes, require_different
-from train_clip.files import require_new
+from train_clip.files import require_new, require_place
+from train_clip.optional import optional
 from train_clip.options import WeightOptions, at_least, option
 from train_clip.printing import printable
 from train_clip.probes.calibration import beside
@@ -58,10 +59,13 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
     """
     if options.save and not options.shots and options.save not in ALL_IMAGES:
         raise UsageError(f"--save {options.save}: a head for few images of each class. Expected --shots with it.")
+    optional("sklearn.linear_model", "A linear probe")
     found = find_weights(checkpoint, weights, options.backbone)
     output = options.output or beside(found.source, HEAD)
     if options.save:
         require_new(output)
+    for target in filter(None, (options.json, options.save and output)):
+        require_place(target)
     model = load_for_scoring(found, options.device)
     pairs, root = find_images(options)
     names = [plain_name(name.removeprefix(root)) for name in pairs.names]

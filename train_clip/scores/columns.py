@@ -10,10 +10,13 @@ from train_clip.evaluation import zero_shot
 from train_clip.options import SourceOptions
 
 
-def values(options: SourceOptions, column: str) -> dict[str, list[str]]:
-    """By the image's path, as ``pathlib`` writes it, the different values of its rows, of which JSON may have lists."""
+def values(options: SourceOptions, column: str, option: str) -> dict[str, list[str]]:
+    """By the image's path, as ``pathlib`` writes it, the different values of its rows, of which JSON may have lists.
+
+    The column is named by an option.
+    """
     assert options.pairs is not None
-    found = table.scan_table(options.pairs, replace(options, caption_column=column))
+    found = table.scan_table(options.pairs, replace(options, caption_column=column), option)
     if found.faults:
         found.require_pairs()
     return {str(Path(pair.image)): list(dict.fromkeys(pair.texts)) for pair in found.pairs}
@@ -26,7 +29,7 @@ def label_sets(paths: list[str], classes: list[str], options: Any) -> list[list[
         raise UsageError(
             f"--class_column {column}: is a column of a table, of classes of a list. Expected both: --pairs, --classes."
         )
-    of_image = values(options, column)
+    of_image = values(options, column, "--class_column")
 
     def named(path: Path) -> list[str]:
         return of_image.get(str(path), [])

@@ -37,7 +37,7 @@ def read(options: Any) -> dict[str, list[str]]:
     """The values of ``options.by``, by images; refused, before anything is embedded, where they make no subgroups."""
     if options.pairs is None:
         raise UsageError(f"--by {options.by}: is a column of a table. Give the table by --pairs.")
-    of_image = columns.values(options, options.by)
+    of_image = columns.values(options, options.by, "--by")
     if (number := len({value for several in of_image.values() for value in several})) > MOST:
         raise UserError(
             f"--by {options.by}: {number:,} different values among {len(of_image):,} images. Expected at most "

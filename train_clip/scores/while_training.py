@@ -35,7 +35,7 @@ class Evaluations(Callback):
 
     Args:
         sources: data by name: a folder, a table, or a YAML file of `evaluate`'s options, with paths as in a command.
-        every: "2" or "2 epochs", or "500 steps" of the optimizer; the end of the run too.
+        every: "2" or "2 epochs", or "500 steps" of the optimizer; after the last epoch or step too.
         best_by: what best.ckpt goes by, to be found among the figures where it begins with one of the names.
     """
 

@@ -141,6 +141,8 @@ class Checkpoints(callbacks.Checkpoint):
         if trainer.sanity_checking or not lightning_internals.resuming(trainer) or name not in figures:
             return
         steps, ends_epoch = lightning_internals.steps_and_ends(trainer)
+        if not steps and "/" in name and not name.startswith("val/"):
+            return  # a figure of other data, which is not this validation's
         if not steps:
             utilities.rank_zero_warn(
                 "This validation ran while a gradient was being accumulated, which a checkpoint cannot hold, so it "
