@@ -118,6 +118,24 @@ def test_a_tokenizer_of_another_model(tmp_path):
         train_clip.load(tmp_path)
 
 
+@pytest.mark.parametrize("sizes", [{"hidden_size": 2**20, "intermediate_size": 2**20}, {"vocab_size": 2**40}])
+def test_sizes_that_the_weights_do_not_have(sizes, tmp_path, monkeypatch):
+    """Refused in one line before any parameter of these sizes gets memory."""
+    save("siglip", tmp_path)
+    held = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    change(tmp_path, "config.json", text_config=held | sizes)
+    made, register = [], torch.nn.Module.register_parameter
+
+    def recorded(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        made.append(0 if parameter is None or parameter.is_meta else parameter.numel())
+        register(module, name, parameter)
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", recorded)
+    with pytest.raises(UserError, match=r"does not match its model in \d+ tensors"):
+        train_clip.load(tmp_path)
+    assert made and max(made) <= 1
+
+
 @pytest.mark.parametrize("words", [["--image_size", "64"], ["--context_length", "8"], ["--model_name", "ViT-B/32"]])
 def test_options_of_a_clip(words, tmp_path, monkeypatch):
     """Sizes that are fixed."""

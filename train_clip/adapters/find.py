@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from typing_extensions import override
 
@@ -10,6 +11,7 @@ from train_clip.adapters.families import FAMILIES, REFUSED, Family
 from train_clip.checkpoints import found, own, read, sources
 from train_clip.checkpoints.huggingface import JOIN
 from train_clip.errors import UserError
+from train_clip.options import WeightOptions
 
 TOWERS = {"visual.": ("vision_model.", "visual_projection."), "transformer.": ("text_model.", "text_projection.")}
 COUNTS = ("position_ids", "token_type_ids")  # which older versions kept as tensors
@@ -25,20 +27,38 @@ class FoundAdapted(found.Found):
     writer: ClassVar[str] = "train_clip.adapters.write:write"
 
     @override
-    def read_as_kept(self) -> found.Tensors:
+    def settled(self, choices: WeightOptions, backbone: str | Path | None) -> Self:
+        super().settled(choices, backbone)
+        # Before memory is taken for what a configuration claims.
+        import torch
+
+        with torch.device("meta"):
+            told = {name: torch.empty(one.shape, dtype=getattr(torch, one.dtype)) for name, one in self.records.items()}
+            found.require_forms(self._model(), self.as_kept(told), self.source)
+        return self
+
+    @override
+    def as_kept(self, tensors: found.Tensors) -> found.Tensors:
         from train_clip.adapters.model import named_as_here
 
-        return named_as_here(super().read_as_kept(), self.arguments["adapter"])
+        return named_as_here(super().as_kept(tensors), self.arguments["adapter"])
 
     @override
     def empty(self) -> tuple[Any, Any]:
-        from train_clip.adapters.model import AdaptedModel
+        from train_clip.adapters.model import parameters_on_meta
         from train_clip.adapters.tokenizer import tokenizer_for
+
+        with parameters_on_meta():
+            model = self._model()
+        return model, tokenizer_for(model, self.arguments["tokenizer"])
+
+    def _model(self) -> Any:
+        from train_clip.adapters.model import AdaptedModel
 
         model = AdaptedModel(self.arguments["adapter"])
         if "logit_bias" in self.records:
             model.add_bias()
-        return model, tokenizer_for(model, self.arguments["tokenizer"])
+        return model
 
     @override
     def describe(self) -> dict[str, str]:

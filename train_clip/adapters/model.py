@@ -3,14 +3,16 @@
 B  images or captions      L  tokens      S  side of the image in pixels      D  embedding width
 """
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
@@ -128,6 +130,20 @@ def build(adapter: Mapping[str, Any]) -> Any:
             "the file again."
         ) from error
     return whole.eval()
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Build without memory for weights that are replaced at once; buffers, not all in files, have their values."""
+
+    def emptied(_: nn.Module, __: str, parameter: nn.Parameter | None) -> Any:
+        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def named_as_here(tensors: dict[str, Tensor], adapter: Mapping[str, Any]) -> dict[str, Tensor]:

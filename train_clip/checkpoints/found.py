@@ -74,7 +74,11 @@ class Found:
 
     def read_as_kept(self) -> Tensors:
         """Read the tensors under this package's names, in float32, with the sizes in the file."""
-        tensors = self.rename(read.read_tensors(self.records))
+        return self.as_kept(read.read_tensors(self.records))
+
+    def as_kept(self, tensors: Tensors) -> Tensors:
+        """Map the file's tensors to this package's names and shapes."""
+        tensors = self.rename(tensors)
         # The temperature of some of open_clip's models has one dimension, of size 1, and so has their bias.
         scalars = {name: tensors[name] for name in ("logit_scale", "logit_bias") if name in tensors}
         return tensors | {name: one.reshape(()) for name, one in scalars.items() if one.numel() == 1}
@@ -297,6 +301,13 @@ def side(size: Any) -> Any:
 
 def fill(model: Any, tensors: Mapping[str, Any], source: str) -> None:
     """Load weights strictly: tensors that are missing, too many, or of other shapes are refused by their names."""
+    tensors = require_forms(model, tensors, source)
+    require_finite(tensors, source)
+    model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
+
+
+def require_forms(model: Any, tensors: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Refuse tensors that are missing, too many, or of other shapes; give them under the model's own names."""
     tensors = state_dicts.renamed(tensors, model.state_dict())
     found, expected = _forms(tensors), _forms(model.state_dict())
     if odd := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
@@ -305,8 +316,7 @@ def fill(model: Any, tensors: Mapping[str, Any], source: str) -> None:
             f"{source}: does not match its model in {len(odd):,} tensors: {'; '.join(some)}. Expected the tensors of "
             "the model. If these are the sizes of another model, name it (--model_name)."
         )
-    require_finite(tensors, source)
-    model.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in model.parameters()))
+    return tensors
 
 
 def require_finite(tensors: Mapping[str, Any], source: str) -> None:
