@@ -83,8 +83,9 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
         _require_sound(adapter["config"], contents)
         told["arguments"] |= {"tokenizer": told["arguments"].get("tokenizer")}
         return FoundAdapted(format="train-clip checkpoint", **told)
-    # Weights of open_clip may lie in one folder with a configuration for transformers.
-    if sources.HF_CONFIG not in contents.configs or sources.OPEN_CLIP_CONFIG in contents.configs:
+    # Weights of open_clip, and files that say themselves what they hold, may lie beside a configuration for transformers.
+    says_it = {own.LIGHTNING, own.METADATA} & set(contents.data)
+    if says_it or sources.HF_CONFIG not in contents.configs or sources.OPEN_CLIP_CONFIG in contents.configs:
         return None
     config, source = contents.settings(sources.HF_CONFIG), str(contents.path)
     kind = str(config.get("model_type"))
