@@ -83,7 +83,7 @@ def find_adapted(contents: read.Contents) -> FoundAdapted | None:
         _require_sound(adapter["config"], contents)
         told["arguments"] |= {"tokenizer": told["arguments"].get("tokenizer")}
         return FoundAdapted(format="train-clip checkpoint", **told)
-    # Weights of open_clip, and files that say themselves what they hold, may lie beside a configuration for transformers.
+    # Weights of open_clip, and files that say what they hold, may lie beside a configuration for transformers.
     says_it = {own.LIGHTNING, own.METADATA} & set(contents.data)
     if says_it or sources.HF_CONFIG not in contents.configs or sources.OPEN_CLIP_CONFIG in contents.configs:
         return None
