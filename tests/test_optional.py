@@ -35,8 +35,8 @@ NEEDED = {
     "starlette": ("starlette", "--page", lambda: page.serve(lambda: pytest.fail("loaded"), 0)),
     "sklearn": ("scikit-learn", "A linear probe", lambda: heads.fit_linear(TASK, {"lambda": 1.0})),
     "sklearn.linear_model": ("scikit-learn", "--calibrate", lambda: calibrate.platt(np.ones((2, calibrate.BINS)))),
-    "timm": ("timm", "An encoder of this source", lambda: load_image_encoder("timm:resnet18")),
-    "torchvision.models": ("torchvision", "An encoder of this source", lambda: load_image_encoder("torchvision:net")),
+    "timm": ("timm", "This encoder or model", lambda: load_image_encoder("timm:resnet18")),
+    "torchvision.models": ("torchvision", "This encoder or model", lambda: load_image_encoder("torchvision:net")),
 }
 
 

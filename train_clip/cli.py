@@ -44,7 +44,6 @@ VERBS = {
     "completion": ("train_clip.cli:completion", "print a script that completes commands and options in your shell"),
 }
 GROUPS = {verb.partition(" ")[0] for verb in VERBS if " " in verb}
-HELP = {"-h", "--help"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,7 +94,7 @@ def _run(words: list[str]) -> None:
         own = pkgutil.resolve_name("train_clip:__version__")
         print(f"train-clip {own} ({versions}, Python {platform.python_version()})")
     # A group of verbs alone, or with --help, asks for its list too.
-    elif all(word in HELP or word in GROUPS for word in rest):
+    elif all(word in parser.HELP or word in GROUPS for word in rest):
         group = "".join(f"{word} " for word in rest if word in GROUPS)
         verbs = "\n".join(f"  {verb:11} {text}" for verb, (_, text) in VERBS.items() if verb.startswith(group))
         print(

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from tests.adapters.tiny_families import photographs
-from train_clip.data import crops
+from train_clip.data import arrays, crops
 from train_clip.data.crops import Square
+from train_clip.errors import UserError
 
 
 def square(size: int, **how: object) -> Square:
@@ -81,3 +82,16 @@ def test_a_plain_number_is_clips_way(tmp_path):
         for draw in (crops.random_crop, partial(crops.random_resized_crop, min_share=0.5)):
             plain, of_square = (draw(picture, size=size, rng=np.random.default_rng(1)) for size in (24, Square(24)))
             assert plain == of_square
+
+
+@pytest.mark.parametrize("how", [{"squashed": True}, {"whole": 37}, {"resampling": "bilinear"}])
+def test_arrays_are_refused_that_were_resized_in_another_way(how, tmp_path):
+    """Of `data npz`, in training and evaluation; CLIP's way, and pixels that are normalized, are taken."""
+    file = tmp_path / "a.npz"
+    arrays.write_array(file, np.zeros((3, 32, 48), np.uint8))
+    crops.read_square(str(file), square(32, whole=32))
+    for draw in (None, partial(crops.random_crop, size=32, rng=np.random.default_rng(0))):
+        with pytest.raises(UserError, match="Train on the images: move npz/ away"):
+            crops.read_square(str(file), square(32, **how), draw)
+    arrays.write_array(file, np.zeros((3, 32, 32), np.float32))
+    crops.read_square(str(file), square(32, **how))

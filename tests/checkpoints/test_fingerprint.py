@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tests.adapters.tiny_families import save
 from train_clip import cli, load
 from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import write_safetensors
@@ -38,3 +39,14 @@ def test_the_fingerprint_is_the_models_and_not_the_files(tiny_config: ModelConfi
         other = CLIP(replace(tiny_config, **change))
         other.load_state_dict(load(file).model.state_dict())
         assert fingerprint(other) != first
+
+
+def test_the_fingerprint_is_the_same_whatever_a_library_calls_its_layers(tmp_path: Path) -> None:
+    """AltCLIP's, which versions of transformers call otherwise: the tensors renamed as each of them has it."""
+    save("altclip", tmp_path)
+    model = load(tmp_path).model
+    first, tensors = fingerprint(model), model.state_dict()
+    for one, other in ((".layer.", ".layers."), (".layers.", ".layer.")):
+        renamed = {name.replace(one, other): tensor for name, tensor in tensors.items()}
+        model.state_dict = lambda renamed=renamed: renamed
+        assert fingerprint(model) == first

@@ -264,6 +264,8 @@ def test_too_few_images_of_a_class_are_named(place, tmp_path):
         (["--shots", "17"], f"blue: {NUMBER} images, 4 of them to test on. Expected at least 18 more"),
         (["--shots", "0"], "shots is 0; expected 1 or above"),
         (["--save", "prolip"], "Expected --shots with it"),
+        (["--draws", "2"], "Expected --shots with it"),
+        (["--output", "head.safetensors"], "Expected --save with it"),
     ):
         with pytest.raises(SystemExit) as stop:
             run(place, *words)

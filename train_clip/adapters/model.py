@@ -49,9 +49,9 @@ class AdaptedModel(DualEncoder):
             whole.config.text_config.vocab_size,
             1 / INITIAL_TEMPERATURE,
         )
-        self.adapter, self.family = adapter, family
+        self.adapter, self.family, self.names_of_layers = adapter, family, family.names_of_layers
         activations = [whole.config.vision_config.hidden_act, whole.config.text_config.hidden_act]
-        self.told = f"{vars(pixels.size)} {activations}"  # what tensors do not show
+        self.embeds_by = f"{vars(pixels.size)} {activations}"
         self.pixel_norm = PixelNorm(pixels.mean, pixels.std)
         self.visual = Tower(whole, type(whole).get_image_features, *TOWERS["visual."])
         self.transformer = Tower(whole, type(whole).get_text_features, *TOWERS["transformer."])

@@ -381,8 +381,8 @@ def fingerprint(model: "DualEncoder") -> str:
     """Digest of what embeds in a model: equal whatever file it came from, and at any temperature."""
     idle = ("logit_scale", "logit_bias", "num_batches_tracked")
     tensors = {name: one for name, one in model.state_dict().items() if name.rpartition(".")[2] not in idle}
+    for other in model.names_of_layers[1:]:
+        tensors = {name.replace(other, model.names_of_layers[0]): one for name, one in tensors.items()}
     norm = {"pixel_norm.mean": model.pixel_norm.mean, "pixel_norm.std": model.pixel_norm.std}
-    # What tensors do not show stands in a name: a CLIP's activation, how two encoders make one of a caption's tokens.
-    of_clip, of_encoders = getattr(getattr(model, "config", None), "activation", ""), getattr(model, "average", "")
-    told = f"{model.image_size} pixels, {of_clip}{of_encoders}{getattr(model, 'told', '')}"
+    told = f"{model.image_size} pixels, {model.embeds_by}"  # as a name, which is digested
     return digest_of(tensors | norm | {told: model.pixel_norm.mean[:0]})

@@ -49,10 +49,12 @@ def read_square(path: str, size: int, draw: Callable[[tuple[int, int]], "Window"
     Raises:
         BadSample: the file cannot be used.
         UserError: an array that was made for another S. It is not a bad sample to be replaced: a whole cache is written
-            for one size, and resizing again would give other pixels than the images.
+            for one size, and resizing again would give other pixels than the images. Likewise an array of bytes for a
+            model whose square is made in another way than CLIP's.
     """
     if images.is_npz(path):
         array = arrays.read_array(path)
+        _require_plain(path, array, size)
         _require_size(path, array, size)
         if array.dtype != np.uint8:
             return torch.from_numpy(array.astype(np.float32))
@@ -214,6 +216,17 @@ def as_picture(array: np.ndarray) -> Image.Image:
         array = (values * (255 / max(values.max(), np.float32(1e-6)))).astype(np.uint8)
     # Plane by plane: a sixth of the time of turning the array's axes round.
     return Image.merge("RGB", [Image.fromarray(plane) for plane in array])
+
+
+def _require_plain(path: str, array: np.ndarray, size: int) -> None:
+    square = Square.of(size)
+    if array.dtype == np.uint8 and (square.squashed or square.whole not in (0, size) or square.resampling != "bicubic"):
+        how = "both sides" if square.squashed else "the shorter side"
+        raise UserError(
+            f"{path}: a picture whose shorter side was resized to {size} by bicubic interpolation; this model takes "
+            f"{how} resized to {square.whole or size} by {square.resampling}, of the image itself. Train on the "
+            "images: move npz/ away."
+        )
 
 
 def _require_size(path: str, array: np.ndarray, size: int) -> None:

@@ -94,11 +94,12 @@ def _captions(scan: Scan, names: Columns) -> dict[str, list[str]]:
             for line, row in READERS[suffix](table, lines, names):
                 scan.num_entries += 1
                 if names.option != CAPTIONS and isinstance(row, dict) and names.texts != names.images:
-                    row[names[1]] = [str(one) if isinstance(one, int) else one for one in _texts(row.get(names[1]))]
+                    cells = _texts(row.get(names.texts))
+                    row[names.texts] = [str(one) if isinstance(one, int) else one for one in cells]
                 if fault := row if isinstance(row, str) else _fault(row, names):
                     scan.faults.append(f"{table}, line {line}: {fault}. Fix or remove this row.")
                     continue
-                image, texts = row[names[0]], _texts(row.get(names[1]))
+                image, texts = row[names.images], _texts(row.get(names.texts))
                 name = image if "://" in image else str(PurePosixPath(image))  # an address is shown as it is
                 texts = [text.replace("\r\n", " ").replace("\n", " ").strip() for text in texts]
                 captions[name] += [text for text in texts if not is_empty(text)]
@@ -114,11 +115,11 @@ def _texts(cell: Any) -> list[Any]:
 
 def _fault(row: Any, names: Columns) -> str:
     """What is wrong with a row, in words; empty where nothing is."""
-    image, captions = row.get(names[0]), _texts(row.get(names[1]))
+    image, captions = row.get(names.images), _texts(row.get(names.texts))
     if not _texts(image) or (isinstance(image, str) and not image.strip()):
-        return f"{names[0]!r} is empty; expected the path of an image"
-    cells = [(names[0], image, MAX_PATH, "the path of an image")]
-    for name, cell, most, expected in cells + [(names[1], text, MAX_CAPTIONS, "text") for text in captions]:
+        return f"{names.images!r} is empty; expected the path of an image"
+    cells = [(names.images, image, MAX_PATH, "the path of an image")]
+    for name, cell, most, expected in cells + [(names.texts, text, MAX_CAPTIONS, "text") for text in captions]:
         content = cell.encode("utf-8", "replace") if isinstance(cell, str) else b""
         # Half of a character, which JSON can spell, is no text.
         if content.decode() != cell:
@@ -189,7 +190,7 @@ def _json_lines(table: Path, lines: Iterator[str], names: Columns) -> Iterator[R
             if not keys:
                 keys = list(row)
                 _require_columns(table, keys, names, 1)
-            has_captions = has_captions or names[1] in row
+            has_captions = has_captions or names.texts in row
         yield line, row if isinstance(row, dict) else f"is {reprlib.repr(row)}; expected an object"
     if keys and not has_captions:
         _require_columns(table, keys, names)

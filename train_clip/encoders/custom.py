@@ -46,7 +46,7 @@ class CustomCLIP(DualEncoder):
         super().__init__("+".join(names), text.width, image.size, text.context, text.vocab, math.exp(INITIAL_LOG_SCALE))
         if loss == "sigmoid":
             self.add_bias()
-        self.average = average
+        self.average, self.embeds_by = average, f"average={average}"
         self.pixel_norm = PixelNorm(image.mean, image.std)
         self.visual = image.module
         self.transformer = text.module

@@ -157,7 +157,7 @@ def _without_head(module: nn.Module, name: str) -> nn.Module:
 
 def find_library(module: str) -> Any:
     """Import a library when it is first needed, or say how to install it."""
-    return optional(module, "An encoder of this source")
+    return optional(module, "This encoder or model")
 
 
 def _unknown(library: str, name: str, known: list[str]) -> UserError:

@@ -83,6 +83,8 @@ class DualEncoder(nn.Module):
     pixel_norm: PixelNorm
     least_log_scale: float | None = None
     logit_bias: nn.Parameter | None  # of the sigmoid loss
+    embeds_by: str = ""  # how it embeds, as far as tensors do not show it: told apart by a fingerprint
+    names_of_layers: tuple[str, ...] = ()  # parts of tensors' names that mean the same in versions of a library
     text_is_fixed: bool = False  # locked, so that a caption's embedding is the same at every step
 
     def __init__(
@@ -177,7 +179,7 @@ class CLIP(DualEncoder):
         super().__init__(
             config.name, config.embed_dim, config.image.size, text.context, text.vocab, 1 / INITIAL_TEMPERATURE
         )
-        self.config = config
+        self.config, self.embeds_by = config, config.activation
         if config.logit_bias:
             self.add_bias()
         self.pixel_norm = PixelNorm(config.mean, config.std)

@@ -57,8 +57,7 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
         options: on which images
         weights: values that they do not state
     """
-    if options.save and not options.shots and options.save not in ALL_IMAGES:
-        raise UsageError(f"--save {options.save}: a head for few images of each class. Expected --shots with it.")
+    _require_used(options)
     optional("sklearn.linear_model", "A linear probe")
     found = find_weights(checkpoint, weights, options.backbone)
     output = options.output or beside(found.source, HEAD)
@@ -105,6 +104,15 @@ def probe(checkpoint: str, /, options: ProbeOptions, weights: WeightOptions = NO
     if options.save:
         print(f"{options.save}: {output}. Next: train-clip classify {checkpoint} --head {output} --folder FOLDER")
     return scores
+
+
+def _require_used(options: ProbeOptions) -> None:
+    if options.save and not options.shots and options.save not in ALL_IMAGES:
+        raise UsageError(f"--save {options.save}: a head for few images of each class. Expected --shots with it.")
+    if options.output and not options.save:
+        raise UsageError(f"--output {options.output}: no head is written. Expected --save with it, or no --output.")
+    if options.draws != ProbeOptions.draws and not options.shots:
+        raise UsageError(f"--draws {options.draws}: all images are used. Expected --shots with it, or no --draws.")
 
 
 def _embed(model: Pretrained, pairs: PairList, options: ProbeOptions) -> tuple[Encoded, list[int], list[Skip]]:
