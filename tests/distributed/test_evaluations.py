@@ -14,9 +14,10 @@ from two_processes import bare_trainer, run
 
 from tests.conftest import TINY, write_pairs
 from train_clip import CLIPWrapper
+from train_clip.errors import UserError
 from train_clip.evaluation import collect
 from train_clip.gather import world
-from train_clip.scores.while_training import Evaluations
+from train_clip.scores.while_training import Evaluations, find
 from train_clip.training.checkpoints import Checkpoints
 
 OPTIONS = "folder: {0}/{1}\nclasses: {0}/classes.txt\nbatch_size: 2\n"
@@ -94,3 +95,26 @@ def test_two_processes_score_as_one(tmp_path):
     of_both = {name: sum(found["numbers"][name] for found in both) for name in alone["numbers"]}
     assert of_both["embed_images"] == alone["numbers"]["embed_images"]
     assert of_both["embed_texts"] == alone["numbers"]["embed_texts"] + 16 * 2
+
+
+def find_two(folder: Path) -> list[str]:
+    """What each of two sources is, where this process's second one is another than the other process's."""
+    found = []
+    for names in (("pairs", "gone"), ("pairs", "fewer"), ("pairs", "pairs")):
+        try:
+            found.append(f"{len(find(collect.ScoreOptions(folder=folder / names[world()[0]])))} images")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_source_that_one_process_does_not_find_is_an_error_on_each(tmp_path):
+    """One that skipped it alone would be waited for."""
+    write_pairs(tmp_path / "pairs", 3)
+    write_pairs(tmp_path / "fewer", 2)
+    (tmp_path / "rendezvous").mkdir()
+    first, second = run(partial(find_two, tmp_path), tmp_path / "rendezvous")
+    expected = ("there is no such folder", "the processes found (3, 2) images", "3 images")
+    for mine, its, words in zip(first, second, expected, strict=True):
+        assert words in mine
+        assert words in its

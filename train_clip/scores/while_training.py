@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from typing_extensions import override
 
+from train_clip import gather
 from train_clip.commands import evaluate
+from train_clip.data import pairs
 from train_clip.data.table import READERS
 from train_clip.errors import UsageError, UserError, first_line
 from train_clip.evaluation import collect, zero_shot
@@ -84,10 +86,8 @@ class Evaluations(Callback):
                     try:
                         found = self._score(module, model, options)
                     except UserError as error:
-                        # Other processes would wait for this one.
-                        if trainer.world_size > 1:
-                            raise
-                        print(f"--evaluate {name}: not scored at step {trainer.global_step:,}. {error}", flush=True)
+                        if trainer.is_global_zero:
+                            print(f"--evaluate {name}: not scored at step {trainer.global_step:,}. {error}", flush=True)
                         continue
                     figures |= {f"{name}{suffix}/{logged(figure)}": value for figure, value in found.items()}
                     if trainer.is_global_zero:
@@ -107,9 +107,24 @@ class Evaluations(Callback):
     def _score(self, module: Any, model: Any, options: collect.ScoreOptions) -> dict[str, float]:
         has_half_weights = module.options.optimizer.has_half_weights and model is module.model
         with WeightSubstitutes(model, has_half_weights).in_place():
-            pairs, _ = collect.find(options)
-            collection = collect.collect(model, tokens(module), pairs, options, lambda loader, _: iter(loader))
+            collection = collect.collect(model, tokens(module), find(options), options, lambda loader, _: iter(loader))
             return evaluate.figures(evaluate.run_evaluators(collection))
+
+
+def find(options: collect.ScoreOptions) -> list[pairs.Pair]:
+    """The images of a source, or an error on every process: one that stopped alone would be waited for."""
+    found, fault = list[pairs.Pair](), ""
+    try:
+        found, _ = collect.find(options)
+        collect.read_classes(options)
+    except UserError as error:
+        fault = str(error)
+    numbers, faults = zip(*gather.gather_objects((len(found), fault)), strict=True)
+    if fault := next(filter(None, faults), ""):
+        raise UserError(fault)
+    if len(set(numbers)) > 1:
+        raise UserError(f"{options.folder or options.pairs}: the processes found {numbers} images; expected the same.")
+    return found
 
 
 def tokens(module: Any) -> collect.Tokenize:
@@ -122,9 +137,9 @@ def possible_figures(options: collect.ScoreOptions) -> list[str]:
 
     Whether captions leave an image's R@k to be missed shows only when they have been read.
     """
-    (pairs, _), (classes, _) = collect.find(options), collect.read_classes(options)
-    labels = collect.label_sets([pair.image for pair in pairs], classes, options)
-    described = sum(bool(pair.caption or pair.texts) for pair in pairs)
+    (images, _), (classes, _) = collect.find(options), collect.read_classes(options)
+    labels = collect.label_sets([pair.image for pair in images], classes, options)
+    described = sum(bool(pair.caption or pair.texts) for pair in images)
     figures = [f"R@{k} {way}" for way in WAYS for k in KS if described > (1 if way == "i→t" else k)]
     if max(map(len, labels), default=0) > 1:
         figures.append(multi_label.FIGURE)
@@ -132,7 +147,7 @@ def possible_figures(options: collect.ScoreOptions) -> list[str]:
         figures += [zero_shot.TOP1, zero_shot.MEAN, zero_shot.TOP5][: 3 if len(classes) > 5 else 2]
     if not figures:
         raise UserError(
-            f"{options.folder or options.pairs}: {len(pairs):,} images, {described:,} of them with captions, and no "
+            f"{options.folder or options.pairs}: {len(images):,} images, {described:,} of them with captions, and no "
             "classes: nothing to score. Expected captions of several images, or classes."
         )
     return figures
