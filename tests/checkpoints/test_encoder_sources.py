@@ -207,7 +207,7 @@ def test_a_library_that_is_missing(name, monkeypatch):
     monkeypatch.setitem(sys.modules, f"{name}.models", None)
     description = {"source": name, "name": "resnet50", "architecture": "resnet50", "config": {}, "arguments": {}}
     for run in (lambda: load_image_encoder(f"{name}:resnet50"), lambda: build_encoder(description, "image")):
-        with pytest.raises(UserError, match=rf"^An encoder .* needs {name}, .*pip install {name}\.$"):
+        with pytest.raises(UserError, match=rf"^This encoder or model needs {name}, .*pip install {name}\.$"):
             run()
 
 

@@ -29,16 +29,21 @@ class Record(L.Callback):
     Args:
         file: its name; the process's rank is added to it.
         pause: seconds after each batch, so that whoever watches from outside can keep up.
+        until: a file that is waited for after each batch, two minutes at most.
     """
 
-    def __init__(self, file: str, pause: float = 0.0) -> None:
+    def __init__(self, file: str, pause: float = 0.0, until: str = "") -> None:
         self.file = file
         self.pause = pause
+        self.until = until
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         with Path(f"{self.file}.{trainer.global_rank}").open("a") as file:
             file.write(f"{trainer.global_step}\n")
         time.sleep(self.pause)
+        latest = time.monotonic() + 120
+        while self.until and not Path(self.until).exists() and time.monotonic() < latest:
+            time.sleep(0.01)
 
 
 class AtChange(L.Callback):

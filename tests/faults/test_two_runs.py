@@ -14,7 +14,6 @@ from command import Command, callback, consumed, last, run, write_inputs
 from test_signals import losses
 
 PAIRS, BATCHES = 40, 10  # batches of 4 to one epoch
-PAUSE = 0.1  # seconds a batch, so that a run lasts until another one has been refused
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,8 @@ def words(tmp_path_factory) -> list[str]:
 
 
 def begun(words: list[str], record: Path) -> Command:
-    """A run that has done a batch, and goes on."""
-    first = Command([*words, *callback("Record", file=str(record), pause=PAUSE)])
+    """A run that has done a batch, and goes on once there is a file RECORD.go."""
+    first = Command([*words, *callback("Record", file=str(record), until=f"{record}.go")])
     first.wait_for(lambda: record.with_name(f"{record.name}.0").exists(), "a batch")
     return first
 
@@ -47,6 +46,7 @@ def test_a_run_that_has_saved_nothing_yet_is_left_alone(words, tmp_path):
     first = begun(words, tmp_path / "record")
     assert not (tmp_path / "run" / "checkpoints").exists()
     require_refused(words, tmp_path / "run", first)
+    (tmp_path / "record.go").touch()
     first.end().require(0)
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(2 * BATCHES))
     assert consumed(last(tmp_path / "run")) == 2 * BATCHES
@@ -57,13 +57,13 @@ def test_a_run_is_resumed_once_at_a_time(words, tmp_path):
     """The second --resume is refused; after a kill it goes on at once, though a loader process lives on."""
     folder = tmp_path / "run"
     run([*words, "--output", str(folder)]).require(0)
-    again = ["train", "--resume", str(folder), "--epochs", "12", "--num_workers", "1"]
+    again = ["train", "--resume", str(folder), "--epochs", "3", "--num_workers", "1"]
     first = begun(again, tmp_path / "record")
     require_refused(again, folder, first)
     os.kill(first.process.pid, signal.SIGKILL)
     run([*again, "--callbacks", "null"]).require(0)
     first.end().require(-9)
-    assert consumed(last(folder)) == 12 * BATCHES
+    assert consumed(last(folder)) == 3 * BATCHES
 
 
 def test_two_hosts_share_the_folder_of_their_run(words, tmp_path):
