@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tests import forked
 from train_clip.models.config import ModelConfig
 from train_clip.models.config import config_from_dict
 
@@ -49,6 +50,12 @@ def undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, file, **how: Path(file).touch())
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def variables() -> None:
+    """What starts as a process has the variables that the tests have, not those of the test that was the first."""
+    forked.of_tests.update(os.environ)
 
 
 @pytest.fixture(autouse=True)

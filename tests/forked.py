@@ -29,9 +29,13 @@ from typing import IO, NamedTuple
 
 IMPORTED = "torch.utils.tensorboard lightning.pytorch.cli lightning transformers matplotlib.figure ftfy PIL".split()
 # Variables that no import reads; where another differs from the server's, Python starts afresh.
-READ_LATE = ("PYTHONPATH", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "EXIT_CODES")
+READ_LATE = {"PYTHONPATH", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "EXIT_CODES"}
+READ_LATE |= {"XDG_CACHE_HOME", "no_proxy", "HOLD", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "TRAIN_CLIP_STARTER"}
 NUMBER = struct.Struct("q")
 ENDS = 4  # file descriptors sent with a request: the three streams, and where the process's number and end are told
+
+
+of_tests: dict[str, str] = {}  # all variables, before any test has set one
 
 
 class Server(NamedTuple):
@@ -165,7 +169,7 @@ def _early(variables: Mapping[str, str]) -> dict[str, str]:
 def _server() -> Server:
     """This process's server, started at the first need."""
     ours, its = socket.socketpair()
-    variables = {name: value for name, value in os.environ.items() if name not in READ_LATE}
+    variables = {name: value for name, value in (of_tests or os.environ).items() if name not in READ_LATE}
     with its:
         program = [sys.executable, __file__, str(its.fileno())]
         # Pipes, as most of what it forks will have: Python looks once what its streams are. Ctrl-C is for the tests.
