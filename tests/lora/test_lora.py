@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,3 +274,9 @@ def test_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(UserError, match=r"LoRA needs peft, .* pip install peft"):
         LoRAWrapper(place, LORA)
+
+
+def test_its_options_are_the_documented_ones():
+    document = Path(__file__).parents[2].joinpath("docs/finetuning.md").read_text(encoding="utf-8")
+    table = document.split("## LoRA")[1].split("\n## ")[0]
+    assert {field.name for field in dataclasses.fields(LoRAOptions)} == set(re.findall(r"^\| `--(\w+)`", table, re.M))
