@@ -56,7 +56,7 @@ SECTIONS: dict[str, tuple[str, dict[str, str]]] = {
         "`embed_images` and `embed_texts`.",
         {
             "train_clip": "CLIPWrapper CLIPWrapper.embed_images CLIPWrapper.embed_texts CustomCLIPWrapper "
-            "PromptCLIPWrapper TextImageDataModule",
+            "PromptCLIPWrapper LoRAWrapper TextImageDataModule",
             "train_clip.encoders.sources": "load_image_encoder load_text_encoder",
             "train_clip.encoders.encoder": "ImageEncoder TextEncoder",
             "train_clip.prompts.file": "PromptConfig",

@@ -174,7 +174,7 @@ def test_verbs_of_two_words(capsys):
         ("nonsense --help", "unknown command 'nonsense'. `train-clip --help` lists all."),
         ("data chek folder", "unknown command 'data chek'. Did you mean data check or data show?"),
         ("train --fold x", "unknown option --fold. Did you mean --folder?"),
-        ("train --loger.project x", "unknown option --loger.project. Did you mean --logger?"),
+        ("train --loger.project x", "unknown option --loger.project. Did you mean --logger or --lora?"),
         ("train --config cpuu", "--config cpuu: neither a file nor a recipe. Did you mean cpu? Recipes: cpu, demo, "),
         ("train --config", "--config: its value is missing. Recipes: cpu, demo, finetune"),
         ("train --config typo.yaml", "--config typo.yaml: unknown option epoch. Did you mean epochs"),

@@ -12,16 +12,16 @@ import pytest
 import yaml
 
 from tests.conftest import TINY, write_pairs
-from train_clip import CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper, TextImageDataModule, cli
+from train_clip import CLIPWrapper, CustomCLIPWrapper, LoRAWrapper, PromptCLIPWrapper, TextImageDataModule, cli
 from train_clip.encoders.finetune import StartOptions
 from train_clip.errors import UserError
 from train_clip.keywords import DataKeywords, TrainingKeywords
-from train_clip.options import DataOptions, ModelOptions, Options, RunOptions, TrainingOptions
+from train_clip.options import DataOptions, LoRAOptions, ModelOptions, Options, RunOptions, TrainingOptions
 from train_clip.prompts.prompt_tune import PromptOptimizerOptions, PromptOptions
 
 OF_TRAINING = TrainingOptions.groups()
 GROUPS = {
-    "train": (ModelOptions, DataOptions, *OF_TRAINING.values(), RunOptions),
+    "train": (ModelOptions, DataOptions, *OF_TRAINING.values(), LoRAOptions, RunOptions),
     "finetune": (StartOptions, DataOptions, *OF_TRAINING.values(), RunOptions),
     "prompt-tune": (
         *(ModelOptions, DataOptions, PromptOptions, PromptOptimizerOptions, OF_TRAINING["step"], RunOptions),
@@ -97,6 +97,7 @@ def test_signatures_have_the_dataclass_defaults() -> None:
         (CLIPWrapper, of_training),
         (CustomCLIPWrapper, of_training),
         (PromptCLIPWrapper, of_training),
+        (LoRAWrapper, of_training),
         (TextImageDataModule, of_data | {"seed": of_training["seed"]}),
     ):
         parameters = inspect.signature(made.__init__).parameters
@@ -109,7 +110,7 @@ def test_keyword_arguments_are_the_options() -> None:
     """Their types by ``TrainingKeywords``; all of them in ``help``."""
     every = {one.name: one for group in OF_TRAINING.values() for one in dataclasses.fields(group)}
     types = {name: one.type for name, one in every.items()}
-    for made in (CLIPWrapper, CustomCLIPWrapper, PromptCLIPWrapper):
+    for made in (CLIPWrapper, CustomCLIPWrapper, LoRAWrapper, PromptCLIPWrapper):
         own = list(inspect.signature(made.__init__).parameters.values())
         assert own[-1].annotation == Unpack[TrainingKeywords]
         beside = {one.name for one in own}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from train_clip.checkpoints.load import load
     from train_clip.data.tokenizer import Tokenizer
     from train_clip.encoders.wrapper import CustomCLIPWrapper
+    from train_clip.lora.wrapper import LoRAWrapper
     from train_clip.models.clip import CLIP
     from train_clip.models.config import ModelConfig, read_config
     from train_clip.prompts.wrapper import PromptCLIPWrapper
@@ -22,6 +23,7 @@ __all__ = [
     "CLIP",
     "CLIPWrapper",
     "CustomCLIPWrapper",
+    "LoRAWrapper",
     "ModelConfig",
     "PromptCLIPWrapper",
     "TextImageDataModule",
@@ -34,6 +36,7 @@ _HOMES = {
     "CLIP": "train_clip.models.clip",
     "CLIPWrapper": "train_clip.training.clip_wrapper",
     "CustomCLIPWrapper": "train_clip.encoders.wrapper",
+    "LoRAWrapper": "train_clip.lora.wrapper",
     "ModelConfig": "train_clip.models.config",
     "PromptCLIPWrapper": "train_clip.prompts.wrapper",
     "TextImageDataModule": "train_clip.training.data_module",

@@ -96,6 +96,30 @@ class ModelOptions(WeightOptions):
     )
 
 
+@dataclass(frozen=True)
+class LoRAOptions(Options):
+    """LoRA: small matrices beside the frozen layers of --pretrained."""
+
+    lora: int | None = option(None, "rank of LoRA; default: none, all weights are trained", at_least(1))
+    lora_alpha: float | None = option(
+        None, "LoRA's product is scaled by alpha / rank; default: the rank, which is 1", POSITIVE
+    )
+    lora_towers: Literal["both", "image", "text"] = option("both", "towers that have LoRA")
+    lora_layers: list[int] | None = option(
+        None, 'blocks that have LoRA, counted from 0, such as "[9, 10, 11]"; default: all'
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is None and (self.lora_alpha, self.lora_towers, self.lora_layers) != (None, "both", None):
+            raise UsageError("lora_alpha, lora_towers and lora_layers are of LoRA. Give its rank too: --lora 8.")
+
+    @property
+    def scale(self) -> float:
+        """Factor of LoRA's product, alpha / rank."""
+        return 1.0 if self.lora is None or self.lora_alpha is None else self.lora_alpha / self.lora
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions(Options):
     """Where pairs come from."""

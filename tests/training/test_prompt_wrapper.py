@@ -172,7 +172,7 @@ def test_a_backbone_is_known_by_its_content(backbone, tmp_path):
         PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / place)
     with pytest.raises(UserError, match="are not those of the backbone"):
         train_clip.load(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="not those of the backbone that the prompts were trained with"):
+    with pytest.raises(UserError, match="not those of the backbone that this was trained with"):
         PromptCLIPWrapper.load_from_checkpoint(tmp_path / "p.ckpt", backbone=tmp_path / "other.safetensors")
 
 

@@ -31,6 +31,7 @@ Tensors = dict[str, Any]
 # a CLIP get its tensors alone, without what the file has around them.
 OTHERS = (
     "train_clip.prompts.file:find_prompts",
+    "train_clip.lora.file:find_lora",
     "train_clip.encoders.sources:find_encoders",
     "train_clip.adapters.find:find_adapted",
 )
@@ -85,7 +86,11 @@ class Found:
 
     def read(self) -> Tensors:
         """Read the tensors with the requested sizes."""
-        return self.read_as_kept()
+        return self.resized(self.read_as_kept())
+
+    def resized(self, tensors: Tensors) -> Tensors:
+        """Tensors as they are kept → with the requested sizes."""
+        return tensors
 
     def empty(self) -> tuple["DualEncoder", Any]:
         """Build the model, its weights still to be filled in, and its tokenizer."""
@@ -161,11 +166,8 @@ class FoundCLIP(Found):
         return replace(self, config=replace(model, logit_bias=self.config.logit_bias), choices=choices)
 
     @override
-    def read(self) -> Tensors:
-        return self.resized(self.read_as_kept())
-
     def resized(self, tensors: Tensors) -> Tensors:
-        """Interpolate positions of tensors as they are kept, where that was asked for."""
+        # Positions are interpolated, where that was asked for.
         if self.choices.image_size is not None:
             tensors = resize_image_positions(tensors, self.choices.image_size // self.config.image.pixels_per_place)
         if self.choices.context_length is not None:

@@ -19,7 +19,7 @@ from train_clip.checkpoints.found import find_weights
 from train_clip.commands import evaluate
 from train_clip.commands.train import time_on_cpu, train
 from train_clip.files import require_new
-from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
+from train_clip.options import DataOptions, LoRAOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
@@ -65,6 +65,7 @@ def demo(output: Path = Path("demo"), seed: int = 0) -> None:
         ModelOptions.pick(options),
         DataOptions.pick(options),
         TrainingOptions.pick(options),
+        LoRAOptions(),
         RunOptions.pick(options),
         # One device: more would run this verb once for each.
         TrainerOptions(devices=1),

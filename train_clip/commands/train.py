@@ -16,7 +16,16 @@ from train_clip.data.tokenizer import Tokenizer
 from train_clip.errors import UsageError, UserError
 from train_clip.estimates import duration
 from train_clip.models.config import ModelConfig, read_config
-from train_clip.options import DataOptions, ModelOptions, RunOptions, TrainerOptions, TrainingOptions, flat
+from train_clip.options import (
+    DataOptions,
+    LoRAOptions,
+    ModelOptions,
+    RunOptions,
+    TrainerOptions,
+    TrainingOptions,
+    WeightOptions,
+    flat,
+)
 from train_clip.training.clip_wrapper import CLIPWrapper
 
 DEFAULT_MODEL = "ViT-B/32"
@@ -28,26 +37,37 @@ RECIPES = {"small": 300_000, "medium": 5_000_000}  # pairs that a recipe is for 
 
 # Modules that train other models than a CLIP, by an argument that they alone have.
 MODULES = {
+    "lora": "train_clip.lora.wrapper:LoRAWrapper",
     "adapter": "train_clip.adapters.wrapper:AdapterWrapper",
     "text_encoder": "train_clip.encoders.wrapper:CustomCLIPWrapper",
 }
 
 
 def train(
-    model: ModelOptions, data: DataOptions, training: TrainingOptions, run: RunOptions, trainer: TrainerOptions
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    lora: LoRAOptions,
+    run: RunOptions,
+    trainer: TrainerOptions,
 ) -> Path:
     """Train a CLIP on a folder of images and captions, from scratch or from weights; return the run's folder."""
     resumed = begin(run, training.step.seed)
+    weights = pretrained_weights(model) if resumed is None else None
+    known: Any = resumed.arguments if resumed else weights.arguments if weights else {}
     if resumed is not None:
         # The model itself is held against the run's by its sizes.
-        asked: dict[str, Any] = {"pretrained": model.pretrained, "activation": model.activation}
-        if "adapter" in resumed.arguments:  # whose sizes are fixed
+        asked: dict[str, Any] = {"pretrained": model.pretrained, "activation": model.activation} | flat(lora)
+        if known.keys() & {"adapter", "lora"}:  # whose sizes are fixed
             asked |= {"image_size": model.image_size, "context_length": model.context_length}
-        resumed.require_same_start(asked)
-    weights = pretrained_weights(model) if resumed is None else None
-    known = resumed.arguments if resumed else weights.arguments if weights else {}
+        if "lora" in known and model.pretrained is not None:
+            # The backbone is known by its content, wherever it lies by now.
+            known["backbone"] = asked.pop("pretrained")
+        resumed.require_same_start(asked, known.get("lora"))
+    elif lora.lora is not None:
+        known = beside(weights, model, lora)
     module: Any
-    config = None if "adapter" in known else choose_config(model, weights)
+    config = None if known.keys() & {"adapter", "lora"} else choose_config(model, weights)
     if config is not None:
         module = CLIPWrapper(config.name, config, **training.flat())
     else:  # another library's model
@@ -55,7 +75,8 @@ def train(
             kind_of(known), known, str(resumed.checkpoint if resumed else model.pretrained), **training.flat()
         )
     if weights is not None:
-        module.begin_with(weights.read(), weights.source)
+        if lora.lora is None:
+            module.begin_with(weights.read(), weights.source)
         model = replace(model, pretrained=weights.source)
     # Weights, or a file of the user's own: no preset's name builds the model again.
     is_own = model.pretrained is not None or (model.model_name or "").endswith((".yaml", ".yml"))
@@ -64,12 +85,20 @@ def train(
         "train",
         module,
         data_for(module, data),
-        flat(model, data) | training.flat(),
+        flat(model, data, lora) | training.flat(),
         module.preset.epochs,
         advice=partial(advise, count(module.model), training.optimizer.optimizer) if weights is None else None,
         own_model=config.to_dict() if config and is_own else None,
     )
     return train_job(job, run, trainer, resumed)
+
+
+def beside(weights: found.Found | None, model: ModelOptions, lora: LoRAOptions) -> dict[str, Any]:
+    """The arguments of a module that trains LoRA beside these weights."""
+    if weights is None:
+        raise UsageError(f"--lora {lora.lora}: trains beside pretrained weights. Give some: --pretrained.")
+    choices = flat(WeightOptions.pick(flat(model)))
+    return {"backbone": weights, "lora": flat(lora), "digest": None, "choices": choices}
 
 
 def kind_of(arguments: Mapping[str, Any]) -> Any:

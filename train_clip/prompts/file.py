@@ -45,7 +45,7 @@ TOWER, BACKBONE, PROMPTS = "visual.", "visual.backbone.", "visual.prompts."
 LEFT_OUT = "left out"
 OF_FORK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.prompt_embeddings")
 FORK_DROPOUT = 0.2  # of the fork's model
-ELSEWHERE = "--backbone of `train-clip evaluate`, --pretrained of `train-clip prompt-tune`, in Python backbone=…."
+ELSEWHERE = "--backbone of `train-clip evaluate`, --pretrained of the command that trains, in Python backbone=…."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,13 +104,18 @@ class FoundPrompts(found.FoundCLIP):
 def read_backbone(backbone: found.FoundCLIP, expected: str | None) -> tuple[dict[str, Any], str]:
     """Read a backbone's tensors, and their digest; others than those that prompts were trained beside are refused."""
     kept = backbone.read_as_kept()
+    return backbone.resized(kept), require_digest(kept, expected, backbone.source)
+
+
+def require_digest(kept: found.Tensors, expected: str | None, source: str) -> str:
+    """The digest of a backbone's tensors as they are kept, if it is the expected one."""
     digest = found.digest_of(kept)
     if expected not in (None, digest):
         raise UserError(
-            f"{backbone.source}: its weights are not those of the backbone that the prompts were trained with: their "
-            f"SHA-256 is {digest}, expected {expected}. Give that one: {ELSEWHERE}"
+            f"{source}: its weights are not those of the backbone that this was trained with: their SHA-256 is "
+            f"{digest}, expected {expected}. Give that one: {ELSEWHERE}"
         )
-    return backbone.resized(kept), digest
+    return digest
 
 
 def find_prompts(contents: read.Contents) -> FoundPrompts | None:

@@ -25,7 +25,35 @@ from train_clip.training.module import ContrastiveModule
 VPT = OptimizerConfig(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=2**31, epochs=100)
 
 
-class PromptCLIPWrapper(ContrastiveModule):
+class BesideBackbone(ContrastiveModule):
+    """Trains a few parameters beside a frozen model, which stays in its own file: checkpoints hold what is trained."""
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        kept = self._kept()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        # The backbone, which this module has from its own file, so that loading stays strict.
+        kept = self._kept()
+        frozen = {name: value for name, value in self.state_dict().items() if name not in kept}
+        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+
+    def _kept(self) -> set[str]:
+        """What is trained, and the EMA of it."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained | {f"ema.{name}" for name in trained} | {"ema._extra_state"}
+
+    @staticmethod
+    def place_of(source: str) -> str:
+        """Where a backbone lies, whatever folder a later command is run in."""
+        return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+class PromptCLIPWrapper(BesideBackbone):
     """Visual prompts that train with any ``Trainer``, in the image tower of a frozen CLIP.
 
     ``PromptCLIPWrapper.load_from_checkpoint(path)`` looks for the backbone where it was;
@@ -84,30 +112,10 @@ class PromptCLIPWrapper(ContrastiveModule):
         self.tokenizer = Tokenizer(model.config.text.context)
         self.save_hyperparameters(
             {
-                # Where it lies, whatever folder a later command is run in.
-                "backbone": str(Path(source).resolve()) if Path(source).exists() else source,
+                "backbone": self.place_of(source),
                 "prompts": dataclasses.asdict(prompts) | {"layers": list(prompts.layers)},
                 "digest": digest,
                 "config": model.config.to_dict(),
             }
             | self.options.flat()
         )
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        kept = self._kept()
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        # The backbone, which this module has from its own file, so that loading stays strict.
-        kept = self._kept()
-        frozen = {name: value for name, value in self.state_dict().items() if name not in kept}
-        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
-
-    def _kept(self) -> set[str]:
-        """What is trained, and the EMA of it."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return trained | {f"ema.{name}" for name in trained} | {"ema._extra_state"}
