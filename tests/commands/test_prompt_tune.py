@@ -119,7 +119,7 @@ def test_a_run_goes_on(here, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--pretrained other.safetensors", "not those of the backbone that the prompts were trained with"),
+        ("--pretrained other.safetensors", "not those of the backbone that this was trained with"),
         ("--prompts 4", "prompts 4, was 3"),
         ("--prompt_kind shallow", "prompt_kind shallow, was deep"),
         ("--class_token false", "class_token False, was True"),

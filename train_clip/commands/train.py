@@ -57,7 +57,9 @@ def train(
     known: Any = resumed.arguments if resumed else weights.arguments if weights else {}
     if resumed is not None:
         # The model itself is held against the run's by its sizes.
-        asked: dict[str, Any] = {"pretrained": model.pretrained, "activation": model.activation} | flat(lora)
+        asked: dict[str, Any] = {"pretrained": model.pretrained, "activation": model.activation}
+        if "lora" in known or lora != LoRAOptions():
+            asked |= flat(lora)
         if known.keys() & {"adapter", "lora"}:  # whose sizes are fixed
             asked |= {"image_size": model.image_size, "context_length": model.context_length}
         if "lora" in known and model.pretrained is not None:
