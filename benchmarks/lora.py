@@ -1,6 +1,6 @@
 """Memory and checkpoints of LoRA beside full fine-tuning: ViT-B/32 with random weights, the whole command.
 
-python benchmarks/lora.py photos_dir [--batch_size 8] [--steps 6]
+python benchmarks/lora.py photos_dir [--batch_size 2] [--steps 4]
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def main() -> None:
     """Print a row a way."""
     parser = argparse.ArgumentParser(description="What LoRA saves.")
     parser.add_argument("photos", type=Path, help="a folder of images and captions")
-    parser.add_argument("--batch_size", default="8")
-    parser.add_argument("--steps", default="6")
+    parser.add_argument("--batch_size", default="2")
+    parser.add_argument("--steps", default="4")
     arguments = parser.parse_args()
     print("| | trained parameters | peak memory | checkpoint | time |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:

@@ -35,7 +35,6 @@ READ_LATE |= {"HOLD", "SLOW", "DIE"}  # of tests/search/test_embed.py
 NUMBER = struct.Struct("q")
 ENDS = 4  # file descriptors sent with a request: the three streams, and where the process's number and end are told
 
-
 of_tests: dict[str, str] = {}  # all variables, before any test has set one
 
 

@@ -102,7 +102,7 @@ class LoRAOptions(Options):
 
     lora: int | None = option(None, "rank of LoRA; default: none, all weights are trained", at_least(1))
     lora_alpha: float | None = option(
-        None, "LoRA's product is scaled by alpha / rank; default: the rank, which is 1", POSITIVE
+        None, "LoRA's product is scaled by alpha / rank; default: the rank, for a scale of 1", POSITIVE
     )
     lora_towers: Literal["both", "image", "text"] = option("both", "towers that have LoRA")
     lora_layers: list[int] | None = option(
@@ -115,9 +115,14 @@ class LoRAOptions(Options):
             raise UsageError("lora_alpha, lora_towers and lora_layers are of LoRA. Give its rank too: --lora 8.")
 
     @property
+    def alpha(self) -> float:
+        """The alpha that is asked for, or the rank, as LoRA's paper has it (arXiv 2106.09685, section 4.1)."""
+        return self.lora_alpha or self.lora or 1.0
+
+    @property
     def scale(self) -> float:
         """Factor of LoRA's product, alpha / rank."""
-        return 1.0 if self.lora is None or self.lora_alpha is None else self.lora_alpha / self.lora
+        return self.alpha / (self.lora or 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import train_clip
 from tests.adapters.tiny_families import save
 from tests.conftest import TINY, said, write_pairs
 from tests.distributed.two_processes import bare_trainer, run
+from tests.faults.command import require_same_state
 from train_clip import cli
 from train_clip.checkpoints.found import fingerprint
 from train_clip.checkpoints.own import read_checkpoint, write_safetensors
@@ -102,8 +103,6 @@ def test_a_step_is_that_of_a_loop_written_out(tmp_path):
     plain, (images, tokens) = train_clip.load(place, dtype=torch.float64).model, batch()
     leaves = {name: one.clone().requires_grad_() for name, one in start.items()}
     whole = merge_by_hand(plain.state_dict(), leaves)
-    rows = F.normalize(functional_call(plain, whole, (images, tokens))[0], dim=-1)  # to have all parameters used
-    assert rows.shape == (NUM_PAIRS, NUM_PAIRS)
     logits = functional_call(plain, whole, (images, tokens))[0]
     labels = torch.arange(NUM_PAIRS)
     loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -187,7 +186,7 @@ def train(words: str) -> None:
 
 def test_a_run_resumes_to_the_bit_and_is_used_as_any(here, capsys):
     """Weights, EMA and optimizer; then inspected, converted, its merged weights trained on; the backbone moved."""
-    options = f"--pretrained backbone.safetensors --lora 2 {RUN} --ema 0.9 --minibatch_size 2"
+    options = f"--pretrained backbone.safetensors --lora 2 {RUN} --ema 0.9 --minibatch_size 2 --mask_ratio 0.5"
     train(f"{options} --max_steps 5 --output whole")
     train(f"{options} --max_steps 5 --output part --keep 9 --save_every 2")
     for file in ("last", "step-00000003", "step-00000004", "step-00000005"):
@@ -195,14 +194,11 @@ def test_a_run_resumes_to_the_bit_and_is_used_as_any(here, capsys):
     Path("backbone.safetensors").rename("moved.safetensors")
     with pytest.raises(SystemExit) as stop:
         train("--resume part")
-    assert "LoRA" in said(stop) or "backbone.safetensors" in said(stop)
+    assert "LoRA, whose backbone cannot be loaded (" in said(stop) and "If it has moved: --backbone" in said(stop)
     train("--resume part --pretrained moved.safetensors")
     Path("moved.safetensors").rename("backbone.safetensors")
     whole, part = (read_checkpoint(Path(f"{run}/checkpoints/last.ckpt")) for run in ("whole", "part"))
-    assert whole["state_dict"].keys() == part["state_dict"].keys()
-    assert all(torch.equal(torch.as_tensor(one), torch.as_tensor(part["state_dict"][name]))
-               for name, one in whole["state_dict"].items() if isinstance(one, Tensor))  # fmt: skip
-    assert str(whole["optimizer_states"]) == str(part["optimizer_states"])
+    require_same_state(whole, part)
     capsys.readouterr()
     cli.main(["inspect", "whole"])
     assert "rank 2, alpha 2, in all blocks of both towers" in capsys.readouterr().out
@@ -256,17 +252,73 @@ def test_what_does_not_go_together_is_refused(here, words, expected):
     assert not Path("run").exists()
 
 
+def saved(place: Path, target: Path, **changed: Any) -> LoRAWrapper:
+    """A checkpoint of LoRA, some of its arguments changed."""
+    module, trainer = LoRAWrapper(place, LORA), bare_trainer()
+    trainer.strategy.connect(module)
+    module.hparams.update(changed)
+    trainer.save_checkpoint(target)
+    return module
+
+
 def test_another_backbone_is_refused(tmp_path):
-    """Known by its content; and LoRA of a layer that it has not."""
-    place = backbone(tmp_path)
-    module = LoRAWrapper(place, LORA)
-    torch.save({"state_dict": {}, "hyper_parameters": dict(module.hparams)}, tmp_path / "lora.ckpt")
-    other = CLIP(module.model.config)
-    write_safetensors(module.model.config, other.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"other\.safetensors: its weights are not those of the backbone"):
-        LoRAWrapper(tmp_path / "other.safetensors", LORA, digest=module.hparams["digest"])
-    with pytest.raises(UserError, match=r"LoRA is of visual\.nothing, which the backbone does not have"):
-        merged({}, {f"visual.nothing{A}": torch.ones(1, 1)}, LORA, "lora.ckpt")
+    """Known by its content, by what loads it and by what trains on."""
+    place, other = backbone(tmp_path), tmp_path / "other.safetensors"
+    config = saved(place, tmp_path / "lora.ckpt").model.config
+    write_safetensors(config, CLIP(config).state_dict(), other)
+    for load in (train_clip.load, LoRAWrapper.load_from_checkpoint):
+        with pytest.raises(UserError, match=r"other\.safetensors: its weights are not those of the backbone"):
+            load(tmp_path / "lora.ckpt", backbone=other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"lora": None}, {"lora": {"lora": None}}, {"lora": {"rank": 3}}, {"choices": 3}, {"digest": None}],
+    ids=str,
+)
+def test_arguments_that_no_run_has(tmp_path, changed):
+    """Without its backbone's digest any other would do."""
+    saved(backbone(tmp_path), tmp_path / "lora.ckpt", **changed)
+    with pytest.raises(UserError, match=r"lora\.ckpt: its LoRA is not as this package writes it \("):
+        train_clip.load(tmp_path / "lora.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("trained", "named"),
+    [
+        ({}, "any layer"),
+        ({f"nothing{A}": (3, 8), f"nothing{B}": (6, 3)}, "nothing"),
+        ({f"layer{A}": (3, 8)}, "layer"),
+        ({f"layer{A}": (2, 8), f"layer{B}": (6, 2)}, "layer"),
+        ({f"layer{A}": (3, 6), f"layer{B}": (8, 3)}, "layer"),
+        ({f"norm{A}": (3, 8), f"norm{B}": (8, 3)}, "norm"),
+        ({f"layer{A}": (3, 8), f"layer{B}": (6, 3), "more": (1,)}, "more"),
+    ],
+    ids=["none", "no such layer", "half of it", "another rank", "turned round", "of a vector", "something else"],
+)
+def test_tensors_that_do_not_fit_are_named(trained, named):
+    kept = {"layer.weight": torch.ones(6, 8), "norm.weight": torch.ones(8)}
+    with pytest.raises(UserError, match=rf"^lora\.ckpt: does not fit its backbone in {named}\. Expected"):
+        merged(kept, {name: torch.ones(form) for name, form in trained.items()}, LORA, "lora.ckpt")
+
+
+def test_batch_norms_stay_as_they_are(tmp_path):
+    """Their statistics are in no checkpoint of LoRA."""
+    module = LoRAWrapper(backbone(tmp_path), LORA)
+    module.model.visual.norm = torch.nn.BatchNorm1d(2)
+    assert module.train().model.visual.training
+    assert not module.model.visual.norm.training
+
+
+def test_a_run_goes_on_from_another_folder(here, monkeypatch):
+    """Its backbone was named as seen from the first one."""
+    train(
+        f"--pretrained backbone.safetensors --lora 2 {RUN} --max_steps 1 --output run".replace("pairs", f"{here}/pairs")
+    )
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    train("--resume ../run --max_steps 2")
+    assert read_checkpoint(here / "run/checkpoints/last.ckpt")["global_step"] == 2
 
 
 def test_without_the_library(tmp_path, monkeypatch):

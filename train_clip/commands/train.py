@@ -67,7 +67,7 @@ def train(
             known["backbone"] = asked.pop("pretrained")
         resumed.require_same_start(asked, known.get("lora"))
     elif lora.lora is not None:
-        known = beside(weights, model, lora)
+        known = arguments_of_lora(weights, model, lora)
     module: Any
     config = None if known.keys() & {"adapter", "lora"} else choose_config(model, weights)
     if config is not None:
@@ -80,6 +80,8 @@ def train(
         if lora.lora is None:
             module.begin_with(weights.read(), weights.source)
         model = replace(model, pretrained=weights.source)
+    if "lora" in known:  # which needs its backbone again, whatever folder a later command is run in
+        model = replace(model, pretrained=module.hparams["backbone"])
     # Weights, or a file of the user's own: no preset's name builds the model again.
     is_own = model.pretrained is not None or (model.model_name or "").endswith((".yaml", ".yml"))
     model = replace(model, model_name=model.model_name or (DEFAULT_MODEL if config else None))
@@ -95,7 +97,7 @@ def train(
     return train_job(job, run, trainer, resumed)
 
 
-def beside(weights: found.Found | None, model: ModelOptions, lora: LoRAOptions) -> dict[str, Any]:
+def arguments_of_lora(weights: found.Found | None, model: ModelOptions, lora: LoRAOptions) -> dict[str, Any]:
     """The arguments of a module that trains LoRA beside these weights."""
     if weights is None:
         raise UsageError(f"--lora {lora.lora}: trains beside pretrained weights. Give some: --pretrained.")

@@ -5,13 +5,12 @@ from typing import Any
 from torch import nn
 
 from train_clip.errors import UserError
+from train_clip.lora.file import FUSED
 from train_clip.models.blocks import SelfAttention
 from train_clip.models.clip import DualEncoder
 from train_clip.optional import optional
 from train_clip.options import LoRAOptions
 from train_clip.training.optimizer import blocks_of
-
-FUSED = "in_proj_weight"  # of CLIP's attention: three projections in one matrix, which is no layer
 
 
 def add_lora(model: DualEncoder, lora: LoRAOptions) -> None:
@@ -26,13 +25,13 @@ def add_lora(model: DualEncoder, lora: LoRAOptions) -> None:
     towers = {"image": model.visual, "text": model.transformer}
     # Without a configuration, by which peft would take what is inside for a model of transformers.
     holder = nn.ModuleDict({name: tower for name, tower in towers.items() if lora.lora_towers in ("both", name)})
-    config = peft.LoraConfig(r=lora.lora, lora_alpha=lora.lora_alpha or lora.lora, target_modules=[])
-    config.target_parameters = []
+    layers, matrices = list[str](), list[str]()
     for name, tower in holder.items():
         linear, fused = places(tower, name, lora.lora_layers)
-        config.target_modules.update(f"{name}.{path}" for path in linear)
-        config.target_parameters += [f"{name}.{path}" for path in fused]
-    peft.inject_adapter_in_model(config, holder)
+        layers += [f"{name}.{path}" for path in linear]
+        matrices += [f"{name}.{path}" for path in fused]
+    how = {"target_modules": layers, "target_parameters": matrices or None}
+    peft.inject_adapter_in_model(peft.LoraConfig(r=lora.lora, lora_alpha=lora.alpha, **how), holder)
     for attention in (module for module in holder.modules() if isinstance(module, SelfAttention)):
         # A forward pass leaves it behind the other parameters: there from the start, it is so in every copy.
         attention.register_parameter(FUSED, attention._parameters.pop(FUSED))
@@ -53,6 +52,6 @@ def places(tower: nn.Module, name: str, layers: list[int] | None) -> tuple[list[
     if not linear:
         raise UserError(
             f"lora is of linear layers, and the blocks of the {name} tower, {kind}, have none. Expected a transformer. "
-            f"Give LoRA to the other tower alone: lora_towers."
+            "Give LoRA to the other tower alone: lora_towers."
         )
     return linear, [f"{path}.{FUSED}" for path, module in named if isinstance(module, SelfAttention)]

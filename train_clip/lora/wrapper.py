@@ -6,15 +6,18 @@ Its checkpoints hold what is trained; the backbone stays in its own file, which 
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
+
+from typing_extensions import override
 
 from train_clip.checkpoints import found
 from train_clip.errors import UserError
 from train_clip.keywords import TrainingKeywords
 from train_clip.lora.layers import add_lora
+from train_clip.models.blocks import training_norms
 from train_clip.models.config import OptimizerConfig
 from train_clip.options import LoRAOptions, StepOptions, TowerOptions, TrainingOptions, WeightOptions
-from train_clip.prompts.file import require_digest
+from train_clip.prompts.file import require_digest, telling_of_backbone
 from train_clip.prompts.wrapper import BesideBackbone
 
 # LoRA wants about ten times the learning rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret",
@@ -55,7 +58,8 @@ class LoRAWrapper(BesideBackbone):
     ) -> None:
         asked = lora if isinstance(lora, LoRAOptions) else LoRAOptions(**lora)
         settled = WeightOptions(**choices or {})
-        weights = backbone if isinstance(backbone, found.Found) else found.find_weights(backbone, settled)
+        with telling_of_backbone("LoRA"):
+            weights = backbone if isinstance(backbone, found.Found) else found.find_weights(backbone, settled)
         kept = weights.read_as_kept()
         digest, (model, tokenizer) = require_digest(kept, digest, weights.source), weights.empty()
         found.fill(model, weights.resized(kept), weights.source)
@@ -77,3 +81,12 @@ class LoRAWrapper(BesideBackbone):
         self.tokenizer = tokenizer
         about = {"lora": asdict(asked), "digest": digest, "choices": asdict(settled)}
         self.save_hyperparameters({"backbone": self.place_of(weights.source)} | about | self.options.flat())
+        self.train(self.training)
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        # Statistics of BatchNorms are the backbone's, frozen as its weights are: no checkpoint has them.
+        super().train(mode)
+        for norm in training_norms(self.model):
+            norm.eval()
+        return self

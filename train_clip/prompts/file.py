@@ -3,7 +3,8 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -68,12 +69,8 @@ class FoundPrompts(found.FoundCLIP):
             self.refuse("visual prompts, whose backbone has fixed sizes. Leave out the other options")
         if "digest" not in self.arguments:  # whole
             return super().settled(choices, backbone)
-        try:
+        with telling_of_backbone(f"{self.source}: visual prompts"):
             settled = found.find_model(backbone or str(self.arguments["backbone"]), self.config)
-        except UserError as error:
-            raise UserError(
-                f"{self.source}: visual prompts, whose backbone cannot be loaded ({error}) If it has moved: {ELSEWHERE}"
-            ) from error
         return dataclasses.replace(self, backbone=settled)
 
     @override
@@ -99,6 +96,15 @@ class FoundPrompts(found.FoundCLIP):
     @override
     def describe(self) -> dict[str, str]:
         return found.Found.describe(self) if "digest" in self.arguments else super().describe()
+
+
+@contextmanager
+def telling_of_backbone(what: str) -> Iterator[None]:
+    """Have errors say that the backbone of this is meant, and where to give another place of it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}, whose backbone cannot be loaded ({error}) If it has moved: {ELSEWHERE}") from error
 
 
 def read_backbone(backbone: found.FoundCLIP, expected: str | None) -> tuple[dict[str, Any], str]:

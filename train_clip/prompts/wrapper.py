@@ -17,7 +17,7 @@ from train_clip.keywords import TrainingKeywords
 from train_clip.models.clip import CLIP
 from train_clip.models.config import OptimizerConfig, config_from_dict
 from train_clip.options import StepOptions, TowerOptions, TrainingOptions
-from train_clip.prompts.file import PromptConfig, read_backbone
+from train_clip.prompts.file import PromptConfig, read_backbone, telling_of_backbone
 from train_clip.prompts.model import add_prompts
 from train_clip.training.module import ContrastiveModule
 
@@ -93,10 +93,11 @@ class PromptCLIPWrapper(BesideBackbone):
         if not isinstance(prompts, PromptConfig):
             prompts = PromptConfig(**prompts)
         if not isinstance(backbone, found.Found):
-            if config is None:
-                backbone = found.find_weights(backbone)
-            else:
-                backbone = found.find_model(backbone, config_from_dict(config, str(backbone)))
+            with telling_of_backbone("visual prompts"):
+                if config is None:
+                    backbone = found.find_weights(backbone)
+                else:
+                    backbone = found.find_model(backbone, config_from_dict(config, str(backbone)))
         backbone = backbone.require_clip()
         source = backbone.source
         tensors, digest = read_backbone(backbone, digest)
