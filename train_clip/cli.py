@@ -39,6 +39,7 @@ VERBS = {
     ),
     "data show": ("train_clip.data_tools.show:data_show", "write a contact sheet: pairs as the model will see them"),
     "data split": ("train_clip.data_tools.split:data_split", "split pairs into tables: training, validation, test"),
+    "data shards": ("train_clip.shards.write:data_shards", "write pairs into WebDataset shards for --shards"),
     "data npz": ("train_clip.data_tools.npz:data_npz", "decode every image once, into arrays that load faster"),
     "models": ("train_clip.commands.models:models", "list the models, their sizes and hyperparameters"),
     "completion": ("train_clip.cli:completion", "print a script that completes commands and options in your shell"),

@@ -1,6 +1,7 @@
 """Files that are complete or absent: written next to the target, synced, renamed. Whose a folder is; what is read."""
 
 import errno
+import io
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -26,6 +28,7 @@ MAX_PATH = 4096  # bytes of a path in a table
 MAX_YAML = 2**16  # bytes of options or of a model's configuration
 BESIDE = ".tmp-"  # and the process's number, behind the target's name
 PATIENCE = 50  # tenths of a second, for others to close a file
+IN_TAR = ".tar!"  # between a shard and the name of a file in it
 LOCK = ".lock"  # in a folder that a process holds
 LOCKED = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems say of a file that another process has locked
 
@@ -122,6 +125,14 @@ def require_no_others(folder: Path, *own: str) -> None:
                 f"{folder}: holds {one.name!r} already, and the output files would be mixed with what is there. "
                 "Expected a new or an empty folder; give another --output."
             )
+
+
+def opened(path: str) -> io.BufferedReader:
+    """Open one of a user's files to be read: a regular one, or one in a shard, whose path is SHARD.tar!NAME."""
+    if IN_TAR in path:
+        member: io.BufferedReader = resolve_name("train_clip.shards.members:open_member")(path)
+        return member
+    return open(path, "rb", opener=regular)
 
 
 def regular(path: str, flags: int) -> int:

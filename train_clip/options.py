@@ -132,6 +132,11 @@ class SourceOptions(Options):
     pairs: Path | None = option(None, "table (.csv, .tsv, .jsonl) of pairs instead of --folder, paths relative to it")
     image_column: str = option("image", "the table's column of image paths")
     caption_column: str = option("caption", "the table's column of captions")
+    shards: str | None = option(
+        None,
+        "WebDataset shards instead of --folder: tars by path, folder, glob, {000..099} or address (s3://, gs://, "
+        "https://); several as A::B, each with @WEIGHT, how often it is in an epoch",
+    )
     pair_by: PairBy = option("stem", "match files by stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 from torch.utils.data import DataLoader
 
+from train_clip.data.pairs import PairList
 from train_clip.data.samples import GlobalBatchSampler
 
 N, G = 22, 4  # pairs, and pairs of a global batch: 5 batches an epoch, 2 pairs left over
@@ -27,7 +28,7 @@ class Position:
 
 
 def sampler(consumed: Callable[[], int | None], rank: int = 0, size: int = 1, seed: int = 5, shuffle: bool = True):
-    return GlobalBatchSampler(range(N), G, consumed, shuffle, seed, (rank, size))  # type: ignore[arg-type]
+    return GlobalBatchSampler(PairList("", map(str, range(N)), [""] * N), G, consumed, shuffle, seed, (rank, size))  # type: ignore[arg-type]
 
 
 def run(size: int, start: int = 0, epochs: int = 3, seed: int = 5, limit: int = BATCHES) -> list[list[Key]]:

@@ -220,9 +220,9 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule, best_by
         return
     options = data.options
     if options.val_pairs is not None:
-        options = replace(options, pairs=options.val_pairs, folder=None, pair_by="stem")
+        options = replace(options, pairs=options.val_pairs, folder=None, shards=None, pair_by="stem")
     command = ["train-clip", "evaluate", str(best if best.is_file() else last)]
-    for name in ("pairs", "image_column", "caption_column", "folder", "pair_by"):
+    for name in ("pairs", "shards", "image_column", "caption_column", "folder", "pair_by"):
         if (value := getattr(options, name)) != getattr(DataOptions, name):
             command += [f"--{name}", str(value)]
     if data.validation_pairs:
@@ -268,7 +268,7 @@ def settled(job: Job, run: RunOptions, folder: Path) -> dict[str, Any]:
 
 def _num_steps(data: TextImageDataModule, trainer: L.Trainer) -> float:
     """Optimizer steps of the whole run, as the Trainer's limits have it; infinity where they have none."""
-    batches, limit = len(data.training_pairs) // data.batch_size, trainer.limit_train_batches or 0
+    batches, limit = data.training_pairs.per_epoch // data.batch_size, trainer.limit_train_batches or 0
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 0)
     # -1 is no limit, as in the Trainer.

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 
 from train_clip.data.images import MAX_PIXELS, reading, require_sides
 from train_clip.errors import BadSample
-from train_clip.files import regular, replacing
+from train_clip.files import opened, replacing
 
 MEMBER = "data.npy"  # how numpy.savez names the array "data"
 MAX_HEADER = 10_000  # bytes of an array's header: numpy's own limit for text that it parses
@@ -33,8 +33,8 @@ def read_array(path: str) -> np.ndarray:
         BadSample: no zip or a damaged one, no ``data`` in it, objects, another dtype or shape, a size that the file
             does not hold, or that no picture may have.
     """
-    with reading(path, "npz"), open(path, "rb", opener=regular) as file:
-        size = os.fstat(file.fileno()).st_size
+    with reading(path, "npz"), opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
         _require_small_directory(path, file, size)
         with zipfile.ZipFile(file) as archive:
             entry = archive.NameToInfo.get(MEMBER)

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 
-from train_clip.errors import BadSample, MissingSample
-from train_clip.files import regular
+from train_clip.errors import BadSample, MissingSample, UserError
+from train_clip.files import opened
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 MAX_PIXELS = 89_478_485  # Pillow's Image.MAX_IMAGE_PIXELS, from which on it warns of a decompression bomb
@@ -86,13 +86,13 @@ def read_image(path: str) -> Decoded:
     Raises:
         BadSample: the file cannot be read, is damaged, is no image, or is of an absurd size.
     """
-    with reading(path, "image"), open(path, "rb", opener=regular) as file:
+    with reading(path, "image"), opened(path) as file:
         return _decoded(path, _open(path, file))
 
 
 def open_image(path: str) -> Jpeg | Image.Image:
     """Open an image file as ``read_image`` does, but leave it to the caller to decode a plain JPEG."""
-    with reading(path, "image"), open(path, "rb", opener=regular) as file:
+    with reading(path, "image"), opened(path) as file:
         picture = _open(path, file)
         if picture.format in JPEGS and picture.mode in ("RGB", "L"):
             return Jpeg(_whole(picture), picture.size, _turn(picture, []))
@@ -166,7 +166,7 @@ def reading(path: str, what: str) -> Iterator[None]:
     filters.insert(0, PILLOWS_WARNINGS)
     try:
         yield
-    except BadSample:
+    except (BadSample, UserError):
         raise
     except Exception as error:
         kind = MissingSample if isinstance(error, FileNotFoundError) else BadSample
@@ -193,9 +193,10 @@ def _reason(what: str, error: Exception) -> str:
     return f"damaged {what} ({type(error).__name__})"
 
 
-def _open(path: str, file: io.BufferedReader) -> ImageFile.ImageFile:
-    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+def _open(path: str, file: Any) -> ImageFile.ImageFile:
+    if file.seek(0, os.SEEK_END) > MAX_BYTES:
         raise BadSample(path, f"image file over {MAX_BYTES:,} bytes")
+    file.seek(0)
     # A JPEG is read whole in any case, to count its scans.
     content = io.BytesIO(file.read()) if file.peek(3).startswith(JPEG_START) else file
     try:

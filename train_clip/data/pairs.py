@@ -7,9 +7,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from train_clip.data.tokenizer import is_empty
 from train_clip.errors import BadSample
-from train_clip.files import MAX_CAPTIONS, regular
+from train_clip.files import MAX_CAPTIONS, opened
 
 MARK = "\ufeff"  # of the order of bytes
 IN_TABLE = "\0"  # begins captions that stand in place of their file's name, which cannot hold it
@@ -89,6 +91,15 @@ class PairList(Sequence[Pair]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
+    @property
+    def per_epoch(self) -> int:
+        """How many pairs an epoch has."""
+        return len(self)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The places of an epoch's pairs, (``per_epoch``) int64, shuffled: each pair once."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self))
+
     def take(self, indices: Sequence[int]) -> "PairList":
         """Some of the pairs, in the order of the indices."""
         return PairList(self.root, *(map(column.__getitem__, indices) for column in self._columns))
@@ -144,7 +155,7 @@ def read_caption_lines(path: str) -> tuple[list[str], tuple[str, ...]]:
 def read_captions(path: str) -> str:
     """The text of a file of captions, or of names, as it is; errors as for ``read_caption_lines``."""
     try:
-        with open(path, "rb", opener=regular) as file:
+        with opened(path) as file:
             content = file.read(MAX_CAPTIONS + 1)
     except FileExistsError:
         raise BadSample(path, "not a regular file") from None

@@ -57,7 +57,7 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        pairs: PairList,
         global_batch: int,
         consumed: Callable[[], int | None],
         shuffle: bool,
@@ -65,11 +65,12 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         process: tuple[int, int] = (0, 1),
     ) -> None:
         rank, world_size = process
+        dataset: Any = pairs  # of which only the length is asked
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=True)
         self.global_batch = global_batch
         self.consumed = consumed
         self.share = global_batch // world_size
-        self.num_pairs = len(dataset)  # type: ignore[arg-type]
+        self.pairs, self.num_pairs = pairs, pairs.per_epoch
         self.batches_per_epoch = self.num_pairs // global_batch
 
     def __len__(self) -> int:
@@ -86,8 +87,7 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         for position in range(first, first + self.batches_per_epoch):
             epoch, batch = divmod(position, self.batches_per_epoch)
             if batch == 0 or position == first:
-                rng = np.random.default_rng((self.seed, epoch))
-                order = rng.permutation(self.num_pairs) if self.shuffle else np.arange(self.num_pairs)
+                order = self.pairs.order(self.seed, epoch) if self.shuffle else np.arange(self.num_pairs)
             start = batch * self.global_batch + self.rank * self.share
             for index in order[start : start + self.share].tolist():
                 yield epoch, index

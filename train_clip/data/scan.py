@@ -11,11 +11,16 @@ from pkgutil import resolve_name
 
 from train_clip.data.pairs import PairList
 from train_clip.errors import UsageError, UserError
+from train_clip.files import IN_TAR
 from train_clip.options import SourceOptions
 from train_clip.printing import printable
 
 # A source is given by a path: the folder, or the option of its name. A new one is a line here, a file and an option.
-SOURCES = {"folder": "train_clip.data.folder:scan_folder", "pairs": "train_clip.data.table:scan_table"}
+SOURCES = {
+    "folder": "train_clip.data.folder:scan_folder",
+    "pairs": "train_clip.data.table:scan_table",
+    "shards": "train_clip.shards.find:scan_shards",
+}
 DEFAULTS = SourceOptions()
 
 CAPTION_SUFFIX = ".txt"
@@ -25,12 +30,14 @@ EXPECTED = {
     "stem": "  The files of a pair share a stem: cat.jpg and cat.txt, one caption per line. Rename the files, or list "
     "them in a table (--pairs). If they share a number (image1.jpg, text1.txt), pass --pair_by number.",
     "number": "  The files of a pair share a number: image1.jpg and text1.txt, one caption per line. Rename the files.",
+    "shards": "  The files of a pair share what stands before the first dot: cat.jpg and cat.txt, in one shard.",
     "table": "  Expected rows with an image and a caption that is not empty; image paths are relative to the table's "
     "folder.",
 }
 # Suffixes of files that may lie in place of pairs, and what to do with them.
 ADVICE = {
-    ".tar .tgz .gz .bz2 .xz .zst .zip .7z": "Archives are not read: unpack them (tar -xf FILE.tar, unzip FILE.zip).",
+    ".tar": "Shards (tars of images and captions) are read by --shards.",
+    ".tgz .gz .bz2 .xz .zst .zip .7z": "Archives are not read: unpack them (tar -xf FILE.tgz, unzip FILE.zip).",
     ".parquet .arrow .feather .tfrecord .h5 .hdf5 .mdb": "Such files are not read: write their images and captions as "
     "files (cat.jpg, cat.txt), or paths and captions as a table (pandas.read_parquet and to_csv).",
     ".csv .tsv .jsonl": "A table of image paths and captions is read by --pairs TABLE.",
@@ -59,11 +66,11 @@ def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path
     given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name} {path}" for name, path in given) or "nowhere"
-        raise UsageError(f"Data from: {found}. Expected one of --folder FOLDER and --pairs TABLE.")
+        raise UsageError(f"Data from: {found}. Expected one of --folder FOLDER, --pairs TABLE and --shards TARS.")
     name, path = given[0]
     if name != "folder" and options.pair_by != "stem":
-        raise UsageError(f"--pair_by {options.pair_by}: is only for a folder; the table {path} lists the pairs itself.")
-    return name, path
+        raise UsageError(f"--pair_by {options.pair_by}: is only for a folder; {path} lists the pairs itself.")
+    return name, Path(path)
 
 
 @dataclass
@@ -88,7 +95,7 @@ class Scan:
             raise UserError(named + (f"\nand {more:,} more: `train-clip data check` lists all." if more > 0 else ""))
         if self.pairs:
             return self
-        kind = "table" if self.source.is_file() else self.pair_by
+        kind = "table" if self.source.is_file() and self.pair_by == "stem" else self.pair_by
         lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if kind == 'table' else 'files'}."]
         for what, names in (
             ("Images without a caption", self.lone_images),
@@ -117,6 +124,8 @@ def path_advice(path: str) -> str:
 
 def fault_of(path: str, is_regular: bool = False) -> str:
     """What keeps this process's user from reading a file, ``GONE`` or another; empty where nothing does."""
+    if IN_TAR in path:  # what ails a shard is no bad sample, and said where it is read
+        return ""
     try:
         if not (is_regular or stat.S_ISREG(os.stat(path).st_mode)):  # noqa: PTH116, a quarter of the time
             return "is not a regular file"

@@ -9,6 +9,7 @@ from train_clip.data import scan, table
 from train_clip.data_tools.facts import look_at
 from train_clip.data_tools.report import CheckOptions, Report, build_report
 from train_clip.printing import printable
+from train_clip.shards.write import verify
 
 NAMED = 1000  # files of one reason on the screen
 
@@ -36,6 +37,8 @@ def data_check(folder: Path | None = None, /, *, options: CheckOptions) -> Repor
         found.faults += held_out.faults
         val_pairs = len(held_out.pairs)
         sources.append(held_out.source)
+    if options.shards is not None:
+        found.faults += verify(found.pairs)
     facts = look_at(found.pairs, sources, options.context_length, options.num_workers, options.cache)
     report = build_report(found, facts, options, val_pairs)
     if options.json is not None:

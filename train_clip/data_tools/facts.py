@@ -15,6 +15,7 @@ from train_clip.commands.progress import in_workers
 from train_clip.data import crops, images, tokenizer
 from train_clip.data.pairs import Pair, PairList, read_caption_lines
 from train_clip.models import clip
+from train_clip.shards.members import stamp_of
 
 KEPT_EVERY = 1024  # pairs that a kill may lose; or an eighth of them, where that is more
 FORMAT = 4  # to be raised when what is kept, or what is found bad, changes
@@ -125,16 +126,8 @@ def look_at(pairs: PairList, sources: list[Path], context_length: int, num_worke
 
 
 def _key(name: str, pair: Pair) -> int:
-    stamps = (_stamp(path) for path in (pair.pixels, pair.caption) if path)
+    stamps = (stamp_of(path) or "gone" for path in (pair.pixels, pair.caption) if path)
     return words_digest("\0".join([name, *pair.texts, *stamps]))
-
-
-def _stamp(path: str) -> str:
-    try:
-        found = os.stat(path)  # noqa: PTH116, a quarter of the time
-    except (OSError, ValueError):
-        return "gone"
-    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
 def audit(pairs: PairList, tokens_of: tokenizer.Tokenizer, place: int) -> tuple[Any, str, Any]:
@@ -157,7 +150,7 @@ def audit(pairs: PairList, tokens_of: tokenizer.Tokenizer, place: int) -> tuple[
         note[0] = error.reason
     try:
         picture, mended = crops.read_picture(pair.pixels)
-        with images.reading(pair.pixels, "image"), open(pair.pixels, "rb", opener=files.regular) as file:
+        with images.reading(pair.pixels, "image"), files.opened(pair.pixels) as file:
             content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         image = picture.size, content, phash(picture) if phash else 0
         note += mended

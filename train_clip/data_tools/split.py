@@ -17,7 +17,7 @@ from train_clip.data.scan import scan_source
 from train_clip.data_tools.check import by_reason
 from train_clip.errors import BadSample, UserError
 from train_clip.evaluation.zero_shot import class_name
-from train_clip.files import regular, replacing, require_new, require_no_others
+from train_clip.files import opened, replacing, require_new, require_no_others
 from train_clip.options import BELOW_ONE, PairOptions, SourceOptions, at_least, option
 from train_clip.printing import no_formula, printable
 
@@ -95,7 +95,7 @@ def _look(pairs: PairList, place: int) -> bytes | BadSample:
     """A digest of a pair's image; or what of the pair cannot be read."""
     pair = pairs[place]
     try:
-        with reading(pair.image, "image"), open(pair.image, "rb", opener=regular) as file:
+        with reading(pair.image, "image"), opened(pair.image) as file:
             digest = hashlib.file_digest(file, "sha256").digest()
         pair.captions()
         return digest

@@ -40,6 +40,7 @@ from train_clip.printing import printable
 from train_clip.probes.images import ImageOptions, find_images
 from train_clip.probes.rows import require_format
 from train_clip.search import vectors
+from train_clip.shards.members import stamp_of
 
 LEAST_ROWS = 1024  # of a part
 NAMED = 20  # files in a message
@@ -164,8 +165,7 @@ def find_parts(rows: Rows, about: vectors.About, folder: Path, options: EmbedOpt
     def digest(some: range) -> str:
         digest = hashlib.sha256(settings.encode())
         for pair in map(rows.pairs.__getitem__, some):
-            found = os.stat(pair.pixels) if options.what == "images" else None  # noqa: PTH116, half of the time
-            state = [found.st_size, found.st_mtime_ns] if found else pair.texts
+            state = stamp_of(pair.pixels) if options.what == "images" else pair.texts
             digest.update(json.dumps([pair.pixels, state]).encode())
         return digest.hexdigest()
 

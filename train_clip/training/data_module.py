@@ -91,7 +91,7 @@ class TextImageDataModule(LightningDataModule):
                 self.validation_pairs = table.scan_table(options.val_pairs, options).require_pairs().pairs
             self._names = pair_names(self.training_pairs)
         processes = self._process()[1]
-        self.batch_size = fit_batch_size(options.batch_size, len(self.training_pairs), processes, self.source)
+        self.batch_size = fit_batch_size(options.batch_size, self.training_pairs.per_epoch, processes, self.source)
         if found is not None:
             utilities.rank_zero_info(self._summary(found))
 
@@ -100,7 +100,7 @@ class TextImageDataModule(LightningDataModule):
         how, process = self.options, self._process()
         dataset = samples.TrainingPairs(self.training_pairs, self.image_size, how.resize_ratio, self.seed)
         order = samples.GlobalBatchSampler(
-            dataset, self.batch_size, self._consumed_batches, how.shuffle, self.seed, process
+            self.training_pairs, self.batch_size, self._consumed_batches, how.shuffle, self.seed, process
         )
         return self._loader(dataset, sampler=order, drop_last=True, say=utilities.rank_zero_info)
 
@@ -116,7 +116,7 @@ class TextImageDataModule(LightningDataModule):
         """What the order of the data depends on, for a checkpoint to keep; the position in it is the module's count."""
         return {
             "batch_size": self.batch_size,
-            "pairs": len(self.training_pairs),
+            "pairs": self.training_pairs.per_epoch,
             "seed": self.seed,
             "shuffle": self.options.shuffle,
             "val_share": self.options.val_share,
@@ -183,7 +183,7 @@ class TextImageDataModule(LightningDataModule):
 
     def _summary(self, found: scan.Scan) -> str:
         size, wanted, share = self.batch_size, self.options.batch_size, self.options.val_share
-        number, held_out, pairs = len(self.training_pairs), len(self.validation_pairs), found.pairs
+        number, held_out, pairs = self.training_pairs.per_epoch, len(self.validation_pairs), found.pairs
         left_out = f"; an epoch leaves out {number % size:,} pairs, different ones each time." if number % size else "."
         lines = [
             f"{self.source}: {len(pairs):,} pairs, {number:,} for training and {held_out:,} held out; "
