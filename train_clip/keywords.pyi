@@ -39,6 +39,7 @@ class DataKeywords(TypedDict, total=False):
     pairs: str | Path | None
     image_column: str
     caption_column: str
+    shards: str | None
     pair_by: Literal["stem", "number"]
     max_bad: float
     val_pairs: str | Path | None

@@ -45,7 +45,14 @@ class Seen(L.Callback):
         self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
-def fit(folder: Path, name: str, resume: Path | None = None, accumulate: int = 1, workers: int = 0) -> dict[str, Any]:
+def fit(
+    folder: Path,
+    name: str,
+    resume: Path | None = None,
+    accumulate: int = 1,
+    workers: int = 0,
+    shards: str | None = None,
+) -> dict[str, Any]:
     """Train on as many processes as there are; global batches in the order of the ranks, losses, final weights."""
     torch.manual_seed(0)
     seen = Seen()
@@ -57,7 +64,9 @@ def fit(folder: Path, name: str, resume: Path | None = None, accumulate: int = 1
         accumulate_grad_batches=accumulate,
     )
     module = CLIPWrapper("tiny", TINY, minibatch_size=3, learning_rate=1e-2, warmup_steps=2)
-    data = TextImageDataModule(folder / "data", BATCH, workers, image_size=16, context_length=16, val_share=0.0)
+    source = {"shards": shards} if shards else {"folder": folder / "data"}
+    how = {"image_size": 16, "context_length": 16, "val_share": 0.0}
+    data = TextImageDataModule(**source, batch_size=BATCH, num_workers=workers, **how)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     everyones = gather_objects(seen.batches)
     batches = [[sample for part in parts for sample in part] for parts in zip(*everyones, strict=True)]

@@ -22,7 +22,6 @@ from train_clip.shards.pairs import ShardPairs
 
 BETWEEN = "::"  # sources, as in open_clip and WebDataset
 LIST = "index.json"  # of the shards in a folder, as WebDataset's wids has it
-MAX_LIST = 2**28  # bytes
 AT_ONCE = 16  # shards that are looked up
 
 
@@ -111,7 +110,7 @@ def _listed(folder: str) -> Iterator[str]:
     path = posixpath.join(folder, LIST)
     with suppress(MissingFile):
         try:
-            several = json.loads(read_bytes(path, 0, MAX_LIST))["shardlist"]
+            several = json.loads(read_bytes(path))["shardlist"]
             yield from (posixpath.join(folder, posixpath.basename(one["url"])) for one in several)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(

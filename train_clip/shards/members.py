@@ -102,15 +102,22 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 def read_bytes(path: str, start: int = 0, stop: int | None = None) -> bytes:
-    """Read a part of a file, as far as it goes; a ``MissingFile`` where there is none, a ``UserError`` for others."""
+    """Read a part of a file, as far as it goes, or all of an index.
+
+    Raises:
+        MissingFile: there is none.
+        UserError: it cannot be read, or is larger than any index.
+    """
     try:
         if "://" in path:
             system, name = file_system(path)
-            content: bytes = system.cat_file(name, start, stop)
+            if stop is None and system.size(name) > MAX_INDEX:
+                raise UserError(f"{path}: is over {MAX_INDEX:,} bytes.")
+            content: bytes = system.cat_file(name, start=start or None, end=stop)
             return content
         with open(path, "rb", opener=regular) as file:
             file.seek(start)
-            return file.read(-1 if stop is None else stop - start)
+            return file.read(MAX_INDEX if stop is None else stop - start)
     except FileNotFoundError as error:
         raise MissingFile(f"{path}: there is no such file (any more). Bring it back.") from error
     except UserError:
@@ -130,7 +137,7 @@ def index_of(shard: str) -> Index:
     kept = _cache_of(shard)
     for file, expected in ((f"{shard}{INDEX}", None), (os.fspath(kept), stamp)):
         with suppress(MissingFile):
-            found = parse_index(file, read_bytes(file, 0, MAX_INDEX))
+            found = parse_index(file, read_bytes(file))
             if expected is None and found.size != size:
                 raise UserError(f"{shard}: has {size:,} bytes; its index says {found.size:,}. {INTACT} ({file}).")
             if expected in (None, found.stamp):
