@@ -17,6 +17,7 @@ from test_disk import mount
 from tests import forked
 from train_clip.checkpoints.own import read_checkpoint
 from train_clip.data.scan import GONE
+from train_clip.shards.write import ShardOptions, data_shards
 
 PAIRS, BATCHES = 40, 8  # batches of 4 to one epoch; a fifth is held out
 EVERY = 3  # optimizer steps between saves
@@ -91,6 +92,28 @@ def test_a_mount_that_is_lost_is_no_matter_of_single_files(workers, words, pairs
     assert f"{GONE}, as of all" in line
     assert f"{mounted}/" in line
     assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize(("workers", "line"), [(0, "truncate -s 700"), (1, "truncate -s 0"), (1, "rm")])
+def test_a_shard_that_is_cut_or_vanishes_is_named_and_the_run_goes_on_after_its_return(
+    workers, line, words, inputs, tmp_path
+):
+    """No bad samples: one line with the shard, what was trained is saved, and nothing is lost once it is back."""
+    shards, kept = tmp_path / "shards", tmp_path / "kept"
+    data_shards(inputs / "pairs", options=ShardOptions(output=shards, pairs_per_shard=7, num_workers=0))
+    shutil.copytree(shards, kept)
+    how = ["--num_workers", str(workers), "--shards", str(shards), "--output", str(tmp_path / "run")]
+    harm = callback("ShellAt", line=f"{line} {shards}/*.tar", batch=EVERY + 1)
+    result = run([*words, *how, *harm]).require(1)
+    (said,) = result.complaints
+    assert said.startswith(f"train-clip: {shards}/0000")
+    assert ("there is no such file" if line == "rm" else "ends before") in said
+    assert "Skipped" not in result.text
+    assert EVERY + 1 <= consumed(last(tmp_path / "run")) <= BATCHES
+    shutil.copytree(kept, shards, dirs_exist_ok=True)
+    run(["train", "--resume", str(tmp_path / "run"), "--callbacks", "null"]).require(0)
+    run([*words, "--num_workers", "0", "--shards", str(kept), "--output", str(tmp_path / "whole")]).require(0)
+    require_same_state(last(tmp_path / "run"), last(tmp_path / "whole"))
 
 
 # Streams

@@ -18,10 +18,13 @@ import yaml
 from PIL import Image
 
 from tests.conftest import TINY, write_pairs
+from tests.data.everything import write_everything
 from train_clip.cli import main
 from train_clip.data import crops
 from train_clip.data.folder import scan_folder
 from train_clip.data.scan import scan_source
+from train_clip.data_tools.check import data_check
+from train_clip.data_tools.report import CheckOptions
 from train_clip.errors import BadSample, MissingFile, UsageError, UserError
 from train_clip.options import SourceOptions
 from train_clip.shards import members
@@ -215,6 +218,27 @@ def test_a_name_that_occurs_twice(tmp_path):
     for _ in range(2):  # by the headers, and by the cache
         assert "a.tar!a.png: occurs more than once" in scan(tmp_path / "a.tar").faults[0]
         members.index_of.cache_clear()
+
+
+def test_one_of_everything(tmp_path):
+    """What is bad and what is mended in a tar is what is so in the folder, as `data check` counts it."""
+    everything = write_everything(tmp_path / "folder")
+    files = sorted(file for file in everything.folder.rglob("*") if file.is_file() and "dots." not in file.name)
+    tar(tmp_path / "a.tar", {str(file.relative_to(everything.folder)): file.read_bytes() for file in files})
+    for file in everything.folder.glob("dots.*"):
+        file.unlink()
+    how = {"max_bad": 1.0, "num_workers": 0, "image_size": 16}
+    ours = data_check(options=CheckOptions(shards=str(tmp_path / "a.tar"), **how))
+    theirs = data_check(everything.folder, options=CheckOptions(**how))
+    there = {f"{everything.folder}/": f"{tmp_path}/a.tar!"}
+    for old, new in there.items():
+        assert ours["bad"] == {why: [path.replace(old, new) for path in paths] for why, paths in theirs["bad"].items()}
+    for name in ("pairs", "bad_pairs", "captions", "sizes", "others"):
+        shown = json.dumps(ours[name]).replace("a.tar!", "")
+        assert shown == json.dumps(theirs[name]), name
+    assert {what: found["number"] for what, found in ours["mended"].items()} == {
+        what: found["number"] for what, found in theirs["mended"].items()
+    }
 
 
 def test_links_pickles_and_paths_out_of_the_folder_are_only_names(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train_clip.data.tokenizer import is_empty
-from train_clip.errors import BadSample
+from train_clip.errors import BadSample, UserError
 from train_clip.files import MAX_CAPTIONS, opened
 
 MARK = "\ufeff"  # of the order of bytes
@@ -157,6 +157,8 @@ def read_captions(path: str) -> str:
     try:
         with opened(path) as file:
             content = file.read(MAX_CAPTIONS + 1)
+    except UserError:
+        raise
     except FileExistsError:
         raise BadSample(path, "not a regular file") from None
     except OSError as error:

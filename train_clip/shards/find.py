@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train_clip.data.images import ARRAY_SUFFIX, image_suffixes
+from train_clip.data.pairs import plain_name
 from train_clip.data.scan import CAPTION_SUFFIX, Scan
 from train_clip.errors import MissingFile, UsageError, UserError, first_line
 from train_clip.optional import optional
@@ -137,14 +138,16 @@ def _pairs(scan: Scan, shard: str, index: Index) -> Iterator[tuple[str, str]]:
         scan.faults.append(f"{printable(f'{shard}!{name}')}: occurs more than once. Write the shard again.")
     for name in index.names:
         suffix = posixpath.splitext(name)[1].lower()
+        if posixpath.basename(name).startswith("."):
+            continue
         if suffix not in wanted | {CAPTION_SUFFIX}:
             scan.others[suffix or "no suffix"] += 1
         else:
-            groups[_key(name)].append(name)
+            groups[plain_name(_key(name))].append(name)
     for key, files in groups.items():
         images = [name for name in files if not name.lower().endswith(CAPTION_SUFFIX)]
         captions = [name for name in files if name not in images]
-        dotted = [name for name in files if "." in posixpath.splitext(name)[0].removeprefix(key)]
+        dotted = [name for name in files if "." in posixpath.splitext(posixpath.basename(name))[0]]
         if dotted or len(images) > 1 or len(captions) > 1:
             listed = ", ".join(map(printable, (dotted or files)[:4]))
             scan.faults.append(
