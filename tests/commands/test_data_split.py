@@ -200,3 +200,78 @@ def test_tables_are_not_written_among_other_files(tmp_path: Path) -> None:
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / ".DS_Store").touch()
     split(folder, tmp_path / "split")
+
+
+# Groups
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    """A table of 60 pairs of 12 patients, five in each folder, with repeated captions and similar images."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pairs"
+    rows = ["image,caption,patient"]
+    for number in range(60):
+        name = f"{number // 5}/{number}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if number % 10 != 9:  # else the one before, a little brighter: lossless, so that its hash stays
+            small = Image.fromarray(rng.integers(0, 200, (6, 6, 3), dtype=np.uint8))
+            pixels = np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC))
+        else:
+            pixels = pixels + np.uint8(3)
+        Image.fromarray(pixels).save(folder / name)
+        rows.append(f"{name},finding {number % 25},p{number * 7 % 12}")
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    return folder / "table.csv"
+
+
+def divided(table: Path, output: Path, **options: object) -> dict[str, set[int]]:
+    data_split(options=SplitOptions(pairs=table, output=output, val_share=0.2, test_share=0.2, **options))  # type: ignore[arg-type]
+    return {part: {int(Path(pair.image).stem) for pair in scan_table(output / f"{part}.csv").pairs} for part in PARTS}
+
+
+@pytest.mark.parametrize(("group", "of"), [("patient", lambda n: n * 7 % 12), ("folder", lambda n: n // 5)])
+def test_no_group_is_on_two_sides(patients, tmp_path, group, of) -> None:
+    parts = divided(patients, tmp_path / "split", group=group)
+    assert sorted(number for part in parts.values() for number in part) == list(range(60))
+    assert {part: len(numbers) for part, numbers in parts.items()} == {"train": 40, "val": 10, "test": 10}
+    groups = [{of(number) for number in part} for part in parts.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 12
+
+
+def test_what_is_on_both_sides_is_named_or_kept_together(patients, tmp_path, capsys) -> None:
+    """Captions and similar images, against the numbers that were written."""
+    parts = divided(patients, tmp_path / "named", similar_images="named")
+    held_out = parts["val"] | parts["test"]
+    captions = {number for number in held_out if number % 25 in {other % 25 for other in parts["train"]}}
+    similar = {n for n in held_out if (n ^ 1 if n % 10 in (8, 9) else -1) in parts["train"]}
+    said = capsys.readouterr().out
+    assert captions and f"{len(captions)} of 24 held-out pairs share a caption with training" in said
+    assert similar and f"{len(similar)} of 24 held-out pairs share a similar image with training" in said
+    parts = divided(patients, tmp_path / "kept", similar_images="together", equal_captions="together")
+    assert "share" not in capsys.readouterr().out
+    for part in parts.values():
+        assert part == {n for n in range(60) if any((n - m) % 25 == 0 for m in part)}
+        assert all(n ^ 1 in part for n in part if n % 10 in (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("group", "source", "told"),
+    [
+        ("product", "table", "expected one 'product'. Name the columns with --image_column and --group"),
+        ("patient", "folder", "is a column of a table"),
+    ],
+)
+def test_groups_that_are_not_there(group, source, told, patients, tmp_path) -> None:
+    with pytest.raises(UserError, match=told):
+        if source == "table":
+            data_split(options=SplitOptions(pairs=patients, output=tmp_path / "out", group=group))
+        else:
+            data_split(write_pairs(tmp_path / "more", 3), options=SplitOptions(output=tmp_path / "out", group=group))
+
+
+def test_a_row_without_a_group_is_named(patients, tmp_path) -> None:
+    lines = patients.read_text().split("\n")
+    lines[2] = lines[2].rpartition(",")[0] + ","
+    patients.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"0/1\.png: has no group in the column 'patient'"):
+        data_split(options=SplitOptions(pairs=patients, output=tmp_path / "out", group="patient"))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from train_clip.data.folder import scan_folder
 from train_clip.data.pairs import IN_TABLE, PairList, held_out_indices, split_pairs
-from train_clip.data_tools.split import SplitOptions, divide
+from train_clip.data_tools.report import NEAR_BITS
+from train_clip.data_tools.split import Looked, SplitOptions, divide, together
 from train_clip.errors import UserError
 from train_clip.options import PairOptions
 
@@ -263,3 +264,53 @@ def test_shares_are_of_what_the_cap_keeps() -> None:
     """Ten classes of a hundred, ten of each kept: a test of a tenth holds 10, not 100."""
     parts = divide(digests(*range(1000)), [str(index % 10) for index in range(1000)], shares_of(0.2, 0.1, 0, 10))
     assert {part: len(indices) for part, indices in parts.items()} == {"train": 70, "val": 20, "test": 10}
+
+
+# What belongs together
+
+LOOKED = st.builds(
+    Looked,
+    st.sampled_from([bytes([number]) for number in range(12)]),
+    st.lists(st.integers(0, 15), max_size=2),
+    st.integers(0, 40).map(lambda number: number * 0x9E3779B97F4A7C15 % 2**63),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(LOOKED, st.lists(st.sampled_from("abcdefgh"), max_size=2)), min_size=1, max_size=25),
+    st.sampled_from(["named", "together"]),
+    st.sampled_from(["ignored", "together"]),
+)
+def test_what_belongs_together_against_all_pairs_compared(rows, equal_captions, similar_images) -> None:
+    """Of every two pairs it is asked what they share, until nothing changes; no two such are on two sides."""
+    looked, groups = [one for one, _ in rows], [own for _, own in rows]
+    options = SplitOptions(equal_captions=equal_captions, similar_images=similar_images, val_share=0.3, test_share=0.2)
+    same = [{place} for place in range(len(rows))]
+
+    def belong(one: int, other: int) -> bool:
+        captions = equal_captions == "together" and set(looked[one].captions) & set(looked[other].captions)
+        near = (looked[one].look ^ looked[other].look).bit_count() <= NEAR_BITS
+        equal = looked[one].content == looked[other].content or set(groups[one]) & set(groups[other])
+        return bool(equal or captions or (similar_images == "together" and near))
+
+    for one in range(len(rows)):
+        for other in range(one):
+            if belong(one, other) and same[one] is not same[other]:
+                joined = same[one] | same[other]
+                for place in joined:
+                    same[place] = joined
+    keys = together(looked, groups, options)
+    for one in range(len(rows)):
+        assert {place for place in range(len(rows)) if keys[place] == keys[one]} == same[one]
+    parts = divide(keys, [], options)
+    assert sorted(place for places in parts.values() for place in places) == list(range(len(rows)))
+    for places in parts.values():
+        assert all(same[place] <= set(places) for place in places)
+
+
+def test_where_a_group_goes_does_not_depend_on_what_else_is_in_it() -> None:
+    """A group's key is that of its name: pairs that are added later, or come in another order, do not move it."""
+    few = together([Looked(b"x", [], 0), Looked(b"y", [], 0)], [["a"], ["b"]], SplitOptions())
+    more = together([Looked(bytes([n]), [], 0) for n in range(4)], [["b"], ["a"], ["b"], ["a"]], SplitOptions())
+    assert more == [few[1], few[0], few[1], few[0]]
