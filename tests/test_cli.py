@@ -195,7 +195,7 @@ def test_verbs_of_two_words(capsys):
         ("train data_dir", "data_dir: not expected here; a value follows the name of its option."),
         ("inspect", "FILE is missing. `train-clip inspect --help` lists the options."),
         ("completion fish", "SHELL fish: expected bash, zsh or tcsh."),
-        ("train", "Expected one of --folder FOLDER and --pairs TABLE."),
+        ("train", "Expected one of --folder, --pairs, --shards, --dataset."),
         ("train --folder pairs --save_every often", "--save_every often: expected optimizer steps"),
         ("train --folder pairs --strategy ddpp", "Lightning's Trainer does not accept these options: "),
     ],

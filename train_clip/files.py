@@ -29,6 +29,7 @@ MAX_YAML = 2**16  # bytes of options or of a model's configuration
 BESIDE = ".tmp-"  # and the process's number, behind the target's name
 PATIENCE = 50  # tenths of a second, for others to close a file
 IN_TAR = ".tar!"  # between a shard and the name of a file in it
+IN_ROWS = "/#"  # between a data set and the column and row of an image in it
 LOCK = ".lock"  # in a folder that a process holds
 LOCKED = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems say of a file that another process has locked
 
@@ -128,11 +129,18 @@ def require_no_others(folder: Path, *own: str) -> None:
 
 
 def opened(path: str) -> io.BufferedReader:
-    """Open one of a user's files to be read: a regular one, or one in a shard, whose path is SHARD.tar!NAME."""
+    """Open one of a user's files to be read: a regular one, or one that is a part of another."""
+    if (reader := inside(path)) is None:
+        return open(path, "rb", opener=regular)
+    part: io.BufferedReader = resolve_name(reader)(path)
+    return part
+
+
+def inside(path: str) -> str | None:
+    """What opens a path in a shard, SHARD.tar!NAME, or in a data set, SPEC/#COLUMN-ROW; None for a file of its own."""
     if IN_TAR in path:
-        member: io.BufferedReader = resolve_name("train_clip.shards.members:open_member")(path)
-        return member
-    return open(path, "rb", opener=regular)
+        return "train_clip.shards.members:open_member"
+    return "train_clip.shards.dataset:open_row" if IN_ROWS in path else None
 
 
 def regular(path: str, flags: int) -> int:

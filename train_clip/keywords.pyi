@@ -40,6 +40,7 @@ class DataKeywords(TypedDict, total=False):
     image_column: str
     caption_column: str
     shards: str | None
+    dataset: str | None
     pair_by: Literal["stem", "number"]
     max_bad: float
     val_pairs: str | Path | None

@@ -5,7 +5,7 @@ from typing import Any
 
 from train_clip.errors import UserError, first_line
 
-PACKAGES = {"sklearn": "scikit-learn"}  # of another name than their module
+PACKAGES = {"sklearn": "scikit-learn", "imagehash": "ImageHash"}  # of another name than their module
 
 
 def optional(module: str, what: str, instead: str = "") -> Any:

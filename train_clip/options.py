@@ -137,6 +137,10 @@ class SourceOptions(Options):
         "WebDataset shards instead of --folder: tars by path, folder, glob, {000..099} or address (s3://, gs://, "
         "https://); several as A::B, each with @WEIGHT, how often it is in an epoch",
     )
+    dataset: str | None = option(
+        None,
+        "data set of Hugging Face instead of --folder: NAME or NAME:SPLIT, a folder, or Parquet files with images",
+    )
     pair_by: PairBy = option("stem", "match files by stem (cat.jpg, cat.txt) or number (image1.jpg, text1.txt)")
 
 

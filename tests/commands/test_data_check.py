@@ -568,7 +568,7 @@ def test_what_is_not_read_comes_with_advice(tmp_path: Path, capsys: pytest.Captu
     folder = write_pairs(tmp_path / "pairs", 4)
     (folder / "more.tar").write_bytes(b"")
     check(folder, image_size=16)
-    assert "1 × .tar. Archives are not read: unpack them" in capsys.readouterr().out
+    assert "1 × .tar. Shards (tars of images" in capsys.readouterr().out
     rows = [f"pairs/{index:03}.png,a" for index in range(4)] + ["~/a.png,b", "~/c.png,b", "https://a.b/c.png,d"]
     (tmp_path / "table.csv").write_text("\n".join(["image,caption", *rows]))
     data_check(options=CheckOptions(pairs=tmp_path / "table.csv", max_bad=1.0, num_workers=0, image_size=16))

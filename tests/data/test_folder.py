@@ -533,11 +533,11 @@ def test_the_message_for_no_pairs_says_only_what_is_there(tmp_path: Path, files:
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        (["0.tar", "1.tar"], "2 × .tar. Archives are not read: unpack them (tar -xf FILE.tar, unzip FILE.zip)."),
-        (["a.parquet"], "1 × .parquet. Such files are not read: write their images and captions as files"),
+        (["0.tar", "1.tar"], "2 × .tar. Shards (tars of images and captions) are read by --shards."),
+        (["a.parquet"], "1 × .parquet. Parquet files that hold images are read by --dataset."),
         (["a.jpg", "b.png", "captions.csv"], "1 × .csv. A table of image paths and captions is read by --pairs TABLE."),
         (["a.jpg", "captions.JSON"], "1 × .json. Save image paths and captions as a table"),
-        (["a.md", "b.tar", "c.md"], "2 × .md, 1 × .tar. Archives are not read"),
+        (["a.md", "b.tar", "c.md"], "2 × .md, 1 × .tar. Shards"),
     ],
 )
 def test_what_lies_in_place_of_pairs(tmp_path: Path, files: list[str], line: str) -> None:
@@ -555,7 +555,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
         ("missing", "there is no such folder", ""),
         ("missing.tar", "there is no such folder", ""),
         ("file", "is no folder", ""),
-        ("data.tar", "is no folder", " Archives are not read: unpack them (tar -xf FILE.tar, unzip FILE.zip)."),
+        ("data.tar", "is no folder", " Shards (tars of images and captions) are read by --shards."),
         ("pairs.csv", "is no folder", " A table of image paths and captions is read by --pairs TABLE."),
     ):
         with pytest.raises(UserError) as caught:

@@ -407,7 +407,7 @@ def test_no_such_table(tmp_path: Path) -> None:
     ("name", "advice"),
     {
         "t": "", ".csv": "", "t.txt": "", "t.json": "Save", "t.xlsx": "Save", "t.csv.gz": "Archives are not read",
-        "t.parquet": "Such files are not read: write their images and captions as files (cat.jpg, cat.txt)",
+        "t.parquet": "Parquet files that hold images are read by --dataset.",
     }.items(),
 )  # fmt: skip
 def test_a_kind_that_is_not_known(tmp_path: Path, name: str, advice: str) -> None:

@@ -220,9 +220,9 @@ def say_end(trainer: L.Trainer, folder: Path, data: TextImageDataModule, best_by
         return
     options = data.options
     if options.val_pairs is not None:
-        options = replace(options, pairs=options.val_pairs, folder=None, shards=None, pair_by="stem")
+        options = replace(options, pairs=options.val_pairs, folder=None, shards=None, dataset=None, pair_by="stem")
     command = ["train-clip", "evaluate", str(best if best.is_file() else last)]
-    for name in ("pairs", "shards", "image_column", "caption_column", "folder", "pair_by"):
+    for name in ("pairs", "shards", "dataset", "image_column", "caption_column", "folder", "pair_by"):
         if (value := getattr(options, name)) != getattr(DataOptions, name):
             command += [f"--{name}", str(value)]
     if data.validation_pairs:

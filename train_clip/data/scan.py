@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 
 from train_clip.data.pairs import PairList
 from train_clip.errors import UsageError, UserError
-from train_clip.files import IN_TAR
+from train_clip.files import inside
 from train_clip.options import SourceOptions
 from train_clip.printing import printable
 
@@ -20,6 +20,7 @@ SOURCES = {
     "folder": "train_clip.data.folder:scan_folder",
     "pairs": "train_clip.data.table:scan_table",
     "shards": "train_clip.shards.find:scan_shards",
+    "dataset": "train_clip.shards.dataset:scan_dataset",
 }
 DEFAULTS = SourceOptions()
 
@@ -31,6 +32,7 @@ EXPECTED = {
     "them in a table (--pairs). If they share a number (image1.jpg, text1.txt), pass --pair_by number.",
     "number": "  The files of a pair share a number: image1.jpg and text1.txt, one caption per line. Rename the files.",
     "shards": "  The files of a pair share what stands before the first dot: cat.jpg and cat.txt, in one shard.",
+    "dataset": "  Expected rows with an image and a caption that is not empty.",
     "table": "  Expected rows with an image and a caption that is not empty; image paths are relative to the table's "
     "folder.",
 }
@@ -38,8 +40,9 @@ EXPECTED = {
 ADVICE = {
     ".tar": "Shards (tars of images and captions) are read by --shards.",
     ".tgz .gz .bz2 .xz .zst .zip .7z": "Archives are not read: unpack them (tar -xf FILE.tgz, unzip FILE.zip).",
-    ".parquet .arrow .feather .tfrecord .h5 .hdf5 .mdb": "Such files are not read: write their images and captions as "
-    "files (cat.jpg, cat.txt), or paths and captions as a table (pandas.read_parquet and to_csv).",
+    ".parquet": "Parquet files that hold images are read by --dataset.",
+    ".arrow .feather .tfrecord .h5 .hdf5 .mdb": "Such files are not read: write their images and captions as "
+    "files (cat.jpg, cat.txt), or paths and captions as a table (.csv).",
     ".csv .tsv .jsonl": "A table of image paths and captions is read by --pairs TABLE.",
     ".json .xlsx .xls .ods": "Save image paths and captions as a table (.csv, .tsv, .jsonl), which --pairs reads.",
 }
@@ -66,7 +69,7 @@ def given_source(folder: Path | None, options: SourceOptions) -> tuple[str, Path
     given = [(name, paths[name]) for name in SOURCES if paths[name] is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name} {path}" for name, path in given) or "nowhere"
-        raise UsageError(f"Data from: {found}. Expected one of --folder FOLDER, --pairs TABLE and --shards TARS.")
+        raise UsageError(f"Data from: {found}. Expected one of {', '.join(f'--{name}' for name in SOURCES)}.")
     name, path = given[0]
     if name != "folder" and options.pair_by != "stem":
         raise UsageError(f"--pair_by {options.pair_by}: is only for a folder; {path} lists the pairs itself.")
@@ -96,7 +99,8 @@ class Scan:
         if self.pairs:
             return self
         kind = "table" if self.source.is_file() and self.pair_by == "stem" else self.pair_by
-        lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {'rows' if kind == 'table' else 'files'}."]
+        what = "rows" if kind in ("table", "dataset") else "files"
+        lines = [f"{self.source}: 0 pairs among {self.num_entries:,} {what}."]
         for what, names in (
             ("Images without a caption", self.lone_images),
             ("Captions without an image", self.lone_captions),
@@ -124,7 +128,7 @@ def path_advice(path: str) -> str:
 
 def fault_of(path: str, is_regular: bool = False) -> str:
     """What keeps this process's user from reading a file, ``GONE`` or another; empty where nothing does."""
-    if IN_TAR in path:  # what ails a shard is no bad sample, and said where it is read
+    if inside(path):  # what ails a shard is no bad sample, and said where it is read
         return ""
     try:
         if not (is_regular or stat.S_ISREG(os.stat(path).st_mode)):  # noqa: PTH116, a quarter of the time

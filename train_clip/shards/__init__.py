@@ -1,1 +1,1 @@
-"""Extension: pairs in WebDataset shards, read where they lie in their tars (`--shards`), and `data shards`."""
+"""Extension: pairs in WebDataset shards (`--shards`, `data shards`), and in data sets of Hugging Face (`--dataset`)."""

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from train_clip.data.images import MAX_BYTES
 from train_clip.data.pairs import FlatStrings
 from train_clip.errors import BadSample, MissingFile, UserError, first_line
-from train_clip.files import IN_TAR, regular, write_text
+from train_clip.files import IN_ROWS, IN_TAR, regular, write_text
 
 TAR, INDEX = ".tar", ".json"
 VERSION = 1  # of the index
@@ -78,6 +79,8 @@ def stamp_of(path: str) -> str:
     if IN_TAR in path:
         index = index_of(split_path(path)[0])
         return f"{index.size} {index.sha256 or index.stamp}"
+    if IN_ROWS in path:
+        return str(resolve_name("train_clip.shards.dataset:rows_of")(path.rpartition(IN_ROWS)[0])._fingerprint)
     with suppress(OSError, ValueError):
         found = os.stat(path)  # noqa: PTH116, a quarter of the time
         return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
