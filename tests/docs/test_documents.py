@@ -191,4 +191,4 @@ def test_the_core_is_as_short_as_readme_says():
     edge = contracts["The core knows no extension"]["forbidden_modules"]
     extensions = {name.removeprefix("train_clip.") for name in edge}
     files = [file for file in (ROOT / "train_clip").rglob("*.py") if not extensions & set(file.parts)]
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 12_400
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 12_500

@@ -72,3 +72,9 @@ def test_taking_some_keeps_sources_and_shards():
     assert [pair.image for pair in pairs] == ["0-0.tar!0.jpg", "0-1.tar!1.jpg", "1-0.tar!1.jpg", "1-0.tar!3.jpg"]
     assert pairs.per_epoch == 2 + 4 and pairs.sources.tolist() == [0, 0, 1, 1]
     assert len(np.unique(pairs.shards)) == 3
+
+
+def test_a_small_weight_is_at_least_one_pair_an_epoch():
+    pairs = pairs_of([[2], [50]], [0.1, 1.0])
+    seen = Counter(place for epoch in range(20) for place in pairs.order(0, epoch).tolist())
+    assert (seen[0], seen[1]) == (10, 10)

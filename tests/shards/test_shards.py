@@ -324,3 +324,23 @@ def test_written_from_a_table_with_names_that_collide(tmp_path):
     data_shards(options=ShardOptions(pairs=tmp_path / "x" / "t.csv", output=tmp_path / "out", num_workers=0))
     found = scan(tmp_path / "out").require_pairs()
     assert sorted(pair.captions()[0] for pair in found.pairs) == ["one", "three", "two"]
+
+
+def test_names_that_collide_again_once_they_are_changed(tmp_path):
+    """a.b.png and a_b.png are one key, and what the third would be called is there already."""
+    write_pairs(tmp_path / "x", 1)
+    names = ["a_b-2.png", "a.b.png", "a_b.png"]
+    for name in names:
+        (tmp_path / "x" / name).write_bytes(png(len(name)))
+    rows = ["image,caption", *(f"{name},{name}" for name in names)]
+    (tmp_path / "x" / "t.csv").write_text("\n".join(rows))
+    data_shards(options=ShardOptions(pairs=tmp_path / "x" / "t.csv", output=tmp_path / "out", num_workers=0))
+    found = scan(tmp_path / "out").require_pairs()
+    assert sorted(pair.captions()[0] for pair in found.pairs) == sorted(names)
+
+
+def test_a_server_that_knows_no_ranges_is_named(shards, monkeypatch):
+    pairs = scan(shards).pairs
+    monkeypatch.setattr(members, "read_bytes", lambda shard, *_: Path(shard).read_bytes())
+    with pytest.raises(UserError, match="its server sends the whole file"):
+        pairs[0].captions()

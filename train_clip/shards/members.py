@@ -63,6 +63,8 @@ def open_member(path: str) -> io.BufferedReader:
     if length > MAX_BYTES:
         raise BadSample(path, f"file over {MAX_BYTES:,} bytes")
     content = read_bytes(shard, start, start + length)
+    if len(content) > length:
+        raise UserError(f"{shard}: its server sends the whole file where a part is asked for. Download the shards.")
     if len(content) < length:
         raise UserError(f"{shard}: ends before {name} does, which lies at byte {start:,}. {INTACT}.")
     return io.BufferedReader(io.BytesIO(content))

@@ -55,7 +55,7 @@ class ShardPairs(PairList):
         """The places of an epoch's pairs, ``per_epoch`` of them: each pair once where all weights are 1.
 
         Each source is a stream of its pairs, all of them shuffled and then all of them again; an epoch takes the next
-        round(weight · n) of each, mixed at random.
+        round(weight · n) of each, at least one, mixed at random.
         """
         taken = self._taken()
         mixed = np.random.default_rng((seed, epoch)).permutation(np.repeat(np.arange(len(taken)), taken))
@@ -71,7 +71,7 @@ class ShardPairs(PairList):
 
     def _taken(self) -> list[int]:
         counts = np.bincount(self.sources, minlength=len(self.weights))
-        return [round(weight * int(number)) for weight, number in zip(self.weights, counts, strict=True)]
+        return [max(round(weight * int(n)), min(1, int(n))) for weight, n in zip(self.weights, counts, strict=True)]
 
     @staticmethod
     def _shuffled(shards: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:

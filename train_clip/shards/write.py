@@ -143,7 +143,8 @@ def _key(name: str, keys: set[str], place: int) -> str:
     """What a pair's files are called, without a dot in the last part, and differently from all others in a shard."""
     folder, base = os.path.split(re.sub(r"^[/.]+|\.\./|" + re.escape(IN_TAR), "", name))
     key = os.path.join(folder, base.rpartition(".")[0].replace(".", "_") or str(place))  # noqa: PTH118
-    key = f"{key}-{place}" if key in keys else key
+    while key in keys:
+        key = f"{key}-{place}"
     keys.add(key)
     return key
 
