@@ -184,8 +184,8 @@ def test_every_recipe_runs_a_step(recipe, tmp_path, monkeypatch):
 
 
 def test_the_core_is_as_short_as_readme_says():
-    """Fewer than 12,400 lines, as shipped, without the extensions that the import contract lists."""
-    assert "fewer than 12,400 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
+    """Fewer than 12,500 lines, as shipped, without the extensions that the import contract lists."""
+    assert "fewer than 12,500 lines of Python" in (ROOT / "README.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = {one["name"]: one for one in project["tool"]["importlinter"]["contracts"]}
     edge = contracts["The core knows no extension"]["forbidden_modules"]
